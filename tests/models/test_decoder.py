@@ -1,0 +1,122 @@
+"""The decoder's own promises: caching, replaced weights, transformed inputs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from twla_jax.models import decoder
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.ternary import TernaryTensor, dequantize
+
+forward = jax.jit(lambda model, tokens: model(tokens))
+decode = jax.jit(lambda model, tokens, cache: model.decode(tokens, cache))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return DecoderConfig(
+        model_type="qwen3",
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        qk_norm=True,
+        sliding_window=5,
+        sliding_layers=(1,),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tokens(config):
+    return np.random.default_rng(0).integers(0, config.vocab_size, (2, 12))
+
+
+def test_decoding_with_a_cache_equals_the_whole_forward(model, tokens):
+    cache = model.init_cache(2, 16)
+    parts = []
+    for start, end in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11), (11, 12)):
+        hidden, cache = decode(model, tokens[:, start:end], cache)
+        parts.append(hidden)
+    assert cache.length == 12
+    logits = model.logits(jnp.concatenate(parts, axis=1))
+    np.testing.assert_allclose(logits, forward(model, tokens), atol=1e-5)
+
+
+def test_a_chunk_of_queries_at_a_time_changes_nothing(model, tokens, monkeypatch):
+    whole = model(tokens)
+    monkeypatch.setattr(decoder, "_QUERY_CHUNK", 5)  # which does not divide 12
+    np.testing.assert_allclose(model(tokens), whole, atol=1e-5)
+
+
+def test_a_later_token_changes_no_earlier_logits(model, tokens):
+    changed = tokens.copy()
+    changed[:, 8] += 1
+    before, after = forward(model, tokens), forward(model, changed % 61)
+    np.testing.assert_array_equal(before[:, :8], after[:, :8])
+    assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
+
+
+def test_the_parts_of_a_block_compose_to_the_block(model, tokens):
+    block = jax.tree.map(lambda leaf: leaf[1], model.blocks)
+    positions, window = model.positions(12), model.windows()[1]
+    x = model.embed_tokens(tokens)
+    mixed = block.attend(block.qkv_input(block.input_norm(x)), positions, window)
+    y = x + block.o(block.o_input(mixed))
+    y = y + block.down(block.down_input(block.gate_up(block.mlp_input(block.post_norm(y)))))
+    np.testing.assert_allclose(y, block(x, positions, window), atol=1e-6)
+
+
+def test_packed_weights_give_the_logits_of_their_dequantised_values(tiny_ternary, tokens):
+    dense = jax.tree.map(lambda leaf: leaf, tiny_ternary)
+    for name in (name for names in SITES.values() for name in names):
+        linear = getattr(dense.blocks, name)
+        assert isinstance(linear.kernel.get_value(), TernaryTensor)
+        linear.kernel = nnx.Param(dequantize(linear.kernel.get_value()).swapaxes(-1, -2))
+    # Float sums in another order can flip a rounding of the activation quantiser, so it is left out.
+    for site in SITES:
+        for each in (dense, tiny_ternary):
+            getattr(each.blocks, f"{site}_input").activation = None
+    packed = forward(tiny_ternary, tokens)
+    np.testing.assert_allclose(packed, forward(dense, tokens), atol=1e-4 * np.abs(packed).max())
+
+
+def test_inputs_are_rotated_then_quantised(tiny_ternary, tokens):
+    block = jax.tree.map(lambda leaf: leaf[0], tiny_ternary.blocks)
+    x = tiny_ternary.embed_tokens(tokens)
+    rotation, quantizer = block.mlp_input.rotation.get_value(), block.mlp_input.activation.get_value()
+    np.testing.assert_array_equal(block.mlp_input(x), quantizer(rotation(x)))
+    off = jax.tree.map(lambda leaf: leaf, tiny_ternary)
+    for site in SITES:
+        transform = getattr(off.blocks, f"{site}_input")
+        transform.activation = nnx.Param(dataclasses.replace(transform.activation.get_value(), enabled=False))
+    assert np.abs(forward(off, tokens) - forward(tiny_ternary, tokens)).max() > 1e-3
+
+
+def test_the_abstract_model_has_the_same_leaves(config, model):
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    assert jax.tree.structure(abstract) == jax.tree.structure(model)
+    assert all(leaf.shape[0] == config.num_layers for leaf in jax.tree.leaves(abstract.blocks))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float16, 0.02), (jnp.bfloat16, 0.1)])
+def test_narrow_dtypes_compute_in_themselves_and_return_float32_logits(
+    config, model, tokens, dtype, tolerance
+):
+    narrow = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
+    assert narrow.hidden(tokens).dtype == dtype
+    logits, exact = forward(narrow, tokens), forward(model, tokens)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact, atol=tolerance * np.abs(exact).max())

@@ -1,0 +1,94 @@
+"""Fills a decoder from named tensors, whatever file they come from."""
+
+import functools
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from twla_jax.errors import TwlaError
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.decoder import Decoder
+
+
+class TensorSource(Protocol):
+    """Named tensors in their published layout, `[out, in]` for matrices."""
+
+    def names(self) -> Collection[str]:
+        """Every tensor there is."""
+        ...
+
+    def where(self, name: str) -> str:
+        """The file that holds (or, for an unknown name, should hold) the tensor; for messages."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """The floating-point type `read` returns."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor itself; read when asked for, not kept."""
+        ...
+
+
+def fill_decoder(
+    config: DecoderConfig,
+    source: TensorSource,
+    table: Mapping[str, str],
+    *,
+    ignored: Collection[str],
+    dtype=None,
+) -> Decoder:
+    """A decoder whose parameters are numpy arrays read from `source`.
+
+    Stacked arrays are filled layer by layer, so that nothing beside the model and one tensor is held.
+
+    Args:
+      table: from the decoder's parameter path (`blocks.q.kernel`) to the source's name, `{}` standing for the layer.
+      ignored: names that may be left over.
+      dtype: what the decoder computes in, float32 if None. Parameters stay in the source's type.
+    Raises:
+      TwlaError: a tensor is missing, has the wrong shape, holds NaN or infinity, or belongs to no parameter.
+    """
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype or jnp.float32))
+    parameters = dict(nnx.to_flat_state(nnx.state(decoder)))
+    stored = {path: _stored_names(path, table, config.num_layers) for path in parameters}
+    wanted = [name for names in stored.values() for name in names]
+    if missing := sorted(set(wanted) - set(source.names())):
+        raise TwlaError(
+            f"{source.where(missing[0])}: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} are)"
+        )
+    if unknown := sorted(set(source.names()) - set(wanted) - set(ignored)):
+        raise TwlaError(
+            f"{source.where(unknown[0])}: tensor {unknown[0]!r} has no place in a {config.model_type} decoder"
+        )
+    for path, parameter in parameters.items():
+        leaf_dtype = functools.reduce(jnp.promote_types, map(source.dtype, stored[path]))
+        value = np.empty(parameter.get_value().shape, leaf_dtype)
+        # A view with a leading axis of layers, also where there is only the one tensor.
+        slots = value if path[0] == "blocks" else value[None]
+        for slot, name in zip(slots, stored[path], strict=True):
+            _copy_checked(source, name, slot, transposed=path[-1] == "kernel")
+        parameter.set_value(value)
+    nnx.update(decoder, nnx.from_flat_state(list(parameters.items())))
+    return decoder
+
+
+def _stored_names(path: tuple, table: Mapping[str, str], num_layers: int) -> list[str]:
+    pattern = table[".".join(map(str, path))]
+    return [pattern.format(layer) for layer in range(num_layers)] if path[0] == "blocks" else [pattern]
+
+
+def _copy_checked(source: TensorSource, name: str, slot: np.ndarray, *, transposed: bool) -> None:
+    tensor = source.read(name)
+    expected = slot.shape[::-1] if transposed else slot.shape
+    if tensor.shape != expected:
+        raise TwlaError(
+            f"{source.where(name)}: tensor {name!r} has shape {list(tensor.shape)}, not {list(expected)}"
+        )
+    with np.errstate(over="ignore"):  # what overflows a narrower type is infinite, and found next
+        slot[...] = tensor.T if transposed else tensor
+    if bad := slot.size - int(np.isfinite(slot).sum()):
+        raise TwlaError(f"{source.where(name)}: tensor {name!r} has {bad} NaN or infinite values")
