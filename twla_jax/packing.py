@@ -1,0 +1,80 @@
+"""Ternary codes as bytes: 2 bits a weight in memory, base 3 on disk.
+
+`U = T + 1 ∈ {0, 1, 2}` is what is stored, so that neither unpacking nor an integer matmul on the codes needs a
+subtraction.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int8, UInt8
+
+TILE = 512  # columns of one planar tile: byte c holds columns c, c+128, c+256 and c+384
+PLANE = TILE // 4
+TRITS_PER_BYTE = 5  # 3**5 = 243 values fit a byte: 1.6 bits a trit
+
+
+def packed_width(in_features: int) -> int:
+    """Bytes a row of `in_features` codes takes in memory: a quarter, rounded up once, in the last tile."""
+    tiles, rest = divmod(in_features, TILE)
+    return tiles * PLANE + -(-rest // 4)
+
+
+def pack(codes: Int8[Array, "*batch n m"]) -> UInt8[Array, "*batch n bytes"]:
+    """Packs codes in {-1, 0, 1} at 2 bits each, planar inside tiles of 512 columns.
+
+    A planar tile unpacks by shift and mask alone into four contiguous runs of columns, which is what a matmul kernel
+    wants. The last tile is as wide as the columns that are left (rounded up to a multiple of 4), so that 576 columns
+    take 144 bytes and not 256.
+    """
+    *lead, m = codes.shape
+    unsigned = (codes + 1).astype(jnp.uint8)
+    full = m // TILE * TILE
+    rest = -(-(m - full) // 4) * 4
+    unsigned = jnp.pad(unsigned, [(0, 0)] * len(lead) + [(0, full + rest - m)])
+    return jnp.concatenate(
+        [
+            _merge_planes(unsigned[..., :full].reshape(*lead, full // TILE, 4, PLANE)).reshape(
+                *lead, full // 4
+            ),
+            _merge_planes(unsigned[..., full:].reshape(*lead, 4, rest // 4)),
+        ],
+        axis=-1,
+    )
+
+
+def unpack(packed: UInt8[Array, "*batch n bytes"], in_features: int) -> UInt8[Array, "*batch n m"]:
+    """Inverse of `pack` up to the offset: returns `U = T + 1 ∈ {0, 1, 2}`, shape `[..., n, in_features]`."""
+    lead = packed.shape[:-1]
+    tiles, rest = divmod(in_features, TILE)
+    planar = packed[..., : tiles * PLANE].reshape(*lead, tiles, PLANE)
+    main = _split_planes(planar).reshape(*lead, tiles * TILE)
+    if not rest:
+        return main
+    tail = _split_planes(packed[..., tiles * PLANE :])
+    tail = tail.reshape(*lead, tail.shape[-2] * tail.shape[-1])[..., :rest]
+    return jnp.concatenate([main, tail], axis=-1) if tiles else tail
+
+
+def pack_base3(packed: UInt8[Array, "*batch n bytes"], in_features: int) -> UInt8[Array, "*batch n fifths"]:
+    """Repacks 2-bit codes at five trits a byte, `ceil(in_features / 5)` bytes a row: the layout on disk."""
+    trits = unpack(packed, in_features)
+    lead = trits.shape[:-1]
+    trits = jnp.pad(trits, [(0, 0)] * len(lead) + [(0, -in_features % TRITS_PER_BYTE)])
+    trits = trits.reshape(*lead, -1, TRITS_PER_BYTE)
+    return (trits * 3 ** jnp.arange(TRITS_PER_BYTE, dtype=jnp.uint8)).sum(-1, dtype=jnp.uint8)
+
+
+def unpack_base3(stored: UInt8[Array, "*batch n fifths"], in_features: int) -> UInt8[Array, "*batch n bytes"]:
+    """Inverse of `pack_base3`: the 2-bit planar codes of rows stored at five trits a byte."""
+    trits = stored[..., None] // 3 ** jnp.arange(TRITS_PER_BYTE, dtype=jnp.uint8) % 3
+    trits = trits.reshape(*stored.shape[:-1], -1)[..., :in_features]
+    return pack(trits.astype(jnp.int8) - 1)
+
+
+def _merge_planes(planes: jax.Array) -> jax.Array:
+    shifted = planes << (2 * jnp.arange(4, dtype=jnp.uint8))[:, None]
+    return shifted.sum(axis=-2, dtype=jnp.uint8)
+
+
+def _split_planes(packed: jax.Array) -> jax.Array:
+    return (packed[..., None, :] >> (2 * jnp.arange(4, dtype=jnp.uint8))[:, None]) & 3

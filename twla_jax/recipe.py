@@ -1,0 +1,205 @@
+"""Recipes: every setting of a quantisation, as frozen dataclasses read from `configs/*.toml`."""
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from twla_jax.errors import TwlaError
+
+ACTIVATION_BITS = (2, 4, 6, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightRecipe:
+    """Settings of the ternary quantiser, E2M-ATQ, and of the error-compensated column sweep.
+
+    Attributes:
+      group_size: columns that share one (α, μ); 0 gives each row a single group.
+      euclidean_steps: corrections of μ in stage 1.
+      threshold: stage 1's dead zone, Δ = threshold · mean|w − μ|.
+      rounds: alternations of the code sweep and the relocation of (α, μ); 0 leaves the codes of stage 1 (the paper).
+      metric: what stage 2 measures the output error in: the group's own second moments (`group`, the paper), or their
+        Schur complement given the columns not yet done (`compensated`).
+      damping: added to the diagonal of the second moments, as a share of its mean, before factoring.
+    """
+
+    group_size: int = 128
+    euclidean_steps: int = 15
+    threshold: float = 0.75
+    rounds: int = 3
+    metric: Literal["compensated", "group"] = "compensated"
+    damping: float = 0.01
+
+    def __post_init__(self):
+        _require(self.group_size >= 0, "weights.group_size", self.group_size, "0 (one group a row) or more")
+        _require(self.euclidean_steps >= 0, "weights.euclidean_steps", self.euclidean_steps, "0 or more")
+        _require(self.threshold > 0, "weights.threshold", self.threshold, "above 0")
+        _require(self.rounds >= 0, "weights.rounds", self.rounds, "0 or more")
+        _require(self.damping > 0, "weights.damping", self.damping, "above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotationRecipe:
+    """Settings of KOTMS, the Kronecker orthogonal tri-modal shaping of each linear input.
+
+    Attributes:
+      start: where the optimisation starts; `none` leaves the inputs unrotated.
+      factors: how m = l·r is split: l ≈ r (`balanced`) or the public code's size rule (`paper`).
+      steps: optimisation steps; 0 keeps the start.
+      learning_rate: Adam's, on the Stiefel manifold.
+      sigma: width of the three Gaussians, relative to the row's mean magnitude.
+      balance: weight of the term that keeps the three modes equally full.
+      retraction: how a step returns to the manifold.
+      seed: of the random start.
+    """
+
+    start: Literal["random", "identity", "none"] = "random"
+    factors: Literal["balanced", "paper"] = "balanced"
+    steps: int = 100
+    learning_rate: float = 1e-2
+    sigma: float = 0.25
+    balance: float = 0.1
+    retraction: Literal["polar", "cayley", "qr"] = "polar"
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.steps >= 0, "rotation.steps", self.steps, "0 or more")
+        _require(self.learning_rate > 0, "rotation.learning_rate", self.learning_rate, "above 0")
+        _require(self.sigma > 0, "rotation.sigma", self.sigma, "above 0")
+        _require(self.balance >= 0, "rotation.balance", self.balance, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationRecipe:
+    """Settings of the per-token activation quantiser.
+
+    Attributes:
+      bits: of every linear input; 16 leaves activations as they are. Clips are fitted for every bit-width, so
+        the bits of a finished model can still be changed.
+      clips: candidates for the clip factor; 1.0 must be among them.
+      clip_tokens: calibration tokens that a clip is chosen on.
+    """
+
+    bits: int = 16
+    clips: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+    clip_tokens: int = 4096
+
+    def __post_init__(self):
+        _require(self.bits in ACTIVATION_BITS, "activations.bits", self.bits, f"one of {ACTIVATION_BITS}")
+        _require(1.0 in self.clips, "activations.clips", self.clips, "a list that holds 1.0")
+        _require(all(0 < c <= 1 for c in self.clips), "activations.clips", self.clips, "within (0, 1]")
+        _require(self.clip_tokens >= 1, "activations.clip_tokens", self.clip_tokens, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationRecipe:
+    """Which text a model is calibrated on.
+
+    Attributes:
+      corpus: a name or path that `calibration.load_corpus` takes.
+      windows: how many windows are drawn.
+      seq_len: tokens in a window.
+      seed: of the windows' offsets.
+    """
+
+    corpus: str = "pydoc"
+    windows: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.windows >= 1, "calibration.windows", self.windows, "1 or more")
+        _require(self.seq_len >= 2, "calibration.seq_len", self.seq_len, "2 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of one quantisation; JSON and TOML hold it as one table a part."""
+
+    name: str = "w1.58-g128"
+    weights: WeightRecipe = dataclasses.field(default_factory=WeightRecipe)
+    rotation: RotationRecipe = dataclasses.field(default_factory=RotationRecipe)
+    activations: ActivationRecipe = dataclasses.field(default_factory=ActivationRecipe)
+    calibration: CalibrationRecipe = dataclasses.field(default_factory=CalibrationRecipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in nested dicts, ready for JSON; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "recipe") -> Self:
+        """A recipe from nested dicts; what is left out takes its default.
+
+        Raises:
+          TwlaError: an unknown key, a value of the wrong type or out of range; names `source` and the key.
+        """
+        try:
+            return _build(cls, values, "")
+        except TwlaError as error:
+            raise TwlaError(f"{source}: {error}") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the library."""
+    return sorted(path.stem for path in _configs().glob("*.toml"))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Reads a recipe that ships with the library by its name, or any `.toml` file by its path.
+
+    Raises:
+      TwlaError: no such recipe or file, text that is not TOML, or what `Recipe.from_dict` refuses.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in recipe_names():
+        path = _configs() / f"{name_or_path}.toml"
+    elif not path.is_file():
+        known = ", ".join(recipe_names())
+        raise TwlaError(f"recipe '{name_or_path}' is neither a file nor one of: {known}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TwlaError(f"{path}: not a TOML file: {error}") from None
+    return Recipe.from_dict({"name": path.stem, **values}, source=str(path))
+
+
+def _configs() -> Path:
+    """`configs/` inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _require(condition: bool, key: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise TwlaError(f"{key} = {value!r}: must be {wanted}")
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise TwlaError(f"{prefix.rstrip('.')}: must be a table")
+    types = typing.get_type_hints(cls)
+    for key in values:
+        if key not in types:
+            raise TwlaError(f"unknown key '{prefix}{key}'; known here: {', '.join(types)}")
+    return cls(**{key: _convert(types[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+def _convert(wanted: Any, value: Any, key: str) -> Any:
+    """`value` as the field's annotated type, without guessing: only int → float and list → tuple convert."""
+    if dataclasses.is_dataclass(wanted):
+        return _build(typing.cast(type, wanted), value, f"{key}.")
+    if typing.get_origin(wanted) is Literal:
+        choices = typing.get_args(wanted)
+        _require(value in choices, key, value, f"one of {', '.join(choices)}")
+        return value
+    if typing.get_origin(wanted) is tuple:
+        _require(isinstance(value, list | tuple), key, value, "a list")
+        return tuple(_convert(typing.get_args(wanted)[0], item, key) for item in value)
+    accepted = (int, float) if wanted is float else wanted
+    _require(
+        isinstance(value, accepted) and not isinstance(value, bool), key, value, f"of type {wanted.__name__}"
+    )
+    return wanted(value)

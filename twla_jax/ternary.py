@@ -1,0 +1,165 @@
+"""E2M-ATQ, the asymmetric ternary quantiser, and the tensor it makes.
+
+A weight row is cut into groups of columns; each group is represented as `Ŵ = α·T + μ` with `T ∈ {-1, 0, 1}` (TWLA,
+arXiv 2606.13054, section 3: Euclidean fit, then relocation on the manifold of the layer's outputs).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float16, Int8, UInt8
+
+from twla_jax import packing
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TernaryTensor:
+    """A ternary weight matrix, rows are outputs: `Ŵ[i, k] = alpha[i, k // G]·T[i, k] + mu[i, k // G]`.
+
+    Invariants: `codes` packs `T + 1` as `packing.pack` does; `alpha` and `mu` have `ceil(in_features / group_size)`
+    columns, the last group being short where the group size does not divide. Leading axes (a stack of layers, say)
+    are shared by the three arrays.
+    """
+
+    codes: UInt8[Array, "*batch n bytes"]
+    alpha: Float16[Array, "*batch n groups"]
+    mu: Float16[Array, "*batch n groups"]
+    in_features: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., n, m]`, the shape of the matrix it stands for."""
+        return (*self.codes.shape[:-1], self.in_features)
+
+
+def dequantize(weight: TernaryTensor, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
+    """The matrix `Ŵ` in `dtype`; α and μ are applied in `dtype`."""
+    unsigned = packing.unpack(weight.codes, weight.in_features).astype(dtype)
+    alpha, mu = (
+        _per_column(p.astype(dtype), weight.in_features, weight.group_size) for p in (weight.alpha, weight.mu)
+    )
+    return (unsigned - 1) * alpha + mu
+
+
+def ternary_matmul(x: Float[Array, "*tokens m"], weight: TernaryTensor) -> Float[Array, "*tokens n"]:
+    """`x Ŵᵀ` in `x.dtype`, accumulated in float32: the XLA reference, which unpacks this one matrix.
+
+    float32 inputs are multiplied in true float32, also on chips whose default is narrower.
+    """
+    precision = _HIGHEST if x.dtype == jnp.float32 else None
+    y = jnp.einsum(
+        "...m,nm->...n",
+        x,
+        dequantize(weight, x.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)
+
+
+def from_codes(
+    codes: Int8[Array, "*batch n m"],
+    alpha: Float[Array, "*batch n groups"],
+    mu: Float[Array, "*batch n groups"],
+    group_size: int,
+) -> TernaryTensor:
+    """Packs codes in {-1, 0, 1} and float scales into a `TernaryTensor` (α, μ stored as float16)."""
+    return TernaryTensor(
+        codes=packing.pack(codes),
+        alpha=alpha.astype(jnp.float16),
+        mu=mu.astype(jnp.float16),
+        in_features=codes.shape[-1],
+        group_size=group_size,
+    )
+
+
+def euclidean_fit(
+    w: Float[Array, "n g"], mask: Bool[Array, " g"], *, steps: int = 15, threshold: float = 0.75
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, "n g"]]:
+    """Stage 1 of E2M-ATQ: fits `α·T + μ` to each row of one group in the weights' own metric.
+
+    `Δ = threshold·mean|w − μ|`, `T = sign(w − μ)·[|w − μ| > Δ]`, `α = ⟨T, w − μ⟩ / ΣT²`; then `μ ← μ + mean(w − Ŵ)`,
+    `steps` times.
+
+    Args:
+      w: weights of one group, a row an output.
+      mask: which columns exist; a short last group is padded to the group size.
+    Returns:
+      `(alpha, mu, codes)`, codes as floats in {-1, 0, 1}, 0 where masked out.
+    """
+    count = mask.sum()
+
+    def mean(v):
+        return jnp.where(mask, v, 0).sum(-1) / count
+
+    def assign(mu):
+        centred = jnp.where(mask, w - mu[:, None], 0)
+        delta = threshold * mean(jnp.abs(centred))
+        codes = jnp.sign(centred) * (jnp.abs(centred) > delta[:, None])
+        alpha = (codes * centred).sum(-1) / jnp.maximum(jnp.abs(codes).sum(-1), 1)
+        return alpha, codes
+
+    def step(_, mu):
+        alpha, codes = assign(mu)
+        return mu + mean(w - alpha[:, None] * codes - mu[:, None])
+
+    mu = jax.lax.fori_loop(0, steps, step, mean(w))
+    alpha, codes = assign(mu)
+    return alpha, mu, codes
+
+
+def relocate(
+    w: Float[Array, "n g"],
+    codes: Float[Array, "n g"],
+    alpha: Float[Array, " n"],
+    mu: Float[Array, " n"],
+    metric: Float[Array, "g g"],
+    mask: Bool[Array, " g"],
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """Stage 2 of E2M-ATQ: with T fixed, moves (α, μ) to the least output error `(w − αt − μ1)ᵀ M (w − αt − μ1)`.
+
+    One 2×2 solve per row, the fixed point of the published coordinate steps. A row whose system is singular (all
+    codes equal), or whose error the solve would not lower in float32, keeps the (α, μ) it came with.
+
+    Args:
+      metric: second moments of the group's inputs, or their Schur complement (`compensation.py`); symmetric,
+        positive semidefinite.
+    """
+    ones = mask.astype(w.dtype)
+    w = w * ones
+    metric_codes = jnp.matmul(codes, metric, precision=_HIGHEST)
+    metric_ones = jnp.matmul(metric, ones, precision=_HIGHEST)
+    tt = (metric_codes * codes).sum(-1)
+    t1 = metric_codes @ ones
+    oo = ones @ metric_ones
+    tw = (metric_codes * w).sum(-1)
+    ow = (w * metric_ones).sum(-1)
+    determinant = tt * oo - t1 * t1
+    regular = determinant > 1e-6 * tt * oo
+    safe = jnp.where(regular, determinant, 1)
+    new_alpha = jnp.where(regular, (oo * tw - t1 * ow) / safe, alpha)
+    new_mu = jnp.where(regular, (tt * ow - t1 * tw) / safe, mu)
+
+    def excess(a, m):  # the error less its constant term wᵀMw
+        return a * a * tt + m * m * oo + 2 * a * m * t1 - 2 * a * tw - 2 * m * ow
+
+    better = excess(new_alpha, new_mu) <= excess(alpha, mu)
+    return jnp.where(better, new_alpha, alpha), jnp.where(better, new_mu, mu)
+
+
+def nearest_codes(
+    w: Float[Array, "*shape"], alpha: Float[Array, "*shape"], mu: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """The code in {-1, 0, 1} whose value `α·T + μ` lies nearest to w; α = 0 gives 0."""
+    ratio = (w - mu) / jnp.where(alpha == 0, jnp.inf, alpha)
+    return jnp.clip(jnp.round(ratio), -1, 1)
+
+
+def _per_column(parameter: jax.Array, in_features: int, group_size: int) -> jax.Array:
+    repeated = jnp.broadcast_to(parameter[..., None], (*parameter.shape, group_size))
+    return repeated.reshape(*parameter.shape[:-1], -1)[..., :in_features]
