@@ -1,0 +1,127 @@
+"""A saved model comes back as it was, alone; a damaged folder and an unfit place are refused in one line."""
+
+import errno
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from twla_jax import checkpoint
+from twla_jax.errors import TwlaError
+from twla_jax.recipe import Recipe
+
+REPORT = {"perplexity": 12.5, "corpus": {"name": "pydoc"}}
+
+
+@pytest.fixture
+def saved(tiny_ternary, tmp_path):
+    folder = tmp_path / "models" / "out"
+    checkpoint.save(tiny_ternary, None, folder, Recipe(), REPORT)
+    return folder
+
+
+def leaves(model):
+    flat, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+@pytest.mark.smoke
+def test_every_leaf_and_the_logits_come_back_exactly(tiny_ternary, saved):
+    model, tokenizer, info = checkpoint.load(saved)
+    before, after = leaves(tiny_ternary), leaves(model)
+    assert before.keys() == after.keys()
+    for name, leaf in before.items():
+        assert leaf.dtype == after[name].dtype, name
+        np.testing.assert_array_equal(leaf, after[name], err_msg=name)
+    tokens = jnp.arange(14).reshape(2, 7)
+    np.testing.assert_array_equal(jax.jit(tiny_ternary.__call__)(tokens), jax.jit(model.__call__)(tokens))
+    assert tokenizer is None
+    assert (info.recipe, info.report, info.config) == (Recipe(), REPORT, tiny_ternary.config)
+
+
+def test_codes_lie_on_the_disk_at_five_trits_a_byte_uncompressed(tiny_ternary, saved):
+    chunk = saved / "params" / "blocks.q.kernel.codes" / "0.0.0"
+    assert chunk.stat().st_size == 3 * 42 * -(-42 // 5)
+    # and a tied embedding once, in the dtype it came in
+    assert (saved / "params" / "embed" / "0.0").stat().st_size == 97 * 42 * 2
+    assert not list((saved / "params").glob("head*"))
+
+
+def test_the_compute_dtype_is_the_callers_and_weights_keep_theirs(saved):
+    model, _, _ = checkpoint.load(saved, dtype=jnp.bfloat16)
+    assert model.dtype == jnp.bfloat16
+    assert model.embed.get_value().dtype == jnp.float16
+
+
+def test_nothing_is_left_beside_the_folder(saved):
+    assert [path.name for path in saved.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("file", ["params/blocks.down.kernel.alpha/0.0.0", "report.json", "twla.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_damaged_folder_is_refused_naming_the_file(saved, file, damage):
+    path = saved / file
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(TwlaError, match=path.name) as caught:
+        checkpoint.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_newer_format_is_refused(saved):
+    manifest = json.loads((saved / "twla.json").read_text())
+    manifest["format_version"] = 99
+    manifest["checksum"] = checkpoint._checksum(manifest)
+    (saved / "twla.json").write_text(json.dumps(manifest))
+    with pytest.raises(TwlaError, match="format 99"):
+        checkpoint.load(saved)
+
+
+def test_a_non_empty_place_needs_overwrite_and_only_models_are_overwritten(tiny_ternary, saved, tmp_path):
+    with pytest.raises(TwlaError, match="--overwrite"):
+        checkpoint.save(tiny_ternary, None, saved, Recipe(), REPORT)
+    checkpoint.save(tiny_ternary, None, saved, Recipe(name="second"), REPORT, overwrite=True)
+    assert checkpoint.load(saved)[2].recipe.name == "second"
+    assert [path.name for path in saved.parent.iterdir()] == ["out"]
+
+    diary = tmp_path / "diary"
+    diary.mkdir()
+    (diary / "monday.txt").write_text("dear diary")
+    with pytest.raises(TwlaError, match="holds no quantised model"):
+        checkpoint.save(tiny_ternary, None, diary, Recipe(), REPORT, overwrite=True)
+    with pytest.raises(TwlaError, match="is a file"):
+        checkpoint.save(tiny_ternary, None, diary / "monday.txt", Recipe(), REPORT, overwrite=True)
+    assert (diary / "monday.txt").read_text() == "dear diary"
+
+
+def test_a_disk_known_to_be_too_small_is_refused_before_writing(tiny_ternary, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(TwlaError, match="MB left"):
+        checkpoint.save(tiny_ternary, None, tmp_path / "out", Recipe(), REPORT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_while_writing_leaves_the_old_model(tiny_ternary, saved, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(TwlaError, match="no space left on device; nothing was written"):
+        checkpoint.save(tiny_ternary, None, saved, Recipe(name="second"), REPORT, overwrite=True)
+    assert [path.name for path in saved.parent.iterdir()] == ["out"]
+    assert checkpoint.load(saved)[2].recipe.name == "w1.58-g128"
+
+
+def test_a_folder_without_a_model_is_told_apart(tmp_path):
+    assert not checkpoint.is_checkpoint(tmp_path)
+    with pytest.raises(TwlaError, match=r"not a quantised model \(no twla.json\)"):
+        checkpoint.load(tmp_path)

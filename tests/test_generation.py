@@ -1,0 +1,88 @@
+"""Generation: what comes out, when it ends, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from twla_jax import generate as module
+from twla_jax.errors import TwlaError
+from twla_jax.generation import generate, stream
+from twla_jax.models.decoder import Decoder
+
+PROMPT = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config):
+    return Decoder(tiny_config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    """The likeliest continuation, by the whole forward pass at every step."""
+    forward = jax.jit(lambda model, tokens: model(tokens))
+    tokens = np.zeros((2, 17), np.int32)
+    tokens[:, :5] = PROMPT
+    for end in range(5, 17):
+        tokens[:, end] = forward(model, tokens)[:, end - 1].argmax(-1)
+    return tokens[:, 5:]
+
+
+def test_temperature_zero_takes_the_likeliest_token_of_the_whole_forward(model, greedy):
+    np.testing.assert_array_equal(generate(model, PROMPT, max_new_tokens=12), greedy)
+
+
+def test_tokens_arrive_one_by_one(model, greedy):
+    steps = stream(model, PROMPT, max_new_tokens=12)
+    np.testing.assert_array_equal(next(steps), greedy[:, 0])
+    np.testing.assert_array_equal(next(steps), greedy[:, 1])
+
+
+def test_a_row_ends_at_its_eos_and_the_stream_when_all_have(model, greedy):
+    first, second = int(greedy[0, 2]), int(greedy[1, 4])
+    out = generate(model, PROMPT, max_new_tokens=12, eos_token_ids=(first, second))
+    ends = [next(i for i, token in enumerate(row) if token in (first, second)) for row in greedy]
+    assert out.shape[1] == max(ends) + 1
+    for row, expected, end in zip(out, greedy, ends, strict=True):
+        np.testing.assert_array_equal(row[: end + 1], expected[: end + 1])
+        assert set(row[end:]) == {expected[end]}
+
+
+def test_sampling_follows_the_key_and_the_temperature(model):
+    def sample(seed, temperature):
+        return generate(model, PROMPT, max_new_tokens=12, temperature=temperature, key=jax.random.key(seed))
+
+    np.testing.assert_array_equal(sample(0, 1.0), sample(0, 1.0))
+    assert (sample(0, 1.0) != sample(1, 1.0)).any()
+    np.testing.assert_array_equal(sample(0, 1e-5), sample(1, 0.0))
+
+
+def test_prompts_of_one_bucket_compile_once(model):
+    generate(model, PROMPT[:1, :2], max_new_tokens=4)
+    compiled = module._prefill._cache_size(), module._step._cache_size()
+    for length in (1, 3, 5):
+        generate(model, PROMPT[:1, :length], max_new_tokens=length + 1)
+    assert compiled == (module._prefill._cache_size(), module._step._cache_size())
+
+
+def test_the_cache_is_updated_in_place(model):
+    cache = model.init_cache(1, 64)
+    arguments = (model, jnp.zeros(1, jnp.int32), cache, jnp.float32(0), jax.random.key(0))
+    memory = module._step.lower(*arguments).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.key.nbytes + cache.value.nbytes
+
+
+def test_unusable_settings_are_named(model):
+    for settings, named in (
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 2044}, "with 5 prompt tokens 2049, above the model's 2048"),
+        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature -1.0"),
+    ):
+        with pytest.raises(TwlaError, match=named):
+            stream(model, PROMPT, **settings)
+    with pytest.raises(TwlaError, match="the prompt has no tokens"):
+        stream(model, np.zeros((1, 0), int), max_new_tokens=1)
+    with pytest.raises(TwlaError, match="token id 97"):
+        stream(model, np.array([[97]]), max_new_tokens=1)

@@ -1,0 +1,367 @@
+"""A quantised model as a folder that works alone: written whole or not at all, checked when it is read.
+
+OUT/params/     orbax checkpoint: one uncompressed array a folder, codes at five trits a byte
+OUT/tokenizer/  the tokenizer's own files
+OUT/report.json what was done, measured and spent
+OUT/twla.json   format, model configuration, recipe, every tensor's layout, every file's size and SHA-256
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from twla_jax import __version__, packing
+from twla_jax.activation import ActivationQuantizer
+from twla_jax.errors import TwlaError
+from twla_jax.kotms import KroneckerRotation
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.decoder import Decoder
+from twla_jax.models.tokenizer import load_tokenizer, save_tokenizer
+from twla_jax.recipe import Recipe
+from twla_jax.ternary import TernaryTensor
+
+FORMAT_VERSION = 1
+MANIFEST = "twla.json"
+REPORT = "report.json"
+_PARAMS = "params"
+_TOKENIZER = "tokenizer"
+# How a parameter that is no plain array is told apart in the manifest. Its static fields are kept there by name.
+_KINDS: dict[str, type] = {
+    "ternary": TernaryTensor,
+    "rotation": KroneckerRotation,
+    "activation": ActivationQuantizer,
+}
+_ARRAY = "array"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a folder says of itself beside the model; `tensors` is the layout that `accounting.py` reads."""
+
+    recipe: Recipe
+    report: dict[str, Any]
+    config: DecoderConfig
+    tensors: dict[str, Any]
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a folder that `save` wrote."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def check_output(folder: str | Path, overwrite: bool = False) -> None:
+    """Refuses a place that `save` would not write to; to be asked before hours of work.
+
+    Raises:
+      TwlaError: `folder` is a file, or holds something and `overwrite` is off or what it holds is no quantised model.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise TwlaError(f"{folder}: is a file, not a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise TwlaError(f"{folder}: exists and is not empty; choose another folder or give --overwrite")
+        if not is_checkpoint(folder):
+            raise TwlaError(f"{folder}: holds no quantised model, so it is not overwritten")
+
+
+def save(
+    model: Decoder,
+    tokenizer: Any,
+    folder: str | Path,
+    recipe: Recipe,
+    report: dict[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a quantised model beside `folder`, syncs it to the disk and renames it into place.
+
+    Codes go from 2 bits a weight to base 3, layer by layer; every other array is stored in the dtype it has.
+
+    Args:
+      tokenizer: what `models.tokenizer.load_tokenizer` returns; None leaves the folder without one.
+      report: JSON-ready figures, kept as `report.json`.
+    Raises:
+      TwlaError: what `check_output` refuses, or a disk without room. The folder is then as it was before.
+    """
+    folder = Path(os.path.abspath(folder))
+    check_output(folder, overwrite)
+    arrays, tensors = _to_stored(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise TwlaError(f"{folder}: needs {needed / 1e6:.0f} MB, but the disk has {free / 1e6:.0f} MB left")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        with _disk_errors(folder):
+            temporary.mkdir()
+            with _checkpointer() as checkpointer:
+                checkpointer.save(temporary / _PARAMS, arrays)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, temporary / _TOKENIZER)
+            (temporary / REPORT).write_text(_dumps(report))
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "twla_jax": __version__,
+                "config": model.config.to_dict(),
+                "recipe": recipe.to_dict(),
+                "tensors": tensors,
+                "files": {
+                    str(path.relative_to(temporary)): _fingerprint(path, sync=True)
+                    for path in _files(temporary)
+                },
+            }
+            manifest["checksum"] = _checksum(manifest)
+            (temporary / MANIFEST).write_text(_dumps(manifest))
+            _fingerprint(temporary / MANIFEST, sync=True)
+            _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(
+    folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+) -> tuple[Decoder, Any, CheckpointInfo]:
+    """Reads what `save` wrote, straight onto one device or onto a mesh.
+
+    Args:
+      mesh: with axes `data` and `model`; every leaf lands in the sharding that `sharding.shardings` gives it.
+      dtype: compute dtype of the model; None takes the decoder's default.
+    Returns:
+      `(model, tokenizer, info)`; the tokenizer is None where the folder has none.
+    Raises:
+      TwlaError: no such model, a newer format, or a file that is missing, cut short or changed.
+    """
+    folder = Path(os.path.abspath(folder))
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise TwlaError(f"{path}: missing; the folder is damaged")
+        if path.stat().st_size != expected["bytes"] or _fingerprint(path) != expected:
+            raise TwlaError(f"{path}: differs from what was saved; the folder is damaged")
+    config = DecoderConfig.from_dict(manifest["config"])
+    settings = {} if dtype is None else {"dtype": dtype}
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **settings))
+    for name, entry in manifest["tensors"].items():
+        _assign(model, name, _abstract(entry))
+    _restore(model, folder / _PARAMS, manifest["tensors"], mesh)
+    tokenizer = load_tokenizer(folder / _TOKENIZER) if (folder / _TOKENIZER).is_dir() else None
+    info = CheckpointInfo(
+        recipe=Recipe.from_dict(manifest["recipe"], source=str(folder / MANIFEST)),
+        report=json.loads((folder / REPORT).read_text()),
+        config=config,
+        tensors=manifest["tensors"],
+    )
+    return model, tokenizer, info
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The checked contents of a folder's `twla.json`; reads no array.
+
+    Raises:
+      TwlaError: no such file, one that was changed or cut short, or a format this version does not know.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise TwlaError(f"{folder}: not a quantised model (no {MANIFEST})")
+    try:
+        manifest = json.loads(path.read_text())
+        intact = manifest["checksum"] == _checksum(manifest)
+    except (ValueError, KeyError, TypeError):
+        intact = False
+        manifest = {}
+    if not intact:
+        raise TwlaError(f"{path}: cut short or changed; the folder is damaged")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise TwlaError(
+            f"{path}: format {manifest['format_version']}, but this version reads {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def _to_stored(model: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays that go to disk by name, and the manifest's account of the parameters they make up."""
+    arrays, tensors = {}, {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name, value = ".".join(map(str, path)), variable.get_value()
+        kind = next((kind for kind, cls in _KINDS.items() if isinstance(value, cls)), _ARRAY)
+        static, parts = {}, {"": value}
+        if kind != _ARRAY:
+            fields = dataclasses.fields(value)
+            static = {
+                field.name: getattr(value, field.name) for field in fields if field.metadata.get("static")
+            }
+            parts = {field.name: getattr(value, field.name) for field in fields if field.name not in static}
+        if kind == "ternary":
+            parts["codes"] = _pack_stored(parts["codes"], value.in_features)
+        for part, array in parts.items():
+            arrays[_array_name(name, part)] = array
+        tensors[name] = {
+            "kind": kind,
+            "static": static,
+            "arrays": {
+                part: {"shape": list(a.shape), "dtype": jnp.dtype(a.dtype).name} for part, a in parts.items()
+            },
+        }
+    return arrays, tensors
+
+
+def _abstract(entry: dict[str, Any]) -> Any:
+    """A parameter of `jax.ShapeDtypeStruct`s as it will be in memory, codes at 2 bits."""
+    parts = {
+        part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"]))
+        for part, a in entry["arrays"].items()
+    }
+    if entry["kind"] == _ARRAY:
+        return parts[""]
+    if entry["kind"] == "ternary":
+        codes = parts["codes"]
+        width = packing.packed_width(entry["static"]["in_features"])
+        parts["codes"] = jax.ShapeDtypeStruct((*codes.shape[:-1], width), codes.dtype)
+    return _KINDS[entry["kind"]](**parts, **entry["static"])
+
+
+def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sharding.Mesh | None) -> None:
+    """Fills the abstract parameters of `model` from the orbax checkpoint."""
+    state = nnx.state(model, nnx.Param)
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if mesh is None:
+        placed = jax.tree.map(lambda _: single, state)
+    else:
+        from twla_jax.sharding import shardings
+
+        placed = shardings(state, mesh)
+    targets = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(placed)}
+    wanted = {}
+    for name, entry in tensors.items():
+        for part, a in entry["arrays"].items():
+            sharding = targets[name] if part == "" else getattr(targets[name], part)
+            if entry["kind"] == "ternary" and part == "codes":
+                sharding = _stored_sharding(a["shape"], mesh) or single
+            wanted[_array_name(name, part)] = jax.ShapeDtypeStruct(
+                tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=sharding
+            )
+    with _checkpointer() as checkpointer:
+        arrays = checkpointer.restore(
+            params, item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+        )
+    for name, entry in tensors.items():
+        parts = {part: arrays.pop(_array_name(name, part)) for part in entry["arrays"]}
+        if entry["kind"] == "ternary":
+            unpack = jax.jit(_unpack_stored, static_argnums=1, out_shardings=targets[name].codes)
+            parts["codes"] = unpack(parts["codes"], entry["static"]["in_features"])
+        value = parts[""] if entry["kind"] == _ARRAY else _KINDS[entry["kind"]](**parts, **entry["static"])
+        _assign(model, name, value)
+
+
+def _stored_sharding(shape: list[int], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
+    """Rows over `model` where they divide: bytes of five trits cannot be cut where 2-bit tiles are, rows can."""
+    if mesh is None:
+        return None
+    divides = shape[-2] % mesh.shape["model"] == 0
+    spec = [None] * (len(shape) - 2) + ["model" if divides else None, None]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pack_stored(codes: jax.Array, in_features: int) -> jax.Array:
+    return _by_layer(functools.partial(packing.pack_base3, in_features=in_features), codes)
+
+
+def _unpack_stored(stored: jax.Array, in_features: int) -> jax.Array:
+    return _by_layer(functools.partial(packing.unpack_base3, in_features=in_features), stored)
+
+
+def _by_layer(function: Any, stack: jax.Array) -> jax.Array:
+    """One matrix at a time: a trit takes a byte on the way, and a stack of them would be the whole model's worth."""
+    return jax.lax.map(function, stack) if stack.ndim > 2 else function(stack)
+
+
+def _assign(model: Decoder, name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    module = functools.reduce(getattr, parents, model)
+    # nnx.data: a rotation may land where the full-precision model has None
+    setattr(module, last, nnx.data(nnx.Param(value)))
+
+
+def _array_name(tensor: str, part: str) -> str:
+    return f"{tensor}.{part}" if part else tensor
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
+    """One plain file an array, uncompressed: what lies on the disk is then what the accounting says.
+
+    Orbax's log is held back: it would print every thread's traceback of the one error that is raised, too.
+    """
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=False) as checkpointer:
+            yield checkpointer
+    finally:
+        log.setLevel(level)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _dumps(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Renames `temporary` to `folder`, whose old contents go only once the new ones are in place."""
+    if folder.is_dir() and any(folder.iterdir()):
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)  # an empty folder is replaced
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
+            raise TwlaError(f"{folder}: {full.lower()}; nothing was written") from None
+        if isinstance(error, OSError):
+            raise TwlaError(f"{folder}: {error.strerror or error}; nothing was written") from None
+        raise

@@ -1,0 +1,108 @@
+"""Perplexity on a text: windows that do not overlap, each scored from its own beginning."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+from tqdm import tqdm
+
+from twla_jax.errors import TwlaError
+from twla_jax.models.decoder import Decoder
+
+
+def cut_windows(tokens: Int[np.ndarray, " t"], seq_len: int) -> Int32[np.ndarray, "w seq_len"]:
+    """Consecutive windows of `seq_len` tokens; the remainder is dropped.
+
+    Raises:
+      TwlaError: the text is shorter than one window, or `seq_len` leaves nothing to predict.
+    """
+    if seq_len < 2:
+        raise TwlaError(f"seq_len {seq_len}: a window needs at least 2 tokens")
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise TwlaError(f"the text has {len(tokens)} tokens, fewer than one window of seq_len {seq_len}")
+    return np.asarray(tokens[: count * seq_len], np.int32).reshape(count, seq_len)
+
+
+def evaluate(
+    model: Decoder,
+    tokens: Int[np.ndarray, " t"] | Int[np.ndarray, "w seq_len"],
+    *,
+    seq_len: int = 2048,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+    chunk: int = 512,
+    progress: bool = True,
+) -> dict[str, float | int]:
+    """Perplexity of `model`: `exp` of the mean negative log-likelihood of every window's `seq_len − 1` predictions.
+
+    Args:
+      tokens: a whole text, cut by `cut_windows`; or windows already cut, whose length then replaces `seq_len`.
+      max_windows: score only the first so many.
+      batch_size: windows at a time.
+      chunk: positions whose logits exist at the same time, per batch; `[b, t, vocab]` never exists whole.
+      progress: a bar with an estimate of the time left, on stderr.
+    Returns:
+      `perplexity`, `nll` (its logarithm, nats per token), `windows`, `tokens` (in these windows) and `seq_len`.
+    Raises:
+      TwlaError: as `cut_windows`; a token is not in the model's vocabulary.
+    """
+    tokens = np.asarray(tokens)
+    windows = (cut_windows(tokens, seq_len) if tokens.ndim == 1 else tokens.astype(np.int32))[:max_windows]
+    if windows.size == 0:
+        raise TwlaError(f"max_windows {max_windows}: there is no window to evaluate")
+    check_vocabulary(windows, model.config.vocab_size)
+    # Host parameters move to the device once, not at every call.
+    model = jax.tree.map(jnp.asarray, model)
+    total = 0.0
+    with tqdm(total=len(windows), desc="evaluate", unit="window", disable=not progress) as bar:
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            # A short last batch is filled up, so that nothing compiles twice.
+            filled = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
+            total += float(window_nll(model, filled, chunk=chunk)[: len(batch)].sum())
+            bar.update(len(batch))
+            bar.set_postfix(perplexity=f"{_exp(total / (start + len(batch))):.2f}")
+    nll = total / len(windows)
+    return {
+        "perplexity": _exp(nll),
+        "nll": nll,
+        "windows": len(windows),
+        "tokens": int(windows.size),
+        "seq_len": windows.shape[1],
+    }
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def window_nll(model: Decoder, windows: Int32[Array, "b t"], *, chunk: int = 512) -> Float[Array, " b"]:
+    """Mean negative log-likelihood of each window's `t − 1` predictions, float32."""
+    hidden, targets = model.hidden(windows)[:, :-1], windows[:, 1:]
+    length = targets.shape[1]
+    padding = -length % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    real = jnp.arange(length + padding) < length
+
+    def chunk_nll(start):
+        h, t = (jax.lax.dynamic_slice_in_dim(a, start, chunk, axis=1) for a in (hidden, targets))
+        logits = model.logits(h)
+        of_target = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - of_target
+        return jnp.where(jax.lax.dynamic_slice_in_dim(real, start, chunk), nll, 0).sum(-1)
+
+    return jax.lax.map(chunk_nll, jnp.arange(0, length + padding, chunk)).sum(0) / length
+
+
+def check_vocabulary(tokens: Int[np.ndarray, "*shape"], vocab_size: int) -> None:
+    """TwlaError naming the first token id outside `[0, vocab_size)`: a lookup would take another row without a word."""
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.size:
+        raise TwlaError(f"token id {int(outside[0])} is not in the model's vocabulary of {vocab_size}")
+
+
+def _exp(nll: float) -> float:
+    """`exp`, infinite rather than an error where it overflows."""
+    return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf

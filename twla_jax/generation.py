@@ -1,0 +1,117 @@
+"""Text generation with a key/value cache."""
+
+import functools
+from collections.abc import Collection, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from twla_jax.errors import TwlaError
+from twla_jax.evaluation import check_vocabulary
+from twla_jax.models.decoder import Decoder, KVCache
+
+_BUCKET = (
+    64  # prompts and caches are rounded up to a power of two times this, so that few shapes are compiled
+)
+
+
+def generate(
+    model: Decoder, prompt: Int[np.ndarray, "b t"], *, max_new_tokens: int, **settings
+) -> Int32[np.ndarray, "b new"]:
+    """All tokens of `stream` at once: at most `max_new_tokens` a row, fewer where every row came to an end."""
+    return np.stack(list(stream(model, prompt, max_new_tokens=max_new_tokens, **settings)), axis=1)
+
+
+def stream(
+    model: Decoder,
+    prompt: Int[np.ndarray, "b t"],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+    eos_token_ids: Collection[int] | None = None,
+) -> Iterator[Int32[np.ndarray, " b"]]:
+    """Continues `prompt` token by token; yields the next token of every row as soon as it is there.
+
+    Args:
+      prompt: token ids, rows of equal length.
+      temperature: 0 takes the likeliest token; else samples from `softmax(logits / temperature)`.
+      key: random key for sampling; `jax.random.key(0)` if None.
+      eos_token_ids: ids that end a row (`model.config.eos_token_ids` if None; empty for none). A row that has ended
+        repeats its last token; the stream ends when all have.
+    Raises:
+      TwlaError: (at the call) the prompt is empty or outside the vocabulary, a setting is out of range, or prompt and
+        new tokens together exceed `max_position_embeddings`.
+    """
+    prompt = np.asarray(prompt, np.int32)
+    length = prompt.shape[1]
+    if prompt.size == 0:
+        raise TwlaError("the prompt has no tokens")
+    if max_new_tokens < 1:
+        raise TwlaError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
+    if not 0 <= temperature < float("inf"):
+        raise TwlaError(f"temperature {temperature}: 0 or more is needed")
+    if (total := length + max_new_tokens) > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        raise TwlaError(
+            f"max_new_tokens {max_new_tokens}: with {length} prompt tokens {total}, above the model's {limit}"
+        )
+    check_vocabulary(prompt, model.config.vocab_size)
+    ends = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
+    key = jax.random.key(0) if key is None else key
+    return _stream(
+        model, prompt, max_new_tokens, jnp.float32(temperature), key, np.asarray(list(ends), np.int32)
+    )
+
+
+def _stream(model, prompt, max_new_tokens, temperature, key, ends) -> Iterator[np.ndarray]:
+    model = jax.tree.map(jnp.asarray, model)  # once, not at every step
+    batch, length = prompt.shape
+    padded = np.pad(prompt, ((0, 0), (0, _bucket(length) - length)))
+    cache = model.init_cache(batch, _bucket(_bucket(length) + max_new_tokens))
+    token, cache = _prefill(model, padded, jnp.int32(length), cache, temperature, jax.random.fold_in(key, 0))
+    ended = np.zeros(batch, bool)
+    for step in range(1, max_new_tokens + 1):
+        current = np.asarray(token)
+        yield current
+        ended |= np.isin(current, ends)
+        if ended.all() or step == max_new_tokens:
+            return
+        following, cache = _step(model, token, cache, temperature, jax.random.fold_in(key, step))
+        token = jnp.where(ended, token, following)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _prefill(
+    model: Decoder, prompt: Int32[Array, "b t"], length: Int32[Array, ""], cache: KVCache, temperature, key
+) -> tuple[Int32[Array, " b"], KVCache]:
+    """The prompt, filled up on the right, into an empty cache; the first new token.
+
+    What the filling left in the cache lies past `length` and is overwritten before it is read.
+    """
+    h, cache = model.decode(prompt, cache)
+    last = jax.lax.dynamic_index_in_dim(h, length - 1, axis=1, keepdims=False)
+    cache = KVCache(key=cache.key, value=cache.value, length=length)
+    return _sample(model.logits(last), temperature, key), cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _step(
+    model: Decoder, token: Int32[Array, " b"], cache: KVCache, temperature, key
+) -> tuple[Int32[Array, " b"], KVCache]:
+    h, cache = model.decode(token[:, None], cache)
+    return _sample(model.logits(h[:, 0]), temperature, key), cache
+
+
+def _sample(logits: Float[Array, "b vocab"], temperature: Float[Array, ""], key) -> Int32[Array, " b"]:
+    sampled = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, sampled, logits.argmax(-1)).astype(jnp.int32)
+
+
+def _bucket(length: int) -> int:
+    size = _BUCKET
+    while size < length:
+        size *= 2
+    return size

@@ -1,0 +1,361 @@
+"""The whole-model transform: block by block, each part calibrated on inputs that passed through the quantised ones.
+
+Every kernel of a block becomes a `TernaryTensor`, every input of its linears gets a `KroneckerRotation` and an
+`ActivationQuantizer`. Second moments are summed over batches of windows, so the inputs themselves are never kept; what
+is kept is the residual stream, on the device where it fits and on the host where not.
+"""
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+from tqdm import tqdm
+
+from twla_jax import compensation, kotms, resume, sharding, ternary
+from twla_jax.activation import OFF, ActivationQuantizer, fit_clips
+from twla_jax.errors import TwlaError
+from twla_jax.evaluation import check_vocabulary
+from twla_jax.kotms import KroneckerRotation
+from twla_jax.models.decoder import SITES, Block, Decoder, Positions
+from twla_jax.recipe import Recipe
+from twla_jax.stream import ResidualStream
+
+_ROTATION_WEIGHTS = 2**23  # weights whose rotations are fitted at the same time
+_SNAPSHOT_SECONDS = 60  # between two copies of the residual stream to the working folder
+
+
+def quantize(
+    model: Decoder,
+    windows: Int32[np.ndarray, "w s"],
+    recipe: Recipe,
+    *,
+    work_dir: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = True,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Quantises every linear of the blocks; embeddings, norms and the head stay as they are.
+
+    Args:
+      model: full precision; left as it is. Host (numpy) parameters go to the device one block at a time.
+      windows: calibration tokens, for example from `calibration_windows`.
+      recipe: its `calibration` part is not read; the windows stand for it.
+      work_dir: finished rotations and blocks, and now and then the residual stream, are kept here; a later call with
+        the same model, windows and recipe goes on from them.
+      mesh: with axes `data` and `model`: windows are split over `data`, parameters as `sharding.shardings` says.
+      progress: bars with an estimate of the time left, on stderr.
+    Returns:
+      The quantised model, and JSON-ready figures: `sites` (for each block and input `output_error`, `weight_error`,
+      `damping`, `rotation_loss` before and after, `clips`) and `seconds` by stage.
+    Raises:
+      TwlaError: a token outside the vocabulary, a working folder of other work, or a layer whose errors are not finite.
+    """
+    windows = np.asarray(windows, np.int32)
+    check_vocabulary(windows, model.config.vocab_size)
+    store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, recipe)
+    start = time.perf_counter()
+    rotations, losses = _fit_rotations(model, recipe, store, progress)
+    fitted = time.perf_counter()
+    layers = _quantize_blocks(model, windows, rotations, recipe, store, mesh, progress)
+    figures = [
+        {
+            "layer": index,
+            "site": site,
+            **{name: float(layers[index][f"{site}.{name}"]) for name in _FIGURES},
+            "rotation_loss": losses[site][index].tolist() if site in losses else None,
+            "clips": layers[index][f"{site}.clips"].tolist(),
+        }
+        for index in range(model.config.num_layers)
+        for site in SITES
+    ]
+    seconds = {"rotations": fitted - start, "blocks": time.perf_counter() - fitted}
+    return _assemble(model, rotations, layers, recipe), {"sites": figures, "seconds": seconds}
+
+
+def _open_work_dir(folder: Path, model: Decoder, windows: np.ndarray, recipe: Recipe) -> resume.WorkDir:
+    settings = {
+        "config": model.config.to_dict(),
+        "recipe": {
+            key: value for key, value in recipe.to_dict().items() if key not in ("name", "calibration")
+        },
+        "dtype": model.dtype.name,
+    }
+    arrays = map(np.asarray, [windows, *jax.tree.leaves(model)])
+    return resume.WorkDir(folder, resume.fingerprint(settings, arrays))
+
+
+_FIGURES = ("output_error", "weight_error", "damping")
+
+
+def _fit_rotations(
+    model: Decoder, recipe: Recipe, store: resume.WorkDir | None, progress: bool
+) -> tuple[dict[str, KroneckerRotation], dict[str, np.ndarray]]:
+    """For every site the rotations of all blocks, stacked, on the host; and their losses `[layers, 2]`."""
+    rotations, losses = {}, {}
+    saved: Any
+    if recipe.rotation.start == "none":
+        return rotations, losses
+    layers = model.config.num_layers
+    with tqdm(total=len(SITES) * layers, desc="rotations", unit="input", disable=not progress) as bar:
+        for index, (site, names) in enumerate(SITES.items()):
+            saved = store.load(f"rotation-{site}") if store else None
+            if saved is None:
+                saved = _fit_site(model, names, jax.random.key(recipe.rotation.seed + index), recipe, bar)
+                if store:
+                    store.save(f"rotation-{site}", saved)
+            else:
+                bar.update(layers)
+            rotations[site] = KroneckerRotation(saved["left"], saved["right"])
+            losses[site] = saved["losses"]
+    return rotations, losses
+
+
+def _fit_site(
+    model: Decoder, names: tuple[str, ...], key: jax.Array, recipe: Recipe, bar: tqdm
+) -> dict[str, np.ndarray]:
+    kernels = [getattr(model.blocks, name).kernel.get_value() for name in names]
+    layers, m, _ = kernels[0].shape
+    n = sum(kernel.shape[-1] for kernel in kernels)
+    sizes = kotms.factor_sizes(m, n, recipe.rotation.factors)
+    keys = jax.random.split(key, layers)
+    # Equal chunks, so that all of them share one compilation.
+    fitting = (
+        size for size in range(layers, 1, -1) if layers % size == 0 and size * n * m <= _ROTATION_WEIGHTS
+    )
+    chunk = next(fitting, 1)
+    parts = []
+    for start in range(0, layers, chunk):
+        here = slice(start, start + chunk)
+        rotation, loss = _fit_chunk(
+            tuple(jnp.asarray(kernel[here]) for kernel in kernels), keys[here], recipe.rotation, sizes
+        )
+        parts.append(
+            {
+                k: np.asarray(v)
+                for k, v in (("left", rotation.left), ("right", rotation.right), ("losses", loss))
+            }
+        )
+        bar.update(chunk)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fit_chunk(kernels, keys, recipe, sizes):
+    rows = jnp.concatenate([jnp.swapaxes(kernel, -1, -2) for kernel in kernels], axis=-2)
+    return jax.vmap(functools.partial(kotms.fit_rotation, recipe=recipe, sizes=sizes))(rows, keys)
+
+
+def _quantize_blocks(
+    model: Decoder,
+    windows: np.ndarray,
+    rotations: dict[str, KroneckerRotation],
+    recipe: Recipe,
+    store: resume.WorkDir | None,
+    mesh: jax.sharding.Mesh | None,
+    progress: bool,
+) -> list[dict[str, np.ndarray]]:
+    """What `_quantize_block` finds for every block, on the host."""
+    config = model.config
+    reach = model.windows()
+    stream = ResidualStream(model, windows, mesh)
+    layers: list[dict[str, np.ndarray]] = []
+    first = 0
+    if store and (snapshot := store.load("stream")):
+        first = int(snapshot["layer"])
+        layers = [saved for index in range(first) if (saved := store.load(f"block-{index}"))]
+        stream.restore(snapshot["x"])
+    else:
+        stream.start()
+    saved_at = time.perf_counter()
+    with tqdm(
+        total=config.num_layers, initial=first, desc="blocks", unit="block", disable=not progress
+    ) as bar:
+        for index in range(first, config.num_layers):
+            block = _place(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks), mesh)
+            here = {
+                site: jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), r)
+                for site, r in rotations.items()
+            }
+            result = jax.device_get(_quantize_block(block, here, stream, reach[index], recipe))
+            for site in SITES:
+                if not all(np.isfinite(result[f"{site}.{name}"]) for name in _FIGURES):
+                    raise TwlaError(
+                        f"block {index}, input {site}: the error is not finite: its weights exceed float16's range, or"
+                        f" its activations {model.dtype.name}'s"
+                    )
+            layers.append(result)
+            bar.update()
+            bar.set_postfix(output_error=f"{np.mean([result[f'{site}.output_error'] for site in SITES]):.3f}")
+            if store:
+                store.save(f"block-{index}", result)
+                if time.perf_counter() - saved_at > _SNAPSHOT_SECONDS and index + 1 < config.num_layers:
+                    store.save("stream", {"layer": np.asarray(index + 1), "x": stream.collect()})
+                    saved_at = time.perf_counter()
+    return layers
+
+
+def _quantize_block(
+    block: Block,
+    rotations: dict[str, KroneckerRotation],
+    stream: ResidualStream,
+    reach: Int32[Array, ""],
+    recipe: Recipe,
+) -> dict[str, jax.Array]:
+    """Quantises one block in place, input by input, and moves the stream past it.
+
+    Returns:
+      `q.codes`, `q.alpha`, `q.mu`, … for every linear, and for every input its clips and figures.
+    """
+    result = {}
+    stride = max(1, stream.tokens // recipe.activations.clip_tokens)
+    for site, names in SITES.items():
+        linears = [getattr(block, name) for name in names]
+        m = linears[0].kernel.get_value().shape[0]
+        moment, samples = jnp.zeros((m, m), jnp.float32), []
+        for batch, real in stream.batches():
+            batch["x"], batch["mixed"], moment, sample = _advance(
+                block,
+                batch["x"],
+                batch["mixed"],
+                real,
+                moment,
+                stream.positions,
+                reach,
+                site=site,
+                stride=stride,
+            )
+            samples.append(sample)
+        kernels = tuple(linear.kernel.get_value() for linear in linears)
+        tensors, clips, figures = _quantize_site(
+            kernels, rotations.get(site), moment, jnp.concatenate(samples), stream.tokens, recipe=recipe
+        )
+        for name, linear, tensor in zip(names, linears, tensors, strict=True):
+            linear.kernel = nnx.Param(tensor)
+            result |= {f"{name}.{part}": getattr(tensor, part) for part in _PARTS}
+        _set_input(getattr(block, f"{site}_input"), rotations.get(site), clips, recipe.activations.bits)
+        result |= {f"{site}.clips": clips} | {f"{site}.{key}": value for key, value in figures.items()}
+    for batch, _ in stream.batches():
+        batch["x"] = _finish(block, batch["x"])
+    return result
+
+
+_PARTS = ("codes", "alpha", "mu")
+
+
+def _set_input(transform: Any, rotation: KroneckerRotation | None, clips: Any, bits: int) -> None:
+    if rotation is not None:
+        transform.rotation = nnx.data(nnx.Param(rotation))
+    settings = jnp.full(clips.shape[:-1], bits, jnp.int32)
+    transform.activation = nnx.data(
+        nnx.Param(ActivationQuantizer(bits=settings, clips=clips, enabled=bits < OFF))
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("site", "stride"), donate_argnames=("x", "moment"))
+def _advance(
+    block: Block,
+    x: Float[Array, "b s d"],
+    mixed: Any,
+    real: Float[Array, " b"],
+    moment: Float[Array, "m m"],
+    positions: Positions,
+    reach: Int32[Array, ""],
+    *,
+    site: str,
+    stride: int,
+) -> tuple[Float[Array, "b s d"], Any, Float[Array, "m m"], Float[Array, "c m"]]:
+    """One batch up to the input of `site`: the stream, that input's second moments, and every so many tokens of it.
+
+    `mixed` is the attention's output between the sites o and mlp, `[b, s, heads_d]`, and None elsewhere. Windows that
+    only fill up a batch (`real` is 0) give zeros, which count for nothing in moments or clips.
+    """
+    if site == "qkv":
+        h = block.input_norm(x)
+    elif site == "o":
+        h = mixed = block.attend(block.qkv_input(block.input_norm(x)), positions, reach)
+    elif site == "mlp":
+        x, mixed = x + block.o(block.o_input(mixed)), None
+        h = block.post_norm(x)
+    else:
+        h = block.gate_up(block.mlp_input(block.post_norm(x)))
+    h = h * real[:, None, None].astype(h.dtype)
+    sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
+    return x, mixed, compensation.accumulate_moment(moment, h), sample
+
+
+@functools.partial(jax.jit, donate_argnames="x")
+def _finish(block: Block, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    """From the MLP's residual to the block's output."""
+    h = block.gate_up(block.mlp_input(block.post_norm(x)))
+    return x + block.down(block.down_input(h))
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _quantize_site(
+    kernels: tuple[Float[Array, "m n"], ...],
+    rotation: KroneckerRotation | None,
+    moment: Float[Array, "m m"],
+    sample: Float[Array, "c m"],
+    tokens: Float[Array, ""],
+    *,
+    recipe: Recipe,
+) -> tuple[tuple[ternary.TernaryTensor, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
+    """Rotates and quantises the linears that share one input, and fits that input's clips to the result."""
+    rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
+    if rotation is not None:
+        left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
+        rows, sample = kotms.rotate(rows, left, right), kotms.rotate(sample, left, right)
+        moment = kotms.rotate_moment(moment, rotation)
+    tensor, figures = compensation.ternarize(rows, moment, tokens, recipe=recipe.weights)
+    dense = ternary.dequantize(tensor)
+    output_metric = jnp.matmul(dense.T, dense, precision=jax.lax.Precision.HIGHEST)
+    clips = fit_clips(sample, output_metric, recipe.activations.clips)
+    ends = np.cumsum([kernel.shape[1] for kernel in kernels])
+    tensors = tuple(
+        jax.tree.map(lambda leaf, rows=slice(end - kernel.shape[1], end): leaf[rows], tensor)
+        for end, kernel in zip(ends, kernels, strict=True)
+    )
+    return tensors, clips, figures
+
+
+def _place(block: Block, mesh: jax.sharding.Mesh | None) -> Block:
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, block)
+    return jax.device_put(block, sharding.shardings(block, mesh))
+
+
+def _assemble(
+    model: Decoder,
+    rotations: dict[str, KroneckerRotation],
+    layers: list[dict[str, np.ndarray]],
+    recipe: Recipe,
+) -> Decoder:
+    """The quantised model: blocks stacked on the host, everything else shared with the original."""
+    graph, state = nnx.split(model)
+    quantised = nnx.merge(graph, state)
+
+    def stacked(name) -> Any:
+        return np.stack([layer[name] for layer in layers])
+
+    for site, names in SITES.items():
+        for name in names:
+            linear = getattr(quantised.blocks, name)
+            m = linear.kernel.get_value().shape[-2]
+            tensor = ternary.TernaryTensor(
+                *(stacked(f"{name}.{part}") for part in _PARTS),
+                in_features=m,
+                group_size=recipe.weights.group_size or m,
+            )
+            linear.kernel = nnx.Param(tensor)
+        _set_input(
+            getattr(quantised.blocks, f"{site}_input"),
+            rotations.get(site),
+            stacked(f"{site}.clips"),
+            recipe.activations.bits,
+        )
+    return quantised

@@ -1,0 +1,72 @@
+"""What a report needs beside the results: phases with their times, versions, device, peak memory."""
+
+import contextlib
+import importlib.metadata
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from twla_jax import __version__
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "gguf",
+    "numpy",
+)
+
+
+class Phases:
+    """Seconds spent in each named phase of a run, told on stderr as they begin.
+
+    Attributes:
+      seconds: wall-clock seconds by phase, in the order they ran; a phase entered twice adds up.
+    """
+
+    def __init__(self, verbose: bool = True):
+        self.seconds: dict[str, float] = {}
+        self._verbose = verbose
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Times what runs inside `with phases(name):`."""
+        if self._verbose:
+            print(f"twla: {name} …", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the device that computes, JSON-ready."""
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "twla-jax": __version__,
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        },
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+    }
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Most bytes that this process held so far: on the host, and on the first device where its driver counts them."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    statistics = jax.devices()[0].memory_stats() or {}
+    return {
+        "host_bytes": peak if sys.platform == "darwin" else peak * 1024,  # Linux counts in KiB
+        "device_bytes": statistics.get("peak_bytes_in_use"),
+    }
