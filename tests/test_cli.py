@@ -1,0 +1,174 @@
+"""The command line: figures on stdout, all else on stderr, mistakes in one line, exit status 0 only on success."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import twla_jax
+from twla_jax import cli
+
+SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
+
+
+@pytest.fixture(scope="module")
+def texts(data, tmp_path_factory):
+    """Stories to calibrate on, and others to evaluate on."""
+    stories = (data / "web" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
+    folder = tmp_path_factory.mktemp("texts")
+    for name, part in (("calibration", stories[::2]), ("evaluation", stories[1::2])):
+        (folder / f"{name}.txt").write_text("".join(part))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(texts):
+    return str(texts / "evaluation.txt")
+
+
+@pytest.fixture(scope="module")
+def out(stories_model, texts, tmp_path_factory):
+    """stories260K quantised by the command, and what the command printed."""
+    folder = tmp_path_factory.mktemp("cli") / "out"
+    recipe = folder.parent / "quick.toml"
+    recipe.write_text(
+        "[weights]\ngroup_size = 32\nrounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
+    )
+    calibration, evaluation = texts / "calibration.txt", texts / "evaluation.txt"
+    options = ["--recipe", recipe, "--calibration", calibration, "--check-corpus", evaluation, *SMALL]
+    cli.main(list(map(str, ["quantize", stories_model, folder, *options])))
+    return folder
+
+
+def run(capsys, *arguments):
+    cli.main(list(map(str, arguments)))
+    return capsys.readouterr()
+
+
+def fails(capsys, *arguments):
+    """The one line of a command that must fail, and its exit status."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if line.startswith("twla: error: ")]
+    assert len(lines) == 1
+    assert lines[0] == printed.err.splitlines()[-1]
+    assert "Traceback" not in printed.err
+    return lines[0], stop.value.code
+
+
+def test_a_quantised_folder_alone_is_enough(out, capsys):
+    assert {path.name for path in out.iterdir()} == {"params", "tokenizer", "report.json", "twla.json"}
+    assert not out.with_name("out.partial").exists()
+    report = json.loads((out / "report.json").read_text())
+    assert report["evaluation"]["perplexity"]["A16"] >= report["evaluation"]["perplexity"]["full"] > 1
+    assert report["calibration"]["sha256"] != report["evaluation"]["sha256"]
+    assert report["versions"]["jax"]
+    assert report["peak_memory"]["host_bytes"] > 0
+
+
+def test_json_is_alone_on_stdout(out, text, capsys):
+    arguments = ["--corpus", text, "--seq-len", 64, "--max-windows", 2, "--json"]
+    scored = json.loads(run(capsys, "eval", out, *arguments).out)
+    assert (scored["windows"], scored["tokens"]) == (2, 128)
+    coarse = json.loads(run(capsys, "eval", out, *arguments, "--activation-bits", 2).out)
+    assert coarse["perplexity"] > scored["perplexity"]
+    sizes = json.loads(run(capsys, "inspect", out, "--json").out)
+    assert sizes["bytes_accounted"] == pytest.approx(sizes["bytes_on_disk"], rel=0.02)
+    generated = json.loads(
+        run(capsys, "generate", out, "--prompt", "Once", "--max-new-tokens", 5, "--json").out
+    )
+    assert len(generated["tokens"]) == 5
+
+
+def test_generation_streams_what_json_says(out, capsys):
+    arguments = ["generate", out, "--prompt", "Once upon a time", "--max-new-tokens", 8]
+    streamed = run(capsys, *arguments).out
+    assert streamed.rstrip("\n") == json.loads(run(capsys, *arguments, "--json").out)["text"].rstrip("\n")
+
+
+def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(stories_model, text, capsys):
+    arguments = ["--corpus", text, "--seq-len", 64, "--max-windows", 1]
+    assert run(capsys, "eval", stories_model, *arguments).out.startswith("perplexity ")
+    line, _ = fails(capsys, "eval", stories_model, *arguments, "--activation-bits", 4)
+    assert "need a quantised model" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "status"),
+    [
+        (["quantise"], "quantize, eval, generate, inspect, demo", 2),
+        (["quantize", "{model}"], "OUT", 2),
+        (
+            ["quantize", "{model}", "{new}", "--activation-bits", "5"],
+            "'5' for argument '--activation-bits'",
+            2,
+        ),
+        (["quantize", "{model}", "{new}", "--recipe", "w2"], "neither a file nor one of: demo", 1),
+        (["quantize", "{model}", "{new}", "--calibration", "wiki"], "nor one of: pydoc, wikitext2", 1),
+        (["quantize", "{model}", "{new}", "--windows", "0"], "calibration.windows = 0", 1),
+        (["quantize", "{model}", "{new}", "--seq-len", "513"], "--seq-len 513 exceeds the model's 512", 1),
+        (["quantize", "{model}", "{out}"], "is not empty", 1),
+        (["quantize", "{out}", "{new}"], "is quantised already", 1),
+        (["quantize", "{nothing}", "{new}"], "neither a folder, a .gguf file nor 'smollm2'", 1),
+        (["quantize", "{model}", "{new}", "--calibration", "{short}"], "fewer than one window", 1),
+        (["quantize", "{model}", "{new}", "--calibration", "{test}"], "for evaluation only", 1),
+        (["eval", "{out}", "--seq-len", "4096"], "exceeds the model's 512", 1),
+        (["eval", "{out}", "--corpus", "{short}", "--seq-len", "64"], "fewer than one window", 1),
+        (["inspect", "{model}"], "not a quantised model", 1),
+        (["generate", "{out}", "--prompt", ""], "prompt", 1),
+    ],
+)
+def test_mistakes_get_one_line(arguments, message, status, stories_model, out, data, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("Once upon a time.")
+    places = {
+        "model": stories_model,
+        "out": out,
+        "new": tmp_path / "new",
+        "nothing": tmp_path / "nothing",
+        "short": tmp_path / "short.txt",
+        "test": data / "wikitext2" / "wiki.test.raw",
+    }
+    small = ["--seq-len", "64"] if arguments[0] == "quantize" and "--seq-len" not in arguments else []
+    line, code = fails(capsys, *(argument.format(**places) for argument in arguments), *small)
+    assert message in line
+    assert code == status
+    assert not (tmp_path / "new").exists()
+
+
+def test_interruption_and_defects_end_without_a_traceback(monkeypatch, capsys):
+    for error, status in (
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device"), 1),
+        (ZeroDivisionError(), 1),
+    ):
+
+        def stop(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(cli, "_run", stop)
+        _, code = fails(capsys, "inspect", "anything")
+        assert code == status
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert not stop.value.code
+    assert "usage: twla" in capsys.readouterr().out
+
+
+@pytest.mark.smoke
+def test_help_imports_nothing_heavy():
+    code = "import sys, twla_jax.cli; assert not {'jax', 'flax', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.smoke
+def test_public_names_resolve_to_themselves_however_often():
+    for _ in range(2):
+        for name in twla_jax.__all__:
+            assert getattr(twla_jax, name).__name__ == name

