@@ -29,7 +29,7 @@ def test_the_paper_recipe_holds_the_papers_settings():
         "paper",
         "cayley",
     )
-    assert (recipe.weights.metric, recipe.weights.rounds) == ("group", 1)
+    assert (recipe.weights.metric, recipe.weights.rounds) == ("group", 0)
 
 
 def test_an_unknown_name_lists_what_exists():

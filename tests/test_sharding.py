@@ -110,8 +110,10 @@ def test_calibration_statistics_agree_to_float32_rounding(model, mesh):
 
 
 def test_calibration_on_the_mesh_gives_the_same_quality(model, quantised, mesh):
-    """Codes on a boundary may fall either way with the rounding of a sum, so the errors are compared, not the bits."""
+    """Errors agree until the rounding of a sum tips the first code that lay on a boundary, which may happen in down,
+    whose 96 tokens leave its 1024 columns undetermined; from there on only their mean can."""
     _, on_mesh = pipeline.quantize(model, WINDOWS, RECIPE, mesh=mesh, progress=False)
-    for one, other in zip(quantised[1]["sites"], on_mesh["sites"], strict=True):
-        np.testing.assert_allclose(other["output_error"], one["output_error"], rtol=0.05)
-        assert other["damping"] == one["damping"]
+    one, other = (np.array([s["output_error"] for s in f["sites"]]) for f in (quantised[1], on_mesh))
+    np.testing.assert_allclose(other[:3], one[:3], rtol=1e-4)
+    np.testing.assert_allclose(other.mean(), one.mean(), rtol=0.02)
+    assert [s["damping"] for s in on_mesh["sites"]] == [s["damping"] for s in quantised[1]["sites"]]

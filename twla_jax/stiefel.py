@@ -31,11 +31,7 @@ def retract_polar(x: Matrix, tangent: Matrix) -> Matrix:
     # σ(X + ξ)² = 1 + σ(ξ)², so this bound brings every singular value into (0, 1], where the iteration converges. 12
     # steps reach float32 rounding for ‖ξ‖_F ≤ 30, far beyond any sensible step.
     y = y / jnp.sqrt(1 + jnp.square(tangent).sum((-2, -1), keepdims=True))
-
-    def step(_, y):
-        return 1.5 * y - 0.5 * _matmul(y, _matmul(_t(y), y))
-
-    return jax.lax.fori_loop(0, _NEWTON_SCHULZ_STEPS, step, y)
+    return jax.lax.fori_loop(0, _NEWTON_SCHULZ_STEPS, lambda _, y: _newton_schulz(y), y)
 
 
 def retract_qr(x: Matrix, tangent: Matrix) -> Matrix:
@@ -46,11 +42,15 @@ def retract_qr(x: Matrix, tangent: Matrix) -> Matrix:
 
 
 def retract_cayley(x: Matrix, tangent: Matrix) -> Matrix:
-    """`X (I − Ω/2)⁻¹ (I + Ω/2)` with `Ω = Xᵀξ`: the paper's Cayley map, taken at the current point."""
+    """`X (I − Ω/2)⁻¹ (I + Ω/2)` with `Ω = Xᵀξ`: the paper's Cayley map, taken at the current point.
+
+    The map multiplies X, so on its own it would keep and add up every step's rounding error; one Newton-Schulz step
+    takes it back.
+    """
     omega = _matmul(_t(x), tangent)
     omega = 0.25 * (omega - _t(omega))  # half of the skew part
     eye = jnp.eye(x.shape[-1], dtype=x.dtype)
-    return _matmul(x, jnp.linalg.solve(eye - omega, eye + omega))
+    return _newton_schulz(_matmul(x, jnp.linalg.solve(eye - omega, eye + omega)))
 
 
 RETRACTIONS: dict[str, Callable[[Matrix, Matrix], Matrix]] = {
@@ -89,6 +89,11 @@ def riemannian(
 def random_orthogonal(key: jax.Array, n: int, batch: tuple[int, ...] = ()) -> Matrix:
     """Uniform (Haar) random orthogonal matrices, float32 `[*batch, n, n]`."""
     return jax.random.orthogonal(key, n, batch, dtype=jnp.float32)
+
+
+def _newton_schulz(y: Matrix) -> Matrix:
+    """One step towards the nearest orthogonal matrix; an error ε in `YᵀY − I` becomes `−3ε²/4`."""
+    return 1.5 * y - 0.5 * _matmul(y, _matmul(_t(y), y))
 
 
 def _t(x: jax.Array) -> jax.Array:
