@@ -94,6 +94,37 @@ class ActivationRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RefineRecipe:
+    """Settings of the end-to-end refinement that may follow the layer-wise quantisation.
+
+    Attributes:
+      steps: optimisation steps, each on new windows; 0 leaves the model as it is.
+      batch: windows a step.
+      code_rate: Adam's learning rate for the codes' latents, in units of α.
+      scale_rate: the same for α, μ (relative to α) and norms (relative to themselves).
+      activation_bits: that the linear inputs are quantised to while it learns; 16 for none.
+      dtype: what the models compute in meanwhile; what is learned is float32.
+    """
+
+    steps: int = 0
+    batch: int = 4
+    code_rate: float = 1e-2
+    scale_rate: float = 5e-3
+    activation_bits: int = 16
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        known = f"one of {ACTIVATION_BITS}"
+        _require(
+            self.activation_bits in ACTIVATION_BITS, "refine.activation_bits", self.activation_bits, known
+        )
+        _require(self.steps >= 0, "refine.steps", self.steps, "0 or more")
+        _require(self.batch >= 1, "refine.batch", self.batch, "1 or more")
+        _require(self.code_rate >= 0, "refine.code_rate", self.code_rate, "0 or more")
+        _require(self.scale_rate >= 0, "refine.scale_rate", self.scale_rate, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationRecipe:
     """Which text a model is calibrated on.
 
@@ -122,6 +153,7 @@ class Recipe:
     weights: WeightRecipe = dataclasses.field(default_factory=WeightRecipe)
     rotation: RotationRecipe = dataclasses.field(default_factory=RotationRecipe)
     activations: ActivationRecipe = dataclasses.field(default_factory=ActivationRecipe)
+    refine: RefineRecipe = dataclasses.field(default_factory=RefineRecipe)
     calibration: CalibrationRecipe = dataclasses.field(default_factory=CalibrationRecipe)
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def dequantize(weight: TernaryTensor, dtype=jnp.float32) -> Float[Array, "*batch
     """The matrix `Ŵ` in `dtype`; α and μ are applied in `dtype`."""
     unsigned = packing.unpack(weight.codes, weight.in_features).astype(dtype)
     alpha, mu = (
-        _per_column(p.astype(dtype), weight.in_features, weight.group_size) for p in (weight.alpha, weight.mu)
+        per_column(p.astype(dtype), weight.in_features, weight.group_size) for p in (weight.alpha, weight.mu)
     )
     return (unsigned - 1) * alpha + mu
 
@@ -160,6 +160,9 @@ def nearest_codes(
     return jnp.clip(jnp.round(ratio), -1, 1)
 
 
-def _per_column(parameter: jax.Array, in_features: int, group_size: int) -> jax.Array:
+def per_column(
+    parameter: Float[Array, "*batch n groups"], in_features: int, group_size: int
+) -> Float[Array, "*batch n m"]:
+    """α or μ of every group, repeated for each of the group's columns."""
     repeated = jnp.broadcast_to(parameter[..., None], (*parameter.shape, group_size))
     return repeated.reshape(*parameter.shape[:-1], -1)[..., :in_features]

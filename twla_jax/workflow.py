@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax import accounting, calibration, checkpoint, models, pipeline
+from twla_jax import accounting, calibration, checkpoint, models, pipeline, refine
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import evaluate
@@ -124,7 +124,9 @@ def quantize_to_folder(
         model.dtype = jnp.dtype(dtype)
     with phases("tokenise the text"):
         vocab_size = model.config.vocab_size
-        windows = calibration.calibration_windows(corpus, tokenizer, vocab_size, recipe.calibration)
+        tokens = calibration.tokenize(calibration.require_calibration(corpus), tokenizer, vocab_size)
+        draw = functools.partial(calibration.sample_windows, tokens, seq_len=seq_len)
+        windows = draw(recipe.calibration.windows, seed=recipe.calibration.seed)
         check_tokens = calibration.tokenize(check, tokenizer, vocab_size)
     score = functools.partial(
         evaluate, tokens=check_tokens, seq_len=seq_len, max_windows=check_windows, progress=progress
@@ -136,6 +138,13 @@ def quantize_to_folder(
         quantised, layers = pipeline.quantize(
             model, windows, recipe, work_dir=work_dir, mesh=mesh, progress=progress
         )
+    refined = None
+    if recipe.refine.steps:
+        with phases("refine"):
+            more = draw(recipe.refine.steps * recipe.refine.batch, seed=recipe.calibration.seed + 1)
+            quantised, refined = refine.refine(
+                quantised, model, more, recipe.refine, work_dir=work_dir / "refine", progress=progress
+            )
     del model
     with phases("evaluate the quantised model"):
         perplexity = {
@@ -162,6 +171,7 @@ def quantize_to_folder(
             "sample": tokenizer.decode(sample),
         },
         "layers": layers,
+        "refine": refined,
         "seconds": phases.seconds,
         "peak_memory": peak_memory(),
     }

@@ -1,0 +1,104 @@
+"""Refinement starts from the model as it is, learns to predict as the original does, and keeps every byte count."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import twla_jax
+from twla_jax import models, pipeline, refine, resume
+from twla_jax.models.decoder import Decoder
+from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
+
+QUANTISE = Recipe(
+    weights=WeightRecipe(group_size=16, euclidean_steps=5, rounds=1),
+    rotation=RotationRecipe(steps=5),
+    activations=ActivationRecipe(bits=4, clips=(1.0, 0.8), clip_tokens=64),
+)
+REFINE = RefineRecipe(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32")
+WINDOWS = np.random.default_rng(0).integers(0, 97, (24, 24)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_config):
+    return Decoder(tiny_config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    return pipeline.quantize(teacher, WINDOWS, QUANTISE, progress=False)[0]
+
+
+def kl(student, teacher, windows):
+    """Written out in float64 from the models' logits."""
+    p, q = (
+        np.asarray(jax.nn.log_softmax(model(jnp.asarray(windows))), np.float64)
+        for model in (teacher, twla_jax.set_activation_bits(student, 16))
+    )
+    return (np.exp(p) * (p - q)).sum(-1).mean()
+
+
+def test_latents_start_as_the_student_itself(student, teacher):
+    latents = refine.init_latents(student, teacher)
+    loss = refine.kl_divergence(
+        jax.tree.map(jnp.asarray, student), teacher, latents, jnp.asarray(WINDOWS[:3])
+    )
+    assert float(loss) == pytest.approx(kl(student, teacher, WINDOWS[:3]), rel=1e-4)
+
+
+def test_gradients_pass_the_rounding_straight_within_reach():
+    u = jnp.array([-2.0, -1.2, -0.3, 0.0, 0.7, 1.4, 1.6])
+    slope = jax.grad(lambda u: (refine._straight_through(u) * jnp.arange(7.0)).sum())(u)
+    np.testing.assert_array_equal(refine._straight_through(u), [-1, -1, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(slope, [0, 1, 2, 3, 4, 5, 0])
+
+
+def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
+    refined, figures = refine.refine(student, teacher, np.tile(WINDOWS, (4, 1)), REFINE, progress=False)
+    assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
+    assert figures["steps"] == 24
+    assert figures["loss"][1] < figures["loss"][0]
+    assert 0 < figures["flipped"] < 0.5
+    assert jax.tree.structure(refined) == jax.tree.structure(student)
+    for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype)
+
+
+def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(refine, "_SNAPSHOT_SECONDS", 0)
+    whole, figures = refine.refine(student, teacher, WINDOWS, REFINE, progress=False)
+    save, taken = resume.WorkDir.save, []
+
+    def interrupted(self, name, arrays):
+        save(self, name, arrays)
+        taken.append(len(arrays["losses"]))
+        if taken == [1, 2, 3]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume.WorkDir, "save", interrupted)
+    arguments = (student, teacher, WINDOWS, REFINE)
+    with pytest.raises(KeyboardInterrupt):
+        refine.refine(*arguments, work_dir=tmp_path / "work", progress=False)
+    resumed, again = refine.refine(*arguments, work_dir=tmp_path / "work", progress=False)
+    assert taken == [1, 2, 3, 4, 5, 6]
+    assert again == figures
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_real_model_gets_most_of_its_language_back(stories):
+    """stories260K on its own stories: refinement takes at least half of what quantisation cost."""
+    model = models.load_model(stories)
+    start = np.ones((104, 1), np.int32)
+    text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
+    windows = np.concatenate([start, text], axis=1)
+    student, _ = pipeline.quantize(model, windows[:8], QUANTISE, progress=False)
+    refined, _ = refine.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
+
+    def nll(model):
+        model = twla_jax.set_activation_bits(model, 16)
+        return twla_jax.evaluate(model, windows[96:], progress=False)["nll"]
+
+    full = twla_jax.evaluate(model, windows[96:], progress=False)["nll"]
+    assert nll(refined) - full < 0.5 * (nll(student) - full)
