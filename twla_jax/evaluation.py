@@ -79,7 +79,14 @@ def evaluate(
 @functools.partial(jax.jit, static_argnames="chunk")
 def window_nll(model: Decoder, windows: Int32[Array, "b t"], *, chunk: int = 512) -> Float[Array, " b"]:
     """Mean negative log-likelihood of each window's `t − 1` predictions, float32."""
-    hidden, targets = model.hidden(windows)[:, :-1], windows[:, 1:]
+    return hidden_nll(model, model.hidden(windows), windows, chunk=chunk)
+
+
+def hidden_nll(
+    model: Decoder, hidden: Float[Array, "b t d"], windows: Int32[Array, "b t"], *, chunk: int
+) -> Float[Array, " b"]:
+    """`window_nll` from what `model.hidden(windows)` gives, the logits of `chunk` positions at a time."""
+    hidden, targets = hidden[:, :-1], windows[:, 1:]
     length = targets.shape[1]
     padding = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
