@@ -20,6 +20,7 @@ from twla_jax.errors import TwlaError
 
 Bits = Literal[16, 8, 6, 4, 2]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Site = Literal["input", "block"]
 
 
 def _argument(metavar: str) -> Any:
@@ -29,6 +30,7 @@ def _argument(metavar: str) -> Any:
 Model = Annotated[tyro.conf.Positional[str], _argument("MODEL")]
 Out = Annotated[tyro.conf.Positional[str], _argument("OUT")]
 OptionalInt = Annotated[int | None, _argument("N")]
+OptionalBudget = Annotated[float | None, _argument("BITS")]
 OptionalBits = Annotated[Bits | None, _argument("{16,8,6,4,2}")]
 
 
@@ -42,6 +44,8 @@ def quantize(
     windows: OptionalInt = None,
     seq_len: OptionalInt = None,
     activation_bits: OptionalBits = None,
+    activation_budget: OptionalBudget = None,
+    site: Site | None = None,
     seed: OptionalInt = None,
     dtype: Dtype = "float32",
     check_corpus: Annotated[str | None, _argument("CORPUS")] = None,
@@ -62,6 +66,8 @@ def quantize(
         windows: calibration windows; the recipe's if not given
         seq_len: tokens in a window; the recipe's if not given
         activation_bits: bits of the linear inputs, 16 for none; the recipe's if not given
+        activation_budget: bits of the linear inputs on average, each its own; the recipe's if not given
+        site: what gets bits of its own under a budget; the recipe's if not given
         seed: of windows and rotations; the recipe's if not given
         dtype: what the model computes in
         check_corpus: text the result is checked on; a named corpus has its own, else pydoc
@@ -74,6 +80,8 @@ def quantize(
     settings = _with_options(
         recipes.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed
     )
+    allocation = _changed(settings.allocation, budget=activation_budget, site=site)
+    settings = dataclasses.replace(settings, allocation=allocation)
     report = quantize_to_folder(
         model,
         out,
@@ -84,6 +92,73 @@ def quantize(
         check_windows=check_windows,
     )
     _print(report, json, lambda: _format_report(report, out))
+
+
+def allocate(
+    out: Out,
+    /,
+    *,
+    budget: OptionalBudget = None,
+    site: Site = "input",
+    choices: Annotated[str, _argument("BITS,…")] = "2,4,6,8",
+    weighting: Literal["elements", "macs"] = "elements",
+    beta: Annotated[float, _argument("B")] = 0.5,
+    calibration: Annotated[str | None, _argument("CORPUS")] = None,
+    windows: Annotated[int, _argument("N")] = 8,
+    seq_len: OptionalInt = None,
+    frontier: Annotated[str | None, _argument("BITS,…")] = None,
+    corpus: Annotated[str | None, _argument("CORPUS|FILE")] = None,
+    max_windows: OptionalInt = None,
+    plot: Annotated[str | None, _argument("FILE")] = None,
+    dtype: Dtype = "float32",
+    json: bool = False,
+) -> None:
+    """Give the linear inputs of a quantised model bits of their own under a budget; its weights stay as they are.
+
+    What fewer bits cost is measured once, on calibration text; another budget then takes seconds. An interrupted
+    measurement resumes from OUT.allocate.
+
+    Args:
+        out: folder that twla wrote
+        budget: bits on average
+        site: what gets bits of its own, each input of a block or the whole block
+        choices: bits to choose from
+        weighting: what a bit of a site counts for: elements of its inputs, or multiply-adds of its linears
+        beta: weight of the interactions of neighbours
+        calibration: text to measure on; that of the quantisation if not given
+        windows: windows of that text
+        seq_len: tokens in such a window; as in the quantisation if not given
+        frontier: budgets to report the loss at, beside changing OUT to that of --budget or instead
+        corpus: evaluation text, for the frontier's perplexities
+        max_windows: score only the first so many of its windows
+        plot: image to draw the costs, interactions and chosen bits in
+        dtype: what the model computes in
+        json: print the figures as JSON
+    """
+    from twla_jax import allocation
+
+    if budget is None and (plot or not frontier):
+        raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
+    settings = recipes.AllocationRecipe(
+        budget=budget or 0.0,
+        site=site,
+        choices=_numbers(choices, int, "--choices"),
+        weighting=weighting,
+        beta=beta,
+        windows=windows,
+        seq_len=seq_len or 0,
+    )
+    result = allocation.allocate_folder(
+        out,
+        settings,
+        corpus=calibration,
+        budgets=_numbers(frontier, float, "--frontier") if frontier else (),
+        check_corpus=corpus,
+        max_windows=max_windows,
+        plot=plot,
+        dtype=dtype,
+    )
+    _print(result, json, lambda: allocation.format_result(result))
 
 
 def evaluate(
@@ -110,13 +185,14 @@ def evaluate(
         dtype: what the model computes in
         json: print the figures as JSON
     """
-    from twla_jax import calibration, workflow
+    from twla_jax import calibration
+    from twla_jax.evaluation import check_length
     from twla_jax.evaluation import evaluate as score
 
     text = calibration.load_corpus(corpus, "evaluation")
     decoder, tokenizer = _load(model, dtype, activation_bits)
     tokens = calibration.tokenize(text, tokenizer, decoder.config.vocab_size)
-    workflow.check_length(seq_len, decoder.config)
+    check_length(seq_len, decoder.config)
     result = score(decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size)
     result = {**result, "corpus": text.describe(), "dtype": dtype, "activation_bits": activation_bits}
     _print(
@@ -213,6 +289,7 @@ def demo(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "allocate": allocate,
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
@@ -306,18 +383,24 @@ def _with_options(
     seed: int | None,
 ) -> recipes.Recipe:
     """A recipe with what the command line says in place of its own settings."""
-
-    def changed(part, **options):
-        return dataclasses.replace(
-            part, **{key: value for key, value in options.items() if value is not None}
-        )
-
     return dataclasses.replace(
         recipe,
-        calibration=changed(recipe.calibration, corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),
-        activations=changed(recipe.activations, bits=activation_bits),
-        rotation=changed(recipe.rotation, seed=seed),
+        calibration=_changed(recipe.calibration, corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),
+        activations=_changed(recipe.activations, bits=activation_bits),
+        rotation=_changed(recipe.rotation, seed=seed),
     )
+
+
+def _changed(part: Any, **options: Any) -> Any:
+    """A part of a recipe with those options that were given."""
+    return dataclasses.replace(part, **{key: value for key, value in options.items() if value is not None})
+
+
+def _numbers(text: str, kind: Callable[[str], Any], option: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise TwlaError(f"{option} {text}: must be numbers with commas between them") from None
 
 
 def _load(model: str, dtype: str, activation_bits: int | None) -> tuple[Any, Any]:
@@ -334,7 +417,7 @@ def _load(model: str, dtype: str, activation_bits: int | None) -> tuple[Any, Any
 
 
 def _format_report(report: dict[str, Any], out: str) -> str:
-    from twla_jax import accounting
+    from twla_jax import accounting, allocation
 
     evaluation, memory = report["evaluation"], report["peak_memory"]
     windows = f"{evaluation['windows']} windows of {evaluation['seq_len']}"
@@ -347,6 +430,7 @@ def _format_report(report: dict[str, Any], out: str) -> str:
             "",
             accounting.format_account(report["size"]),
             "",
+            *([allocation.format_result(report), ""] if "allocation" in report else []),
             f"perplexity on {evaluation['name']} ({windows}):   {perplexity}",
             f"time:   {seconds}",
             f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",

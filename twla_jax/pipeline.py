@@ -81,7 +81,9 @@ def _open_work_dir(folder: Path, model: Decoder, windows: np.ndarray, recipe: Re
     settings = {
         "config": model.config.to_dict(),
         "recipe": {
-            key: value for key, value in recipe.to_dict().items() if key not in ("name", "calibration", "allocation")
+            key: value
+            for key, value in recipe.to_dict().items()
+            if key not in ("name", "calibration", "allocation")
         },
         "dtype": model.dtype.name,
     }

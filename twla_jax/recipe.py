@@ -171,7 +171,7 @@ class AllocationRecipe:
         known, choices = ACTIVATION_BITS[:-1], self.choices
         rising = len(choices) >= 2 and list(choices) == sorted(set(choices)) and set(choices) <= set(known)
         _require(rising, "allocation.choices", choices, f"two or more of {known}, ascending")
-        low, high = choices[0], choices[-1]
+        low, high = min(choices), max(choices)
         _require(
             self.budget == 0 or low <= self.budget <= high,
             "allocation.budget",

@@ -1,10 +1,11 @@
 """Clips fitted anew once the bits are chosen.
 
-The quantiser fits the clips of an input on tokens that earlier inputs left unquantised. Once those have their bits, each
-input is fitted again, in execution order, on what reaches it then.
+A clip is first fitted on tokens that earlier inputs left unquantised. Once those have their bits, each input is fitted
+again, in execution order, on what reaches it then.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def refit_clips(
                 None if rotation is None else rotation.get_value(),
                 tuple(getattr(block, name).kernel.get_value() for name in names),
                 jnp.concatenate(samples),
-                jnp.asarray(candidates),
+                candidates=candidates,
             )
             set_quantizer(block, site, dataclasses.replace(quantizer, clips=fitted))
             clips[site].append(fitted)
@@ -73,13 +74,13 @@ def refit_clips(
     return with_input_clips(model, {site: jnp.stack(fitted) for site, fitted in clips.items()})
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="candidates")
 def _refit(
     quantizer: ActivationQuantizer,
     rotation: KroneckerRotation | None,
     kernels: tuple[ternary.TernaryTensor, ...],
     sample: Float[Array, "c m"],
-    candidates: Float[Array, " k"],
+    candidates: tuple[float, ...],
 ) -> Float16[Array, " 4"]:
     if rotation is not None:
         sample = rotation(sample)

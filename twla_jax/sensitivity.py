@@ -2,8 +2,9 @@
 
 All other sites stay at the highest choice, the base. What an evaluation shares with others up to its changed sites is
 computed once: the state before a site at the base, and the states after its left neighbour at each of the other bits.
-From each of these the site is run at every bit, and the results go together through the rest of the model. Two
-assignments of bits so share every block up to the first site where they differ, which is all that exact losses can share.
+From each of these the site is run at every bit, and the results go together through the rest of the model. So any two
+assignments of bits share every block before the first site where they differ, which is all that exact losses can share:
+`6L² − 2L` block runs for L blocks and 4 choices, where evaluations from the first block on would take `12L² − 8L`.
 """
 
 import functools
@@ -22,9 +23,18 @@ from twla_jax.activation import ActivationQuantizer
 from twla_jax.evaluation import check_vocabulary, hidden_nll
 from twla_jax.ila_amp import SensitivityTable
 from twla_jax.models.decoder import SITES, Block, Decoder, Positions
-from twla_jax.sites import SiteKind, part_shares, require_quantizers, site_parts, with_input_bits, with_site_bits
+from twla_jax.sites import (
+    SiteKind,
+    part_shares,
+    require_quantizers,
+    site_parts,
+    with_input_bits,
+    with_site_bits,
+)
 
-_CALL_TOKENS = 49152  # tokens of all candidates that go through the model together: three of 8 windows of 2048
+_CALL_TOKENS = (
+    49152  # tokens of all candidates that go through the model together: three of 8 windows of 2048
+)
 _LOGIT_TOKENS = 8192  # of these, how many have their logits at the same time
 
 # Between two parts of a block: the residual stream, and what the next part reads beside it: the attention's output
@@ -92,7 +102,9 @@ def measure(
             for index, batch in enumerate(batches if site + 1 >= len(results) else ()):
                 incoming = [base[index], *varied[index]] if measured else [base[index]]
                 outgoing = [_vary(model, state, layer, lower, first=first, last=last) for state in incoming]
-                varied[index] = [jax.tree.map(lambda leaf, i=i: leaf[i], outgoing[0]) for i in range(len(lower))]
+                varied[index] = [
+                    jax.tree.map(lambda leaf, i=i: leaf[i], outgoing[0]) for i in range(len(lower))
+                ]
                 if measured:
                     losses.append([_losses(model, state, layer, last, batch) for state in outgoing])
             if measured:
@@ -114,7 +126,13 @@ def measure(
                 bar.update()
     # As many copies of the base as there are candidates elsewhere: the same shapes, nothing compiled for it.
     base_losses = [
-        _losses(model, jax.tree.map(lambda leaf: jnp.stack([leaf] * len(lower)), state), layers - 1, len(SITES), batch)
+        _losses(
+            model,
+            jax.tree.map(lambda leaf: jnp.stack([leaf] * len(lower)), state),
+            layers - 1,
+            len(SITES),
+            batch,
+        )
         for state, batch in zip(base, batches, strict=True)
     ]
     evaluations = 1 + sum(result["losses"].size for result in results)
