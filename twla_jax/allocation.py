@@ -211,8 +211,6 @@ def frontier(
     Raises:
       TwlaError: a budget that the choices cannot give.
     """
-    for budget in budgets:
-        ila_amp.check_budget(budget, measured.recipe.allocation.choices)
     points: list[dict[str, Any]] = []
     for budget in sorted(budgets):
         options, losses = _compare(measured, budget)
@@ -249,7 +247,7 @@ def allocate_folder(
     Args:
       settings: with a budget of 0, the bits stay as they are and only the frontier is measured.
       corpus: calibration text; None takes that which the folder's model was calibrated on.
-      budgets: of the frontier, in addition.
+      budgets: what the frontier is measured at; empty for none.
       check_corpus: whose evaluation text gives the frontier's perplexities; None for none.
       max_windows: windows of that text; None for all.
       plot: image file of the table and the choice; needs a budget.
@@ -259,6 +257,8 @@ def allocate_folder(
       TwlaError: an input that cannot be used. The folder is then as it was before.
     """
     out, phases = Path(out), Phases(verbose=progress)
+    for budget in budgets:
+        ila_amp.check_budget(budget, settings.choices)
     if plot is not None:
         plotting.require_matplotlib()
     with phases("read the model"):

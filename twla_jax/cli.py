@@ -16,22 +16,20 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from twla_jax import recipe as recipes
+from twla_jax.cli_options import (
+    Dtype,
+    Model,
+    OptionalBits,
+    OptionalBudget,
+    OptionalInt,
+    Out,
+    Site,
+    argument,
+    changed,
+    numbers,
+    with_options,
+)
 from twla_jax.errors import TwlaError
-
-Bits = Literal[16, 8, 6, 4, 2]
-Dtype = Literal["float32", "bfloat16", "float16"]
-Site = Literal["input", "block"]
-
-
-def _argument(metavar: str) -> Any:
-    return tyro.conf.arg(metavar=metavar)
-
-
-Model = Annotated[tyro.conf.Positional[str], _argument("MODEL")]
-Out = Annotated[tyro.conf.Positional[str], _argument("OUT")]
-OptionalInt = Annotated[int | None, _argument("N")]
-OptionalBudget = Annotated[float | None, _argument("BITS")]
-OptionalBits = Annotated[Bits | None, _argument("{16,8,6,4,2}")]
 
 
 def quantize(
@@ -39,8 +37,8 @@ def quantize(
     out: Out,
     /,
     *,
-    recipe: Annotated[str, _argument("NAME|FILE")] = "w1.58-g128",
-    calibration: Annotated[str | None, _argument("CORPUS")] = None,
+    recipe: Annotated[str, argument("NAME|FILE")] = "w1.58-g128",
+    calibration: Annotated[str | None, argument("CORPUS")] = None,
     windows: OptionalInt = None,
     seq_len: OptionalInt = None,
     activation_bits: OptionalBits = None,
@@ -48,8 +46,8 @@ def quantize(
     site: Site | None = None,
     seed: OptionalInt = None,
     dtype: Dtype = "float32",
-    check_corpus: Annotated[str | None, _argument("CORPUS")] = None,
-    check_windows: Annotated[int, _argument("N")] = 8,
+    check_corpus: Annotated[str | None, argument("CORPUS")] = None,
+    check_windows: Annotated[int, argument("N")] = 8,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -77,10 +75,8 @@ def quantize(
     """
     from twla_jax.workflow import quantize_to_folder
 
-    settings = _with_options(
-        recipes.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed
-    )
-    allocation = _changed(settings.allocation, budget=activation_budget, site=site)
+    settings = with_options(recipes.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed)
+    allocation = changed(settings.allocation, budget=activation_budget, site=site)
     settings = dataclasses.replace(settings, allocation=allocation)
     report = quantize_to_folder(
         model,
@@ -100,16 +96,16 @@ def allocate(
     *,
     budget: OptionalBudget = None,
     site: Site = "input",
-    choices: Annotated[str, _argument("BITS,…")] = "2,4,6,8",
+    choices: Annotated[str, argument("BITS,…")] = "2,4,6,8",
     weighting: Literal["elements", "macs"] = "elements",
-    beta: Annotated[float, _argument("B")] = 0.5,
-    calibration: Annotated[str | None, _argument("CORPUS")] = None,
-    windows: Annotated[int, _argument("N")] = 8,
+    beta: Annotated[float, argument("B")] = 0.5,
+    calibration: Annotated[str | None, argument("CORPUS")] = None,
+    windows: Annotated[int, argument("N")] = 8,
     seq_len: OptionalInt = None,
-    frontier: Annotated[str | None, _argument("BITS,…")] = None,
-    corpus: Annotated[str | None, _argument("CORPUS|FILE")] = None,
+    frontier: Annotated[str | None, argument("BITS,…")] = None,
+    corpus: Annotated[str | None, argument("CORPUS|FILE")] = None,
     max_windows: OptionalInt = None,
-    plot: Annotated[str | None, _argument("FILE")] = None,
+    plot: Annotated[str | None, argument("FILE")] = None,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
@@ -137,12 +133,12 @@ def allocate(
     """
     from twla_jax import allocation
 
-    if budget is None and (plot or not frontier):
+    if not budget and (plot or not frontier):
         raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
     settings = recipes.AllocationRecipe(
         budget=budget or 0.0,
         site=site,
-        choices=_numbers(choices, int, "--choices"),
+        choices=numbers(choices, int, "--choices"),
         weighting=weighting,
         beta=beta,
         windows=windows,
@@ -152,7 +148,7 @@ def allocate(
         out,
         settings,
         corpus=calibration,
-        budgets=_numbers(frontier, float, "--frontier") if frontier else (),
+        budgets=numbers(frontier, float, "--frontier") if frontier else (),
         check_corpus=corpus,
         max_windows=max_windows,
         plot=plot,
@@ -165,11 +161,11 @@ def evaluate(
     model: Model,
     /,
     *,
-    corpus: Annotated[str, _argument("CORPUS|FILE")] = "pydoc",
-    seq_len: Annotated[int, _argument("N")] = 2048,
+    corpus: Annotated[str, argument("CORPUS|FILE")] = "pydoc",
+    seq_len: Annotated[int, argument("N")] = 2048,
     max_windows: OptionalInt = None,
     activation_bits: OptionalBits = None,
-    batch_size: Annotated[int, _argument("N")] = 1,
+    batch_size: Annotated[int, argument("N")] = 1,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
@@ -208,10 +204,10 @@ def generate(
     model: Model,
     /,
     *,
-    prompt: Annotated[str, _argument("TEXT")],
-    max_new_tokens: Annotated[int, _argument("N")] = 64,
-    temperature: Annotated[float, _argument("T")] = 0.0,
-    seed: Annotated[int, _argument("N")] = 0,
+    prompt: Annotated[str, argument("TEXT")],
+    max_new_tokens: Annotated[int, argument("N")] = 64,
+    temperature: Annotated[float, argument("T")] = 0.0,
+    seed: Annotated[int, argument("N")] = 0,
     activation_bits: OptionalBits = None,
     dtype: Dtype = "float32",
     json: bool = False,
@@ -257,10 +253,10 @@ def inspect(out: Out, /, *, json: bool = False) -> None:
 
 def demo(
     *,
-    out: Annotated[str, _argument("OUT")] = "smollm2-w1.58",
+    out: Annotated[str, argument("OUT")] = "smollm2-w1.58",
     windows: OptionalInt = None,
     seq_len: OptionalInt = None,
-    check_windows: Annotated[int, _argument("N")] = 4,
+    check_windows: Annotated[int, argument("N")] = 4,
     json: bool = False,
 ) -> None:
     """Quantise SmolLM2-135M in minutes on a laptop, and see what it cost and what it kept.
@@ -274,7 +270,7 @@ def demo(
     """
     from twla_jax import workflow
 
-    settings = _with_options(recipes.load_recipe("demo"), None, windows, seq_len, None, None)
+    settings = with_options(recipes.load_recipe("demo"), None, windows, seq_len, None, None)
     report = workflow.quantize_to_folder(
         workflow.SMOLLM2, out, settings, overwrite=True, check_windows=check_windows, check_bits=(16, 8, 4)
     )
@@ -372,35 +368,6 @@ def _one_line(box: str) -> str:
 def _fail(message: str, status: int) -> None:
     print(f"twla: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
-
-
-def _with_options(
-    recipe: recipes.Recipe,
-    corpus: str | None,
-    windows: int | None,
-    seq_len: int | None,
-    activation_bits: int | None,
-    seed: int | None,
-) -> recipes.Recipe:
-    """A recipe with what the command line says in place of its own settings."""
-    return dataclasses.replace(
-        recipe,
-        calibration=_changed(recipe.calibration, corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),
-        activations=_changed(recipe.activations, bits=activation_bits),
-        rotation=_changed(recipe.rotation, seed=seed),
-    )
-
-
-def _changed(part: Any, **options: Any) -> Any:
-    """A part of a recipe with those options that were given."""
-    return dataclasses.replace(part, **{key: value for key, value in options.items() if value is not None})
-
-
-def _numbers(text: str, kind: Callable[[str], Any], option: str) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise TwlaError(f"{option} {text}: must be numbers with commas between them") from None
 
 
 def _load(model: str, dtype: str, activation_bits: int | None) -> tuple[Any, Any]:

@@ -42,6 +42,8 @@ def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[s
     _draw_interactions(interactions, figure, table)
     _draw_bits(bits, result)
     _draw_losses(losses, result)
+    for axes in (costs, interactions, bits):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:
