@@ -3,7 +3,7 @@
 OUT/params/     orbax checkpoint: one uncompressed array a folder, codes at five trits a byte
 OUT/tokenizer/  the tokenizer's own files
 OUT/report.json what was done, measured and spent
-OUT/ila_amp-*.json  sensitivity tables, where bits were allocated
+OUT/ila_amp.json  sensitivity tables, where bits were allocated
 OUT/twla.json   format, model configuration, recipe, every tensor's layout, every file's size and SHA-256
 """
 

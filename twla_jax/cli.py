@@ -181,15 +181,15 @@ def evaluate(
         dtype: what the model computes in
         json: print the figures as JSON
     """
-    from twla_jax import calibration
-    from twla_jax.evaluation import check_length
-    from twla_jax.evaluation import evaluate as score
+    from twla_jax import calibration, evaluation
 
     text = calibration.load_corpus(corpus, "evaluation")
     decoder, tokenizer = _load(model, dtype, activation_bits)
     tokens = calibration.tokenize(text, tokenizer, decoder.config.vocab_size)
-    check_length(seq_len, decoder.config)
-    result = score(decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size)
+    evaluation.check_length(seq_len, decoder.config)
+    result = evaluation.evaluate(
+        decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size
+    )
     result = {**result, "corpus": text.describe(), "dtype": dtype, "activation_bits": activation_bits}
     _print(
         result,
