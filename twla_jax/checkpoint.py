@@ -1,10 +1,10 @@
 """A quantised model as a folder that works alone: written whole or not at all, checked when it is read.
 
-OUT/params/     orbax checkpoint: one uncompressed array a folder, codes at five trits a byte
-OUT/tokenizer/  the tokenizer's own files
-OUT/report.json what was done, measured and spent
-OUT/ila_amp.json  sensitivity tables, where bits were allocated
-OUT/twla.json   format, model configuration, recipe, every tensor's layout, every file's size and SHA-256
+OUT/params/       orbax checkpoint: one uncompressed array a folder, codes at five trits a byte
+OUT/tokenizer/    the tokenizer's own files
+OUT/report.json   what was done, measured and spent
+OUT/ila_amp.json  where bits were allocated: the sensitivity tables
+OUT/twla.json     format, model configuration, recipe, every tensor's layout, every file's size and SHA-256
 """
 
 import contextlib

@@ -135,15 +135,9 @@ def allocate(
 
     if not budget and (plot or not frontier):
         raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
-    settings = recipes.AllocationRecipe(
-        budget=budget or 0.0,
-        site=site,
-        choices=numbers(choices, int, "--choices"),
-        weighting=weighting,
-        beta=beta,
-        windows=windows,
-        seq_len=seq_len or 0,
-    )
+    options = {"budget": budget or 0.0, "site": site, "choices": numbers(choices, int, "--choices")}
+    options |= {"weighting": weighting, "beta": beta, "windows": windows, "seq_len": seq_len or 0}
+    settings = recipes.AllocationRecipe(**options)
     result = allocation.allocate_folder(
         out,
         settings,
