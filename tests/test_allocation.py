@@ -10,11 +10,11 @@ from flax import nnx
 
 import twla_jax
 from twla_jax import accounting, activation, allocation, checkpoint, refit, sensitivity, sites
-from twla_jax.calibration import Corpus, held_out_windows
+from twla_jax.calibration import Corpus, held_out_windows, sample_windows
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import evaluate
 from twla_jax.models.decoder import SITES
-from twla_jax.recipe import ActivationRecipe, AllocationRecipe, CalibrationRecipe, Recipe
+from twla_jax.recipe import ActivationRecipe, AllocationRecipe, CalibrationRecipe, Recipe, RefineRecipe
 
 RECIPE = Recipe(
     name="tiny",
@@ -82,17 +82,32 @@ def test_text_for_evaluation_never_chooses_bits(tiny_ternary):
 
 def test_held_out_windows_avoid_those_calibrated_on_as_far_as_the_text_allows():
     tokens = np.arange(2000, dtype=np.int32)
-    settings = CalibrationRecipe(windows=20, seq_len=50)
-    drawn = set(twla_jax.calibration.sample_windows(tokens, 20, 50, seed=0).ravel().tolist())
-    windows, shared = held_out_windows(tokens, settings, 4, 30)
+    drawn = [CalibrationRecipe(windows=10, seq_len=50, seed=seed) for seed in (0, 1)]
+    seen = set()
+    for settings in drawn:
+        seen |= set(sample_windows(tokens, 10, 50, settings.seed).ravel().tolist())
+    windows, shared = held_out_windows(tokens, drawn, 4, 30, seed=2)
     assert shared == 0
-    assert not drawn & set(windows.ravel().tolist())
+    assert not seen & set(windows.ravel().tolist())
     assert len(set(windows.ravel().tolist())) == 4 * 30
-    np.testing.assert_array_equal(windows, held_out_windows(tokens, settings, 4, 30)[0])
+    np.testing.assert_array_equal(windows, held_out_windows(tokens, drawn, 4, 30, seed=2)[0])
     # No room at all: what is shared is said.
-    assert held_out_windows(tokens[:60], settings, 1, 55)[1] == 1.0
+    assert held_out_windows(tokens[:60], drawn, 1, 55, seed=2)[1] == 1.0
     with pytest.raises(TwlaError, match="fewer than one window of 61"):
-        held_out_windows(tokens[:60], settings, 1, 61)
+        held_out_windows(tokens[:60], drawn, 1, 61, seed=2)
+
+
+def test_windows_of_the_refinement_are_not_held_out(tiny_ternary, monkeypatch):
+    avoided = []
+
+    def held_out(tokens, drawn, *args, **options):
+        avoided.extend((each.windows, each.seed) for each in drawn)
+        return held_out_windows(tokens, drawn, *args, **options)
+
+    monkeypatch.setattr(allocation.calibration, "held_out_windows", held_out)
+    recipe = dataclasses.replace(RECIPE, refine=RefineRecipe(steps=3, batch=2))
+    prepared(tiny_ternary, recipe)
+    assert avoided == [(4, 0), (6, 1)]
 
 
 @pytest.mark.parametrize("kind", ["input", "block"])

@@ -71,7 +71,8 @@ def allocate_bits(
     Args:
       model: quantised, with fitted clips.
       corpus: marked for calibration; the one that the model was calibrated on, so that its windows can be avoided.
-      recipe: `allocation` says what to do, `calibration` which windows to avoid, `activations` how to fit clips.
+      recipe: `allocation` says what to do, `calibration` and `refine` what the model has seen of the text, which is
+        avoided, `activations` how to fit clips.
       tables: what an earlier call returned for the same model and text; measured anew where it does not fit.
       work_dir: an interrupted measurement goes on from what it left here.
       progress: bars with an estimate of the time left, on stderr.
@@ -102,7 +103,12 @@ def prepare(
     seq_len = settings.seq_len or drawn.seq_len
     check_length(seq_len, model.config)
     tokens = calibration.tokenize(calibration.require_calibration(corpus), tokenizer, model.config.vocab_size)
-    held_out, overlap = calibration.held_out_windows(tokens, drawn, settings.windows, seq_len)
+    seen = [drawn]
+    if more := recipe.refine.steps * recipe.refine.batch:
+        seen.append(dataclasses.replace(drawn, windows=more, seed=drawn.seed + 1))
+    held_out, overlap = calibration.held_out_windows(
+        tokens, seen, settings.windows, seq_len, seed=drawn.seed + 2
+    )
     model = jax.tree.map(jnp.asarray, model)
     average = ila_amp.average_bits(
         sites.input_bits(model).ravel(), sites.site_weights(model.config, "input", settings.weighting)

@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,30 +148,39 @@ def calibration_windows(
 
 
 def held_out_windows(
-    tokens: Int32[np.ndarray, " t"], calibration: CalibrationRecipe, windows: int, seq_len: int
+    tokens: Int32[np.ndarray, " t"],
+    drawn: Sequence[CalibrationRecipe],
+    windows: int,
+    seq_len: int,
+    *,
+    seed: int,
 ) -> tuple[Int32[np.ndarray, "windows seq_len"], float]:
-    """Windows of the same text that hold as little as possible of what `sample_windows` drew for `calibration`.
+    """Windows of the same text that hold as little as possible of what `sample_windows` drew for `drawn`.
 
-    One after another, where the fewest tokens were drawn before, at random among equals; the same settings give the
-    same windows.
+    One after another, where tokens were drawn the fewest times before, at random among equals; the same settings give
+    the same windows.
 
     Returns:
-      The windows, and the share of their tokens that calibration or another of these windows holds too.
+      The windows, and the share of their tokens that `drawn` or another of these windows holds too.
     Raises:
       TwlaError: fewer tokens than one window.
     """
-    settings = (calibration.windows, calibration.seq_len, calibration.seed)
-    taken = np.zeros(len(tokens), bool)
-    taken[_starts(len(tokens), *settings)[:, None] + np.arange(calibration.seq_len)] = True
-    places = np.random.default_rng(calibration.seed + 1).permutation(_places(len(tokens), seq_len))
-    starts, shared = [], 0
+    changes = np.zeros(len(tokens) + 1, np.int64)
+    for settings in drawn:
+        starts = _starts(len(tokens), settings.windows, settings.seq_len, settings.seed)
+        np.add.at(changes, starts, 1)
+        np.add.at(changes, starts + settings.seq_len, -1)
+    times = np.cumsum(changes)[:-1]
+    places = np.random.default_rng(seed).permutation(_places(len(tokens), seq_len))
+    chosen, shared = [], 0
     for _ in range(windows):
-        before = np.concatenate([[0], np.cumsum(taken)])
-        overlap = before[places + seq_len] - before[places]
-        starts.append(places[overlap.argmin()])
-        shared += int(overlap.min())
-        taken[starts[-1] : starts[-1] + seq_len] = True
-    return _cut(tokens, np.asarray(starts), seq_len), shared / (windows * seq_len)
+        before = np.concatenate([[0], np.cumsum(times)])
+        start = places[(before[places + seq_len] - before[places]).argmin()]
+        here = slice(start, start + seq_len)
+        shared += int((times[here] > 0).sum())
+        times[here] += 1
+        chosen.append(start)
+    return _cut(tokens, np.asarray(chosen), seq_len), shared / (windows * seq_len)
 
 
 def _starts(tokens: int, windows: int, seq_len: int, seed: int) -> np.ndarray:

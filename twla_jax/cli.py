@@ -73,12 +73,12 @@ def quantize(
         overwrite: replace the model in OUT
         json: print the report as JSON
     """
-    from twla_jax.workflow import quantize_to_folder
+    from twla_jax import workflow
 
     settings = with_options(recipes.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed)
     allocation = changed(settings.allocation, budget=activation_budget, site=site)
     settings = dataclasses.replace(settings, allocation=allocation)
-    report = quantize_to_folder(
+    report = workflow.quantize_to_folder(
         model,
         out,
         settings,
@@ -87,7 +87,7 @@ def quantize(
         check_corpus=check_corpus,
         check_windows=check_windows,
     )
-    _print(report, json, lambda: _format_report(report, out))
+    _print(report, json, lambda: workflow.format_report(report, out))
 
 
 def allocate(
@@ -274,7 +274,7 @@ def demo(
     pieces = workflow.stream_text(decoder, tokenizer, prompt, max_new_tokens=24, temperature=0.7)
     text = "".join(piece for _, piece in pieces)
     report["generated"] = prompt + text
-    _print(report, json, lambda: f"{_format_report(report, out)}\n\n{prompt} …\n{text.strip()}")
+    _print(report, json, lambda: f"{workflow.format_report(report, out)}\n\n{prompt} …\n{text.strip()}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -375,28 +375,6 @@ def _load(model: str, dtype: str, activation_bits: int | None) -> tuple[Any, Any
     if activation_bits is not None:
         decoder = workflow.set_activation_bits(decoder, activation_bits)
     return decoder, tokenizer
-
-
-def _format_report(report: dict[str, Any], out: str) -> str:
-    from twla_jax import accounting, allocation
-
-    evaluation, memory = report["evaluation"], report["peak_memory"]
-    windows = f"{evaluation['windows']} windows of {evaluation['seq_len']}"
-    perplexity = "   ".join(f"{name} {value:.2f}" for name, value in evaluation["perplexity"].items())
-    seconds = "   ".join(f"{phase} {spent:.0f} s" for phase, spent in report["seconds"].items())
-    device = f"   device {memory['device_bytes'] / 1e9:.2f} GB" if memory["device_bytes"] else ""
-    return "\n".join(
-        [
-            f"{report['model']['name']} → {out}",
-            "",
-            accounting.format_account(report["size"]),
-            "",
-            *([allocation.format_result(report), ""] if "allocation" in report else []),
-            f"perplexity on {evaluation['name']} ({windows}):   {perplexity}",
-            f"time:   {seconds}",
-            f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",
-        ]
-    )
 
 
 def _print(figures: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:

@@ -192,6 +192,27 @@ def quantize_to_folder(
     return {**report, "size": accounting.account(out)}
 
 
+def format_report(report: dict[str, Any], out: str | Path) -> str:
+    """The figures of `quantize_to_folder` as lines of text for a person."""
+    evaluation, memory = report["evaluation"], report["peak_memory"]
+    windows = f"{evaluation['windows']} windows of {evaluation['seq_len']}"
+    perplexity = "   ".join(f"{name} {value:.2f}" for name, value in evaluation["perplexity"].items())
+    seconds = "   ".join(f"{phase} {spent:.0f} s" for phase, spent in report["seconds"].items())
+    device = f"   device {memory['device_bytes'] / 1e9:.2f} GB" if memory["device_bytes"] else ""
+    return "\n".join(
+        [
+            f"{report['model']['name']} → {out}",
+            "",
+            accounting.format_account(report["size"]),
+            "",
+            *([allocation.format_result(report), ""] if "allocation" in report else []),
+            f"perplexity on {evaluation['name']} ({windows}):   {perplexity}",
+            f"time:   {seconds}",
+            f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",
+        ]
+    )
+
+
 def stream_text(
     model: Decoder,
     tokenizer: Any,
