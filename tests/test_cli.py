@@ -1,6 +1,7 @@
 """The command line: figures on stdout, all else on stderr, mistakes in one line, exit status 0 only on success."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -29,7 +30,7 @@ def text(texts):
 
 @pytest.fixture(scope="module")
 def out(stories_model, texts, tmp_path_factory):
-    """stories260K quantised by the command, and what the command printed."""
+    """stories260K quantised by the command, its activations at 6 bits on average."""
     folder = tmp_path_factory.mktemp("cli") / "out"
     recipe = folder.parent / "quick.toml"
     recipe.write_text(
@@ -37,6 +38,7 @@ def out(stories_model, texts, tmp_path_factory):
     )
     calibration, evaluation = texts / "calibration.txt", texts / "evaluation.txt"
     options = ["--recipe", recipe, "--calibration", calibration, "--check-corpus", evaluation, *SMALL]
+    options += ["--activation-budget", 6, "--site", "block"]
     cli.main(list(map(str, ["quantize", stories_model, folder, *options])))
     return folder
 
@@ -60,7 +62,9 @@ def fails(capsys, *arguments):
 
 
 def test_a_quantised_folder_alone_is_enough(out, capsys):
-    assert {path.name for path in out.iterdir()} == {"params", "tokenizer", "report.json", "twla.json"}
+    assert {path.name for path in out.iterdir()} == {
+        *("params", "tokenizer", "report.json", "ila_amp.json", "twla.json")
+    }
     assert not out.with_name("out.partial").exists()
     report = json.loads((out / "report.json").read_text())
     assert report["evaluation"]["perplexity"]["A16"] >= report["evaluation"]["perplexity"]["full"] > 1
@@ -89,6 +93,35 @@ def test_generation_streams_what_json_says(out, capsys):
     assert streamed.rstrip("\n") == json.loads(run(capsys, *arguments, "--json").out)["text"].rstrip("\n")
 
 
+def test_a_model_is_quantised_and_its_bits_allocated_in_one_go(out, text, capsys):
+    report = json.loads((out / "report.json").read_text())
+    assert report["recipe"]["allocation"]["budget"] == 6
+    assert report["allocation"]["after"]["average_bits"] <= 6
+    assert report["evaluation"]["perplexity"].keys() == {"full", "A16", "A6 by block"}
+    arguments = ["--corpus", text, "--seq-len", 64, "--max-windows", 4, "--json"]
+    scored = json.loads(run(capsys, "eval", out, *arguments).out)
+    assert scored["perplexity"] == pytest.approx(report["evaluation"]["perplexity"]["A6 by block"], rel=1e-3)
+
+
+def test_bits_are_allocated_anew_from_the_same_table(out, text, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    printed = run(
+        capsys, "allocate", folder, "--budget", 5, "--site", "block", "--plot", tmp_path / "a.svg"
+    ).out
+    assert " → 5.000 on average" in printed or " → 4." in printed
+    assert "(budget 5, by block, weighted by elements)" in printed
+    assert "taken from the folder" in printed  # quantising measured it
+    assert (tmp_path / "a.svg").stat().st_size > 0
+    frontier = ["--frontier", "4,5,8", "--corpus", text, "--max-windows", 1, "--json"]
+    figures = json.loads(run(capsys, "allocate", folder, "--site", "block", *frontier).out)
+    assert [point["budget"] for point in figures["frontier"]] == [4, 5, 8]
+    assert all(point["perplexity"] > 1 for point in figures["frontier"])
+    sizes = json.loads(run(capsys, "inspect", folder, "--json").out)
+    assert sizes["bytes_accounted"] == sizes["bytes_on_disk"]
+    assert not folder.with_name("out.allocate").exists()
+
+
 def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(stories_model, text, capsys):
     arguments = ["--corpus", text, "--seq-len", 64, "--max-windows", 1]
     assert run(capsys, "eval", stories_model, *arguments).out.startswith("perplexity ")
@@ -99,7 +132,7 @@ def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(storie
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
-        (["quantise"], "quantize, eval, generate, inspect, demo", 2),
+        (["quantise"], "quantize, allocate, eval, generate, inspect, demo", 2),
         (["quantize", "{model}"], "OUT", 2),
         (
             ["quantize", "{model}", "{new}", "--activation-bits", "5"],
@@ -117,6 +150,16 @@ def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(storie
         (["quantize", "{model}", "{new}", "--calibration", "{test}"], "for evaluation only", 1),
         (["eval", "{out}", "--seq-len", "4096"], "exceeds the model's 512", 1),
         (["eval", "{out}", "--corpus", "{short}", "--seq-len", "64"], "fewer than one window", 1),
+        (["quantize", "{model}", "{new}", "--activation-budget", "9"], "between 2 and 8 bits on average", 1),
+        (["allocate", "{out}"], "needs --budget or --frontier", 1),
+        (["allocate", "{out}", "--frontier", "4", "--plot", "{new}"], "needs --budget", 1),
+        (["allocate", "{out}", "--budget", "1.5"], "between 2 and 8 bits on average", 1),
+        (["allocate", "{out}", "--frontier", "4,9"], "average between 2 and 8", 1),
+        (["allocate", "{out}", "--budget", "4", "--choices", "4,5"], "allocation.choices = (4, 5)", 1),
+        (["allocate", "{out}", "--budget", "4", "--choices", "4;8"], "--choices 4;8: must be numbers", 1),
+        (["allocate", "{out}", "--budget", "4", "--seq-len", "513"], "513 exceeds the model's 512", 1),
+        (["allocate", "{out}", "--budget", "4", "--calibration", "{test}"], "for evaluation only", 1),
+        (["allocate", "{model}", "--budget", "4"], "not a quantised model", 1),
         (["inspect", "{model}"], "not a quantised model", 1),
         (["generate", "{out}", "--prompt", ""], "prompt", 1),
     ],

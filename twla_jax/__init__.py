@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twla_jax.activation import ActivationQuantizer
+    from twla_jax.allocation import allocate_bits
     from twla_jax.calibration import Corpus, calibration_windows, load_corpus, tokenize
     from twla_jax.checkpoint import save
     from twla_jax.errors import TwlaError
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from twla_jax.kotms import KroneckerRotation
     from twla_jax.models import Decoder, DecoderConfig
     from twla_jax.pipeline import quantize
-    from twla_jax.recipe import Recipe, load_recipe
+    from twla_jax.recipe import AllocationRecipe, Recipe, load_recipe
     from twla_jax.ternary import TernaryTensor
     from twla_jax.workflow import load, set_activation_bits
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 # Where each public name lives. Imported when first used, so that `import twla_jax` and `twla --help` are quick.
 _HOMES = {
     "ActivationQuantizer": "activation",
+    "AllocationRecipe": "recipe",
     "Corpus": "calibration",
     "Decoder": "models",
     "DecoderConfig": "models",
@@ -29,6 +31,7 @@ _HOMES = {
     "Recipe": "recipe",
     "TernaryTensor": "ternary",
     "TwlaError": "errors",
+    "allocate_bits": "allocation",
     "calibration_windows": "calibration",
     "evaluate": "evaluation",
     "generate": "generation",
@@ -43,6 +46,7 @@ _HOMES = {
 
 __all__ = [
     "ActivationQuantizer",
+    "AllocationRecipe",
     "Corpus",
     "Decoder",
     "DecoderConfig",
@@ -50,6 +54,7 @@ __all__ = [
     "Recipe",
     "TernaryTensor",
     "TwlaError",
+    "allocate_bits",
     "calibration_windows",
     "evaluate",
     "generate",

@@ -1,21 +1,21 @@
 """A quantised model as a folder that works alone: written whole or not at all, checked when it is read.
 
-OUT/params/     orbax checkpoint: one uncompressed array a folder, codes at five trits a byte
-OUT/tokenizer/  the tokenizer's own files
-OUT/report.json what was done, measured and spent
-OUT/twla.json   format, model configuration, recipe, every tensor's layout, every file's size and SHA-256
+OUT/params/       orbax checkpoint: one uncompressed array a folder, codes at five trits a byte
+OUT/tokenizer/    the tokenizer's own files
+OUT/report.json   what was done, measured and spent
+OUT/ila_amp.json  where bits were allocated: the sensitivity tables
+OUT/twla.json     format, model configuration, recipe, every tensor's layout, every file's size and SHA-256
 """
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from twla_jax import __version__, packing
+from twla_jax import __version__, folders, packing
 from twla_jax.activation import ActivationQuantizer
 from twla_jax.errors import TwlaError
 from twla_jax.kotms import KroneckerRotation
@@ -86,6 +86,7 @@ def save(
     recipe: Recipe,
     report: dict[str, Any],
     *,
+    extra: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a quantised model beside `folder`, syncs it to the disk and renames it into place.
@@ -95,6 +96,7 @@ def save(
     Args:
       tokenizer: what `models.tokenizer.load_tokenizer` returns; None leaves the folder without one.
       report: JSON-ready figures, kept as `report.json`.
+      extra: other text files to keep in the folder, by name.
     Raises:
       TwlaError: what `check_output` refuses, or a disk without room. The folder is then as it was before.
     """
@@ -105,32 +107,47 @@ def save(
     needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(folder.parent).free
     if needed > free:
         raise TwlaError(f"{folder}: needs {needed / 1e6:.0f} MB, but the disk has {free / 1e6:.0f} MB left")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        with _disk_errors(folder):
-            temporary.mkdir()
-            with _checkpointer() as checkpointer:
-                checkpointer.save(temporary / _PARAMS, arrays)
-            if tokenizer is not None:
-                save_tokenizer(tokenizer, temporary / _TOKENIZER)
-            (temporary / REPORT).write_text(_dumps(report))
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "twla_jax": __version__,
-                "config": model.config.to_dict(),
-                "recipe": recipe.to_dict(),
-                "tensors": tensors,
-                "files": {
-                    str(path.relative_to(temporary)): _fingerprint(path, sync=True)
-                    for path in _files(temporary)
-                },
-            }
-            manifest["checksum"] = _checksum(manifest)
-            (temporary / MANIFEST).write_text(_dumps(manifest))
-            _fingerprint(temporary / MANIFEST, sync=True)
-            _replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with folders.beside(folder) as temporary:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(temporary / _PARAMS, arrays)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary / _TOKENIZER)
+        _write_texts(temporary, {REPORT: _dumps(report), **(extra or {})})
+        _seal(temporary, model.config, recipe, tensors, {})
+
+
+def revise(
+    folder: str | Path, model: Decoder, recipe: Recipe, report: dict[str, Any], extra: Mapping[str, str]
+) -> None:
+    """Gives a saved model the activation settings of `model`, and a new recipe and report; its weights stay the files
+    they are.
+
+    The new folder is made beside the old one, from links to the files that stay, and renamed into place.
+
+    Args:
+      model: what `load` gave for this folder, with other bits or clips.
+      extra: other text files to keep in the folder, by name; those there before stay.
+    Raises:
+      TwlaError: no such model, or a disk without room. The folder is then as it was before.
+    """
+    folder = Path(os.path.abspath(folder))
+    manifest = read_manifest(folder)
+    activations, tensors = _to_stored(model, ActivationQuantizer)
+    with folders.beside(folder) as temporary:
+        kept = dict(manifest["files"])
+        for name in {REPORT, *extra} & kept.keys():
+            del kept[name]
+        for name in kept:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            folders.link(folder / name, temporary / name)
+        for name, array in activations.items():
+            # One uncompressed chunk, as `save` leaves it. A new file: the old one is the old folder's, too.
+            chunk = Path(_PARAMS, name, ".".join("0" * array.ndim))
+            del kept[str(chunk)]
+            (temporary / chunk).unlink()
+            (temporary / chunk).write_bytes(jax.device_get(array).tobytes())
+        _write_texts(temporary, {REPORT: _dumps(report), **extra})
+        _seal(temporary, model.config, recipe, {**manifest["tensors"], **tensors}, kept)
 
 
 def load(
@@ -152,7 +169,7 @@ def load(
         path = folder / name
         if not path.is_file():
             raise TwlaError(f"{path}: missing; the folder is damaged")
-        if path.stat().st_size != expected["bytes"] or _fingerprint(path) != expected:
+        if path.stat().st_size != expected["bytes"] or folders.fingerprint(path) != expected:
             raise TwlaError(f"{path}: differs from what was saved; the folder is damaged")
     config = DecoderConfig.from_dict(manifest["config"])
     settings = {} if dtype is None else {"dtype": dtype}
@@ -194,11 +211,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _to_stored(model: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
+def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays that go to disk by name, and the manifest's account of the parameters they make up."""
     arrays, tensors = {}, {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, value = ".".join(map(str, path)), variable.get_value()
+        if not isinstance(value, only):
+            continue
         kind = next((kind for kind, cls in _KINDS.items() if isinstance(value, cls)), _ARRAY)
         static, parts = {}, {"": value}
         if kind != _ARRAY:
@@ -319,16 +338,27 @@ def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
         log.setLevel(level)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text)
 
 
-def _fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+def _seal(
+    folder: Path, config: DecoderConfig, recipe: Recipe, tensors: dict[str, Any], known: dict[str, Any]
+) -> None:
+    """Writes the manifest, once every other file is on the disk; those in `known` are there already."""
+    names = (str(path.relative_to(folder)) for path in folders.files(folder))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "twla_jax": __version__,
+        "config": config.to_dict(),
+        "recipe": recipe.to_dict(),
+        "tensors": tensors,
+        "files": {name: known.get(name) or folders.fingerprint(folder / name, sync=True) for name in names},
+    }
+    manifest["checksum"] = _checksum(manifest)
+    (folder / MANIFEST).write_text(_dumps(manifest))
+    folders.fingerprint(folder / MANIFEST, sync=True)
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -338,30 +368,3 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 def _dumps(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=1) + "\n"
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Renames `temporary` to `folder`, whose old contents go only once the new ones are in place."""
-    if folder.is_dir() and any(folder.iterdir()):
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)  # an empty folder is replaced
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            raise TwlaError(f"{folder}: {full.lower()}; nothing was written") from None
-        if isinstance(error, OSError):
-            raise TwlaError(f"{folder}: {error.strerror or error}; nothing was written") from None
-        raise

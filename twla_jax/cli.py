@@ -16,20 +16,20 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from twla_jax import recipe as recipes
+from twla_jax.cli_options import (
+    Dtype,
+    Model,
+    OptionalBits,
+    OptionalBudget,
+    OptionalInt,
+    Out,
+    Site,
+    argument,
+    changed,
+    numbers,
+    with_options,
+)
 from twla_jax.errors import TwlaError
-
-Bits = Literal[16, 8, 6, 4, 2]
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-def _argument(metavar: str) -> Any:
-    return tyro.conf.arg(metavar=metavar)
-
-
-Model = Annotated[tyro.conf.Positional[str], _argument("MODEL")]
-Out = Annotated[tyro.conf.Positional[str], _argument("OUT")]
-OptionalInt = Annotated[int | None, _argument("N")]
-OptionalBits = Annotated[Bits | None, _argument("{16,8,6,4,2}")]
 
 
 def quantize(
@@ -37,15 +37,17 @@ def quantize(
     out: Out,
     /,
     *,
-    recipe: Annotated[str, _argument("NAME|FILE")] = "w1.58-g128",
-    calibration: Annotated[str | None, _argument("CORPUS")] = None,
+    recipe: Annotated[str, argument("NAME|FILE")] = "w1.58-g128",
+    calibration: Annotated[str | None, argument("CORPUS")] = None,
     windows: OptionalInt = None,
     seq_len: OptionalInt = None,
     activation_bits: OptionalBits = None,
+    activation_budget: OptionalBudget = None,
+    site: Site | None = None,
     seed: OptionalInt = None,
     dtype: Dtype = "float32",
-    check_corpus: Annotated[str | None, _argument("CORPUS")] = None,
-    check_windows: Annotated[int, _argument("N")] = 8,
+    check_corpus: Annotated[str | None, argument("CORPUS")] = None,
+    check_windows: Annotated[int, argument("N")] = 8,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -62,6 +64,8 @@ def quantize(
         windows: calibration windows; the recipe's if not given
         seq_len: tokens in a window; the recipe's if not given
         activation_bits: bits of the linear inputs, 16 for none; the recipe's if not given
+        activation_budget: bits of the linear inputs on average, each its own; the recipe's if not given
+        site: what gets bits of its own under a budget; the recipe's if not given
         seed: of windows and rotations; the recipe's if not given
         dtype: what the model computes in
         check_corpus: text the result is checked on; a named corpus has its own, else pydoc
@@ -69,12 +73,12 @@ def quantize(
         overwrite: replace the model in OUT
         json: print the report as JSON
     """
-    from twla_jax.workflow import quantize_to_folder
+    from twla_jax import workflow
 
-    settings = _with_options(
-        recipes.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed
-    )
-    report = quantize_to_folder(
+    settings = with_options(recipes.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed)
+    allocation = changed(settings.allocation, budget=activation_budget, site=site)
+    settings = dataclasses.replace(settings, allocation=allocation)
+    report = workflow.quantize_to_folder(
         model,
         out,
         settings,
@@ -83,18 +87,79 @@ def quantize(
         check_corpus=check_corpus,
         check_windows=check_windows,
     )
-    _print(report, json, lambda: _format_report(report, out))
+    _print(report, json, lambda: workflow.format_report(report, out))
+
+
+def allocate(
+    out: Out,
+    /,
+    *,
+    budget: OptionalBudget = None,
+    site: Site = "input",
+    choices: Annotated[str, argument("BITS,…")] = "2,4,6,8",
+    weighting: Literal["elements", "macs"] = "elements",
+    beta: Annotated[float, argument("B")] = 0.5,
+    calibration: Annotated[str | None, argument("CORPUS")] = None,
+    windows: Annotated[int, argument("N")] = 8,
+    seq_len: OptionalInt = None,
+    frontier: Annotated[str | None, argument("BITS,…")] = None,
+    corpus: Annotated[str | None, argument("CORPUS|FILE")] = None,
+    max_windows: OptionalInt = None,
+    plot: Annotated[str | None, argument("FILE")] = None,
+    dtype: Dtype = "float32",
+    json: bool = False,
+) -> None:
+    """Give the linear inputs of a quantised model bits of their own under a budget; its weights stay as they are.
+
+    What fewer bits cost is measured once, on calibration text; another budget then takes seconds. An interrupted
+    measurement resumes from OUT.allocate.
+
+    Args:
+        out: folder that twla wrote
+        budget: bits on average
+        site: what gets bits of its own, each input of a block or the whole block
+        choices: bits to choose from
+        weighting: what a bit of a site counts for: elements of its inputs, or multiply-adds of its linears
+        beta: weight of the interactions of neighbours
+        calibration: text to measure on; that of the quantisation if not given
+        windows: windows of that text
+        seq_len: tokens in such a window; as in the quantisation if not given
+        frontier: budgets to report the loss at, beside changing OUT to that of --budget or instead
+        corpus: evaluation text, for the frontier's perplexities
+        max_windows: score only the first so many of its windows
+        plot: image to draw the costs, interactions and chosen bits in
+        dtype: what the model computes in
+        json: print the figures as JSON
+    """
+    from twla_jax import allocation
+
+    if not budget and (plot or not frontier):
+        raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
+    options = {"budget": budget or 0.0, "site": site, "choices": numbers(choices, int, "--choices")}
+    options |= {"weighting": weighting, "beta": beta, "windows": windows, "seq_len": seq_len or 0}
+    settings = recipes.AllocationRecipe(**options)
+    result = allocation.allocate_folder(
+        out,
+        settings,
+        corpus=calibration,
+        budgets=numbers(frontier, float, "--frontier") if frontier else (),
+        check_corpus=corpus,
+        max_windows=max_windows,
+        plot=plot,
+        dtype=dtype,
+    )
+    _print(result, json, lambda: allocation.format_result(result))
 
 
 def evaluate(
     model: Model,
     /,
     *,
-    corpus: Annotated[str, _argument("CORPUS|FILE")] = "pydoc",
-    seq_len: Annotated[int, _argument("N")] = 2048,
+    corpus: Annotated[str, argument("CORPUS|FILE")] = "pydoc",
+    seq_len: Annotated[int, argument("N")] = 2048,
     max_windows: OptionalInt = None,
     activation_bits: OptionalBits = None,
-    batch_size: Annotated[int, _argument("N")] = 1,
+    batch_size: Annotated[int, argument("N")] = 1,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
@@ -110,14 +175,15 @@ def evaluate(
         dtype: what the model computes in
         json: print the figures as JSON
     """
-    from twla_jax import calibration, workflow
-    from twla_jax.evaluation import evaluate as score
+    from twla_jax import calibration, evaluation
 
     text = calibration.load_corpus(corpus, "evaluation")
     decoder, tokenizer = _load(model, dtype, activation_bits)
     tokens = calibration.tokenize(text, tokenizer, decoder.config.vocab_size)
-    workflow.check_length(seq_len, decoder.config)
-    result = score(decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size)
+    evaluation.check_length(seq_len, decoder.config)
+    result = evaluation.evaluate(
+        decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size
+    )
     result = {**result, "corpus": text.describe(), "dtype": dtype, "activation_bits": activation_bits}
     _print(
         result,
@@ -132,10 +198,10 @@ def generate(
     model: Model,
     /,
     *,
-    prompt: Annotated[str, _argument("TEXT")],
-    max_new_tokens: Annotated[int, _argument("N")] = 64,
-    temperature: Annotated[float, _argument("T")] = 0.0,
-    seed: Annotated[int, _argument("N")] = 0,
+    prompt: Annotated[str, argument("TEXT")],
+    max_new_tokens: Annotated[int, argument("N")] = 64,
+    temperature: Annotated[float, argument("T")] = 0.0,
+    seed: Annotated[int, argument("N")] = 0,
     activation_bits: OptionalBits = None,
     dtype: Dtype = "float32",
     json: bool = False,
@@ -181,10 +247,10 @@ def inspect(out: Out, /, *, json: bool = False) -> None:
 
 def demo(
     *,
-    out: Annotated[str, _argument("OUT")] = "smollm2-w1.58",
+    out: Annotated[str, argument("OUT")] = "smollm2-w1.58",
     windows: OptionalInt = None,
     seq_len: OptionalInt = None,
-    check_windows: Annotated[int, _argument("N")] = 4,
+    check_windows: Annotated[int, argument("N")] = 4,
     json: bool = False,
 ) -> None:
     """Quantise SmolLM2-135M in minutes on a laptop, and see what it cost and what it kept.
@@ -198,7 +264,7 @@ def demo(
     """
     from twla_jax import workflow
 
-    settings = _with_options(recipes.load_recipe("demo"), None, windows, seq_len, None, None)
+    settings = with_options(recipes.load_recipe("demo"), None, windows, seq_len, None, None)
     report = workflow.quantize_to_folder(
         workflow.SMOLLM2, out, settings, overwrite=True, check_windows=check_windows, check_bits=(16, 8, 4)
     )
@@ -208,11 +274,12 @@ def demo(
     pieces = workflow.stream_text(decoder, tokenizer, prompt, max_new_tokens=24, temperature=0.7)
     text = "".join(piece for _, piece in pieces)
     report["generated"] = prompt + text
-    _print(report, json, lambda: f"{_format_report(report, out)}\n\n{prompt} …\n{text.strip()}")
+    _print(report, json, lambda: f"{workflow.format_report(report, out)}\n\n{prompt} …\n{text.strip()}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "allocate": allocate,
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
@@ -297,29 +364,6 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _with_options(
-    recipe: recipes.Recipe,
-    corpus: str | None,
-    windows: int | None,
-    seq_len: int | None,
-    activation_bits: int | None,
-    seed: int | None,
-) -> recipes.Recipe:
-    """A recipe with what the command line says in place of its own settings."""
-
-    def changed(part, **options):
-        return dataclasses.replace(
-            part, **{key: value for key, value in options.items() if value is not None}
-        )
-
-    return dataclasses.replace(
-        recipe,
-        calibration=changed(recipe.calibration, corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),
-        activations=changed(recipe.activations, bits=activation_bits),
-        rotation=changed(recipe.rotation, seed=seed),
-    )
-
-
 def _load(model: str, dtype: str, activation_bits: int | None) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
@@ -331,27 +375,6 @@ def _load(model: str, dtype: str, activation_bits: int | None) -> tuple[Any, Any
     if activation_bits is not None:
         decoder = workflow.set_activation_bits(decoder, activation_bits)
     return decoder, tokenizer
-
-
-def _format_report(report: dict[str, Any], out: str) -> str:
-    from twla_jax import accounting
-
-    evaluation, memory = report["evaluation"], report["peak_memory"]
-    windows = f"{evaluation['windows']} windows of {evaluation['seq_len']}"
-    perplexity = "   ".join(f"{name} {value:.2f}" for name, value in evaluation["perplexity"].items())
-    seconds = "   ".join(f"{phase} {spent:.0f} s" for phase, spent in report["seconds"].items())
-    device = f"   device {memory['device_bytes'] / 1e9:.2f} GB" if memory["device_bytes"] else ""
-    return "\n".join(
-        [
-            f"{report['model']['name']} → {out}",
-            "",
-            accounting.format_account(report["size"]),
-            "",
-            f"perplexity on {evaluation['name']} ({windows}):   {perplexity}",
-            f"time:   {seconds}",
-            f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",
-        ]
-    )
 
 
 def _print(figures: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:

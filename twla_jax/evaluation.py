@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Int32
 from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
+from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 
 
@@ -65,10 +66,10 @@ def evaluate(
             filled = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
             total += float(window_nll(model, filled, chunk=chunk)[: len(batch)].sum())
             bar.update(len(batch))
-            bar.set_postfix(perplexity=f"{_exp(total / (start + len(batch))):.2f}")
+            bar.set_postfix(perplexity=f"{perplexity(total / (start + len(batch))):.2f}")
     nll = total / len(windows)
     return {
-        "perplexity": _exp(nll),
+        "perplexity": perplexity(nll),
         "nll": nll,
         "windows": len(windows),
         "tokens": int(windows.size),
@@ -79,7 +80,14 @@ def evaluate(
 @functools.partial(jax.jit, static_argnames="chunk")
 def window_nll(model: Decoder, windows: Int32[Array, "b t"], *, chunk: int = 512) -> Float[Array, " b"]:
     """Mean negative log-likelihood of each window's `t − 1` predictions, float32."""
-    hidden, targets = model.hidden(windows)[:, :-1], windows[:, 1:]
+    return hidden_nll(model, model.hidden(windows), windows, chunk=chunk)
+
+
+def hidden_nll(
+    model: Decoder, hidden: Float[Array, "b t d"], windows: Int32[Array, "b t"], *, chunk: int
+) -> Float[Array, " b"]:
+    """`window_nll` from what `model.hidden(windows)` gives, the logits of `chunk` positions at a time."""
+    hidden, targets = hidden[:, :-1], windows[:, 1:]
     length = targets.shape[1]
     padding = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
@@ -96,6 +104,16 @@ def window_nll(model: Decoder, windows: Int32[Array, "b t"], *, chunk: int = 512
     return jax.lax.map(chunk_nll, jnp.arange(0, length + padding, chunk)).sum(0) / length
 
 
+def check_length(seq_len: int, config: DecoderConfig) -> None:
+    """Refuses windows that are longer than the model was made for.
+
+    Raises:
+      TwlaError: `seq_len` exceeds the model's positions.
+    """
+    if seq_len > config.max_position_embeddings:
+        raise TwlaError(f"--seq-len {seq_len} exceeds the model's {config.max_position_embeddings} positions")
+
+
 def check_vocabulary(tokens: Int[np.ndarray, "*shape"], vocab_size: int) -> None:
     """TwlaError naming the first token id outside `[0, vocab_size)`: a lookup would take another row without a word."""
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
@@ -103,6 +121,6 @@ def check_vocabulary(tokens: Int[np.ndarray, "*shape"], vocab_size: int) -> None
         raise TwlaError(f"token id {int(outside[0])} is not in the model's vocabulary of {vocab_size}")
 
 
-def _exp(nll: float) -> float:
-    """`exp`, infinite rather than an error where it overflows."""
+def perplexity(nll: float) -> float:
+    """`exp(nll)`, infinite rather than an error where it overflows."""
     return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf

@@ -81,7 +81,9 @@ def _open_work_dir(folder: Path, model: Decoder, windows: np.ndarray, recipe: Re
     settings = {
         "config": model.config.to_dict(),
         "recipe": {
-            key: value for key, value in recipe.to_dict().items() if key not in ("name", "calibration")
+            key: value
+            for key, value in recipe.to_dict().items()
+            if key not in ("name", "calibration", "allocation")
         },
         "dtype": model.dtype.name,
     }
@@ -218,7 +220,7 @@ def _quantize_block(
         m = linears[0].kernel.get_value().shape[0]
         moment, samples = jnp.zeros((m, m), jnp.float32), []
         for batch, real in stream.batches():
-            batch["x"], batch["mixed"], moment, sample = _advance(
+            batch["x"], batch["mixed"], moment, sample = advance(
                 block,
                 batch["x"],
                 batch["mixed"],
@@ -240,7 +242,7 @@ def _quantize_block(
         _set_input(getattr(block, f"{site}_input"), rotations.get(site), clips, recipe.activations.bits)
         result |= {f"{site}.clips": clips} | {f"{site}.{key}": value for key, value in figures.items()}
     for batch, _ in stream.batches():
-        batch["x"] = _finish(block, batch["x"])
+        batch["x"] = finish(block, batch["x"])
     return result
 
 
@@ -257,22 +259,23 @@ def _set_input(transform: Any, rotation: KroneckerRotation | None, clips: Any, b
 
 
 @functools.partial(jax.jit, static_argnames=("site", "stride"), donate_argnames=("x", "moment"))
-def _advance(
+def advance(
     block: Block,
     x: Float[Array, "b s d"],
     mixed: Any,
     real: Float[Array, " b"],
-    moment: Float[Array, "m m"],
+    moment: Float[Array, "m m"] | None,
     positions: Positions,
     reach: Int32[Array, ""],
     *,
     site: str,
     stride: int,
-) -> tuple[Float[Array, "b s d"], Any, Float[Array, "m m"], Float[Array, "c m"]]:
+) -> tuple[Float[Array, "b s d"], Any, Float[Array, "m m"] | None, Float[Array, "c m"]]:
     """One batch up to the input of `site`: the stream, that input's second moments, and every so many tokens of it.
 
     `mixed` is the attention's output between the sites o and mlp, `[b, s, heads_d]`, and None elsewhere. Windows that
-    only fill up a batch (`real` is 0) give zeros, which count for nothing in moments or clips.
+    only fill up a batch (`real` is 0) give zeros, which count for nothing in moments or clips. Without a `moment` to
+    add to, none is taken.
     """
     if site == "qkv":
         h = block.input_norm(x)
@@ -285,11 +288,13 @@ def _advance(
         h = block.gate_up(block.mlp_input(block.post_norm(x)))
     h = h * real[:, None, None].astype(h.dtype)
     sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
-    return x, mixed, compensation.accumulate_moment(moment, h), sample
+    if moment is not None:
+        moment = compensation.accumulate_moment(moment, h)
+    return x, mixed, moment, sample
 
 
 @functools.partial(jax.jit, donate_argnames="x")
-def _finish(block: Block, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+def finish(block: Block, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
     """From the MLP's residual to the block's output."""
     h = block.gate_up(block.mlp_input(block.post_norm(x)))
     return x + block.down(block.down_input(h))

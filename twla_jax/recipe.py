@@ -146,6 +146,46 @@ class CalibrationRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AllocationRecipe:
+    """Settings of ILA-AMP, which gives each activation site its own bits under a budget.
+
+    Attributes:
+      budget: bits on average; 0 leaves every input at `activations.bits`.
+      site: what gets bits of its own, each `input` of a block or the whole `block` (the paper).
+      choices: bits to choose from, ascending; the last is the base that losses are compared with.
+      beta: weight of the neighbours' interactions.
+      weighting: what one bit of a site counts for in the average.
+      windows: held-out windows of the calibration text that losses are measured on.
+      seq_len: tokens in such a window; 0 takes the calibration's.
+    """
+
+    budget: float = 0.0
+    site: Literal["input", "block"] = "input"
+    choices: tuple[int, ...] = ACTIVATION_BITS[:-1]
+    beta: float = 0.5
+    weighting: Literal["elements", "macs"] = "elements"
+    windows: int = 8
+    seq_len: int = 0
+
+    def __post_init__(self):
+        known, choices = ACTIVATION_BITS[:-1], self.choices
+        rising = len(choices) >= 2 and list(choices) == sorted(set(choices)) and set(choices) <= set(known)
+        _require(rising, "allocation.choices", choices, f"two or more of {known}, ascending")
+        low, high = min(choices), max(choices)
+        _require(
+            self.budget == 0 or low <= self.budget <= high,
+            "allocation.budget",
+            self.budget,
+            f"between {low} and {high} bits on average, what the choices can give, or 0 for none",
+        )
+        _require(0 <= self.beta < float("inf"), "allocation.beta", self.beta, "0 or more")
+        _require(self.windows >= 1, "allocation.windows", self.windows, "1 or more")
+        _require(
+            self.seq_len == 0 or self.seq_len >= 2, "allocation.seq_len", self.seq_len, "2 or more, or 0"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Every setting of one quantisation; JSON and TOML hold it as one table a part."""
 
@@ -155,6 +195,7 @@ class Recipe:
     activations: ActivationRecipe = dataclasses.field(default_factory=ActivationRecipe)
     refine: RefineRecipe = dataclasses.field(default_factory=RefineRecipe)
     calibration: CalibrationRecipe = dataclasses.field(default_factory=CalibrationRecipe)
+    allocation: AllocationRecipe = dataclasses.field(default_factory=AllocationRecipe)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in nested dicts, ready for JSON; `from_dict` is its inverse."""

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax import accounting, calibration, checkpoint, models, pipeline, refine
+from twla_jax import accounting, allocation, calibration, checkpoint, models, pipeline, refine
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation import evaluate
+from twla_jax.evaluation import check_length, evaluate
 from twla_jax.generation import generate, stream
-from twla_jax.models import Decoder, DecoderConfig
+from twla_jax.models import Decoder
 from twla_jax.recipe import Recipe
 from twla_jax.report import Phases, environment, peak_memory
 
@@ -95,6 +95,7 @@ def quantize_to_folder(
 
     Args:
       model_name: what `load` takes, not yet quantised.
+      recipe: with an allocation budget, the inputs get bits of their own, chosen on calibration text.
       out: folder to write; it appears only once everything, checks included, is done.
       check_corpus: whose evaluation text the result is checked on; None takes the calibration corpus where that is
         known by name, else `pydoc`.
@@ -113,7 +114,7 @@ def quantize_to_folder(
         if checkpoint.is_checkpoint(path):
             raise TwlaError(f"{path}: is quantised already")
         seq_len = recipe.calibration.seq_len
-        check_length(seq_len, models.read_config(path))
+        check_length(max(seq_len, recipe.allocation.seq_len), models.read_config(path))
         corpus = calibration.load_corpus(recipe.calibration.corpus, "calibration")
         check = calibration.load_corpus(
             check_corpus or _evaluation_name(recipe.calibration.corpus), "evaluation"
@@ -151,6 +152,15 @@ def quantize_to_folder(
             f"A{bits}": score(set_activation_bits(quantised, bits))["perplexity"]
             for bits in check_bits or [recipe.activations.bits]
         }
+    allocated, extra = {}, {}
+    if recipe.allocation.budget:
+        with phases("allocate bits"):
+            quantised, allocated["allocation"], tables = allocation.allocate_bits(
+                quantised, tokenizer, corpus, recipe, work_dir=work_dir / "ila_amp", progress=progress
+            )
+            extra[allocation.TABLES] = allocation.dump_tables(tables)
+            mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
+            perplexity[mixed] = score(quantised)["perplexity"]
     with phases("generate"):
         sample = _check(quantised, full_precision["perplexity"], perplexity, check_tokens)
     report = {
@@ -172,23 +182,35 @@ def quantize_to_folder(
         },
         "layers": layers,
         "refine": refined,
+        **allocated,
         "seconds": phases.seconds,
         "peak_memory": peak_memory(),
     }
     with phases("save"):
-        checkpoint.save(quantised, tokenizer, out, recipe, report, overwrite=overwrite)
+        checkpoint.save(quantised, tokenizer, out, recipe, report, extra=extra, overwrite=overwrite)
         shutil.rmtree(work_dir, ignore_errors=True)
     return {**report, "size": accounting.account(out)}
 
 
-def check_length(seq_len: int, config: DecoderConfig) -> None:
-    """Refuses windows that are longer than the model was made for.
-
-    Raises:
-      TwlaError: `seq_len` exceeds the model's positions.
-    """
-    if seq_len > config.max_position_embeddings:
-        raise TwlaError(f"--seq-len {seq_len} exceeds the model's {config.max_position_embeddings} positions")
+def format_report(report: dict[str, Any], out: str | Path) -> str:
+    """The figures of `quantize_to_folder` as lines of text for a person."""
+    evaluation, memory = report["evaluation"], report["peak_memory"]
+    windows = f"{evaluation['windows']} windows of {evaluation['seq_len']}"
+    perplexity = "   ".join(f"{name} {value:.2f}" for name, value in evaluation["perplexity"].items())
+    seconds = "   ".join(f"{phase} {spent:.0f} s" for phase, spent in report["seconds"].items())
+    device = f"   device {memory['device_bytes'] / 1e9:.2f} GB" if memory["device_bytes"] else ""
+    return "\n".join(
+        [
+            f"{report['model']['name']} → {out}",
+            "",
+            accounting.format_account(report["size"]),
+            "",
+            *([allocation.format_result(report), ""] if "allocation" in report else []),
+            f"perplexity on {evaluation['name']} ({windows}):   {perplexity}",
+            f"time:   {seconds}",
+            f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",
+        ]
+    )
 
 
 def stream_text(

@@ -1,0 +1,108 @@
+"""Figures of what was measured; they need the extra `plot`."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twla_jax.errors import TwlaError
+from twla_jax.ila_amp import SensitivityTable
+from twla_jax.models.decoder import SITES
+
+_COLOURS = ("#b2182b", "#ef8a62", "#67a9cf", "#2166ac")
+
+
+def require_matplotlib() -> None:
+    """Refuses to go on without the package that draws.
+
+    Raises:
+      TwlaError: says what to install.
+    """
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise TwlaError("a figure needs matplotlib: pip install 'twla-jax[plot]'") from None
+
+
+def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[str, Any]) -> None:
+    """Draws the table and the choice made from it: C as bars, K as a heat map, the bits, the losses of each method.
+
+    Args:
+      path: file to write; its ending says the format.
+      result: what `allocation.choose` says of the choice.
+    Raises:
+      TwlaError: matplotlib is missing, or does not know the format.
+    """
+    require_matplotlib()
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(14, 9), layout="constrained")
+    (costs, interactions), (bits, losses) = figure.subplots(2, 2, width_ratios=(2.2, 1))
+    _draw_costs(costs, table)
+    _draw_interactions(interactions, figure, table)
+    _draw_bits(bits, result)
+    _draw_losses(losses, result)
+    for axes in (costs, interactions, bits):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise TwlaError(f"{path}: {error}") from None
+
+
+def _draw_costs(axes: Any, table: SensitivityTable) -> None:
+    lower = table.choices[:-1]
+    width = 0.8 / len(lower)
+    place = np.arange(len(table.costs))
+    for index, (choice, colour) in enumerate(zip(lower, _COLOURS, strict=False)):
+        axes.bar(place + index * width, table.costs[:, index], width, color=colour, label=f"{choice} bits")
+    # A few sites at 2 bits cost a hundred times the rest.
+    axes.set_yscale("symlog", linthresh=max(1e-4, float(np.quantile(np.abs(table.costs[:, :-1]), 0.25))))
+    axes.set(title=f"C: rise of the loss over {table.choices[-1]} bits, one site alone", xlabel="site")
+    axes.set_ylabel("nats per token")
+    axes.legend()
+
+
+def _draw_interactions(axes: Any, figure: Any, table: SensitivityTable) -> None:
+    """Rows are pairs of bits, columns pairs of neighbours."""
+    lower = table.choices[:-1]
+    values = table.interactions[:, :-1, :-1].reshape(-1, len(lower) ** 2).T
+    limit = float(np.quantile(np.abs(values), 0.98)) if values.size else 0.0
+    limit = limit or 1.0
+    image = axes.imshow(
+        values, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+    )
+    axes.set_yticks(range(len(lower) ** 2), [f"{left}, {right}" for left in lower for right in lower])
+    axes.set(title="K: what neighbours cost together beyond that", xlabel="left site", ylabel="bits")
+    figure.colorbar(image, ax=axes, extend="both")
+
+
+def _draw_bits(axes: Any, result: Mapping[str, Any]) -> None:
+    chosen = np.asarray([result["bits"][site] for site in SITES])
+    axes.imshow(
+        chosen,
+        aspect="auto",
+        cmap="viridis",
+        vmin=result["choices"][0],
+        vmax=result["choices"][-1],
+        interpolation="nearest",
+    )
+    for (row, layer), value in np.ndenumerate(chosen):
+        axes.text(layer, row, str(value), ha="center", va="center", color="white", fontsize=8)
+    axes.set_yticks(range(len(SITES)), list(SITES))
+    after = result["after"]["average_bits"]
+    axes.set(title=f"bits chosen: {after:.2f} on average, budget {result['budget']:g}", xlabel="block")
+
+
+def _draw_losses(axes: Any, result: Mapping[str, Any]) -> None:
+    measured = {name: result["losses"][name] for name in ("uniform", "independent", "joint")}
+    measured["refitted clips"] = result["clips"]["refitted"]
+    bars = axes.bar(list(measured), list(measured.values()), color=_COLOURS)
+    axes.bar_label(bars, fmt="%.3f")
+    base = result["losses"]["base"]
+    axes.axhline(base, color="black", linewidth=1, label=f"all at {result['choices'][-1]} bits")
+    low, high = min(base, *measured.values()), max(base, *measured.values())
+    margin = 0.1 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    axes.set(title="held-out loss", ylabel="nats per token")
+    axes.legend()
