@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from twla_jax.kotms import KroneckerRotation
     from twla_jax.models import Decoder, DecoderConfig
     from twla_jax.pipeline import quantize
-    from twla_jax.recipe import AllocationRecipe, Recipe, load_recipe
+    from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, load_recipe
+    from twla_jax.refinement import refine
     from twla_jax.ternary import TernaryTensor
     from twla_jax.workflow import load, set_activation_bits
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ActivationQuantizer": "activation",
     "AllocationRecipe": "recipe",
+    "CalibrationRecipe": "recipe",
     "Corpus": "calibration",
     "Decoder": "models",
     "DecoderConfig": "models",
@@ -39,6 +41,7 @@ _HOMES = {
     "load_corpus": "calibration",
     "load_recipe": "recipe",
     "quantize": "pipeline",
+    "refine": "refinement",
     "save": "checkpoint",
     "set_activation_bits": "workflow",
     "tokenize": "calibration",
@@ -47,6 +50,7 @@ _HOMES = {
 __all__ = [
     "ActivationQuantizer",
     "AllocationRecipe",
+    "CalibrationRecipe",
     "Corpus",
     "Decoder",
     "DecoderConfig",
@@ -62,6 +66,7 @@ __all__ = [
     "load_corpus",
     "load_recipe",
     "quantize",
+    "refine",
     "save",
     "set_activation_bits",
     "tokenize",

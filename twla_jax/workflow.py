@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax import accounting, allocation, calibration, checkpoint, models, pipeline, refine
+from twla_jax import accounting, allocation, calibration, checkpoint, models, pipeline, refinement
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import check_length, evaluate
@@ -143,7 +143,7 @@ def quantize_to_folder(
     if recipe.refine.steps:
         with phases("refine"):
             more = draw(recipe.refine.steps * recipe.refine.batch, seed=recipe.calibration.seed + 1)
-            quantised, refined = refine.refine(
+            quantised, refined = refinement.refine(
                 quantised, model, more, recipe.refine, work_dir=work_dir / "refine", progress=progress
             )
     del model

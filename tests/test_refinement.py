@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import models, pipeline, refine, resume
+from twla_jax import models, pipeline, refinement, resume
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
 
@@ -40,8 +40,8 @@ def kl(student, teacher, windows):
 
 
 def test_latents_start_as_the_student_itself(student, teacher):
-    latents = refine.init_latents(student, teacher)
-    loss = refine.kl_divergence(
+    latents = refinement.init_latents(student, teacher)
+    loss = refinement.kl_divergence(
         jax.tree.map(jnp.asarray, student), teacher, latents, jnp.asarray(WINDOWS[:3])
     )
     assert float(loss) == pytest.approx(kl(student, teacher, WINDOWS[:3]), rel=1e-4)
@@ -49,13 +49,13 @@ def test_latents_start_as_the_student_itself(student, teacher):
 
 def test_gradients_pass_the_rounding_straight_within_reach():
     u = jnp.array([-2.0, -1.2, -0.3, 0.0, 0.7, 1.4, 1.6])
-    slope = jax.grad(lambda u: (refine._straight_through(u) * jnp.arange(7.0)).sum())(u)
-    np.testing.assert_array_equal(refine._straight_through(u), [-1, -1, 0, 0, 1, 1, 1])
+    slope = jax.grad(lambda u: (refinement._straight_through(u) * jnp.arange(7.0)).sum())(u)
+    np.testing.assert_array_equal(refinement._straight_through(u), [-1, -1, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(slope, [0, 1, 2, 3, 4, 5, 0])
 
 
 def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
-    refined, figures = refine.refine(student, teacher, np.tile(WINDOWS, (4, 1)), REFINE, progress=False)
+    refined, figures = refinement.refine(student, teacher, np.tile(WINDOWS, (4, 1)), REFINE, progress=False)
     assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
     assert figures["steps"] == 24
     assert figures["loss"][1] < figures["loss"][0]
@@ -66,8 +66,8 @@ def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
 
 
 def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine, "_SNAPSHOT_SECONDS", 0)
-    whole, figures = refine.refine(student, teacher, WINDOWS, REFINE, progress=False)
+    monkeypatch.setattr(refinement, "_SNAPSHOT_SECONDS", 0)
+    whole, figures = refinement.refine(student, teacher, WINDOWS, REFINE, progress=False)
     save, taken = resume.WorkDir.save, []
 
     def interrupted(self, name, arrays):
@@ -79,8 +79,8 @@ def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, 
     monkeypatch.setattr(resume.WorkDir, "save", interrupted)
     arguments = (student, teacher, WINDOWS, REFINE)
     with pytest.raises(KeyboardInterrupt):
-        refine.refine(*arguments, work_dir=tmp_path / "work", progress=False)
-    resumed, again = refine.refine(*arguments, work_dir=tmp_path / "work", progress=False)
+        refinement.refine(*arguments, work_dir=tmp_path / "work", progress=False)
+    resumed, again = refinement.refine(*arguments, work_dir=tmp_path / "work", progress=False)
     assert taken == [1, 2, 3, 4, 5, 6]
     assert again == figures
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
@@ -94,7 +94,7 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
     text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
     windows = np.concatenate([start, text], axis=1)
     student, _ = pipeline.quantize(model, windows[:8], QUANTISE, progress=False)
-    refined, _ = refine.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
+    refined, _ = refinement.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
 
     def nll(model):
         model = twla_jax.set_activation_bits(model, 16)
