@@ -9,7 +9,14 @@ import pytest
 
 from twla_jax import activation, kotms
 from twla_jax.errors import TwlaError
-from twla_jax.ops.rotate_quantize import gpu, kernel_rotation, reference, rotate_quantize, tpu
+from twla_jax.ops.rotate_quantize import (
+    gpu,
+    kernel_rotation,
+    quantizer_settings,
+    reference,
+    rotate_quantize,
+    tpu,
+)
 from twla_jax.ops.tokens import group_sums
 
 SIZES = [
@@ -39,16 +46,18 @@ def test_reference_is_the_method(dtype, bits):
     rotation = rotation_of(6, 32)
     x, scale = values(3, 192, dtype)
     prepared = kernel_rotation(rotation, dtype)
-    tokens = rotate_quantize(x.reshape(1, 3, 192), prepared, jnp.int32(bits), CLIP, implementation="xla")
+    tokens = rotate_quantize(
+        x.reshape(1, 3, 192), prepared, quantizer_settings(bits, CLIP), implementation="xla"
+    )
     expected = activation.fake_quantize(rotation(x), bits, CLIP)
     found = tokens.scale[..., None] * (tokens.codes - tokens.zero_point[..., None])
     np.testing.assert_array_equal(found.astype(dtype)[0], expected)
     np.testing.assert_array_equal(tokens.sums, group_sums(tokens.codes))
     normed = rotate_quantize(
-        x, prepared, jnp.int32(bits), CLIP, norm_scale=scale, epsilon=1e-5, implementation="xla"
+        x, prepared, quantizer_settings(bits, CLIP), norm_scale=scale, epsilon=1e-5, implementation="xla"
     )
     x = reference.rms_norm(x, scale, 1e-5)
-    again = rotate_quantize(x, prepared, jnp.int32(bits), CLIP, implementation="xla")
+    again = rotate_quantize(x, prepared, quantizer_settings(bits, CLIP), implementation="xla")
     np.testing.assert_array_equal(normed.codes, again.codes)
 
 
@@ -57,7 +66,7 @@ def test_reference_is_the_method(dtype, bits):
 def test_tpu_kernel_equals_the_reference(left, right, norm):
     rotation = kernel_rotation(rotation_of(left, right), jnp.bfloat16)
     x, scale = values(3, left * right)
-    arguments = (x, rotation, jnp.int32(8), CLIP, scale if norm else None)
+    arguments = (x, rotation, quantizer_settings(8, CLIP), scale if norm else None)
     expected = reference.rotate_quantize(*arguments, epsilon=1e-5)
     found = tpu.rotate_quantize(*arguments, epsilon=1e-5, interpret=True)
     assert_close(found, expected)
@@ -78,15 +87,14 @@ def test_kernels_refuse_what_they_cannot_take():
     rotation = kernel_rotation(rotation_of(64, 24), jnp.float32)
     for dtype, reason in ((jnp.float32, "float32, not bfloat16"), (jnp.bfloat16, "24 rows, not a multiple")):
         with pytest.raises(TwlaError, match=reason):
-            rotate_quantize(x.astype(dtype), rotation, jnp.int32(4), CLIP, implementation="gpu")
+            rotate_quantize(x.astype(dtype), rotation, quantizer_settings(4, CLIP), implementation="gpu")
 
 
 def shapes(t, left, right, norm):
     rotation = jax.eval_shape(lambda: kernel_rotation(rotation_of(left, right), jnp.bfloat16))
     x = jax.ShapeDtypeStruct((t, left * right), jnp.bfloat16)
     scale = jax.ShapeDtypeStruct((left * right,), jnp.float32)
-    bits, clip = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    return x, rotation, bits, clip, scale if norm else None
+    return x, rotation, jax.ShapeDtypeStruct((3,), jnp.float32), scale if norm else None
 
 
 @pytest.mark.aot

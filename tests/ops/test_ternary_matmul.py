@@ -123,6 +123,17 @@ def test_group_sizes_without_a_place_are_refused():
         kernel_weight([matrix(8, 256, 64)])
 
 
+def test_kernels_leave_float32_activations_to_the_reference():
+    x, weight = jnp.full((1, 128), 1 + 2.0**-12), kernel_weight([matrix(8, 128, 128)])
+    with pytest.raises(TwlaError, match="float32, not bfloat16"):
+        ternary_matmul(x, weight, implementation="tpu")
+    one = ternary_matmul(jnp.ones((1, 128)), weight, out_dtype=jnp.float32)
+    # Rounded to bf16, the two would be one.
+    np.testing.assert_allclose(
+        ternary_matmul(x, weight, out_dtype=jnp.float32), one * x[0, 0], rtol=1e-5, atol=1e-5
+    )
+
+
 def test_an_implementation_that_is_none_is_refused():
     with pytest.raises(TwlaError, match="'triton' is none of xla, gpu, tpu"):
         ternary_matmul(tokens(1, 128), kernel_weight([matrix(8, 128, 128)]), implementation="triton")

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from twla_jax.ops.dispatch import Implementation, dispatch
@@ -10,24 +11,33 @@ from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.tokens import QuantizedTokens
 
 
+def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | float) -> Float32[Array, " 3"]:
+    """How `rotate_quantize` makes codes, as data: levels less one, clip, and what makes codes signed.
+
+    Args:
+      bits: 2 to 8.
+      clip: share of the token's range that the codes span.
+    """
+    bits = jnp.asarray(bits, jnp.float32)
+    return jnp.stack([2.0**bits - 1, jnp.asarray(clip, jnp.float32), 2.0 ** (bits - 1)])
+
+
 def rotate_quantize(
     x: Float[Array, "*tokens m"],
-    rotation: KernelRotation,
-    bits: Int32[Array, ""],
-    clip: Float32[Array, ""],
+    rotation: KernelRotation | None,
+    settings: Float32[Array, " 3"],
     *,
     norm_scale: Float[Array, " m"] | None = None,
     epsilon: float = 0.0,
     implementation: Implementation | None = None,
 ) -> QuantizedTokens:
-    """An RMS norm if there is a `norm_scale`, the rotation, and per-token codes with scale, zero point and sums.
+    """An RMS norm if there is a `norm_scale`, the rotation if there is one, and the tokens' codes with their sums.
 
     The rotation computes in `x.dtype`, as `kotms.rotate` does; a kernel may round its sums differently, so that a few
-    codes differ by one. Bits and clip are data.
+    codes differ by one.
 
     Args:
-      bits: 2 to 8.
-      clip: share of the token's range that the codes span.
+      settings: from `quantizer_settings`.
       norm_scale: the norm's weights.
       epsilon: what the norm adds to the mean square.
       implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
@@ -45,10 +55,9 @@ def rotate_quantize(
             "tpu": functools.partial(tpu.rotate_quantize, epsilon=epsilon),
         },
         {"gpu": gpu.obstacle(x.dtype, rotation), "tpu": tpu.obstacle(x.dtype, rotation)},
-        x.reshape(-1, rotation.features),
+        x.reshape(-1, x.shape[-1]),
         rotation,
-        bits,
-        clip,
+        settings,
         norm_scale,
     )
     return QuantizedTokens(

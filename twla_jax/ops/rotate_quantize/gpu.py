@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.rotate_quantize import layout
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
@@ -19,8 +19,10 @@ from twla_jax.ops.tokens import QuantizedTokens
 _LARGEST = 96 * 128  # features whose float32 matrix fits the registers of 128 threads
 
 
-def obstacle(dtype, rotation: KernelRotation) -> str | None:
+def obstacle(dtype, rotation: KernelRotation | None) -> str | None:
     """Why the kernel cannot take such activations, or None."""
+    if rotation is None:
+        return "there is no rotation"
     rows, r = len(rotation.left), len(rotation.right_transposed)
     if dtype != jnp.bfloat16:
         return f"activations are {dtype}, not bfloat16"
@@ -34,8 +36,7 @@ def obstacle(dtype, rotation: KernelRotation) -> str | None:
 def rotate_quantize(
     x: Float[Array, "t m"],
     rotation: KernelRotation,
-    bits: Int32[Array, ""],
-    clip: Float32[Array, ""],
+    settings: Float32[Array, " 3"],
     norm_scale: Float[Array, " m"] | None,
     *,
     epsilon: float,
@@ -67,7 +68,7 @@ def rotate_quantize(
         layout.as_matrices(x, rotation),
         rotation.left,
         rotation.right_transposed,
-        layout.settings(bits, clip),
+        settings,
         *norm,
     )
     return layout.collect(codes, scale, zero_point, sums[:, :, :size].swapaxes(1, 2))

@@ -21,11 +21,6 @@ def chunk(r: int) -> int:
     return math.gcd(r, PLANE)
 
 
-def settings(bits: Int32[Array, ""], clip: Float32[Array, ""]) -> Float32[Array, " 3"]:
-    """The number of levels less one, the clip, and what is taken from codes to make them signed."""
-    return jnp.stack([2.0**bits - 1, jnp.asarray(clip, jnp.float32), 2.0 ** (bits - 1)])
-
-
 def collect(
     codes: Int8[Array, "t l r"],
     scale: Float32[Array, " t"],

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from twla_jax import activation, kotms
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
@@ -11,18 +11,19 @@ from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
 def rotate_quantize(
     x: Float[Array, "t m"],
-    rotation: KernelRotation,
-    bits: Int32[Array, ""],
-    clip: Float32[Array, ""],
+    rotation: KernelRotation | None,
+    settings: Float32[Array, " 3"],
     norm_scale: Float[Array, " m"] | None,
     *,
     epsilon: float,
 ) -> QuantizedTokens:
-    """`kotms.rotate` and `activation.quantize_tokens`, after an RMS norm if `norm_scale` is given."""
+    """`kotms.rotate` (unless None) and `activation.quantize_tokens`, after an RMS norm if `norm_scale` is given."""
     if norm_scale is not None:
         x = rms_norm(x, norm_scale, epsilon)
-    codes, scale, zero_point = activation.quantize_tokens(kotms.rotate(x, *rotation.factors), bits, clip)
-    half = 2.0 ** (bits - 1)
+    if rotation is not None:
+        x = kotms.rotate(x, *rotation.factors)
+    levels, clip, half = settings
+    codes, scale, zero_point = activation.quantize_tokens(x, levels, clip)
     signed = (codes - half).astype(jnp.int8)
     return QuantizedTokens(
         codes=signed, scale=scale[:, 0], zero_point=zero_point[:, 0] - half, sums=group_sums(signed)

@@ -14,16 +14,14 @@ _ROWS = 16  # what a tile of bf16 has on both matrix units
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelRotation:
-    """`x ↦ vec(L · mat(x) · R)` with R transposed and L filled up with zeros to a multiple of 16 rows and columns."""
+    """`x ↦ vec(L · mat(x) · R)` with R transposed and L filled up with zeros to a multiple of 16 rows and columns.
+
+    `size` is that of L itself.
+    """
 
     left: Float[Array, "rows rows"]
     right_transposed: Float[Array, "r r"]
     size: int = dataclasses.field(metadata={"static": True})
-
-    @property
-    def features(self) -> int:
-        """How many it rotates, `m = l·r`; `size` is l."""
-        return self.size * len(self.right_transposed)
 
     @property
     def factors(self) -> tuple[Float[Array, "l l"], Float[Array, "r r"]]:

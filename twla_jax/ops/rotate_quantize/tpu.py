@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.rotate_quantize import layout
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
@@ -16,17 +16,17 @@ from twla_jax.ops.tokens import QuantizedTokens
 _TOKENS = 8
 
 
-def obstacle(dtype, rotation: KernelRotation) -> str | None:
+def obstacle(dtype, rotation: KernelRotation | None) -> str | None:
     """Why the kernel cannot take such activations, or None."""
-    del rotation
+    if rotation is None:
+        return "there is no rotation"
     return None if dtype == jnp.bfloat16 else f"activations are {dtype}, not bfloat16"
 
 
 def rotate_quantize(
     x: Float[Array, "t m"],
     rotation: KernelRotation,
-    bits: Int32[Array, ""],
-    clip: Float32[Array, ""],
+    settings: Float32[Array, " 3"],
     norm_scale: Float[Array, " m"] | None,
     *,
     epsilon: float,
@@ -64,7 +64,7 @@ def rotate_quantize(
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
-    )(x, rotation.left, rotation.right_transposed, layout.settings(bits, clip), *norm)
+    )(x, rotation.left, rotation.right_transposed, settings, *norm)
     codes, sums = codes[:t, : rotation.size], sums[:t, : rotation.size]
     return layout.collect(codes, scale[:t, 0], zero_point[:t, 0], sums)
 

@@ -18,12 +18,12 @@ def ternary_matmul(
     out_dtype=jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*tokens n"]:
-    """`x Ŵᵀ + b` for quantised tokens (int8 × ternary, int32 sums), or for bf16 ones (weight-only, float32 sums).
+    """`x Ŵᵀ + b` for quantised tokens (int8 × ternary, int32 sums), or for float ones (weight-only, float32 sums).
 
     Per-group (α, μ): the sum over 128 columns is scaled and added up in float32, in no particular order of groups.
 
     Args:
-      x: bf16 (other floats are rounded to it) or `QuantizedTokens`.
+      x: `QuantizedTokens`, or floats, of which the kernels take bf16 alone.
       weight: from `kernel_weight`.
       out_dtype: of the result.
       implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
@@ -43,7 +43,7 @@ def ternary_matmul(
         )
     else:
         lead = x.shape[:-1]
-        values = x.reshape(-1, weight.in_features).astype(jnp.bfloat16)
+        values = x.reshape(-1, weight.in_features)
         operands = (values, group_sums(values), jnp.ones(len(values)), jnp.zeros(len(values)))
     y = dispatch(
         "ternary_matmul",
@@ -53,8 +53,12 @@ def ternary_matmul(
             "gpu": functools.partial(gpu.matmul, out_dtype=out_dtype),
             "tpu": functools.partial(tpu.matmul, out_dtype=out_dtype),
         },
-        {},
+        dict.fromkeys(("gpu", "tpu"), _obstacle(operands[0].dtype)),
         *operands,
         weight,
     )
     return y[:, : weight.out_features].reshape(*lead, weight.out_features)
+
+
+def _obstacle(dtype) -> str | None:
+    return None if dtype in (jnp.int8, jnp.bfloat16) else f"activations are {dtype}, not bfloat16"

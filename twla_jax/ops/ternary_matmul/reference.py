@@ -20,23 +20,24 @@ def matmul(
 ) -> Float[Array, "t rows"]:
     """`y = scale·(Σ_g α_g·(acc_g − Q_g) + μ_g·Q_g − zero_point·w) + bias`, with `acc_g = Σ_{k∈g} U_k·x_k`.
 
-    Q_g are the `sums` of x over a group and w the row sums of Ŵ. Integers are accumulated in int32, bf16 in float32.
+    Q_g are the `sums` of x over a group and w the row sums of Ŵ. Integers are accumulated in int32, floats in float32.
     A tile of 512 columns is unpacked at a time.
 
     Args:
-      x: int8 codes or bf16 values.
+      x: int8 codes, or floats; float32 is multiplied in true float32.
       sums: `tokens.group_sums(x)`.
     Returns:
       `[t, rows]`, rows as stored, those past `weight.out_features` included.
     """
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     codes = weight.codes.reshape(-1, weight.tiles, packing.PLANE).swapaxes(0, 1)
     tokens = pad_columns(x).reshape(len(x), weight.tiles, 4, packing.PLANE).transpose(1, 2, 0, 3)
     totals = sums.reshape(len(x), weight.tiles, 4).transpose(1, 2, 0)
 
     def product(tile, x_tile):
         unsigned = planes(tile).reshape(-1, 4, packing.PLANE).astype(x.dtype)
-        return jnp.einsum("gtk,ngk->gtn", x_tile, unsigned, preferred_element_type=exact)
+        return jnp.einsum("gtk,ngk->gtn", x_tile, unsigned, precision=precision, preferred_element_type=exact)
 
     def grouped(y, operands):
         tile, x_tile, total, scales = operands
