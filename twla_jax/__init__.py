@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from twla_jax.generation import generate
     from twla_jax.kotms import KroneckerRotation
     from twla_jax.models import Decoder, DecoderConfig
+    from twla_jax.models.integer import prepare_for_inference
     from twla_jax.pipeline import quantize
     from twla_jax.recipe import Recipe, load_recipe
     from twla_jax.ternary import TernaryTensor
@@ -35,6 +36,7 @@ _HOMES = {
     "load": "workflow",
     "load_corpus": "calibration",
     "load_recipe": "recipe",
+    "prepare_for_inference": "models.integer",
     "quantize": "pipeline",
     "save": "checkpoint",
     "set_activation_bits": "workflow",
@@ -56,6 +58,7 @@ __all__ = [
     "load",
     "load_corpus",
     "load_recipe",
+    "prepare_for_inference",
     "quantize",
     "save",
     "set_activation_bits",

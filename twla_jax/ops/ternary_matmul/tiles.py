@@ -1,4 +1,4 @@
-"""Tile sizes of the ternary matmul: measured ones for known shapes, a rule for the others."""
+"""Tile sizes of the ternary matmul, by rule from the shape."""
 
 import dataclasses
 
