@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from twla_jax.generation import generate
     from twla_jax.kotms import KroneckerRotation
     from twla_jax.models import Decoder, DecoderConfig
+    from twla_jax.models.integer import prepare_for_inference
     from twla_jax.pipeline import quantize
     from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, load_recipe
     from twla_jax.refinement import refine
@@ -40,6 +41,7 @@ _HOMES = {
     "load": "workflow",
     "load_corpus": "calibration",
     "load_recipe": "recipe",
+    "prepare_for_inference": "models.integer",
     "quantize": "pipeline",
     "refine": "refinement",
     "save": "checkpoint",
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "load_corpus",
     "load_recipe",
+    "prepare_for_inference",
     "quantize",
     "refine",
     "save",

@@ -46,20 +46,26 @@ def select_clip(clips: Float[Array, " 4"], bits: Int32[Array, ""]) -> Float[Arra
 
 
 def fake_quantize(x: Float[Array, "*tokens m"], bits, clip) -> Float[Array, "*tokens m"]:
-    """Quantises each token (last axis) to `2**bits` levels and maps it back, in float32 inside, `x.dtype` outside.
+    """Quantises each token (last axis) to `2**bits` levels and maps it back, in float32 inside, `x.dtype` outside."""
+    codes, scale, zero_point = quantize_tokens(x, 2.0**bits - 1, clip)
+    return (scale * (codes - zero_point)).astype(x.dtype)
 
-    `s = clip·(max − min)/(2^b − 1)`, `z = round(−clip·min/s)`, `q = clamp(round(x/s) + z, 0, 2^b − 1)`, `x̂ = s·(q −
-    z)`
+
+def quantize_tokens(
+    x: Float[Array, "*tokens m"], levels, clip
+) -> tuple[Float[Array, "*tokens m"], Float[Array, "*tokens 1"], Float[Array, "*tokens 1"]]:
+    """Codes, scale and zero point of each token, all float32, with `x̂ = s·(q − z)`.
+
+    `s = clip·(max − min)/levels`, `z = round(−clip·min/s)`, `q = clamp(round(x/s) + z, 0, levels)`, `levels = 2^b − 1`
     (TWLA's public quantiser). Zero is always exactly representable where the token's range contains it.
     """
     values = x.astype(jnp.float32)
-    levels = 2.0**bits - 1
     low = clip * values.min(-1, keepdims=True)
     high = clip * values.max(-1, keepdims=True)
     scale = jnp.maximum((high - low) / levels, 1e-8)
     zero_point = jnp.round(-low / scale)
     codes = jnp.clip(jnp.round(values / scale) + zero_point, 0, levels)
-    return (scale * (codes - zero_point)).astype(x.dtype)
+    return codes, scale, zero_point
 
 
 def fit_clips(

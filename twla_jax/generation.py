@@ -20,8 +20,16 @@ _BUCKET = (
 def generate(
     model: Decoder, prompt: Int[np.ndarray, "b t"], *, max_new_tokens: int, **settings
 ) -> Int32[np.ndarray, "b new"]:
-    """All tokens of `stream` at once: at most `max_new_tokens` a row, fewer where every row came to an end."""
-    return np.stack(list(stream(model, prompt, max_new_tokens=max_new_tokens, **settings)), axis=1)
+    """All tokens of `stream` at once: at most `max_new_tokens` a row, fewer where every row came to an end.
+
+    The whole of it runs on the device, without a word to the host between tokens.
+    """
+    model, prompt, count, temperature, key, ends = _checked(prompt, model, max_new_tokens, **settings)
+    token, cache = _start(model, prompt, count, temperature, key)
+    tokens, made, _ = _steps(
+        model, token, cache, jnp.int32(count), temperature, key, ends, room=_bucket(count)
+    )
+    return np.asarray(tokens[:, : int(made)])
 
 
 def stream(
@@ -45,6 +53,11 @@ def stream(
       TwlaError: (at the call) the prompt is empty or outside the vocabulary, a setting is out of range, or prompt and
         new tokens together exceed `max_position_embeddings`.
     """
+    return _stream(*_checked(prompt, model, max_new_tokens, temperature, key, eos_token_ids))
+
+
+def _checked(prompt, model, max_new_tokens, temperature=0.0, key=None, eos_token_ids=None) -> tuple:
+    """The arguments of `stream` as arrays, if they are usable."""
     prompt = np.asarray(prompt, np.int32)
     length = prompt.shape[1]
     if prompt.size == 0:
@@ -61,18 +74,20 @@ def stream(
     check_vocabulary(prompt, model.config.vocab_size)
     ends = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
     key = jax.random.key(0) if key is None else key
-    return _stream(
-        model, prompt, max_new_tokens, jnp.float32(temperature), key, np.asarray(list(ends), np.int32)
-    )
-
-
-def _stream(model, prompt, max_new_tokens, temperature, key, ends) -> Iterator[np.ndarray]:
     model = jax.tree.map(jnp.asarray, model)  # once, not at every step
+    return model, prompt, max_new_tokens, jnp.float32(temperature), key, np.asarray(list(ends), np.int32)
+
+
+def _start(model, prompt, max_new_tokens, temperature, key) -> tuple[jax.Array, KVCache]:
     batch, length = prompt.shape
     padded = np.pad(prompt, ((0, 0), (0, _bucket(length) - length)))
     cache = model.init_cache(batch, _bucket(_bucket(length) + max_new_tokens))
-    token, cache = _prefill(model, padded, jnp.int32(length), cache, temperature, jax.random.fold_in(key, 0))
-    ended = np.zeros(batch, bool)
+    return _prefill(model, padded, jnp.int32(length), cache, temperature, jax.random.fold_in(key, 0))
+
+
+def _stream(model, prompt, max_new_tokens, temperature, key, ends) -> Iterator[np.ndarray]:
+    token, cache = _start(model, prompt, max_new_tokens, temperature, key)
+    ended = np.zeros(len(prompt), bool)
     for step in range(1, max_new_tokens + 1):
         current = np.asarray(token)
         yield current
@@ -81,6 +96,40 @@ def _stream(model, prompt, max_new_tokens, temperature, key, ends) -> Iterator[n
             return
         following, cache = _step(model, token, cache, temperature, jax.random.fold_in(key, step))
         token = jnp.where(ended, token, following)
+
+
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames="room")
+def _steps(
+    model: Decoder,
+    token: Int32[Array, " b"],
+    cache: KVCache,
+    count: Int32[Array, ""],
+    temperature,
+    key,
+    ends: Int32[Array, " ends"],
+    *,
+    room: int,
+) -> tuple[Int32[Array, "b room"], Int32[Array, ""], KVCache]:
+    """The tokens of `_stream`, of which the first one is known, in `room` columns; how many there are; the cache.
+
+    The cache is returned for the sake of the donated one, in which it lives.
+    """
+
+    def unfinished(state):
+        made, _, ended, _, _ = state
+        return (made < count) & ~ended.all()
+
+    def step(state):
+        made, token, ended, cache, tokens = state
+        following, cache = _step(model, token, cache, temperature, jax.random.fold_in(key, made))
+        token = jnp.where(ended, token, following)
+        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, made))
+        return made + 1, token, ended | jnp.isin(token, ends), cache, tokens
+
+    tokens = jnp.zeros((len(token), room), jnp.int32).at[:, 0].set(token)
+    start = (jnp.int32(1), token, jnp.isin(token, ends), cache, tokens)
+    made, _, _, cache, tokens = jax.lax.while_loop(unfinished, step, start)
+    return tokens, made, cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

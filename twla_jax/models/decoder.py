@@ -7,6 +7,8 @@ linears may be rotated and quantised.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.models import rope
 from twla_jax.models.config import DecoderConfig
+from twla_jax.ops.rotate_quantize import rms_norm
 from twla_jax.ternary import TernaryTensor, ternary_matmul
 
 # The inputs of a block that are rotated and quantised, and the linears that read each; input s is `block.{s}_input`.
@@ -64,9 +67,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
         """Normalises the last axis."""
-        values = x.astype(jnp.float32)
-        values = values * jax.lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + self.epsilon)
-        return (values * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.scale.get_value(), self.epsilon)
 
 
 class InputTransform(nnx.Module):
@@ -153,10 +154,14 @@ class Block(nnx.Module):
         self, h: Float[Array, "b t d"], positions: Positions
     ) -> tuple[Float[Array, "b t heads hd"], Float[Array, "b t kv hd"], Float[Array, "b t kv hd"]]:
         """Queries, keys and values; queries and keys normed where the family does so, and turned to their positions."""
-        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (self.q(h), self.k(h), self.v(h)))
+        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in self.qkv(h))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rope.rotate(q, positions.cos, positions.sin), rope.rotate(k, positions.cos, positions.sin), v
+
+    def qkv(self, h: Float[Array, "b t d"]) -> tuple[Float[Array, "b t _"], ...]:
+        """What the q, k and v linears make of h, which went through `qkv_input`."""
+        return self.q(h), self.k(h), self.v(h)
 
     def mix(
         self,
@@ -239,11 +244,10 @@ class Decoder(nnx.Module):
         positions = self.positions(tokens.shape[1])
 
         def step(x, layer):
-            block, window = layer
+            block, window, _ = layer
             return block(x, positions, window), None
 
-        x, _ = jax.lax.scan(step, self.embed_tokens(tokens), (self.blocks, self.windows()))
-        return self.norm(x)
+        return self.norm(self.through_blocks(step, self.embed_tokens(tokens)))
 
     def decode(self, tokens: Int[Array, "b t"], cache: KVCache) -> tuple[Float[Array, "b t d"], KVCache]:
         """`hidden` for tokens that follow those in the cache, and the cache with them added.
@@ -265,9 +269,14 @@ class Decoder(nnx.Module):
             )
             return (block.finish(x, mixed), keys, values), None
 
-        layers = (self.blocks, self.windows(), jnp.arange(self.config.num_layers))
-        (x, keys, values), _ = jax.lax.scan(step, (self.embed_tokens(tokens), cache.key, cache.value), layers)
+        start = (self.embed_tokens(tokens), cache.key, cache.value)
+        x, keys, values = self.through_blocks(step, start)
         return self.norm(x), KVCache(key=keys, value=values, length=cache.length + tokens.shape[1])
+
+    def through_blocks(self, step: Callable, carry: Any) -> Any:
+        """The carry after `step(carry, (block, window, index))` of every block, in order."""
+        layers = (self.blocks, self.windows(), jnp.arange(self.config.num_layers))
+        return jax.lax.scan(step, carry, layers)[0]
 
     def init_cache(self, batch: int, size: int) -> KVCache:
         """An empty cache for `size` positions, in `dtype`."""

@@ -1,0 +1,192 @@
+"""Ternary matmul: the reference against float64, the kernels against the reference, and what they compile to."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twla_jax import ternary
+from twla_jax.errors import TwlaError
+from twla_jax.ops import dispatch
+from twla_jax.ops.ternary_matmul import gpu, kernel_weight, reference, ternary_matmul, tpu
+from twla_jax.ops.tokens import QuantizedTokens, group_sums
+
+# rows, columns, group size: whole tiles, a short last tile, a short last group, groups of two planes, one group a row.
+SHAPES = [(128, 1024, 128), (192, 576, 128), (130, 1000, 256), (64, 172, 128), (96, 576, 576)]
+TPUS = ["v5e", "v6e", "v7x"]
+
+
+def matrix(n, m, size, *, alpha=None, mu=None, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (n, -(-m // size))
+    return ternary.from_codes(
+        jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8),
+        jnp.asarray(rng.normal(size=shape) if alpha is None else np.full(shape, alpha)),
+        jnp.asarray(rng.normal(size=shape) * 0.1 if mu is None else np.full(shape, mu)),
+        size,
+    )
+
+
+def tokens(t, m, seed=0):
+    rng = np.random.default_rng(seed)
+    codes = jnp.asarray(rng.integers(-128, 128, (t, m)), jnp.int8)
+    return QuantizedTokens(
+        codes=codes,
+        scale=jnp.asarray(rng.random(t), jnp.float32),
+        zero_point=jnp.asarray(rng.integers(-99, 99, t), jnp.float32),
+        sums=group_sums(codes),
+    )
+
+
+def operands(x):
+    if isinstance(x, QuantizedTokens):
+        return x.codes, x.sums, x.scale, x.zero_point
+    return x, group_sums(x), jnp.ones(len(x)), jnp.zeros(len(x))
+
+
+def dequantized(x):
+    codes, _, scale, zero_point = (np.asarray(part, np.float64) for part in operands(x))
+    return scale[:, None] * (codes - zero_point[:, None])
+
+
+def activations(kind, t, m):
+    if kind == "int8":
+        return tokens(t, m)
+    return jnp.asarray(np.random.default_rng(2).normal(size=(t, m)), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize(("n", "m", "size"), SHAPES)
+def test_reference_is_the_product_with_the_dequantised_matrix(n, m, size, kind):
+    weight = matrix(n, m, size)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=n))
+    x = activations(kind, 3, m)
+    y = ternary_matmul(x, kernel_weight([weight], [bias]), out_dtype=jnp.float32, implementation="xla")
+    expected = dequantized(x) @ np.asarray(ternary.dequantize(weight), np.float64).T + bias
+    np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize(("n", "m", "size"), SHAPES)
+def test_tpu_kernel_equals_the_reference(n, m, size, kind):
+    weight = kernel_weight([matrix(n, m, size)])
+    x = operands(activations(kind, 5, m))
+    expected = reference.matmul(*x, weight, out_dtype=jnp.float32)
+    y = tpu.matmul(*x, weight, out_dtype=jnp.float32, interpret=True)
+    np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", [128, 1536])
+def test_accumulators_are_exact(size):
+    # α = μ = 1 leaves the sum over U = T + 1, an integer; 8-bit codes and all columns at their largest.
+    weight = matrix(128, 1536, size, alpha=1, mu=1)
+    x = tokens(4, 1536)
+    x = (x.codes, x.sums, jnp.ones(4), jnp.zeros(4))
+    exact = np.asarray(x[0], np.int64) @ (np.asarray(ternary.dequantize(weight), np.int64)).T
+    for implementation in (reference.matmul, functools.partial(tpu.matmul, interpret=True)):
+        y = implementation(*x, kernel_weight([weight]), out_dtype=jnp.float32)
+        np.testing.assert_array_equal(y, exact)
+
+
+def test_scales_of_every_size_survive_the_way_through_their_bits():
+    # The TPU kernel reads float16 as integers: normal, subnormal and negative ones, and both zeros.
+    values = np.array([1.0, -2.5, 65504, 6.1e-5, 5.96e-8, -3e-6, 0.0, -0.0], np.float16)
+    weight = kernel_weight(
+        [ternary.from_codes(jnp.ones((8, 128), jnp.int8), values[:, None], values[:, None], 128)]
+    )
+    x = jnp.zeros((1, 128), jnp.int8).at[0, 0].set(1)
+    args = (x, group_sums(x), jnp.ones(1), jnp.zeros(1), weight)
+    y = tpu.matmul(*args, out_dtype=jnp.float32, interpret=True)[0, :8]
+    np.testing.assert_array_equal(y, 2 * values.astype(np.float32))
+
+
+def test_matrices_that_share_an_input_are_one_product():
+    parts = [matrix(n, 576, 128, seed=n) for n in (64, 32, 32)]
+    x = tokens(2, 576)
+    together = ternary_matmul(x, kernel_weight(parts), out_dtype=jnp.float32)
+    apart = [ternary_matmul(x, kernel_weight([part]), out_dtype=jnp.float32) for part in parts]
+    np.testing.assert_allclose(together, jnp.concatenate(apart, axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m"), [(12288, 4096), (22016, 4096), (4096, 11008), (10240, 8192)])
+def test_weights_take_at_most_2_4_bits(n, m):
+    weight = jax.eval_shape(lambda: kernel_weight([matrix_of_shape(n, m, 128)]))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+    assert size * 8 <= 2.4 * n * m
+
+
+def test_group_sizes_without_a_place_are_refused():
+    with pytest.raises(TwlaError, match="group size 64"):
+        kernel_weight([matrix(8, 256, 64)])
+
+
+def test_kernels_leave_float32_activations_to_the_reference():
+    x, weight = jnp.full((1, 128), 1 + 2.0**-12), kernel_weight([matrix(8, 128, 128)])
+    with pytest.raises(TwlaError, match="float32, not bfloat16"):
+        ternary_matmul(x, weight, implementation="tpu")
+    one = ternary_matmul(jnp.ones((1, 128)), weight, out_dtype=jnp.float32)
+    # Rounded to bf16, the two would be one.
+    np.testing.assert_allclose(
+        ternary_matmul(x, weight, out_dtype=jnp.float32), one * x[0, 0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_implementation_that_is_none_is_refused():
+    with pytest.raises(TwlaError, match="'triton' is none of xla, gpu, tpu"):
+        ternary_matmul(tokens(1, 128), kernel_weight([matrix(8, 128, 128)]), implementation="triton")
+
+
+def test_a_fallback_is_logged_and_a_forced_kernel_refused(caplog):
+    arguments = ("op", lambda x: x + 1, {"gpu": lambda x: x, "tpu": lambda x: x}, {"gpu": "too odd"})
+    with caplog.at_level(logging.INFO):
+        assert dispatch.dispatch("op", None, *arguments[1:], jnp.int32(1)) == 2
+    assert "op: the reference stands in for the gpu kernel: too odd" in caplog.text
+    with pytest.raises(TwlaError, match="'gpu' cannot be used: too odd"):
+        dispatch.dispatch("op", "gpu", *arguments[1:], jnp.int32(1))
+
+
+def matrix_of_shape(n, m, size):
+    groups = -(-m // size)
+    return ternary.from_codes(
+        jnp.zeros((n, m), jnp.int8), jnp.zeros((n, groups)), jnp.zeros((n, groups)), size
+    )
+
+
+def shapes(t, n, m, size, dtype):
+    x = jnp.zeros((t, m), dtype)
+    return jax.eval_shape(lambda: (*operands(x), kernel_weight([matrix_of_shape(n, m, size)])))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+@pytest.mark.parametrize(("t", "n", "m", "size"), [(1, 4096, 4096, 128), (300, 960, 576, 576)])
+@pytest.mark.parametrize("target", TPUS)
+def test_tpu_kernel_compiles(target, t, n, m, size, dtype, compile_for):
+    function = functools.partial(tpu.matmul, out_dtype=jnp.bfloat16)
+    compiled = compile_for(target, function, *shapes(t, n, m, size, dtype))
+    # Filled up activations, and no copy of the weights at more than their own size.
+    assert compiled.memory_analysis().temp_size_in_bytes < n * m // 4
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("t", "n", "m", "size"),
+    [(1, 4096, 4096, 128), (8, 22016, 4096, 4096), (16, 4096, 11008, 128), (24, 960, 576, 128)],
+)
+def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, size, dtype, compile_for_h100):
+    function = functools.partial(gpu.matmul, out_dtype=jnp.bfloat16)
+    compiled, reports = compile_for_h100(function, *shapes(t, n, m, size, dtype))
+    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+    assert compiled.memory_analysis().temp_size_in_bytes < n * m // 4
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("target", "call"), [("h100", "mosaic_gpu"), ("v6e", "tpu_custom_call")])
+def test_the_platform_picks_its_kernel(target, call, compile_for):
+    codes, sums, scale, zero_point, weight = shapes(8, 4096, 4096, 128, jnp.int8)
+    x = QuantizedTokens(codes=codes, sums=sums, scale=scale, zero_point=zero_point)
+    assert call in compile_for(target, ternary_matmul, x, weight).as_text()

@@ -1,0 +1,68 @@
+"""From the residual stream to the codes that a quantised linear reads."""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from twla_jax.ops.dispatch import Implementation, dispatch
+from twla_jax.ops.rotate_quantize import gpu, reference, tpu
+from twla_jax.ops.rotate_quantize.rotation import KernelRotation
+from twla_jax.ops.tokens import QuantizedTokens
+
+
+def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | float) -> Float32[Array, " 3"]:
+    """How `rotate_quantize` makes codes, as data: levels less one, clip, and what makes codes signed.
+
+    Args:
+      bits: 2 to 8.
+      clip: share of the token's range that the codes span.
+    """
+    bits = jnp.asarray(bits, jnp.float32)
+    return jnp.stack([2.0**bits - 1, jnp.asarray(clip, jnp.float32), 2.0 ** (bits - 1)])
+
+
+def rotate_quantize(
+    x: Float[Array, "*tokens m"],
+    rotation: KernelRotation | None,
+    settings: Float32[Array, " 3"],
+    *,
+    norm_scale: Float[Array, " m"] | None = None,
+    epsilon: float = 0.0,
+    implementation: Implementation | None = None,
+) -> QuantizedTokens:
+    """An RMS norm if there is a `norm_scale`, the rotation if there is one, and the tokens' codes with their sums.
+
+    The rotation computes in `x.dtype`, as `kotms.rotate` does; a kernel may round its sums differently, so that a few
+    codes differ by one.
+
+    Args:
+      settings: from `quantizer_settings`.
+      norm_scale: the norm's weights.
+      epsilon: what the norm adds to the mean square.
+      implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
+        used, which is logged.
+    Raises:
+      TwlaError: the implementation asked for cannot be used.
+    """
+    lead = x.shape[:-1]
+    tokens = dispatch(
+        "rotate_quantize",
+        implementation,
+        functools.partial(reference.rotate_quantize, epsilon=epsilon),
+        {
+            "gpu": functools.partial(gpu.rotate_quantize, epsilon=epsilon),
+            "tpu": functools.partial(tpu.rotate_quantize, epsilon=epsilon),
+        },
+        {"gpu": gpu.obstacle(x.dtype, rotation), "tpu": tpu.obstacle(x.dtype, rotation)},
+        x.reshape(-1, x.shape[-1]),
+        rotation,
+        settings,
+        norm_scale,
+    )
+    return QuantizedTokens(
+        codes=tokens.codes.reshape(x.shape),
+        scale=tokens.scale.reshape(lead),
+        zero_point=tokens.zero_point.reshape(lead),
+        sums=tokens.sums.reshape(*lead, -1),
+    )

@@ -1,0 +1,39 @@
+"""Norm, rotation and quantiser in plain XLA: runs everywhere, and what the kernels are held against."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from twla_jax import activation, kotms
+from twla_jax.ops.rotate_quantize.rotation import KernelRotation
+from twla_jax.ops.tokens import QuantizedTokens, group_sums
+
+
+def rotate_quantize(
+    x: Float[Array, "t m"],
+    rotation: KernelRotation | None,
+    settings: Float32[Array, " 3"],
+    norm_scale: Float[Array, " m"] | None,
+    *,
+    epsilon: float,
+) -> QuantizedTokens:
+    """`kotms.rotate` (unless None) and `activation.quantize_tokens`, after an RMS norm if `norm_scale` is given."""
+    if norm_scale is not None:
+        x = rms_norm(x, norm_scale, epsilon)
+    if rotation is not None:
+        x = kotms.rotate(x, *rotation.factors)
+    levels, clip, half = settings
+    codes, scale, zero_point = activation.quantize_tokens(x, levels, clip)
+    signed = (codes - half).astype(jnp.int8)
+    return QuantizedTokens(
+        codes=signed, scale=scale[:, 0], zero_point=zero_point[:, 0] - half, sums=group_sums(signed)
+    )
+
+
+def rms_norm(
+    x: Float[Array, "*shape d"], scale: Float[Array, " d"], epsilon: float
+) -> Float[Array, "*shape d"]:
+    """`x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 inside, `x.dtype` outside."""
+    values = x.astype(jnp.float32)
+    values = values * lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + epsilon)
+    return (values * scale.astype(jnp.float32)).astype(x.dtype)

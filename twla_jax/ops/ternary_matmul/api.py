@@ -1,0 +1,64 @@
+"""`x Ŵᵀ + b` with ternary weights that stay packed at two bits."""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from twla_jax.ops.dispatch import Implementation, dispatch
+from twla_jax.ops.ternary_matmul import gpu, reference, tpu
+from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.ops.tokens import QuantizedTokens, group_sums
+
+
+def ternary_matmul(
+    x: Float[Array, "*tokens m"] | QuantizedTokens,
+    weight: KernelWeight,
+    *,
+    out_dtype=jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*tokens n"]:
+    """`x Ŵᵀ + b` for quantised tokens (int8 × ternary, int32 sums), or for float ones (weight-only, float32 sums).
+
+    Per-group (α, μ): the sum over 128 columns is scaled and added up in float32, in no particular order of groups.
+
+    Args:
+      x: `QuantizedTokens`, or floats, of which the kernels take bf16 alone.
+      weight: from `kernel_weight`.
+      out_dtype: of the result.
+      implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
+        used, which is logged.
+    Returns:
+      `[*tokens, weight.out_features]`.
+    Raises:
+      TwlaError: the implementation asked for cannot be used.
+    """
+    if isinstance(x, QuantizedTokens):
+        lead = x.codes.shape[:-1]
+        operands = (
+            x.codes.reshape(-1, weight.in_features),
+            x.sums.reshape(-1, 4 * weight.tiles),
+            x.scale.reshape(-1),
+            x.zero_point.reshape(-1),
+        )
+    else:
+        lead = x.shape[:-1]
+        values = x.reshape(-1, weight.in_features)
+        operands = (values, group_sums(values), jnp.ones(len(values)), jnp.zeros(len(values)))
+    y = dispatch(
+        "ternary_matmul",
+        implementation,
+        functools.partial(reference.matmul, out_dtype=out_dtype),
+        {
+            "gpu": functools.partial(gpu.matmul, out_dtype=out_dtype),
+            "tpu": functools.partial(tpu.matmul, out_dtype=out_dtype),
+        },
+        dict.fromkeys(("gpu", "tpu"), _obstacle(operands[0].dtype)),
+        *operands,
+        weight,
+    )
+    return y[:, : weight.out_features].reshape(*lead, weight.out_features)
+
+
+def _obstacle(dtype) -> str | None:
+    return None if dtype in (jnp.int8, jnp.bfloat16) else f"activations are {dtype}, not bfloat16"

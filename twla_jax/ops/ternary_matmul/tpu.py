@@ -1,0 +1,144 @@
+"""The ternary matmul on TPUs (Pallas Mosaic TPU), for any number of tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32
+
+from twla_jax.ops.ternary_matmul import tiles as tuning
+from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.ops.tokens import pad_columns
+from twla_jax.packing import PLANE, TILE
+
+
+def matmul(
+    x: Float[Array, "t m"],
+    sums: Float[Array, "t groups"],
+    scale: Float32[Array, " t"],
+    zero_point: Float32[Array, " t"],
+    weight: KernelWeight,
+    *,
+    out_dtype,
+    tiles: tuning.TpuTiles | None = None,
+    interpret=False,
+) -> Float[Array, "t rows"]:
+    """What `reference.matmul` computes, for int8 or bf16 x."""
+    tiles = tiles or tuning.tpu_tiles(len(x), len(weight.codes))
+    t = len(x)
+    padding = -t % tiles.tokens
+    x = jnp.pad(pad_columns(x), ((0, padding), (0, 0)))
+    # A token's four sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to four.
+    totals = jnp.pad(sums, ((0, padding), (0, 0))).reshape(len(x), weight.tiles, 4).swapaxes(0, 1)
+    scale, zero_point = (jnp.pad(v, (0, padding))[:, None] for v in (scale, zero_point))
+    parameters = weight.scales.shape[1]
+    grid = (len(x) // tiles.tokens, len(weight.codes) // tiles.rows, weight.tiles)
+    column = pl.BlockSpec((tiles.tokens, 1), lambda i, j, k: (i, 0))
+    row = pl.BlockSpec((1, tiles.rows), lambda i, j, k: (0, j))
+    exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    y = pl.pallas_call(
+        functools.partial(_kernel, tiles=weight.tiles, grouped=weight.grouped, operand=_operand(x.dtype)),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((tiles.tokens, TILE), lambda i, j, k: (i, k)),
+            pl.BlockSpec((1, tiles.tokens, 4), lambda i, j, k: (k, i, 0)),
+            column,
+            column,
+            pl.BlockSpec((tiles.rows, PLANE), lambda i, j, k: (j, k)),
+            pl.BlockSpec(
+                (1, parameters, tiles.rows),
+                lambda i, j, k: (k if weight.grouped else 0, 0, j),
+            ),
+            row,
+            row,
+        ],
+        out_specs=pl.BlockSpec((tiles.tokens, tiles.rows), lambda i, j, k: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
+        scratch_shapes=[
+            pltpu.VMEM((tiles.tokens, tiles.rows), jnp.float32 if weight.grouped else exact),
+            pltpu.VMEM((tiles.tokens, 1), exact),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+    )(
+        x,
+        totals,
+        scale,
+        zero_point,
+        weight.codes,
+        lax.bitcast_convert_type(weight.scales, jnp.int16),
+        weight.row_sums[None],
+        weight.bias[None],
+    )
+    return y[:t]
+
+
+def _kernel(
+    x_ref,
+    totals_ref,
+    scale_ref,
+    zero_point_ref,
+    codes_ref,
+    scales_ref,
+    row_sums_ref,
+    bias_ref,
+    out_ref,
+    acc_ref,
+    sum_ref,
+    *,
+    tiles: int,
+    grouped: bool,
+    operand,
+):
+    k = pl.program_id(2)
+
+    @pl.when(k == 0)
+    def _():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    # Vectors of bytes have no shifts here; four rows lie in the bytes of one word.
+    words = pltpu.bitcast(codes_ref[...], jnp.int32)
+    exact = jnp.int32 if operand == jnp.int8 else jnp.float32
+    for plane in range(4):
+        unsigned = lax.shift_right_logical(words, jnp.int32(2 * plane)) & 0x03030303
+        codes = pltpu.bitcast(unsigned, jnp.int8).astype(operand)
+        x = x_ref[:, plane * PLANE : (plane + 1) * PLANE].astype(operand)
+        product = lax.dot_general(x, codes, (((1,), (1,)), ((), ())), preferred_element_type=exact)
+        total = totals_ref[0, :, plane : plane + 1]
+        centred = product.astype(total.dtype) - total
+        if grouped:
+            alpha = _float16_bits(scales_ref[0, plane : plane + 1])
+            mu = _float16_bits(scales_ref[0, 4 + plane : 5 + plane])
+            acc_ref[...] += alpha * centred.astype(jnp.float32) + mu * total.astype(jnp.float32)
+        else:
+            acc_ref[...] += centred
+            sum_ref[...] += total
+
+    @pl.when(k == tiles - 1)
+    def _():
+        y = acc_ref[...].astype(jnp.float32)
+        if not grouped:
+            alpha, mu = _float16_bits(scales_ref[0, 0:1]), _float16_bits(scales_ref[0, 1:2])
+            y = alpha * y + mu * sum_ref[...].astype(jnp.float32)
+        y = scale_ref[...] * (y - zero_point_ref[...] * row_sums_ref[...]) + bias_ref[...]
+        out_ref[...] = y.astype(out_ref.dtype)
+
+
+def _operand(dtype):
+    """What the matrix unit multiplies: int8 where it can, else bf16, in which codes and their sums are exact, too."""
+    if dtype == jnp.int8 and pltpu.is_tpu_device():
+        return jnp.int8 if pltpu.get_tpu_info().is_matmul_supported(jnp.int8, jnp.int8) else jnp.bfloat16
+    return dtype
+
+
+def _float16_bits(bits: jax.Array) -> jax.Array:
+    """float32 from the bits of float16, a type the vector unit does not have."""
+    bits = bits.astype(jnp.int32)
+    magnitude = bits & 0x7FFF
+    normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
+    value = jnp.where(magnitude < 1024, magnitude.astype(jnp.float32) * 2.0**-24, normal)
+    return jnp.where(bits < 0, -value, value)

@@ -1,0 +1,123 @@
+"""Ternary weights in the layout the kernels read, made once at load."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float16, Float32, UInt8
+
+from twla_jax import packing
+from twla_jax.errors import TwlaError
+from twla_jax.ternary import TernaryTensor
+
+ROWS = 128  # rows are filled up to a multiple of this, which every tile of rows divides
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelWeight:
+    """One ternary matrix, or several that read the same input one below the other.
+
+    Invariants: `codes` is planar in tiles of 512 columns as `packing.pack` makes them, but the last tile is whole.
+    `scales[t, i]` and `scales[t, 4 + i]` are α and μ of plane i of tile t, which are 128 columns of one group; where
+    a row is a single group, `scales` is `[1, 2, rows]`. `row_sums[r] = Σ_k Ŵ[r, k]`. What lies past the first
+    `sum(splits)` rows and past `in_features` columns is zero.
+    """
+
+    codes: UInt8[Array, "rows bytes"]
+    scales: Float16[Array, "tiles parameters rows"]
+    row_sums: Float32[Array, " rows"]
+    bias: Float32[Array, " rows"]
+    in_features: int = dataclasses.field(metadata={"static": True})
+    splits: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 512 columns."""
+        return self.codes.shape[1] // packing.PLANE
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there is an (α, μ) for every 128 columns, not one a row."""
+        return self.scales.shape[1] == 8
+
+    @property
+    def out_features(self) -> int:
+        """Rows that stand for outputs."""
+        return sum(self.splits)
+
+
+def kernel_weight(
+    weights: Sequence[TernaryTensor], biases: Sequence[Array | None] | None = None
+) -> KernelWeight:
+    """Stacks matrices that read the same input into one, in the layout of the kernels.
+
+    Args:
+      weights: without leading axes, of the same columns and group size: a multiple of 128, or one group a row.
+      biases: of their outputs; None for no bias.
+    Raises:
+      TwlaError: the group size is one that the kernels have no place for.
+    """
+    m, size = weights[0].in_features, weights[0].group_size
+    single = size >= m
+    if not single and size % packing.PLANE:
+        raise TwlaError(f"group size {size}: kernels take a multiple of {packing.PLANE}, or one group a row")
+    rows = sum(weight.shape[0] for weight in weights)
+    padding = -rows % ROWS
+    codes, alpha, mu = (
+        jnp.concatenate([jnp.asarray(getattr(weight, name)) for weight in weights])
+        for name in ("codes", "alpha", "mu")
+    )
+    bias = jnp.concatenate(
+        [
+            jnp.zeros(weight.shape[0]) if bias is None else jnp.asarray(bias, jnp.float32)
+            for weight, bias in zip(weights, biases or [None] * len(weights), strict=True)
+        ]
+    )
+    whole = _whole_tiles(codes, m)
+    tiles = whole.shape[1] // packing.PLANE
+    if single:
+        scales = jnp.stack([alpha[:, 0], mu[:, 0]])[None]
+    else:
+        scales = jnp.concatenate([_by_plane(p, size // packing.PLANE, tiles) for p in (alpha, mu)], axis=1)
+    return KernelWeight(
+        codes=jnp.pad(whole, ((0, padding), (0, 0))),
+        scales=jnp.pad(scales, ((0, 0), (0, 0), (0, padding))),
+        row_sums=jnp.pad(_row_sums(codes, alpha, mu, m, size), (0, padding)),
+        bias=jnp.pad(bias, (0, padding)),
+        in_features=m,
+        splits=tuple(weight.shape[0] for weight in weights),
+    )
+
+
+def planes(packed: UInt8[Array, "rows bytes"]) -> UInt8[Array, "rows columns"]:
+    """The codes `U = T + 1` of whole tiles."""
+    return packing.unpack(packed, 4 * packed.shape[1])
+
+
+def _whole_tiles(codes: jax.Array, m: int) -> jax.Array:
+    """The last tile, which `packing.pack` cut short, filled up with zeros; the others stay as they are."""
+    full = m // packing.TILE * packing.PLANE
+    if not (rest := m % packing.TILE):
+        return codes
+    tail = packing.unpack(codes[:, full:], rest)
+    tail = jnp.pad(tail, ((0, 0), (0, packing.TILE - rest)))
+    # pack takes T and stores T + 1; a column that is not there is stored as 0, as rows that are not there.
+    return jnp.concatenate([codes[:, :full], packing.pack(tail.astype(jnp.int8) - 1)], axis=1)
+
+
+def _by_plane(parameter: jax.Array, repeats: int, tiles: int) -> jax.Array:
+    """`[rows, groups]` to `[tiles, 4, rows]`."""
+    each = jnp.repeat(parameter, repeats, axis=1)[:, : 4 * tiles]
+    each = jnp.pad(each, ((0, 0), (0, 4 * tiles - each.shape[1])))
+    return each.T.reshape(tiles, 4, -1)
+
+
+def _row_sums(codes: jax.Array, alpha: jax.Array, mu: jax.Array, m: int, size: int) -> jax.Array:
+    padding = -m % size
+    ternary = packing.unpack(codes, m).astype(jnp.int8) - 1
+    ternary = jnp.pad(ternary, ((0, 0), (0, padding))).reshape(len(codes), -1, size)
+    counts = jnp.full(ternary.shape[1], size).at[-1].add(-padding)
+    sums = ternary.sum(-1, dtype=jnp.int32).astype(jnp.float32)
+    return (alpha.astype(jnp.float32) * sums + mu.astype(jnp.float32) * counts).sum(-1)
