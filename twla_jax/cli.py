@@ -290,11 +290,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, else 1."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] != ["generate"]:
-        _compile_quickly()
+    _compile_quickly()
     try:
-        _run(arguments)
+        _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -312,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _compile_quickly() -> None:
-    """Takes matrix products from the GPU's libraries: XLA would time its own for minutes, for work that runs once."""
+    """Takes matrix products from the GPU's libraries: XLA would spend minutes on timing its own, each time anew."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_enable_triton_gemm" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
