@@ -1,0 +1,101 @@
+"""The key/value cache: in the model's type, or in int8 with a scale for every token and head."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKV:
+    """Keys and values of one layer, or of all layers with a leading axis; heads before positions, as attention reads.
+
+    int8 entries stand for `scale · entry`; floats have no scales.
+    """
+
+    key: Float[Array, "*layers b kv s d"] | Int8[Array, "*layers b kv s d"]
+    value: Float[Array, "*layers b kv s d"] | Int8[Array, "*layers b kv s d"]
+    key_scale: Float32[Array, "*layers b kv s"] | None = None
+    value_scale: Float32[Array, "*layers b kv s"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """What every layer's attention has seen, and how many positions are filled.
+
+    `layers` is one stack for a model that scans over its blocks, and a tuple for one that runs them one by one: a slice
+    of a stack would be copied before it is read.
+    """
+
+    layers: LayerKV | tuple[LayerKV, ...]
+    length: Int32[Array, ""]
+
+    @property
+    def size(self) -> int:
+        """Positions that there is room for."""
+        return jax.tree.leaves(self.layers)[0].shape[-2]
+
+    def layer(self, index: Any) -> LayerKV:
+        """The entries of one layer."""
+        if isinstance(self.layers, tuple):
+            return self.layers[index]
+        return jax.tree.map(lambda leaf: leaf[index], self.layers)
+
+    def write(self, index: Any, k: Float[Array, "b t kv d"], v: Float[Array, "b t kv d"]) -> "KVCache":
+        """The cache with a layer's entries for `t` more tokens, in place where it was donated; `length` stays."""
+        if isinstance(self.layers, tuple):
+            layer = _write(self.layers[index], _entries(self.layers[index], k, v), (), self.length)
+            return dataclasses.replace(self, layers=(*self.layers[:index], layer, *self.layers[index + 1 :]))
+        new = jax.tree.map(lambda leaf: leaf[None], _entries(self.layers, k, v))
+        return dataclasses.replace(self, layers=_write(self.layers, new, (index,), self.length))
+
+
+def empty_layer(shape: tuple[int, ...], dtype) -> LayerKV:
+    """Zeros.
+
+    Args:
+      shape: `[*layers, b, kv, s, d]`.
+      dtype: a float type, or int8.
+    """
+    entries = {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+    if jnp.issubdtype(dtype, jnp.integer):
+        entries |= {"key_scale": jnp.zeros(shape[:-1]), "value_scale": jnp.zeros(shape[:-1])}
+    return LayerKV(**entries)
+
+
+def dequantize(layer: LayerKV, dtype) -> LayerKV:
+    """The same entries as floats in `dtype`."""
+    if layer.key_scale is None or layer.value_scale is None:
+        return LayerKV(key=layer.key.astype(dtype), value=layer.value.astype(dtype))
+    return LayerKV(
+        key=(layer.key * layer.key_scale[..., None]).astype(dtype),
+        value=(layer.value * layer.value_scale[..., None]).astype(dtype),
+    )
+
+
+def _entries(layer: LayerKV, k: jax.Array, v: jax.Array) -> LayerKV:
+    """New keys and values, heads first, as `layer` stores them."""
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if layer.key_scale is None:
+        return LayerKV(key=k.astype(layer.key.dtype), value=v.astype(layer.value.dtype))
+    (k, key_scale), (v, value_scale) = _quantize(k), _quantize(v)
+    return LayerKV(key=k, value=v, key_scale=key_scale, value_scale=value_scale)
+
+
+def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 codes and their scale over the last axis, symmetric about zero."""
+    values = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(values).max(-1), 1e-8) / 127
+    return jnp.round(values / scale[..., None]).astype(jnp.int8), scale
+
+
+def _write(layer: LayerKV, new: LayerKV, lead: tuple[Any, ...], position: jax.Array) -> LayerKV:
+    def put(store, entry):
+        at = (*lead, 0, 0, position, 0)[: store.ndim]
+        return jax.lax.dynamic_update_slice(store, entry, at)
+
+    return jax.tree.map(put, layer, new)
