@@ -40,8 +40,8 @@ def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
     """
     b, _, heads, d = q.shape
     kv_heads = kv.key.shape[1]
-    q = q.reshape(b, kv_heads, heads // kv_heads, 1, d).astype(jnp.float32) * d**-0.5
-    scores = (q * kv.key[:, :, None].astype(jnp.float32)).sum(-1)
+    queries = q.reshape(b, kv_heads, heads // kv_heads, 1, d).astype(jnp.float32) * d**-0.5
+    scores = (queries * kv.key[:, :, None].astype(jnp.float32)).sum(-1)
     if kv.key_scale is not None:
         scores = scores * kv.key_scale[:, :, None]
     weights, total = _softmax(scores, _visible(positions.query, positions.key, window))

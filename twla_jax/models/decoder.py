@@ -24,6 +24,7 @@ from twla_jax.ternary import TernaryTensor, ternary_matmul
 
 # The inputs of a block that are rotated and quantised, and the linears that read each; input s is `block.{s}_input`.
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up"), "down": ("down",)}
+_LOGIT_ROWS = 8  # instead of a single one
 
 
 def precision(dtype) -> jax.lax.Precision | None:
@@ -242,14 +243,17 @@ class Decoder(nnx.Module):
         kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
         if isinstance(kernel, TernaryTensor):
             return ternary_matmul(h, kernel).astype(jnp.float32)
-        equation = "...d,vd->...v" if self.head is None else "...d,dv->...v"
-        return jnp.einsum(
-            equation,
-            h,
+        # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
+        rows = h.reshape(-1, h.shape[-1])
+        rows = jnp.pad(rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0)))
+        y = jnp.einsum(
+            "td,vd->tv" if self.head is None else "td,dv->tv",
+            rows,
             kernel.astype(h.dtype),
             precision=precision(h.dtype),
             preferred_element_type=jnp.float32,
         )
+        return y[: h.size // h.shape[-1]].reshape(*h.shape[:-1], -1)
 
     def positions(
         self, length: int, *, start: Int32[Array, ""] | int = 0, keys: int | None = None
