@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Int32
 from twla_jax.models import rope
 from twla_jax.models.attention import Positions, attention
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer
+from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer, write
 from twla_jax.ops.rotate_quantize import rms_norm
 from twla_jax.ternary import TernaryTensor, ternary_matmul
 
@@ -198,7 +198,7 @@ class Decoder(nnx.Module):
 
         def step(x, layer):
             block, window, _ = layer
-            return block(x, positions, window), None
+            return _apply_block(block, x, positions, window), None
 
         return self.norm(self.through_blocks(step, self.embed_tokens(tokens)))
 
@@ -212,11 +212,9 @@ class Decoder(nnx.Module):
         def step(carry, layer):
             x, cache = carry
             block, window, index = layer
-            q, k, v = block.project(block.qkv_input(block.input_norm(x)), positions)
+            x, entries = _decode_block(block, x, cache.layer(index), positions, window, cache.length)
             # The whole cache is carried, not scanned over, so that a donated one is updated in place.
-            cache = cache.write(index, k, v)
-            mixed = attention(q, cache.layer(index), positions, window)
-            return (block.finish(x, mixed), cache), None
+            return (x, cache.with_layer(index, entries)), None
 
         x, cache = self.through_blocks(step, (self.embed_tokens(tokens), cache))
         return self.norm(x), dataclasses.replace(cache, length=cache.length + tokens.shape[1])
@@ -270,3 +268,18 @@ class Decoder(nnx.Module):
         if self.config.sliding_window is not None:
             reach[list(self.config.sliding_layers)] = self.config.sliding_window
         return jnp.asarray(reach)
+
+
+# Functions of their own, so that blocks of one form that are not scanned over are traced and lowered only once.
+@jax.jit
+def _apply_block(block: Block, x: jax.Array, positions: Positions, window: jax.Array) -> jax.Array:
+    return block(x, positions, window)
+
+
+@jax.jit
+def _decode_block(
+    block: Block, x: jax.Array, entries: LayerKV, positions: Positions, window: jax.Array, length: jax.Array
+) -> tuple[jax.Array, LayerKV]:
+    q, k, v = block.project(block.qkv_input(block.input_norm(x)), positions)
+    entries = write(entries, k, v, length)
+    return block.finish(x, attention(q, entries, positions, window)), entries

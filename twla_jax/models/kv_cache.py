@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 
@@ -45,13 +46,13 @@ class KVCache:
             return self.layers[index]
         return jax.tree.map(lambda leaf: leaf[index], self.layers)
 
-    def write(self, index: Any, k: Float[Array, "b t kv d"], v: Float[Array, "b t kv d"]) -> "KVCache":
-        """The cache with a layer's entries for `t` more tokens, in place where it was donated; `length` stays."""
+    def with_layer(self, index: Any, layer: LayerKV) -> "KVCache":
+        """The cache with other entries in one layer, in place where it was donated."""
         if isinstance(self.layers, tuple):
-            layer = _write(self.layers[index], _entries(self.layers[index], k, v), (), self.length)
-            return dataclasses.replace(self, layers=(*self.layers[:index], layer, *self.layers[index + 1 :]))
-        new = jax.tree.map(lambda leaf: leaf[None], _entries(self.layers, k, v))
-        return dataclasses.replace(self, layers=_write(self.layers, new, (index,), self.length))
+            layers = (*self.layers[:index], layer, *self.layers[index + 1 :])
+        else:
+            layers = jax.tree.map(lambda stack, leaf: stack.at[index].set(leaf), self.layers, layer)
+        return dataclasses.replace(self, layers=layers)
 
 
 def empty_layer(shape: tuple[int, ...], dtype) -> LayerKV:
@@ -67,6 +68,25 @@ def empty_layer(shape: tuple[int, ...], dtype) -> LayerKV:
     return LayerKV(**entries)
 
 
+def write(
+    layer: LayerKV, k: Float[Array, "b t kv d"], v: Float[Array, "b t kv d"], position: Int32[Array, ""]
+) -> LayerKV:
+    """The entries of one layer with those of `t` tokens from `position` on."""
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if layer.key_scale is None:
+        new = LayerKV(key=k.astype(layer.key.dtype), value=v.astype(layer.value.dtype))
+    else:
+        (k, key_scale), (v, value_scale) = _quantize(k), _quantize(v)
+        new = LayerKV(key=k, value=v, key_scale=key_scale, value_scale=value_scale)
+
+    def put(store, entry):
+        store = jax.lax.dynamic_update_slice(store, entry, (0, 0, position, 0)[: store.ndim])
+        # Left to itself, XLA lays some out with positions last, and copies them in and out of its loop.
+        return with_layout_constraint(store, Layout(tuple(range(store.ndim))))
+
+    return jax.tree.map(put, layer, new)
+
+
 def dequantize(layer: LayerKV, dtype) -> LayerKV:
     """The same entries as floats in `dtype`."""
     if layer.key_scale is None or layer.value_scale is None:
@@ -77,25 +97,8 @@ def dequantize(layer: LayerKV, dtype) -> LayerKV:
     )
 
 
-def _entries(layer: LayerKV, k: jax.Array, v: jax.Array) -> LayerKV:
-    """New keys and values, heads first, as `layer` stores them."""
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    if layer.key_scale is None:
-        return LayerKV(key=k.astype(layer.key.dtype), value=v.astype(layer.value.dtype))
-    (k, key_scale), (v, value_scale) = _quantize(k), _quantize(v)
-    return LayerKV(key=k, value=v, key_scale=key_scale, value_scale=value_scale)
-
-
 def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 codes and their scale over the last axis, symmetric about zero."""
     values = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(values).max(-1), 1e-8) / 127
     return jnp.round(values / scale[..., None]).astype(jnp.int8), scale
-
-
-def _write(layer: LayerKV, new: LayerKV, lead: tuple[Any, ...], position: jax.Array) -> LayerKV:
-    def put(store, entry):
-        at = (*lead, 0, 0, position, 0)[: store.ndim]
-        return jax.lax.dynamic_update_slice(store, entry, at)
-
-    return jax.tree.map(put, layer, new)
