@@ -173,6 +173,7 @@ class IntegerBlock(Block):
         self.qkv_linear, self.gate_up_linear = linear(*SITES["qkv"]), linear(*SITES["mlp"])
         self.o, self.down = linear(*SITES["o"]), linear(*SITES["down"])
         self.q_norm, self.k_norm, self.head_dim = block.q_norm, block.k_norm, block.head_dim
+        self.fused = block.fused
 
     def qkv(self, h: QuantizedTokens | Float[Array, "b t d"]) -> tuple[Float[Array, "b t _"], ...]:
         """Queries, keys and values, one beside the other."""
