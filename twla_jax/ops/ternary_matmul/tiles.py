@@ -29,6 +29,28 @@ def gpu_tiles(rows: int, tiles: int, itemsize: int) -> GpuTiles:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeTiles:
+    """Tokens and weight rows of a block, warpgroups that share its columns, and tiles of 512 each has under way."""
+
+    tokens: int
+    rows: int
+    warpgroups: int
+    stages: int
+
+
+def decode_tiles(tokens: int, rows: int, tiles: int) -> DecodeTiles:
+    """Tiles for so many tokens and a matrix of `rows` by `512·tiles`."""
+    block = 8 if tokens <= 8 else 16
+    # As many warpgroups as keep every multiprocessor busy, as far as there are tiles for them.
+    warpgroups = 1
+    while warpgroups < 4 and rows // 64 * warpgroups < 2 * _STREAMING_MULTIPROCESSORS and 2 * warpgroups <= tiles:
+        warpgroups *= 2
+    slot = 64 * 128 + block * 512 + 8 * 64 * 2  # codes, tokens and scales
+    stages = min(4, -(-tiles // warpgroups), _SHARED_MEMORY // 2 // (slot * warpgroups))
+    return DecodeTiles(tokens=block, rows=64, warpgroups=warpgroups, stages=stages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuTiles:
     """Tokens and weight rows of a block."""
 
