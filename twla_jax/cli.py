@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from twla_jax import recipe as recipes
+from twla_jax.cli_bench import bench
 from twla_jax.cli_options import (
     Dtype,
     Model,
@@ -283,6 +284,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
+    "bench": bench,
     "demo": demo,
 }
 

@@ -243,7 +243,9 @@ class Decoder(nnx.Module):
             return ternary_matmul(h, kernel).astype(jnp.float32)
         # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
         rows = h.reshape(-1, h.shape[-1])
-        rows = jnp.pad(rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0)))
+        rows = jnp.pad(
+            rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0))
+        )
         y = jnp.einsum(
             "td,vd->tv" if self.head is None else "td,dv->tv",
             rows,
