@@ -105,10 +105,15 @@ def random_decoder(config: DecoderConfig, *, activation_bits: int | None, seed: 
     One block is made and copied for every layer, so that no model ever exists unpacked.
     """
     one = dataclasses.replace(config, num_layers=1)
-    model = Decoder(one, rngs=nnx.Rngs(seed), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    if activation_bits is not None:
-        _quantize_randomly(model, activation_bits, jax.random.key(seed))
-    prepared = prepare_for_inference(model)
+
+    def make():
+        model = Decoder(one, rngs=nnx.Rngs(seed), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        if activation_bits is not None:
+            _quantize_randomly(model, activation_bits, jax.random.key(seed))
+        return model
+
+    # In one program, which leaves out the float weights that ternary ones replace.
+    prepared = prepare_for_inference(jax.jit(make)())
     copy = jax.jit(lambda block: jax.tree.map(jnp.copy, block))
     block = prepared.blocks[0]
     prepared.blocks = nnx.List([block, *(copy(block) for _ in range(config.num_layers - 1))])

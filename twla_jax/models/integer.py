@@ -52,11 +52,7 @@ class IntegerDecoder(Decoder):
         )
         self.blocks = nnx.List(
             [
-                IntegerBlock(
-                    jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), model.blocks),
-                    dtype=model.dtype,
-                    implementation=implementation,
-                )
+                IntegerBlock(_layer(model.blocks, i), dtype=model.dtype, implementation=implementation)
                 for i in range(model.config.num_layers)
             ]
         )
@@ -113,7 +109,7 @@ class KernelLinear(nnx.Module):
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
         self.bias = nnx.data(None)
         if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
-            weight = kernel_weight(kernels, biases)
+            weight = _kernel_weight(kernels, biases)
             self.splits = weight.splits
         else:
             weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
@@ -161,6 +157,21 @@ class IntegerBlock(Block):
         """`silu(gate(h)) · up(h)`."""
         gate, up = self.gate_up_linear.parts(h)
         return jax.nn.silu(gate) * up
+
+
+_kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations
+
+
+def _layer(blocks: Block, index: int) -> Block:
+    """One block on the device; of blocks on the host, no more than that one is moved there."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(blocks)):
+        return _device_layer(blocks, index)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), blocks)
+
+
+@jax.jit
+def _device_layer(blocks: Block, index: jax.Array) -> Block:
+    return jax.tree.map(lambda leaf: leaf[index], blocks)
 
 
 def _nothing(x: jax.Array) -> jax.Array:
