@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 
+from twla_jax import inference
 from twla_jax.benchmark import decode, kernels, shapes, timing
 from twla_jax.errors import TwlaError
 from twla_jax.report import environment
@@ -74,18 +75,10 @@ def measure(
         "copy_bytes_per_second": timing.copy_bandwidth(),
         "product_operations_per_second": {kind: timing.product_rate(kind) for kind in ("bfloat16", "int8")},
         "timer": {"kernels": timing.timer(), "prefill": timing.timer(), "decode": "wall clock"},
-        "path": path(),
+        "path": inference.path(),
         "fallbacks": sorted(fallbacks),
         **environment(),
     }
-
-
-def path() -> str:
-    """What runs the ops on this platform, in words."""
-    platform = jax.default_backend()
-    if timing.on_accelerator():
-        return f"{platform} kernels"
-    return f"XLA reference: there are no kernels for {platform}, these figures are not theirs"
 
 
 def _config(shape: str, layers: int | None):
