@@ -93,7 +93,7 @@ def test_an_int8_cache_moves_the_output_by_a_percent_at_most(tiny_config, prepar
         hidden[dtype] = np.asarray(model.decode(PROMPT[:, 4:], cache)[0])
     error = np.linalg.norm(hidden[jnp.int8] - hidden[None]) / np.linalg.norm(hidden[None])
     assert 0 < error < 1e-2
-    assert cache.layer(0).key.dtype == jnp.int8
+    assert cache.layer(0).entries.dtype == jnp.int8
     assert generate(model, PROMPT, max_new_tokens=3, cache_dtype=jnp.int8).shape == (2, 3)
 
 

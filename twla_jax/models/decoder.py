@@ -152,7 +152,7 @@ class Block(nnx.Module):
         window: Int32[Array, ""],
     ) -> Float[Array, "b t heads_d"]:
         """Attention of these queries to these keys and values."""
-        return attention(q, LayerKV(key=k.swapaxes(1, 2), value=v.swapaxes(1, 2)), positions, window)
+        return attention(q, LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)), positions, window)
 
     def gate_up(self, h: Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:
         """`silu(gate(h)) · up(h)`, before the down linear; h went through `mlp_input`."""
@@ -229,8 +229,8 @@ class Decoder(nnx.Module):
         shape = (self.config.num_layers, *self._cache_shape(batch, size))
         return KVCache(layers=empty_layer(shape, dtype or self.dtype), length=jnp.int32(0))
 
-    def _cache_shape(self, batch: int, size: int) -> tuple[int, int, int, int]:
-        return batch, self.config.num_kv_heads, size, self.config.head_dim
+    def _cache_shape(self, batch: int, size: int) -> tuple[int, ...]:
+        return 2, batch, self.config.num_kv_heads, size, self.config.head_dim
 
     def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The first block's input, in `dtype`."""
