@@ -74,14 +74,14 @@ def test_random_weights_are_ternary_and_keep_the_scale_of_what_passes():
 
 def test_8_and_4_bits_are_one_program():
     model = shapes.random_decoder(SHAPES["tiny"], activation_bits=8)
-    (_, eight), (_, four) = decode._at_bits(model, 8)
+    (_, eight), (_, four) = decode._at_bits(model, [8, 4])
     assert jax.tree.structure(eight) == jax.tree.structure(four)
     levels = [float(each.blocks[1].o_input.settings.get_value()[0]) for each in (eight, four)]
     assert levels == [255, 15]
 
 
 def test_the_command_prints_tables(capsys):
-    cli.main(["bench", "decode", *SMALL, "--kv-cache", "int8"])
+    cli.main(["bench", "decode", *SMALL, "--kv-cache", "int8", "--activation-bits", "4"])
     out = capsys.readouterr().out
     assert out.index("## Whole-model decode") < out.index("| bf16 | 1 | 1 | 8 |") < out.index("| W1.58A4 |")
     assert "XLA reference" in out
@@ -93,6 +93,7 @@ def test_the_command_prints_tables(capsys):
         ({"shape": "huge"}, "shape 'huge'"),
         ({"layers": 3}, "layers 3: tiny has 1 to 2"),
         ({"steps": 0}, "steps 0"),
+        ({"activation_bits": (8, 5)}, "activation bits 5"),
     ],
 )
 def test_what_cannot_be_measured_is_named(settings, named):

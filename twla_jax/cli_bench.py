@@ -21,6 +21,7 @@ def bench(
     context: Annotated[int, argument("N")] = 512,
     steps: Annotated[int, argument("N")] = 64,
     layers: OptionalInt = None,
+    activation_bits: Annotated[str, argument("BITS,…")] = "16,8,4",
     kv_cache: Literal["bfloat16", "int8"] = "bfloat16",
     plot: Annotated[str | None, argument("FILE")] = None,
     json: bool = False,
@@ -35,6 +36,7 @@ def bench(
         context: tokens in the cache when decoding begins
         steps: tokens to decode
         layers: blocks of the decoding model; all if not given
+        activation_bits: of the decoding models; 16 also times kernels with bfloat16 activations
         kv_cache: what the decoding models keep keys and values in
         plot: image to draw a roofline of the kernels and products in
         json: print the figures as JSON, at the end
@@ -63,6 +65,7 @@ def bench(
         steps=steps,
         layers=layers,
         cache_dtype=kv_cache,
+        activation_bits=numbers(activation_bits, int, "--activation-bits"),
         on_row=show,
     )
     if plot:

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from twla_jax import generation
+from twla_jax.activation import OFF
 from twla_jax.benchmark import shapes, timing
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
@@ -31,18 +32,21 @@ class DecodeSettings:
       context: tokens in the cache before the first step.
       steps: tokens a call makes, all in one loop on the device.
       cache_dtype: of the cache; None for bf16.
+      activation_bits: of the quantised models.
     """
 
     batches: tuple[int, ...] = (1,)
     context: int = 512
     steps: int = 64
     cache_dtype: Any = None
+    activation_bits: tuple[int, ...] = (16, 8, 4)
 
 
 def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dict[str, Any]]:
-    """bf16 first, then W1.58 with activations of 8, 4 and 16 bits, at each batch."""
+    """bf16 first, then W1.58 at each of the activation bits, at each batch."""
     bf16: dict[int, float] = {}
-    for bits in (None, 8, 16):
+    low = [bits for bits in settings.activation_bits if bits < OFF]
+    for bits in (None, *low[:1], *([OFF] if OFF in settings.activation_bits else [])):
         if reason := _does_not_fit(config, bits):
             yield {"name": "bf16", "note": reason}
             continue
@@ -51,7 +55,7 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
         jax.block_until_ready(model)
         held = _block_bytes(model, before)
         for batch in settings.batches:
-            for name, model_at in _at_bits(model, bits):
+            for name, model_at in _at_bits(model, [bits] if bits in (None, OFF) else low):
                 taken = _step_seconds(model_at, batch, settings)
                 if bits is None:
                     bf16[batch] = taken
@@ -60,17 +64,15 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
         del model, model_at
 
 
-def _at_bits(model: Decoder, bits: int | None) -> list[tuple[str, Decoder]]:
-    """8 and 4 bits are one program, whose settings are data."""
-    if bits is None:
-        return [("bf16", model)]
-    if bits == 16:
-        return [("W1.58A16", model)]
-    four = nnx.merge(*nnx.split(model))
-    for block in four.blocks:
-        for site in (block.qkv_input, block.o_input, block.mlp_input, block.down_input):
-            site.settings = nnx.data(nnx.Param(quantizer_settings(4, 0.9)))
-    return [("W1.58A8", model), ("W1.58A4", four)]
+def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, Decoder]]:
+    """The model at each of the bits; all below 16 are one program, whose settings are data."""
+    for each in bits:
+        if each is not None and each < OFF:
+            model = nnx.merge(*nnx.split(model))
+            for block in model.blocks:  # pyright: ignore[reportGeneralTypeIssues]
+                for site in (block.qkv_input, block.o_input, block.mlp_input, block.down_input):
+                    site.settings = nnx.data(nnx.Param(quantizer_settings(each, 0.9)))
+        yield "bf16" if each is None else f"W1.58A{each}", model
 
 
 def _step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float:
@@ -105,7 +107,7 @@ def _random_cache(model: Decoder, batch: int, settings: DecodeSettings) -> KVCac
 
         return jax.tree.map(random, layer)
 
-    layers = tuple(fill(layer, jax.random.key(i)) for i, layer in enumerate(cache.layers))
+    layers = tuple(fill(cache.layer(i), jax.random.key(i)) for i in range(model.config.num_layers))
     return KVCache(layers=layers, length=jnp.int32(settings.context))
 
 

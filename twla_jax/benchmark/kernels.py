@@ -1,7 +1,7 @@
 """Each op alone, at the matrices of a shape: few tokens (decode) or many (prefill)."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,15 +15,13 @@ from twla_jax.ops.ternary_matmul import ternary_matmul
 Row = dict[str, Any]
 
 
-def decode_rows(config: DecoderConfig, batch: int) -> Iterator[Row]:
-    """Every matrix with int8 codes and with bf16 activations, and every input's `rotate_quantize`; bound by bytes."""
+def decode_rows(config: DecoderConfig, batch: int, kinds: Sequence[str]) -> Iterator[Row]:
+    """Every matrix with `int8` codes or `bf16` activations, and every input's `rotate_quantize`; bound by bytes."""
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, batch)
         make, size = functools.partial(shapes.weight, n=n, m=m), _bytes(shapes.weight, n, m)
-        for label, x in (
-            ("int8", shapes.tokens(jax.random.key(0), batch, m)),
-            ("bf16", _activations(batch, m)),
-        ):
+        for label in kinds:
+            x = shapes.tokens(jax.random.key(0), batch, m) if label == "int8" else _activations(batch, m)
             taken = timing.seconds_each(lambda w, x: ternary_matmul(x, w), make, size, x)
             yield _row(
                 f"{name}, {label}", n, m, batch, taken, size + batch * (_itemsize(label) * m + 2 * n), base

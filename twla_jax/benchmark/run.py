@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 
 from twla_jax import inference
+from twla_jax.activation import BIT_CHOICES, OFF
 from twla_jax.benchmark import decode, kernels, shapes, timing
 from twla_jax.errors import TwlaError
 from twla_jax.report import environment
@@ -27,6 +28,7 @@ def measure(
     steps: int = 64,
     layers: int | None = None,
     cache_dtype: Any = None,
+    activation_bits: Sequence[int] = (16, 8, 4),
     on_row: Callable[[str, Mapping[str, Any]], None] = lambda part, row: None,
 ) -> dict[str, Any]:
     """Times on the device at hand, random weights, everything in one process.
@@ -39,6 +41,7 @@ def measure(
       context: tokens in the cache when decoding begins; `steps` are timed after them.
       layers: blocks of the decoding model; all of them if None.
       cache_dtype: of the decoding model's cache; None for bf16.
+      activation_bits: of the decoding models; 16 also times the kernels' products with bf16 activations.
       on_row: called with the part and each row as it comes.
     Returns:
       JSON-ready: rows by part, `copy_bytes_per_second`, peaks of XLA's products, how it was timed, and what stood in.
@@ -54,11 +57,22 @@ def measure(
     }.items():
         if value < 1:
             raise TwlaError(f"{name} {value}: at least 1 is needed")
+    if other := set(activation_bits) - {OFF, *BIT_CHOICES}:
+        raise TwlaError(f"activation bits {min(other)}: must be 16, 8, 6, 4 or 2")
     settings = decode.DecodeSettings(
-        batches=tuple(batches), context=context, steps=steps, cache_dtype=cache_dtype
+        batches=tuple(batches),
+        context=context,
+        steps=steps,
+        cache_dtype=cache_dtype,
+        activation_bits=tuple(activation_bits),
     )
+    kinds = [
+        kind
+        for kind, used in (("int8", min(activation_bits) < OFF), ("bf16", OFF in activation_bits))
+        if used
+    ]
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "kernels": lambda: (row for batch in batches for row in kernels.decode_rows(config, batch)),
+        "kernels": lambda: (row for batch in batches for row in kernels.decode_rows(config, batch, kinds)),
         "prefill": lambda: kernels.prefill_rows(config, tokens),
         "decode": lambda: decode.decode_rows(config, settings),
     }

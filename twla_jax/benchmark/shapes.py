@@ -1,6 +1,7 @@
 """Published model shapes, and random weights of these shapes made on the device in the form that kernels read."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +116,9 @@ def random_decoder(config: DecoderConfig, *, activation_bits: int | None, seed: 
     # In one program, which leaves out the float weights that ternary ones replace.
     prepared = prepare_for_inference(jax.jit(make)())
     copy = jax.jit(lambda block: jax.tree.map(jnp.copy, block))
-    block = prepared.blocks[0]
-    prepared.blocks = nnx.List([block, *(copy(block) for _ in range(config.num_layers - 1))])
+    (block,) = prepared.blocks  # pyright: ignore[reportGeneralTypeIssues]
+    blocks: Any = nnx.List([block, *(copy(block) for _ in range(config.num_layers - 1))])
+    prepared.blocks = blocks
     prepared.config = config
     return prepared
 

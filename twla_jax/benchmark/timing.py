@@ -31,7 +31,7 @@ def seconds(function: Callable[..., Any], *arguments: Any, calls: int = 3) -> fl
         from jax.experimental.mosaic.gpu import profiler
 
         _, results = profiler.measure(function, aggregate=False, iterations=calls)(*arguments)
-        return statistics.median(sum(taken for _, taken in call) for call in results) / 1e3
+        return statistics.median(sum(taken for _, taken in call) for call in results or []) / 1e3
     return wall_seconds(function, *arguments, calls=calls)
 
 

@@ -29,7 +29,8 @@ def attention(
     """Every query's mix of the values at or before it, no further back than `window`, in `q.dtype`."""
     if q.shape[1] == 1 and (kv.scales is not None or q.shape[2] == kv.entries.shape[2]):
         return _one_query(q, kv, positions, window)
-    return _many_queries(q, *dequantize(kv, q.dtype), positions, window)
+    k, v = dequantize(kv, q.dtype)
+    return _many_queries(q, k, v, positions, window)
 
 
 def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:

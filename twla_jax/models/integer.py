@@ -114,8 +114,8 @@ class KernelLinear(nnx.Module):
         else:
             weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
             self.splits = tuple(kernel.shape[-1] for kernel in kernels)
-            if biases[0] is not None:
-                self.bias = nnx.data(nnx.Param(jnp.concatenate(biases).astype(dtype)))
+            if known := [bias for bias in biases if bias is not None]:
+                self.bias = nnx.data(nnx.Param(jnp.concatenate(known).astype(dtype)))
         self.weight = nnx.Param(weight)
         self.dtype, self.implementation = dtype, implementation
 
@@ -124,6 +124,7 @@ class KernelLinear(nnx.Module):
         weight = self.weight.get_value()
         if isinstance(weight, KernelWeight):
             return ternary_matmul(x, weight, out_dtype=self.dtype, implementation=self.implementation)
+        assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
         y = jnp.matmul(x, weight, precision=precision(self.dtype))
         return y if self.bias is None else y + self.bias.get_value()
 
