@@ -105,16 +105,10 @@ def random_decoder(config: DecoderConfig, *, activation_bits: int | None, seed: 
 
     One block is made and copied for every layer, so that no model ever exists unpacked.
     """
-    one = dataclasses.replace(config, num_layers=1)
-
-    def make():
-        model = Decoder(one, rngs=nnx.Rngs(seed), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-        if activation_bits is not None:
-            _quantize_randomly(model, activation_bits, jax.random.key(seed))
-        return model
-
-    # In one program, which leaves out the float weights that ternary ones replace.
-    prepared = prepare_for_inference(jax.jit(make)())
+    model = random_model(
+        dataclasses.replace(config, num_layers=1), activation_bits=activation_bits, seed=seed
+    )
+    prepared = prepare_for_inference(model)
     copy = jax.jit(lambda block: jax.tree.map(jnp.copy, block))
     (block,) = prepared.blocks  # pyright: ignore[reportGeneralTypeIssues]
     blocks: Any = nnx.List([block, *(copy(block) for _ in range(config.num_layers - 1))])
@@ -123,18 +117,33 @@ def random_decoder(config: DecoderConfig, *, activation_bits: int | None, seed: 
     return prepared
 
 
+def random_model(config: DecoderConfig, *, activation_bits: int | None, seed: int = 0) -> Decoder:
+    """A random model in bf16 as the quantiser or, without activation bits, as a file would give it."""
+
+    def make():
+        model = Decoder(config, rngs=nnx.Rngs(seed), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        if activation_bits is not None:
+            _quantize_randomly(model, activation_bits, jax.random.key(seed))
+        return model
+
+    # In one program, which leaves out the float weights that ternary ones replace.
+    return jax.jit(make)()
+
+
 def _quantize_randomly(model: Decoder, bits: int, key: Array) -> None:
+    layers = model.config.num_layers
     for site, names in SITES.items():
         for name in names:
             key, part = jax.random.split(key)
             linear = getattr(model.blocks, name)
             _, m, n = linear.kernel.shape
-            linear.kernel = nnx.Param(ternary_tensor(part, n, m, (1,)))
+            linear.kernel = nnx.Param(ternary_tensor(part, n, m, (layers,)))
         transform = getattr(model.blocks, f"{site}_input")
-        transform.rotation = nnx.data(nnx.Param(jax.tree.map(lambda f: f[None], rotation(key, m, n))))
+        rotations = jax.vmap(lambda key, m=m, n=n: rotation(key, m, n))(jax.random.split(key, layers))
+        transform.rotation = nnx.data(nnx.Param(rotations))
         quantizer = ActivationQuantizer(
-            bits=jnp.full(1, bits, jnp.int32),
-            clips=jnp.full((1, len(BIT_CHOICES)), 0.9, jnp.float16),
+            bits=jnp.full(layers, bits, jnp.int32),
+            clips=jnp.full((layers, len(BIT_CHOICES)), 0.9, jnp.float16),
             enabled=bits < OFF,
         )
         transform.activation = nnx.data(nnx.Param(quantizer))
