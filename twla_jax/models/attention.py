@@ -40,7 +40,7 @@ def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
     key head, it has nothing to reuse.
     """
     b, _, heads, d = q.shape
-    k, v = kv.entries[:, :, :, None].astype(jnp.float32)
+    k, v = (kv.entries[i][:, :, None].astype(jnp.float32) for i in range(2))
     kv_heads = k.shape[1]
     # Left to itself, XLA turns the queries to their position anew for every key.
     q = jax.lax.optimization_barrier(q)

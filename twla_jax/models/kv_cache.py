@@ -75,8 +75,7 @@ def write(
 
     def put(store, entry):
         store = jax.lax.dynamic_update_slice(store, entry, (0, 0, 0, position, 0)[: store.ndim])
-        # Left to itself, XLA lays some out with positions last, and copies them in and out of its loop.
-        return with_layout_constraint(store, Layout(tuple(range(store.ndim))))
+        return jax.lax.platform_dependent(store, cuda=_as_written, default=lambda store: store)
 
     return jax.tree.map(put, layer, new)
 
@@ -86,6 +85,11 @@ def dequantize(layer: LayerKV, dtype) -> Float[Array, "2 b kv s d"]:
     if layer.scales is None:
         return layer.entries.astype(dtype)
     return (layer.entries * layer.scales[..., None]).astype(dtype)
+
+
+def _as_written(store: jax.Array) -> jax.Array:
+    """Left to itself, XLA on GPUs lays some layers out with positions last, and copies them in and out of its loop."""
+    return with_layout_constraint(store, Layout(tuple(range(store.ndim))))
 
 
 def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
