@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax.models import decoder
+from twla_jax.models import attention
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.ternary import TernaryTensor, dequantize
@@ -57,7 +57,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward(model, tokens):
 
 def test_a_chunk_of_queries_at_a_time_changes_nothing(model, tokens, monkeypatch):
     whole = model(tokens)
-    monkeypatch.setattr(decoder, "_QUERY_CHUNK", 5)  # which does not divide 12
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", 5)  # which does not divide 12
     np.testing.assert_allclose(model(tokens), whole, atol=1e-5)
 
 

@@ -1,7 +1,8 @@
-"""A quantised decoder in the form that runs fast: kernel-ready weights, one product an input, integers where it can.
+"""A decoder in the form that runs fast: kernel-ready weights, one product an input, integers where it can.
 
 Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`. Where
-an input's activations are not quantised, they are only rotated, and meet the same packed weights in bf16.
+an input's activations are not quantised, they are only rotated, and meet the same packed weights in bf16. A model that
+is not quantised gets the same form, with one dense product an input.
 """
 
 from collections.abc import Callable
@@ -14,27 +15,27 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.activation import OFF, ActivationQuantizer, select_clip
-from twla_jax.errors import TwlaError
 from twla_jax.kotms import rotate
-from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm
+from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
+from twla_jax.models.kv_cache import KVCache, empty_layer
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
-from twla_jax.ops.ternary_matmul import kernel_weight, ternary_matmul
+from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
 from twla_jax.ternary import TernaryTensor
 
 
 def prepare_for_inference(model: Decoder, *, implementation: Implementation | None = None) -> Decoder:
-    """The same quantised model with its weights in the kernels' layout, layer by layer.
+    """The same model with its weights in the kernels' layout, layer by layer, and float ones in the model's `dtype`.
 
-    Its activation bits are fixed from here on whether an input is quantised, not at how many bits. It is for inference
-    alone: it has no gradient, is not saved, and lives on one device.
+    Whether an input is quantised is fixed from here on, not at how many bits. It is for inference alone: it has no
+    gradient, is not saved, and lives on one device.
 
     Args:
-      model: with ternary weights in all of its blocks, as arrays, not tracers.
+      model: as arrays, not tracers.
       implementation: as `ternary_matmul` and `rotate_quantize` take it.
     Raises:
-      TwlaError: the model is not quantised, or its group size is one that the kernels have no place for.
+      TwlaError: the group size of its weights is one that the kernels have no place for.
     """
     return IntegerDecoder(model, implementation=implementation)
 
@@ -43,19 +44,15 @@ class IntegerDecoder(Decoder):
     """`Decoder` with a list of `IntegerBlock`s, run one after the other: a scan would copy each layer's weights."""
 
     def __init__(self, model: Decoder, *, implementation: Implementation | None):
-        if not isinstance(model.blocks.q.kernel.get_value(), TernaryTensor):
-            raise TwlaError(
-                "only a quantised model can be prepared for inference; this one has float weights"
-            )
         self.config, self.dtype = model.config, model.dtype
-        self.embed, self.norm, self.head = model.embed, model.norm, model.head
+        self.norm = model.norm
+        # Cast once, not at every step, which would write out and read again all of it.
+        self.embed, self.head = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, model.dtype), (model.embed, model.head)
+        )
         self.blocks = nnx.List(
             [
-                IntegerBlock(
-                    jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), model.blocks),
-                    dtype=model.dtype,
-                    implementation=implementation,
-                )
+                IntegerBlock(_layer(model.blocks, i), dtype=model.dtype, implementation=implementation)
                 for i in range(model.config.num_layers)
             ]
         )
@@ -66,6 +63,12 @@ class IntegerDecoder(Decoder):
         for index, block in enumerate(self.blocks):
             carry, _ = step(carry, (block, windows[index], index))
         return carry
+
+    def init_cache(self, batch: int, size: int, dtype=None) -> KVCache:
+        """An empty cache for `size` positions, layer by layer, in `dtype`: see `Decoder.init_cache`."""
+        shape = self._cache_shape(batch, size)
+        layers = tuple(empty_layer(shape, dtype or self.dtype) for _ in self.blocks)
+        return KVCache(layers=layers, length=jnp.int32(0))
 
 
 class KernelInput(nnx.Module):
@@ -102,21 +105,32 @@ class KernelLinear(nnx.Module):
 
     def __init__(self, block: Block, names: tuple[str, ...], *, dtype, implementation):
         linears = [getattr(block, name) for name in names]
-        weights = [linear.kernel.get_value() for linear in linears]
+        kernels = [linear.kernel.get_value() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
-        self.weight = nnx.Param(kernel_weight(weights, biases))
+        self.bias = nnx.data(None)
+        if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
+            weight = _kernel_weight(kernels, biases)
+            self.splits = weight.splits
+        else:
+            weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
+            self.splits = tuple(kernel.shape[-1] for kernel in kernels)
+            if known := [bias for bias in biases if bias is not None]:
+                self.bias = nnx.data(nnx.Param(jnp.concatenate(known).astype(dtype)))
+        self.weight = nnx.Param(weight)
         self.dtype, self.implementation = dtype, implementation
 
     def __call__(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> Float[Array, "*tokens n"]:
         """`x Ŵᵀ + b`, rounded to the model's type."""
-        return ternary_matmul(
-            x, self.weight.get_value(), out_dtype=self.dtype, implementation=self.implementation
-        )
+        weight = self.weight.get_value()
+        if isinstance(weight, KernelWeight):
+            return ternary_matmul(x, weight, out_dtype=self.dtype, implementation=self.implementation)
+        assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
+        y = jnp.matmul(x, weight, precision=precision(self.dtype))
+        return y if self.bias is None else y + self.bias.get_value()
 
     def parts(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> tuple[Float[Array, "*tokens _"], ...]:
         """The outputs of each linear."""
-        splits = np.cumsum(self.weight.get_value().splits)[:-1]
-        return tuple(jnp.split(self(x), splits, axis=-1))
+        return tuple(jnp.split(self(x), np.cumsum(self.splits)[:-1], axis=-1))
 
 
 class IntegerBlock(Block):
@@ -144,6 +158,21 @@ class IntegerBlock(Block):
         """`silu(gate(h)) · up(h)`."""
         gate, up = self.gate_up_linear.parts(h)
         return jax.nn.silu(gate) * up
+
+
+_kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations
+
+
+def _layer(blocks: Block, index: int) -> Block:
+    """One block on the device; of blocks on the host, no more than that one is moved there."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(blocks)):
+        return _device_layer(blocks, index)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), blocks)
+
+
+@jax.jit
+def _device_layer(blocks: Block, index: jax.Array) -> Block:
+    return jax.tree.map(lambda leaf: leaf[index], blocks)
 
 
 def _nothing(x: jax.Array) -> jax.Array:
