@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from twla_jax import kotms, packing, resume, ternary
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
+from twla_jax.models.attention import can_fuse
 from twla_jax.models.decoder import SITES, Block, Decoder
 from twla_jax.recipe import RefineRecipe
 
@@ -96,7 +97,7 @@ def refine(
                 store.save("state", {**_flatten((latents, state)), "losses": np.asarray(losses)})
                 saved_at = time.perf_counter()
     refined = _harden(student, latents)
-    refined.dtype = original.dtype
+    refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
     tenth = max(1, steps // 10)
     figures = {
         "steps": steps,
@@ -271,6 +272,8 @@ def _flipped(before: Decoder, after: Decoder) -> float:
 def _computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
     copy = nnx.merge(*nnx.split(model))
     copy.dtype = dtype
+    # Most of a step's time went into reading and writing the scores.
+    copy.blocks.fused = can_fuse(model.config, dtype)
     return jax.tree.map(jnp.asarray, copy)
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from twla_jax.models.config import DecoderConfig
 from twla_jax.models.kv_cache import LayerKV, dequantize
 
 _QUERY_CHUNK = 256  # queries whose scores against all keys exist at the same time
@@ -31,6 +33,24 @@ def attention(
         return _one_query(q, kv, positions, window)
     k, v = dequantize(kv, q.dtype)
     return _many_queries(q, k, v, positions, window)
+
+
+def fused_attention(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv d"],
+    v: Float[Array, "b t kv d"],
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "b t heads_d"]:
+    """`attention` of whole sequences without a window, forward and backward in kernels that write no scores out."""
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    return mixed.reshape(*q.shape[:2], -1)
+
+
+def can_fuse(config: DecoderConfig, dtype) -> bool:
+    """Whether cuDNN's kernels take a model: on a GPU, in 16 bits, where attention reaches back all the way."""
+    narrow = jnp.dtype(dtype).itemsize == 2 and config.head_dim <= 128 and config.head_dim % 8 == 0
+    return narrow and config.sliding_window is None and jax.default_backend() == "gpu"
 
 
 def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.models import rope
-from twla_jax.models.attention import Positions, attention
+from twla_jax.models.attention import Positions, attention, fused_attention
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer, write
 from twla_jax.ops.rotate_quantize import rms_norm
@@ -116,6 +116,9 @@ class Block(nnx.Module):
         self.qkv_input, self.o_input = InputTransform(), InputTransform()
         self.mlp_input, self.down_input = InputTransform(), InputTransform()
         self.head_dim = config.head_dim
+        self.fused = (
+            False  # attention of whole sequences as one kernel; `attention.can_fuse` says where there is one
+        )
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Positions, window: Int32[Array, ""]
@@ -152,6 +155,8 @@ class Block(nnx.Module):
         window: Int32[Array, ""],
     ) -> Float[Array, "b t heads_d"]:
         """Attention of these queries to these keys and values."""
+        if self.fused and q.shape[1] == k.shape[1]:
+            return fused_attention(q, k, v)
         return attention(q, LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)), positions, window)
 
     def gate_up(self, h: Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:

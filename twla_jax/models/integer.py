@@ -5,6 +5,7 @@ an input's activations are not quantised, they are only rotated, and meet the sa
 is not quantised gets the same form, with one dense product an input.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,39 +13,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.activation import OFF, ActivationQuantizer, select_clip
 from twla_jax.kotms import rotate
+from twla_jax.models import tensor_parallel
 from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
 from twla_jax.models.kv_cache import KVCache, empty_layer
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
+from twla_jax.sharding import shardings
 from twla_jax.ternary import TernaryTensor
 
 
-def prepare_for_inference(model: Decoder, *, implementation: Implementation | None = None) -> Decoder:
+def prepare_for_inference(
+    model: Decoder, *, mesh: Mesh | None = None, implementation: Implementation | None = None
+) -> Decoder:
     """The same model with its weights in the kernels' layout, layer by layer, and float ones in the model's `dtype`.
 
     Whether an input is quantised is fixed from here on, not at how many bits. It is for inference alone: it has no
-    gradient, is not saved, and lives on one device.
+    gradient, and is not saved.
 
     Args:
       model: as arrays, not tracers.
+      mesh: with an axis `model`, over which the rows of every linear go, and usually `data`, over which batches go;
+        None for one device.
       implementation: as `ternary_matmul` and `rotate_quantize` take it.
     Raises:
       TwlaError: the group size of its weights is one that the kernels have no place for.
     """
-    return IntegerDecoder(model, implementation=implementation)
+    if mesh is not None:
+        model = jax.device_put(model, shardings(model, mesh))
+    return IntegerDecoder(model, mesh=mesh, implementation=implementation)
 
 
 class IntegerDecoder(Decoder):
     """`Decoder` with a list of `IntegerBlock`s, run one after the other: a scan would copy each layer's weights."""
 
-    def __init__(self, model: Decoder, *, implementation: Implementation | None):
-        self.config, self.dtype = model.config, model.dtype
+    def __init__(self, model: Decoder, *, mesh: Mesh | None, implementation: Implementation | None):
+        self.config, self.dtype, self.mesh = model.config, model.dtype, mesh
         self.norm = model.norm
         # Cast once, not at every step, which would write out and read again all of it.
         self.embed, self.head = jax.tree.map(
@@ -52,7 +62,9 @@ class IntegerDecoder(Decoder):
         )
         self.blocks = nnx.List(
             [
-                IntegerBlock(_layer(model.blocks, i), dtype=model.dtype, implementation=implementation)
+                IntegerBlock(
+                    _layer(model.blocks, i), dtype=model.dtype, mesh=mesh, implementation=implementation
+                )
                 for i in range(model.config.num_layers)
             ]
         )
@@ -68,13 +80,14 @@ class IntegerDecoder(Decoder):
         """An empty cache for `size` positions, layer by layer, in `dtype`: see `Decoder.init_cache`."""
         shape = self._cache_shape(batch, size)
         layers = tuple(empty_layer(shape, dtype or self.dtype) for _ in self.blocks)
-        return KVCache(layers=layers, length=jnp.int32(0))
+        cache = KVCache(layers=layers, length=jnp.int32(0))
+        return cache if self.mesh is None else tensor_parallel.place_cache(cache, self.mesh)
 
 
 class KernelInput(nnx.Module):
     """An input of linears: norm, rotation and quantiser as one op; without a quantiser, norm and rotation in bf16."""
 
-    def __init__(self, block: Block, site: str, *, norm: RMSNorm | None, dtype, implementation):
+    def __init__(self, block: Block, site: str, *, norm: RMSNorm | None, dtype, mesh, implementation):
         transform = getattr(block, f"{site}_input")
         rotation = None if transform.rotation is None else transform.rotation.get_value()
         quantizer = None if transform.activation is None else transform.activation.get_value()
@@ -82,7 +95,7 @@ class KernelInput(nnx.Module):
         self.norm = norm
         settings = _settings(quantizer)
         self.settings = nnx.data(None if settings is None else nnx.Param(settings))
-        self.implementation = implementation
+        self.mesh, self.implementation = mesh, implementation
 
     def __call__(self, x: Float[Array, "*tokens m"]) -> QuantizedTokens | Float[Array, "*tokens m"]:
         """What the linears read."""
@@ -90,26 +103,30 @@ class KernelInput(nnx.Module):
         if self.settings is None:
             x = x if self.norm is None else self.norm(x)
             return x if rotation is None else rotate(x, *rotation.factors)
-        return rotate_quantize(
-            x,
-            rotation,
-            self.settings.get_value(),
+        op = functools.partial(
+            rotate_quantize,
+            rotation=rotation,
+            settings=self.settings.get_value(),
             norm_scale=None if self.norm is None else self.norm.scale.get_value(),
             epsilon=0.0 if self.norm is None else self.norm.epsilon,
             implementation=self.implementation,
         )
+        return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
 
 
 class KernelLinear(nnx.Module):
     """One or several linears that read the same input, as one matrix; `y` lists their outputs side by side."""
 
-    def __init__(self, block: Block, names: tuple[str, ...], *, dtype, implementation):
+    def __init__(self, block: Block, names: tuple[str, ...], *, dtype, mesh, implementation):
         linears = [getattr(block, name) for name in names]
         kernels = [linear.kernel.get_value() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
         self.bias = nnx.data(None)
         if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
-            weight = _kernel_weight(kernels, biases)
+            if mesh is None:
+                weight = _kernel_weight(kernels, biases)
+            else:
+                weight = tensor_parallel.sharded_weight(kernels, biases, mesh)
             self.splits = weight.splits
         else:
             weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
@@ -117,31 +134,36 @@ class KernelLinear(nnx.Module):
             if known := [bias for bias in biases if bias is not None]:
                 self.bias = nnx.data(nnx.Param(jnp.concatenate(known).astype(dtype)))
         self.weight = nnx.Param(weight)
-        self.dtype, self.implementation = dtype, implementation
+        self.dtype, self.mesh, self.implementation = dtype, mesh, implementation
 
     def __call__(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> Float[Array, "*tokens n"]:
         """`x Ŵᵀ + b`, rounded to the model's type."""
         weight = self.weight.get_value()
         if isinstance(weight, KernelWeight):
-            return ternary_matmul(x, weight, out_dtype=self.dtype, implementation=self.implementation)
+            op = functools.partial(ternary_matmul, out_dtype=self.dtype, implementation=self.implementation)
+            return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
         assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
         y = jnp.matmul(x, weight, precision=precision(self.dtype))
         return y if self.bias is None else y + self.bias.get_value()
 
     def parts(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> tuple[Float[Array, "*tokens _"], ...]:
         """The outputs of each linear."""
-        return tuple(jnp.split(self(x), np.cumsum(self.splits)[:-1], axis=-1))
+        y = self(x)
+        # On a mesh, each device's share of all of them is followed by the next device's.
+        shares = y.reshape(*y.shape[:-1], -1, sum(self.splits))
+        parts = jnp.split(shares, np.cumsum(self.splits)[:-1], axis=-1)
+        return tuple(part.reshape(*y.shape[:-1], -1) for part in parts)
 
 
 class IntegerBlock(Block):
     """`Block` whose norms belong to the inputs that they precede, and whose linears are merged input by input."""
 
-    def __init__(self, block: Block, *, dtype, implementation: Implementation | None):
+    def __init__(self, block: Block, *, dtype, mesh: Mesh | None, implementation: Implementation | None):
         def read(site, norm):
-            return KernelInput(block, site, norm=norm, dtype=dtype, implementation=implementation)
+            return KernelInput(block, site, norm=norm, dtype=dtype, mesh=mesh, implementation=implementation)
 
         def linear(*names):
-            return KernelLinear(block, names, dtype=dtype, implementation=implementation)
+            return KernelLinear(block, names, dtype=dtype, mesh=mesh, implementation=implementation)
 
         self.input_norm = self.post_norm = _nothing
         self.qkv_input, self.mlp_input = read("qkv", block.input_norm), read("mlp", block.post_norm)
@@ -149,6 +171,7 @@ class IntegerBlock(Block):
         self.qkv_linear, self.gate_up_linear = linear(*SITES["qkv"]), linear(*SITES["mlp"])
         self.o, self.down = linear(*SITES["o"]), linear(*SITES["down"])
         self.q_norm, self.k_norm, self.head_dim = block.q_norm, block.k_norm, block.head_dim
+        self.fused = block.fused
 
     def qkv(self, h: QuantizedTokens | Float[Array, "b t d"]) -> tuple[Float[Array, "b t _"], ...]:
         """Queries, keys and values, one beside the other."""
