@@ -32,9 +32,7 @@ def generate(
         prompt, model, max_new_tokens, **settings
     )
     token, cache = _start(model, prompt, count, temperature, key, cache_dtype)
-    tokens, made, _ = _steps(
-        model, token, cache, jnp.int32(count), temperature, key, ends, room=_bucket(count)
-    )
+    tokens, made, _ = steps(model, token, cache, jnp.int32(count), temperature, key, ends, room=bucket(count))
     return np.asarray(tokens[:, : int(made)])
 
 
@@ -93,9 +91,9 @@ def _checked(
 def _start(model, prompt, max_new_tokens, temperature, key, cache_dtype) -> tuple[jax.Array, KVCache]:
     """The first new token and the cache; the prompt goes in by chunks of one length, of which one is compiled."""
     batch, length = prompt.shape
-    chunk = min(_CHUNK, _bucket(length))
+    chunk = min(_CHUNK, bucket(length))
     padded = np.pad(prompt, ((0, 0), (0, -length % chunk)))
-    cache = model.init_cache(batch, _cache_size(max(padded.shape[1], length + max_new_tokens)), cache_dtype)
+    cache = model.init_cache(batch, cache_size(max(padded.shape[1], length + max_new_tokens)), cache_dtype)
     key = jax.random.fold_in(key, 0)
     for start in range(0, length, chunk):
         part, count = padded[:, start : start + chunk], jnp.int32(min(chunk, length - start))
@@ -117,7 +115,7 @@ def _stream(model, prompt, max_new_tokens, temperature, key, ends, cache_dtype) 
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="room")
-def _steps(
+def steps(
     model: Decoder,
     token: Int32[Array, " b"],
     cache: KVCache,
@@ -177,13 +175,14 @@ def _sample(logits: Float[Array, "b vocab"], temperature: Float[Array, ""], key)
     return jnp.where(temperature > 0, sampled, logits.argmax(-1)).astype(jnp.int32)
 
 
-def _cache_size(length: int) -> int:
+def cache_size(length: int) -> int:
     """At most a quarter more than `length`, or 64: attention reads all of it at every step."""
-    step = max(_BUCKET, _bucket(length) // 8)
+    step = max(_BUCKET, bucket(length) // 8)
     return -(-length // step) * step
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
+    """`length` rounded up to a power of two times 64, so that few lengths are compiled."""
     size = _BUCKET
     while size < length:
         size *= 2

@@ -128,6 +128,6 @@ def test_fused_attention_is_that_of_the_chunks():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, heads, 8)) for i, heads in enumerate((4, 2, 2)))
     at = jnp.arange(9)
     positions = attention.Positions(query=at, key=at, cos=None, sin=None)
-    kv = LayerKV(key=k.swapaxes(1, 2), value=v.swapaxes(1, 2))
+    kv = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3))
     expected = attention.attention(q, kv, positions, jnp.int32(2**30))
     np.testing.assert_allclose(attention.fused_attention(q, k, v, implementation="xla"), expected, atol=1e-5)

@@ -29,9 +29,10 @@ def attention(
     q: Float[Array, "b t heads d"], kv: LayerKV, positions: Positions, window: Int32[Array, ""]
 ) -> Float[Array, "b t heads_d"]:
     """Every query's mix of the values at or before it, no further back than `window`, in `q.dtype`."""
-    if q.shape[1] == 1 and (kv.key_scale is not None or q.shape[2] == kv.key.shape[1]):
+    if q.shape[1] == 1 and (kv.scales is not None or q.shape[2] == kv.entries.shape[2]):
         return _one_query(q, kv, positions, window)
-    return _many_queries(q, dequantize(kv, q.dtype), positions, window)
+    k, v = dequantize(kv, q.dtype)
+    return _many_queries(q, k, v, positions, window)
 
 
 def fused_attention(
@@ -59,22 +60,25 @@ def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
     key head, it has nothing to reuse.
     """
     b, _, heads, d = q.shape
-    kv_heads = kv.key.shape[1]
+    k, v = (kv.entries[i][:, :, None].astype(jnp.float32) for i in range(2))
+    kv_heads = k.shape[1]
+    # Left to itself, XLA turns the queries to their position anew for every key.
+    q = jax.lax.optimization_barrier(q)
     queries = q.reshape(b, kv_heads, heads // kv_heads, 1, d).astype(jnp.float32) * d**-0.5
-    scores = (queries * kv.key[:, :, None].astype(jnp.float32)).sum(-1)
-    if kv.key_scale is not None:
-        scores = scores * kv.key_scale[:, :, None]
+    scores = (queries * k).sum(-1)
+    if kv.scales is not None:
+        scores = scores * kv.scales[0, :, :, None]
     weights, total = _softmax(scores, _visible(positions.query, positions.key, window))
-    if kv.value_scale is not None:
-        weights = weights * kv.value_scale[:, :, None]
-    mixed = (weights[..., None] * kv.value[:, :, None].astype(jnp.float32)).sum(-2) / total
+    if kv.scales is not None:
+        weights = weights * kv.scales[1, :, :, None]
+    mixed = (weights[..., None] * v).sum(-2) / total
     return mixed.astype(q.dtype).reshape(b, 1, heads * d)
 
 
-def _many_queries(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
+def _many_queries(q, k, v, positions: Positions, window) -> jax.Array:
     """Matrix products, a chunk of queries at a time."""
     b, t, heads, d = q.shape
-    kv_heads = kv.key.shape[1]
+    kv_heads = k.shape[1]
     chunk = min(t, _QUERY_CHUNK)
     padding = -t % chunk
     # [chunks, b, kv, group, chunk, d]: a query group shares its key head's one matrix product.
@@ -86,10 +90,10 @@ def _many_queries(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
 
     def attend_chunk(operands):
         q, query = operands
-        scores = matmul(q.reshape(b, kv_heads, -1, d), kv.key.swapaxes(2, 3)).reshape(*q.shape[:-1], -1)
+        scores = matmul(q.reshape(b, kv_heads, -1, d), k.swapaxes(2, 3)).reshape(*q.shape[:-1], -1)
         weights, total = _softmax(scores * d**-0.5, _visible(query[:, None], positions.key, window))
-        flat = weights.reshape(b, kv_heads, -1, weights.shape[-1]).astype(kv.value.dtype)
-        return (matmul(flat, kv.value).reshape(q.shape) / total).astype(q.dtype)
+        flat = weights.reshape(b, kv_heads, -1, weights.shape[-1]).astype(v.dtype)
+        return (matmul(flat, v).reshape(q.shape) / total).astype(q.dtype)
 
     mixed = jax.lax.map(attend_chunk, (q, query)) if t > chunk else attend_chunk((q[0], query[0]))[None]
     return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, heads * d)[:, :t]

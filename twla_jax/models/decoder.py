@@ -116,7 +116,9 @@ class Block(nnx.Module):
         self.qkv_input, self.o_input = InputTransform(), InputTransform()
         self.mlp_input, self.down_input = InputTransform(), InputTransform()
         self.head_dim = config.head_dim
-        self.fused = False  # attention of whole sequences as one kernel; `attention.can_fuse` says where there is one
+        self.fused = (
+            False  # attention of whole sequences as one kernel; `attention.can_fuse` says where there is one
+        )
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Positions, window: Int32[Array, ""]
@@ -155,7 +157,7 @@ class Block(nnx.Module):
         """Attention of these queries to these keys and values."""
         if self.fused and q.shape[1] == k.shape[1]:
             return fused_attention(q, k, v)
-        return attention(q, LayerKV(key=k.swapaxes(1, 2), value=v.swapaxes(1, 2)), positions, window)
+        return attention(q, LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)), positions, window)
 
     def gate_up(self, h: Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:
         """`silu(gate(h)) · up(h)`, before the down linear; h went through `mlp_input`."""
@@ -232,8 +234,8 @@ class Decoder(nnx.Module):
         shape = (self.config.num_layers, *self._cache_shape(batch, size))
         return KVCache(layers=empty_layer(shape, dtype or self.dtype), length=jnp.int32(0))
 
-    def _cache_shape(self, batch: int, size: int) -> tuple[int, int, int, int]:
-        return batch, self.config.num_kv_heads, size, self.config.head_dim
+    def _cache_shape(self, batch: int, size: int) -> tuple[int, ...]:
+        return 2, batch, self.config.num_kv_heads, size, self.config.head_dim
 
     def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The first block's input, in `dtype`."""
@@ -246,7 +248,9 @@ class Decoder(nnx.Module):
             return ternary_matmul(h, kernel).astype(jnp.float32)
         # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
         rows = h.reshape(-1, h.shape[-1])
-        rows = jnp.pad(rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0)))
+        rows = jnp.pad(
+            rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0))
+        )
         y = jnp.einsum(
             "td,vd->tv" if self.head is None else "td,dv->tv",
             rows,

@@ -63,10 +63,7 @@ class IntegerDecoder(Decoder):
         self.blocks = nnx.List(
             [
                 IntegerBlock(
-                    jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), model.blocks),
-                    dtype=model.dtype,
-                    mesh=mesh,
-                    implementation=implementation,
+                    _layer(model.blocks, i), dtype=model.dtype, mesh=mesh, implementation=implementation
                 )
                 for i in range(model.config.num_layers)
             ]
@@ -127,15 +124,15 @@ class KernelLinear(nnx.Module):
         self.bias = nnx.data(None)
         if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
             if mesh is None:
-                weight = kernel_weight(kernels, biases)
+                weight = _kernel_weight(kernels, biases)
             else:
                 weight = tensor_parallel.sharded_weight(kernels, biases, mesh)
             self.splits = weight.splits
         else:
             weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
             self.splits = tuple(kernel.shape[-1] for kernel in kernels)
-            if biases[0] is not None:
-                self.bias = nnx.data(nnx.Param(jnp.concatenate(biases).astype(dtype)))
+            if known := [bias for bias in biases if bias is not None]:
+                self.bias = nnx.data(nnx.Param(jnp.concatenate(known).astype(dtype)))
         self.weight = nnx.Param(weight)
         self.dtype, self.mesh, self.implementation = dtype, mesh, implementation
 
@@ -145,6 +142,7 @@ class KernelLinear(nnx.Module):
         if isinstance(weight, KernelWeight):
             op = functools.partial(ternary_matmul, out_dtype=self.dtype, implementation=self.implementation)
             return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
+        assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
         y = jnp.matmul(x, weight, precision=precision(self.dtype))
         return y if self.bias is None else y + self.bias.get_value()
 
@@ -183,6 +181,21 @@ class IntegerBlock(Block):
         """`silu(gate(h)) · up(h)`."""
         gate, up = self.gate_up_linear.parts(h)
         return jax.nn.silu(gate) * up
+
+
+_kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations
+
+
+def _layer(blocks: Block, index: int) -> Block:
+    """One block on the device; of blocks on the host, no more than that one is moved there."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(blocks)):
+        return _device_layer(blocks, index)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), blocks)
+
+
+@jax.jit
+def _device_layer(blocks: Block, index: jax.Array) -> Block:
+    return jax.tree.map(lambda leaf: leaf[index], blocks)
 
 
 def _nothing(x: jax.Array) -> jax.Array:

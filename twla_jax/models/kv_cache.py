@@ -12,15 +12,13 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKV:
-    """Keys and values of one layer, or of all layers with a leading axis; heads before positions, as attention reads.
+    """Keys and values of one layer, one above the other; heads before positions, as attention reads.
 
-    int8 entries stand for `scale · entry`; floats have no scales.
+    With a leading axis of layers for all of them. int8 entries stand for `scale · entry`; floats have no scales.
     """
 
-    key: Float[Array, "*layers b kv s d"] | Int8[Array, "*layers b kv s d"]
-    value: Float[Array, "*layers b kv s d"] | Int8[Array, "*layers b kv s d"]
-    key_scale: Float32[Array, "*layers b kv s"] | None = None
-    value_scale: Float32[Array, "*layers b kv s"] | None = None
+    entries: Float[Array, "*layers 2 b kv s d"] | Int8[Array, "*layers 2 b kv s d"]
+    scales: Float32[Array, "*layers 2 b kv s"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -59,42 +57,39 @@ def empty_layer(shape: tuple[int, ...], dtype) -> LayerKV:
     """Zeros.
 
     Args:
-      shape: `[*layers, b, kv, s, d]`.
+      shape: `[*layers, 2, b, kv, s, d]`.
       dtype: a float type, or int8.
     """
-    entries = {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
-    if jnp.issubdtype(dtype, jnp.integer):
-        entries |= {"key_scale": jnp.zeros(shape[:-1]), "value_scale": jnp.zeros(shape[:-1])}
-    return LayerKV(**entries)
+    scales = jnp.zeros(shape[:-1]) if jnp.issubdtype(dtype, jnp.integer) else None
+    return LayerKV(entries=jnp.zeros(shape, dtype), scales=scales)
 
 
 def write(
     layer: LayerKV, k: Float[Array, "b t kv d"], v: Float[Array, "b t kv d"], position: Int32[Array, ""]
 ) -> LayerKV:
     """The entries of one layer with those of `t` tokens from `position` on."""
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    if layer.key_scale is None:
-        new = LayerKV(key=k.astype(layer.key.dtype), value=v.astype(layer.value.dtype))
-    else:
-        (k, key_scale), (v, value_scale) = _quantize(k), _quantize(v)
-        new = LayerKV(key=k, value=v, key_scale=key_scale, value_scale=value_scale)
+    entries, scales = jnp.stack([k, v]).swapaxes(2, 3), None
+    if layer.scales is not None:
+        entries, scales = _quantize(entries)
+    new = LayerKV(entries=entries.astype(layer.entries.dtype), scales=scales)
 
     def put(store, entry):
-        store = jax.lax.dynamic_update_slice(store, entry, (0, 0, position, 0)[: store.ndim])
-        # Left to itself, XLA lays some out with positions last, and copies them in and out of its loop.
-        return with_layout_constraint(store, Layout(tuple(range(store.ndim))))
+        store = jax.lax.dynamic_update_slice(store, entry, (0, 0, 0, position, 0)[: store.ndim])
+        return jax.lax.platform_dependent(store, cuda=_as_written, default=lambda store: store)
 
     return jax.tree.map(put, layer, new)
 
 
-def dequantize(layer: LayerKV, dtype) -> LayerKV:
-    """The same entries as floats in `dtype`."""
-    if layer.key_scale is None or layer.value_scale is None:
-        return LayerKV(key=layer.key.astype(dtype), value=layer.value.astype(dtype))
-    return LayerKV(
-        key=(layer.key * layer.key_scale[..., None]).astype(dtype),
-        value=(layer.value * layer.value_scale[..., None]).astype(dtype),
-    )
+def dequantize(layer: LayerKV, dtype) -> Float[Array, "2 b kv s d"]:
+    """Keys and values of one layer as floats in `dtype`."""
+    if layer.scales is None:
+        return layer.entries.astype(dtype)
+    return (layer.entries * layer.scales[..., None]).astype(dtype)
+
+
+def _as_written(store: jax.Array) -> jax.Array:
+    """Left to itself, XLA on GPUs lays some layers out with positions last, and copies them in and out of its loop."""
+    return with_layout_constraint(store, Layout(tuple(range(store.ndim))))
 
 
 def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -55,7 +55,7 @@ def matmul(
     Returns:
       `[b, t, shares · rows]`: the outputs of each device's share, one share after the other.
     """
-    batch, shares = _over_data(x, mesh), weight.codes.shape[0]
+    batch, shares = _over_data(_batch(x), mesh), weight.codes.shape[0]
     return jax.shard_map(
         lambda x, weight: op(x, jax.tree.map(lambda leaf: leaf[0], weight)),
         mesh=mesh,
@@ -67,7 +67,7 @@ def matmul(
 
 def per_token(op: Callable[[Any], Any], x: jax.Array, mesh: Mesh) -> Any:
     """`op` on whole tokens, on every device that has them."""
-    batch = P(_over_data(x, mesh))
+    batch = P(_over_data(len(x), mesh))
     return jax.shard_map(op, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)(x)
 
 
@@ -75,16 +75,20 @@ def place_cache(cache: KVCache, mesh: Mesh) -> KVCache:
     """The cache with its heads over `model` and its batch over `data`, as far as these divide."""
 
     def place(leaf):
-        divides = leaf.shape[1] % mesh.shape["model"] == 0
-        spec = P(_over_data(leaf, mesh), "model" if divides else None)
+        divides = leaf.shape[2] % mesh.shape["model"] == 0
+        spec = P(None, _over_data(leaf.shape[1], mesh), "model" if divides else None)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return KVCache(layers=jax.tree.map(place, cache.layers), length=cache.length)
 
 
-def _over_data(x: Any, mesh: Mesh) -> str | None:
+def _batch(x: Any) -> int:
+    return jax.tree.leaves(x)[0].shape[0]
+
+
+def _over_data(batch: int, mesh: Mesh) -> str | None:
     devices = mesh.shape.get("data", 0)
-    return "data" if devices and jax.tree.leaves(x)[0].shape[0] % devices == 0 else None
+    return "data" if devices and batch % devices == 0 else None
 
 
 def _over_model(shares: int) -> str | None:
