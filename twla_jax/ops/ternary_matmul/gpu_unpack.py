@@ -17,26 +17,25 @@ from jaxtyping import Array
 from twla_jax.packing import PLANE
 
 
-def unpack(packed: jax.Array, plane: int, rows: int, dtype) -> jax.Array:
-    """`[PLANE, rows]` codes U in int8 or bf16, as the right operand of `plgpu.mma`; bf16 in `unpacked_order`.
+def unpack(packed: jax.Array, plane: int, rows: int) -> jax.Array:
+    """`[PLANE, rows]` codes U in bf16, as the right operand of `plgpu.mma`, in `unpacked_order`.
 
     Args:
       packed: bytes in the layout `MMA_RHS(int8, m_warps=1)`.
     """
-    layout = plgpu.Layout.MMA_RHS(dtype, m_warps=1)
-    convert = _to_int8 if dtype == jnp.int8 else _to_bfloat16
+    layout = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=1)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.MMA_RHS(jnp.int8, m_warps=1),),
-        return_type=plgpu.ShapeDtypeStruct((PLANE, rows), dtype, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((PLANE, rows), jnp.bfloat16, layout=layout),
     )
     def convert_registers(_, array):
-        registers = convert(array.registers, plane)
+        registers = _to_bfloat16(array.registers, plane)
         target = layout.to_mgpu()
         return mgpu.FragmentedArray(
             _registers=registers.reshape(target.registers_shape((PLANE, rows))),
             _layout=target,
-            _is_signed=True if dtype == jnp.int8 else None,
+            _is_signed=None,
         )
 
     return convert_registers(packed)  # pyright: ignore[reportCallIssue]
@@ -77,14 +76,6 @@ def unpacked_order(x: Array) -> Array:
     """
     t, m = x.shape
     return x.reshape(t, m // 16, 4, 2, 2).transpose(0, 1, 4, 2, 3).reshape(t, m)
-
-
-def _to_int8(registers: np.ndarray, plane: int) -> np.ndarray:
-    out = np.empty_like(registers)
-    for index, register in np.ndenumerate(registers):
-        word = _shifted(register, 2 * plane)
-        out[index] = utils.bitcast(arith.andi(word, _word(0x03030303)), register.type)
-    return out
 
 
 def _to_bfloat16(registers: np.ndarray, plane: int) -> np.ndarray:

@@ -15,39 +15,39 @@ class GpuTiles:
     stages: int
 
 
-def gpu_tiles(rows: int, tiles: int, itemsize: int) -> GpuTiles:
-    """Tiles for a matrix of `rows` by `512·tiles`, whose activations take `itemsize` bytes a value."""
+def gpu_tiles(rows: int, tiles: int) -> GpuTiles:
+    """Tiles for bf16 tokens and a matrix of `rows` by `512·tiles`."""
     block = 128
     while block > 32 and rows // block < _STREAMING_MULTIPROCESSORS:
         block //= 2
     warpgroups = min(2, tiles)
     # Codes, tokens, scales and sums of a slot; parts and output of a block.
-    slot = block * 128 + 16 * 512 * itemsize + 8 * block * 2 + 16 * 4 * 4
+    slot = block * 128 + 16 * 512 * 2 + 8 * block * 2 + 16 * 4 * 4
     left = _SHARED_MEMORY - (warpgroups + 1) * 16 * block * 4
     stages = min(4, -(-tiles // warpgroups), left // (slot * warpgroups))
     return GpuTiles(rows=block, warpgroups=warpgroups, stages=stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeTiles:
-    """Tokens and weight rows of a block, warpgroups that share its columns, and tiles of 512 each has under way."""
+class IntegerTiles:
+    """Tokens of a block, warpgroups that share its columns, and tiles of 512 columns each has under way."""
 
     tokens: int
-    rows: int
     warpgroups: int
     stages: int
 
 
-def decode_tiles(tokens: int, rows: int, tiles: int) -> DecodeTiles:
-    """Tiles for so many tokens and a matrix of `rows` by `512·tiles`."""
-    block = 8 if tokens <= 8 else 16
-    # As many warpgroups as keep every multiprocessor busy, as far as there are tiles for them.
+def integer_tiles(tokens: int, rows: int, tiles: int) -> IntegerTiles:
+    """Tiles for so many int8 tokens and a matrix of `rows` by `512·tiles`.
+
+    Two stages beat four on an H100, as more blocks then share a multiprocessor. Warpgroups are added until there is
+    work for two to each, as far as their registers go.
+    """
+    block, most = next(pair for pair in ((8, 4), (16, 2), (32, 1)) if tokens <= pair[0] or pair[1] == 1)
     warpgroups = 1
-    while warpgroups < 4 and rows // 64 * warpgroups < 2 * _STREAMING_MULTIPROCESSORS and 2 * warpgroups <= tiles:
+    while 2 * warpgroups <= min(most, tiles) and rows // 64 * warpgroups < 2 * _STREAMING_MULTIPROCESSORS:
         warpgroups *= 2
-    slot = 64 * 128 + block * 512 + 8 * 64 * 2  # codes, tokens and scales
-    stages = min(4, -(-tiles // warpgroups), _SHARED_MEMORY // 2 // (slot * warpgroups))
-    return DecodeTiles(tokens=block, rows=64, warpgroups=warpgroups, stages=stages)
+    return IntegerTiles(tokens=block, warpgroups=warpgroups, stages=min(2, -(-tiles // warpgroups)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

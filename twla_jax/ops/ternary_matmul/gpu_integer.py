@@ -1,8 +1,10 @@
-"""The integer ternary matmul on Hopper GPUs for few tokens: bound by the weights' way from memory.
+"""Two-bit weights times int8 tokens on Hopper GPUs (Pallas Mosaic GPU), made for few tokens.
 
-Weight rows are the rows of `mma.sync`, tokens its columns, so that no more than eight tokens are multiplied where there
-are no more. K is split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added
-up there in a fixed order. Several blocks share a multiprocessor: while one waits for its tiles, another multiplies.
+Those are bound by the weights' way from memory. Weight rows are the rows of `mma.sync` and tokens its columns, so that
+no more than eight tokens are multiplied where there are no more. K is split between the warpgroups of a block, each
+with its own ring of tiles in shared memory, and added up there in a fixed order. Several blocks share a multiprocessor:
+while one waits for its tiles, another multiplies. Tokens are read and written as they are, so nothing stands between
+this kernel and the one that made the codes.
 """
 
 import functools
@@ -23,7 +25,7 @@ from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE, TILE
 
-_ROWS = 64  # those of the four warps of one `mma.sync`
+_ROWS = 64  # of a block: those of its warps' `mma.sync`
 
 _LHS, _RHS, _ACC = (
     kind(jnp.int8) for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
@@ -37,30 +39,28 @@ def matmul(
     weight: KernelWeight,
     *,
     out_dtype,
-    tiles: tuning.DecodeTiles | None = None,
+    tiles: tuning.IntegerTiles | None = None,
 ) -> Float[Array, "t rows"]:
-    """What `reference.matmul` computes, for int8 x. Reads and writes tokens as they are: there is nothing to fill up."""
+    """What `reference.matmul` computes, for int8 x."""
     t = len(x)
-    tiles = tiles or tuning.decode_tiles(t, len(weight.codes), weight.tiles)
+    tiles = tiles or tuning.integer_tiles(t, len(weight.codes), weight.tiles)
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
-    n, rows, groups, stages = tiles.tokens, tiles.rows, tiles.warpgroups, tiles.stages
+    n, groups, stages = tiles.tokens, tiles.warpgroups, tiles.stages
     return plgpu.kernel(
         functools.partial(_kernel, t=t, tiles=tiles, weight=weight),
         out_type=jax.ShapeDtypeStruct((t, len(weight.codes)), out_dtype),
-        grid=(pl.cdiv(t, n), len(weight.codes) // rows),
+        grid=(pl.cdiv(t, n), len(weight.codes) // _ROWS),
         grid_names=("tokens", "rows"),
         num_threads=groups,
         thread_name="warpgroup",
         scratch_types={
-            "codes_smem": plgpu.SMEM((groups, stages, rows, PLANE), jnp.uint8, transforms=_SWIZZLED),
+            "codes_smem": plgpu.SMEM((groups, stages, _ROWS, PLANE), jnp.uint8, transforms=_SWIZZLED),
             "x_smem": plgpu.SMEM((groups, stages, n, TILE), jnp.int8, transforms=_SWIZZLED),
-            "scales_smem": plgpu.SMEM((groups, stages, 8, rows), jnp.float16),
-            "parts_smem": plgpu.SMEM((groups, rows, n), jnp.float32),
-            "filled": plgpu.Barrier(
-                num_arrivals=3 if weight.grouped else 2, num_barriers=groups * stages
-            ),
+            "scales_smem": plgpu.SMEM((groups, stages, 8, _ROWS), jnp.float16),
+            "parts_smem": plgpu.SMEM((groups, _ROWS, n), jnp.float32),
+            "filled": plgpu.Barrier(num_arrivals=3 if weight.grouped else 2, num_barriers=groups * stages),
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -84,17 +84,14 @@ def _kernel(
     filled,
     added,
     t: int,
-    tiles: tuning.DecodeTiles,
+    tiles: tuning.IntegerTiles,
     weight: KernelWeight,
 ):
-    n, halves = tiles.tokens, range(tiles.rows // _ROWS)
+    n = tiles.tokens
     group = lax.axis_index("warpgroup")
-    first_token, first_row = lax.axis_index("tokens") * n, lax.axis_index("rows") * tiles.rows
-    tokens, rows = pl.ds(first_token, n), pl.ds(first_row, tiles.rows)
+    first_token, first_row = lax.axis_index("tokens") * n, lax.axis_index("rows") * _ROWS
+    tokens, rows = pl.ds(first_token, n), pl.ds(first_row, _ROWS)
     steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
-
-    def of_half(half):
-        return pl.ds(half * _ROWS, _ROWS)
 
     def load_row(ref):
         row = plgpu.load(ref, layout=_ACC.reduce(1), optimized=False).astype(jnp.float32)
@@ -126,52 +123,40 @@ def _kernel(
     zero = plgpu.layout_cast(jnp.zeros((_ROWS, n), jnp.int32), _ACC)
 
     def step(k, carry):
-        ys, totals = list(carry[0]), carry[1]
+        y, totals = carry
         slot = lax.rem(k, jnp.int32(tiles.stages))
         plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
-        packed = [plgpu.load(codes_smem.at[group, slot, of_half(half)], layout=_LHS) for half in halves]
+        packed = plgpu.load(codes_smem.at[group, slot], layout=_LHS)
         for plane in range(4):
             x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=_RHS)
-            if not weight.grouped:
-                totals = plgpu.mma(totals, ones, x_plane)
-                for half in halves:
-                    codes, _ = unpack_rows(packed[half], plane, exact=True)
-                    ys[half] = plgpu.mma(ys[half], codes, x_plane)
-                continue
-            # Every row of this product is the tokens' sum of codes: U = T + 1 and μ need it.
-            total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
-            for half in halves:
-                codes, factor = unpack_rows(packed[half], plane)
+            codes, factor = unpack_rows(packed, plane, exact=not weight.grouped)
+            # Every row of a product with ones is the tokens' sum of codes Q, which U = T + 1 and μ call for.
+            if weight.grouped:
+                total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
                 product = plgpu.mma(zero, codes, x_plane).astype(jnp.float32)
-                alpha, mu = (
-                    load_row(scales_smem.at[group, slot, i, of_half(half)]) for i in (plane, 4 + plane)
-                )
-                ys[half] += (alpha * (1 / factor)) * product + (mu - alpha) * total
+                alpha, mu = (load_row(scales_smem.at[group, slot, i]) for i in (plane, 4 + plane))
+                y += (alpha * (1 / factor)) * product + (mu - alpha) * total
+            else:
+                y, totals = plgpu.mma(y, codes, x_plane), plgpu.mma(totals, ones, x_plane)
         pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
-        return tuple(ys), totals
+        return y, totals
 
     start = zero.astype(jnp.float32) if weight.grouped else zero
-    ys, totals = lax.fori_loop(0, steps, step, (tuple(start for _ in halves), zero))
-    for half in halves:
-        y = ys[half]
-        if not weight.grouped:
-            alpha, mu = (load_row(scales_gmem.at[0, i, pl.ds(first_row + half * _ROWS, _ROWS)]) for i in (0, 1))
-            y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
-        parts_smem[group, of_half(half)] = y
+    y, totals = lax.fori_loop(0, steps, step, (start, zero))
+    if not weight.grouped:
+        alpha, mu = (load_row(scales_gmem.at[0, i, rows]) for i in (0, 1))
+        y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
+    parts_smem[group] = y
     plgpu.barrier_arrive(added)
 
     @pl.when(group == 0)
     def _():
         scale, zero_point = load_tokens(scale_gmem), load_tokens(zero_point_gmem)
+        row_sums, bias = load_row(row_sums_gmem.at[rows]), load_row(bias_gmem.at[rows])
         plgpu.barrier_wait(added)
-        for half in halves:
-            here = pl.ds(first_row + half * _ROWS, _ROWS)
-            parts = [
-                plgpu.load(parts_smem.at[i, of_half(half)], layout=_ACC, optimized=False)
-                for i in range(tiles.warpgroups)
-            ]
-            y = functools.reduce(jnp.add, parts) - zero_point * load_row(row_sums_gmem.at[here])
-            _store(scale * y + load_row(bias_gmem.at[here]), out_gmem, first_token, first_row + half * _ROWS)
+        parts = [plgpu.load(parts_smem.at[i], layout=_ACC, optimized=False) for i in range(tiles.warpgroups)]
+        total = functools.reduce(jnp.add, parts) - zero_point * row_sums
+        _store(scale * total + bias, out_gmem, first_token, first_row)
 
 
 def _store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array) -> None:
