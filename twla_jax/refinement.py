@@ -162,7 +162,7 @@ def _step(latents, state, student, teacher, tokens, *, optimizer, bits):
     return optax.apply_updates(latents, updates), state, loss
 
 
-@functools.lru_cache(maxsize=1)  # one object a recipe, so that `_step` compiles once
+@functools.lru_cache(maxsize=8)  # one object a recipe, so that `_step` compiles once
 def _optimizer(recipe: RefineRecipe, steps: int) -> optax.GradientTransformation:
     """Adam with a learning rate for codes and one for all that is continuous, both falling as a cosine to zero."""
 
