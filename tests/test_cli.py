@@ -11,6 +11,7 @@ import twla_jax
 from twla_jax import cli
 
 SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
+QUICK = "[weights]\ngroup_size = 32\nrounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,7 @@ def out(stories_model, texts, tmp_path_factory):
     """stories260K quantised by the command, its activations at 6 bits on average."""
     folder = tmp_path_factory.mktemp("cli") / "out"
     recipe = folder.parent / "quick.toml"
-    recipe.write_text(
-        "[weights]\ngroup_size = 32\nrounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
-    )
+    recipe.write_text(QUICK)
     calibration, evaluation = texts / "calibration.txt", texts / "evaluation.txt"
     options = ["--recipe", recipe, "--calibration", calibration, "--check-corpus", evaluation, *SMALL]
     options += ["--activation-budget", 6, "--site", "block"]
@@ -122,6 +121,30 @@ def test_bits_are_allocated_anew_from_the_same_table(out, text, tmp_path, capsys
     assert not folder.with_name("out.allocate").exists()
 
 
+def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
+    stories_model, text, tmp_path, capsys
+):
+    folder, recipe = tmp_path / "out", tmp_path / "quick.toml"
+    recipe.write_text(QUICK)
+    options = ["--recipe", recipe, "--calibration", "self", "--check-corpus", text, *SMALL]
+    report = json.loads(run(capsys, "quantize", stories_model, folder, *options, "--json").out)
+    assert report["calibration"]["source"] == "self"
+    assert report["calibration"]["sampled_windows"] == 4 + 8
+    assert report["calibration"]["tokens"] == 4 * 64
+    assert len(report["calibration"]["sha256"]) == 64
+    assert report["seconds"]["sample the model's own text"] > 0
+    assert report["evaluation"]["perplexity"]["A16"] < 512  # a uniform guess
+    assert not folder.with_name("out.partial").exists()
+    allocate = ["allocate", folder, "--site", "block", "--budget", 5, "--choices", "4,8"]
+    held_out = json.loads(run(capsys, *allocate, "--json").out)["allocation"]["held_out"]
+    assert (held_out["windows"], held_out["seen_in_calibration"]) == (8, 0)
+    assert (held_out["source"], held_out["sha256"]) == ("self", report["calibration"]["sha256"])
+    sizes = json.loads(run(capsys, "inspect", folder, "--json").out)
+    assert sizes["bytes_accounted"] == sizes["bytes_on_disk"]
+    line, _ = fails(capsys, *allocate, "--windows", 9)
+    assert "9 windows of 64 are wanted, but the model's own text has 8" in line
+
+
 def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(stories_model, text, capsys):
     arguments = ["--corpus", text, "--seq-len", 64, "--max-windows", 1]
     assert run(capsys, "eval", stories_model, *arguments).out.startswith("perplexity ")
@@ -148,6 +171,9 @@ def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(storie
         (["quantize", "{nothing}", "{new}"], "neither a folder, a .gguf file nor 'smollm2'", 1),
         (["quantize", "{model}", "{new}", "--calibration", "{short}"], "fewer than one window", 1),
         (["quantize", "{model}", "{new}", "--calibration", "{test}"], "for evaluation only", 1),
+        (["quantize", "{model}", "{new}", "--calibration", "self+pydoc"], "not with other texts", 1),
+        (["eval", "{out}", "--corpus", "self"], "never for evaluation", 1),
+        (["allocate", "{out}", "--budget", "4", "--calibration", "self"], "no text of the model itself", 1),
         (["eval", "{out}", "--seq-len", "4096"], "exceeds the model's 512", 1),
         (["eval", "{out}", "--corpus", "{short}", "--seq-len", "64"], "fewer than one window", 1),
         (["quantize", "{model}", "{new}", "--activation-budget", "9"], "between 2 and 8 bits on average", 1),
