@@ -69,7 +69,9 @@ def test_a_quantised_folder_alone_is_enough(out, capsys):
     assert report["evaluation"]["perplexity"]["A16"] >= report["evaluation"]["perplexity"]["full"] > 1
     assert report["calibration"]["sha256"] != report["evaluation"]["sha256"]
     assert report["versions"]["jax"]
-    assert report["peak_memory"]["host_bytes"] > 0
+    by_phase = [peak["host_bytes"] for peak in report["peak_memory_by_phase"].values()]
+    assert 0 < by_phase[0] <= by_phase[-1] <= report["peak_memory"]["host_bytes"]
+    assert report["peak_memory_by_phase"].keys() == report["seconds"].keys()
 
 
 def test_json_is_alone_on_stdout(out, text, capsys):

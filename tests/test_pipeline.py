@@ -115,6 +115,11 @@ def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_pat
     assert len(done) == 1  # nor the first two blocks quantised
     assert_same(resumed, quantised[0])
     assert figures["sites"] == quantised[1]["sites"]
+    # Interrupted in a later stage, it goes on from what is finished.
+    again, figures = pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
+    assert len(done) == 1
+    assert_same(again, quantised[0])
+    assert figures["sites"] == quantised[1]["sites"]
 
 
 def test_work_on_other_settings_is_refused(model, tmp_path):

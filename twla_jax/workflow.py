@@ -198,6 +198,7 @@ def quantize_to_folder(
         **allocated,
         "seconds": phases.seconds,
         "peak_memory": peak_memory(),
+        "peak_memory_by_phase": phases.peak_memory,
     }
     with phases("save"):
         checkpoint.save(quantised, tokenizer, out, recipe, report, extra=extra, overwrite=overwrite)
