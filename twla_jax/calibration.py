@@ -71,8 +71,8 @@ def load_corpus(name: str | Path, split: Split) -> Corpus:
         folder of these; or several of these joined by `+`, which are concatenated.
       split: `calibration` or `evaluation`. A path is taken at its word, save for WikiText-2's test split.
     Raises:
-      TwlaError: an unknown name, a file that cannot be read as text, an empty corpus, or evaluation text asked for
-        calibration.
+      TwlaError: an unknown name, `self`, which has no text before a model sampled it, a file that cannot be read as
+        text, an empty corpus, or evaluation text asked for calibration.
     """
     parts = str(name).split("+")
     if SELF in map(str.strip, parts):

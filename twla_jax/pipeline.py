@@ -203,7 +203,8 @@ def _quantize_blocks(
                 if time.perf_counter() - saved_at > _SNAPSHOT_SECONDS and index + 1 < config.num_layers:
                     store.save("stream", {"layer": np.asarray(index + 1), "x": stream.collect()})
                     saved_at = time.perf_counter()
-    if store and first < config.num_layers:  # a later stage may be interrupted, and this one need not run again
+    if store and first < config.num_layers:
+        # A later stage may be interrupted, and this one need not run again.
         store.save("stream", {"layer": np.asarray(config.num_layers), "x": np.zeros(0)})
     return layers
 
