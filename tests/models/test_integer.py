@@ -84,7 +84,7 @@ def test_linears_that_share_an_input_are_one_matrix(quantised):
 
 
 def test_only_quantised_models_of_a_known_layout_are_prepared(tiny_config, tiny_ternary):
-    with pytest.raises(TwlaError, match="has float weights"):
+    with pytest.raises(TwlaError, match="has float or integer weights"):
         prepare_for_inference(Decoder(tiny_config, rngs=nnx.Rngs(0)))
     with pytest.raises(TwlaError, match="group size 16"):
         prepare_for_inference(tiny_ternary)

@@ -45,7 +45,7 @@ class IntegerDecoder(Decoder):
     def __init__(self, model: Decoder, *, implementation: Implementation | None):
         if not isinstance(model.blocks.q.kernel.get_value(), TernaryTensor):
             raise TwlaError(
-                "only a quantised model can be prepared for inference; this one has float weights"
+                "only a ternary model can be prepared for inference; this one has float or integer weights"
             )
         self.config, self.dtype = model.config, model.dtype
         self.embed, self.norm, self.head = model.embed, model.norm, model.head
@@ -104,14 +104,22 @@ class KernelLinear(nnx.Module):
         linears = [getattr(block, name) for name in names]
         weights = [linear.kernel.get_value() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
-        self.weight = nnx.Param(kernel_weight(weights, biases))
+        planes = list(zip(*(weight.planes() for weight in weights), strict=True))
+        self.weight = nnx.Param(kernel_weight(planes[0], biases))
+        self.residual = nnx.data(nnx.Param(kernel_weight(planes[1])) if len(planes) > 1 else None)
         self.dtype, self.implementation = dtype, implementation
 
     def __call__(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> Float[Array, "*tokens n"]:
         """`x Ŵᵀ + b`, rounded to the model's type."""
-        return ternary_matmul(
-            x, self.weight.get_value(), out_dtype=self.dtype, implementation=self.implementation
-        )
+        if self.residual is None:
+            return ternary_matmul(
+                x, self.weight.get_value(), out_dtype=self.dtype, implementation=self.implementation
+            )
+        parts = [
+            ternary_matmul(x, plane.get_value(), out_dtype=jnp.float32, implementation=self.implementation)
+            for plane in (self.weight, self.residual)
+        ]
+        return sum(parts).astype(self.dtype)
 
     def parts(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> tuple[Float[Array, "*tokens _"], ...]:
         """The outputs of each linear."""
