@@ -57,7 +57,9 @@ def account(folder: str | Path) -> dict[str, Any]:
             quantised_weights += rows * columns
             weights += rows * columns
             planes = sum(part in _CODES for part in stored)
-            memory_codes += planes * rows * (packing.packed_width(columns) if entry["kind"] == "ternary" else columns)
+            memory_codes += (
+                planes * rows * (packing.packed_width(columns) if entry["kind"] == "ternary" else columns)
+            )
             codes = sum(size for part, size in stored.items() if part in _CODES)
             split = {"codes": codes, "scales_and_offsets": sum(stored.values()) - codes}
             linears[name.removesuffix(".kernel")] = {

@@ -36,7 +36,9 @@ class Quantizer(Protocol):
         """What codes stand for."""
         ...
 
-    def pack(self, codes: Float[Array, "n m"], scales: tuple[Float[Array, "n groups"], ...], group_size: int) -> Any:
+    def pack(
+        self, codes: Float[Array, "n m"], scales: tuple[Float[Array, "n groups"], ...], group_size: int
+    ) -> Any:
         """The tensor that is kept; scales are rounded to float16."""
         ...
 

@@ -109,7 +109,7 @@ def refine(
 
 
 def init_latents(student: Decoder, teacher: Decoder) -> Latents:
-    """For each linear `u`, `s` and `r` (float32; of a second plane `residual_s`), for each norm `g`: the student as it is.
+    """For each linear `u`, `s` and `r` (and `residual_s`), for each norm `g`, all float32: the student as it is.
 
     u starts where the full-precision weight lies in units of α, but within its code's cell: the codes that the column
     sweep chose are kept, and those whose weight lies near a boundary are the first to change.

@@ -1,4 +1,4 @@
-"""Plain asymmetric integers, what ternary weights are compared with: round-to-nearest and GPTQ take their levels here."""
+"""Plain asymmetric integers, what ternary weights are compared with: the levels of round-to-nearest and GPTQ."""
 
 import dataclasses
 
@@ -61,7 +61,9 @@ def fit_range(
         codes = nearest_code(w, scale[:, None], zero[:, None], bits)
         error = jnp.where(mask, jnp.abs(w - scale[:, None] * (codes - zero[:, None])) ** _NORM, 0).sum(-1)
         better = error < best[0]
-        return tuple(jnp.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True)), None
+        return tuple(
+            jnp.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True)
+        ), None
 
     start = (jnp.full(len(w), jnp.inf), *settings(1.0))
     (_, scale, zero), _ = jax.lax.scan(step, start, 1 - jnp.arange(_SHRINKS) / 100)
