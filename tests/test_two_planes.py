@@ -103,6 +103,16 @@ def test_masked_columns_do_not_touch_the_fit():
     assert not np.asarray(masked[1])[:, 10:].any()
 
 
+def test_order_and_signs_leave_the_levels():
+    rng = np.random.default_rng(6)
+    codes, scales = rng.integers(-4, 5, (30, 8)).astype(np.float32), rng.normal(size=(3, 30)).astype(np.float32)
+    before = two_planes.values(codes, *scales[..., None])
+    new_codes, new = two_planes.ordered(jnp.asarray(codes), tuple(jnp.asarray(scales)))
+    np.testing.assert_allclose(two_planes.values(new_codes, *(p[:, None] for p in new)), before, atol=1e-6)
+    assert (new[0] >= new[1]).all()
+    assert (new[1] >= 0).all()
+
+
 @pytest.mark.parametrize("group_size", [0, 16])
 def test_two_planes_are_never_worse_than_one_on_the_same_layer(group_size):
     rng = np.random.default_rng(4)
@@ -123,15 +133,17 @@ def test_two_planes_are_never_worse_than_one_on_the_same_layer(group_size):
 
 def test_planes_are_packed_apart_and_add_up():
     rng = np.random.default_rng(5)
-    codes, scales = rng.integers(-4, 5, (6, 21)), rng.normal(size=(3, 6, 2))
-    tensor = quantizer(TWO).pack(jnp.asarray(codes, jnp.float32), tuple(jnp.asarray(scales)), 16)
-    alpha, residual_alpha, mu = (
-        p.astype(np.float16).astype(np.float64)[:, np.arange(21) // 16] for p in scales
+    codes = rng.integers(-4, 5, (6, 21))
+    alpha, mu = rng.uniform(0.5, 2, (6, 2)).astype(np.float16), rng.normal(size=(6, 2)).astype(np.float16)
+    scales = (alpha, alpha.astype(float) * rng.integers(0, 256, (6, 2)) / 200, mu)
+    tensor = quantizer(TWO).pack(
+        jnp.asarray(codes, jnp.float32), tuple(jnp.asarray(p, jnp.float32) for p in scales), 16
     )
+    alpha, residual_alpha, mu = (p.astype(np.float64)[:, np.arange(21) // 16] for p in scales)
     expected = np.take_along_axis(levels(alpha, residual_alpha, mu), codes[..., None] + 4, -1)[..., 0]
     np.testing.assert_allclose(ternary.dequantize(tensor), expected, atol=1e-5)
     first, second = tensor.planes()
-    np.testing.assert_allclose(ternary.dequantize(first) + ternary.dequantize(second), expected, atol=1e-5)
+    np.testing.assert_allclose(ternary.dequantize(first) + ternary.dequantize(second), expected, atol=2e-3)
     assert not np.asarray(second.mu).any()
 
 
@@ -164,4 +176,4 @@ def test_smollm2s_shapes_take_at_most_3_6_bits_all_in(tmp_path):
     checkpoint.save(model, None, tmp_path / "out", Recipe(), {})
     account = accounting.account(tmp_path / "out")
     assert account["bytes_accounted"] == account["bytes_on_disk"]
-    assert 3.575 < account["bits_per_weight_linear"] <= 3.66
+    assert 3.5 < account["bits_per_weight_linear"] <= 3.6

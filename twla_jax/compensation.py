@@ -42,8 +42,8 @@ def quantize_matrix(
 
     Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `recipe.rounds` times
     a sweep that re-rounds the codes column by column and a relocation of the scales for the new codes; then the group's
-    remaining error is pushed to the groups that follow. Scales are rounded to float16 before that, so what is stored is
-    what is compensated.
+    remaining error is pushed to the groups that follow. Scales are rounded before that, so what is stored is what is
+    compensated.
 
     Args:
       weight: rows are outputs, already rotated.
@@ -78,7 +78,7 @@ def quantize_matrix(
         for _ in range(recipe.rounds):
             codes = sweep_codes(w_group, scales, columns(inverse_rows, axis=1), mask, levels)
             scales = levels.relocate(w_group, codes, scales, metric, mask)
-        scales = tuple(p.astype(jnp.float16).astype(jnp.float32) for p in scales)
+        codes, scales = levels.stored(codes, scales)
         error = jnp.where(mask, w_group - levels.values(codes, *(p[:, None] for p in scales)), 0)
         pushed = jnp.matmul(
             jnp.matmul(error, root_group, precision=_HIGHEST), inverse_rows, precision=_HIGHEST

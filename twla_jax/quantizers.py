@@ -36,10 +36,14 @@ class Quantizer(Protocol):
         """What codes stand for."""
         ...
 
+    def stored(self, codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
+        """Codes and scales as they will be read back: rounded, and of equal choices the one that can be stored."""
+        ...
+
     def pack(
         self, codes: Float[Array, "n m"], scales: tuple[Float[Array, "n groups"], ...], group_size: int
     ) -> Any:
-        """The tensor that is kept; scales are rounded to float16."""
+        """The tensor that is kept, of scales that `stored` rounded."""
         ...
 
 
@@ -68,6 +72,10 @@ class OnePlane:
         alpha, mu = scales
         return alpha * codes + mu
 
+    def stored(self, codes, scales):
+        """α and μ in float16."""
+        return codes, tuple(map(_float16, scales))
+
     def pack(self, codes, scales, group_size):
         """One packed plane."""
         return ternary.from_codes(codes.astype(jnp.int8), *scales, group_size)
@@ -94,6 +102,12 @@ class TwoPlanes:
     def values(self, codes, *scales):
         """The levels of digits."""
         return two_planes.values(codes, *scales)
+
+    def stored(self, codes, scales):
+        """α₁ and μ in float16, α₂ in a byte's share of α₁."""
+        codes, (alpha, residual_alpha, mu) = two_planes.ordered(codes, scales)
+        ratio = ternary.nearest_ratio(alpha, residual_alpha) / ternary.RATIO_STEPS
+        return codes, (_float16(alpha), _float16(alpha) * ratio, _float16(mu))
 
     def pack(self, codes, scales, group_size):
         """Two packed planes."""
@@ -126,6 +140,10 @@ class Integers:
         """`scale·(q − z)`."""
         scale, zero = scales
         return scale * (codes - zero)
+
+    def stored(self, codes, scales):
+        """As they are: `fit` rounded them."""
+        return codes, scales
 
     def pack(self, codes, scales, group_size):
         """One byte a code, until it goes to disk."""
@@ -163,3 +181,7 @@ def arrays(tensor: TernaryTensor | IntegerTensor) -> dict[str, Array]:
     fields = (field for field in dataclasses.fields(tensor) if not field.metadata.get("static"))
     values = {field.name: getattr(tensor, field.name) for field in fields}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _float16(p: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return p.astype(jnp.float16).astype(jnp.float32)

@@ -218,7 +218,7 @@ def scales(
     alpha, mu = tensor.alpha.astype(jnp.float32), tensor.mu.astype(jnp.float32)
     if tensor.residual_alpha is None:
         return alpha * (1 + parts["s"]), mu + alpha * parts["r"]
-    residual_alpha = tensor.residual_alpha.astype(jnp.float32) * (1 + parts["residual_s"])
+    residual_alpha = tensor.residual_alpha * (1 + parts["residual_s"])
     return alpha * (1 + parts["s"]), residual_alpha, mu + two_plane_latents.unit(tensor) * parts["r"]
 
 

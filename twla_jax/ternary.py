@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float16, Int8, UInt8
 from twla_jax import packing
 from twla_jax.uniform import IntegerTensor, per_column
 
+RATIO_STEPS = 200  # of α₂/α₁ to 1: a byte reaches 1.275, so that a refined α₂ may pass α₁
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -21,8 +22,8 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class TernaryTensor:
     """A ternary weight matrix, rows are outputs: `Ŵ[i, k] = alpha[i, k // G]·T[i, k] + mu[i, k // G]`.
 
-    With a second plane, `residual_alpha[i, k // G]·T₂[i, k]` is added, `T₂` packed in `residual_codes`; with one plane
-    both are None.
+    With a second plane, `residual_alpha[i, k // G]·T₂[i, k]` is added, `T₂` packed in `residual_codes` and its α a
+    multiple of the first one's, `alpha·residual_ratio/200`; with one plane the three are None.
 
     Invariants: codes pack `T + 1` as `packing.pack` does; α and μ have `ceil(in_features / group_size)` columns, the
     last group being short where the group size does not divide. Leading axes (a stack of layers, say) are shared by
@@ -35,17 +36,24 @@ class TernaryTensor:
     in_features: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
     residual_codes: UInt8[Array, "*batch n bytes"] | None = None
-    residual_alpha: Float16[Array, "*batch n groups"] | None = None
+    residual_ratio: UInt8[Array, "*batch n groups"] | None = None
+
+    @property
+    def residual_alpha(self) -> Float[Array, "*batch n groups"] | None:
+        """α of the second plane, float32."""
+        if self.residual_ratio is None:
+            return None
+        return self.alpha.astype(jnp.float32) * (self.residual_ratio.astype(jnp.float32) / RATIO_STEPS)
 
     def planes(self) -> tuple["TernaryTensor", ...]:
         """Tensors of one plane each that add up to this one; μ is the first one's, the second's is 0."""
-        if self.residual_codes is None or self.residual_alpha is None:
+        if self.residual_codes is None:
             return (self,)
-        first = dataclasses.replace(self, residual_codes=None, residual_alpha=None)
-        second = dataclasses.replace(
-            first, codes=self.residual_codes, alpha=self.residual_alpha, mu=jnp.zeros_like(self.mu)
+        first = dataclasses.replace(self, residual_codes=None, residual_ratio=None)
+        alpha = self.residual_alpha.astype(self.alpha.dtype)
+        return first, dataclasses.replace(
+            first, codes=self.residual_codes, alpha=alpha, mu=jnp.zeros_like(self.mu)
         )
-        return first, second
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,16 +103,26 @@ def from_codes(
     residual_codes: Int8[Array, "*batch n m"] | None = None,
     residual_alpha: Float[Array, "*batch n groups"] | None = None,
 ) -> TernaryTensor:
-    """Packs codes in {-1, 0, 1} and float scales into a `TernaryTensor` (α, μ stored as float16)."""
+    """Packs codes in {-1, 0, 1} and float scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
+    residual_ratio = None if residual_alpha is None else nearest_ratio(alpha, residual_alpha)
     return TernaryTensor(
         residual_codes=None if residual_codes is None else packing.pack(residual_codes),
-        residual_alpha=None if residual_alpha is None else residual_alpha.astype(jnp.float16),
+        residual_ratio=None if residual_ratio is None else residual_ratio.astype(jnp.uint8),
         codes=packing.pack(codes),
         alpha=alpha.astype(jnp.float16),
         mu=mu.astype(jnp.float16),
         in_features=codes.shape[-1],
         group_size=group_size,
     )
+
+
+def nearest_ratio(
+    alpha: Float[Array, "*shape"], residual_alpha: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """`α₂/α` in whole steps of 1/200 that fit a byte, for the float16 α that is stored."""
+    stored = alpha.astype(jnp.float16).astype(jnp.float32)
+    ratio = residual_alpha / jnp.where(stored == 0, jnp.inf, stored)
+    return jnp.clip(jnp.round(RATIO_STEPS * ratio), 0, 255)
 
 
 def euclidean_fit(

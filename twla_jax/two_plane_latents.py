@@ -19,9 +19,7 @@ _REACH = 0.5  # beyond the outermost level that a latent still passes gradients
 
 def unit(tensor: TernaryTensor) -> Float[Array, "*batch n groups"]:
     """`(|α₁| + |α₂|)/4`, an eighth of the range; 1 where both are 0."""
-    size = (
-        jnp.abs(tensor.alpha.astype(jnp.float32)) + jnp.abs(tensor.residual_alpha.astype(jnp.float32))
-    ) / 4
+    size = (jnp.abs(tensor.alpha.astype(jnp.float32)) + jnp.abs(tensor.residual_alpha)) / 4
     return jnp.where(size == 0, 1, size)
 
 

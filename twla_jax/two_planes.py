@@ -44,6 +44,17 @@ def nearest_codes(w: Float[Array, "*shape"], alpha, residual_alpha, mu) -> Float
     return codes
 
 
+def ordered(codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
+    """The same levels with `α₁ ≥ α₂ ≥ 0`: signs go to the codes, and the larger plane comes first."""
+    alpha, residual_alpha, mu = scales
+    first, second = split(codes)
+    first, second = (jnp.where(p[:, None] < 0, -t, t) for p, t in ((alpha, first), (residual_alpha, second)))
+    alpha, residual_alpha = jnp.abs(alpha), jnp.abs(residual_alpha)
+    swap = residual_alpha > alpha
+    codes = jnp.where(swap[:, None], 3 * second + first, 3 * first + second)
+    return codes, (jnp.maximum(alpha, residual_alpha), jnp.minimum(alpha, residual_alpha), mu)
+
+
 def euclidean_fit(
     w: Float[Array, "n g"], mask: Bool[Array, " g"], *, steps: int = 15
 ) -> tuple[Scales, Float[Array, "n g"]]:
@@ -114,7 +125,11 @@ def _solve(gram: Float[Array, "n 3 3"], target: Float[Array, "n 3"]) -> Float[Ar
     """`(G + 1e-5·I)⁻¹ t` of unit diagonals, written out: a library's solver takes a launch for each of its steps."""
     d = 1 + 1e-5
     a, b, c = gram[:, 0, 1], gram[:, 0, 2], gram[:, 1, 2]
-    adjugate = ((d * d - c * c, b * c - a * d, a * c - b * d), (d * d - b * b, a * b - c * d), (d * d - a * a,))
+    adjugate = (
+        (d * d - c * c, b * c - a * d, a * c - b * d),
+        (d * d - b * b, a * b - c * d),
+        (d * d - a * a,),
+    )
     (c00, c01, c02), (c11, c12), (c22,) = adjugate
     determinant = jnp.maximum(d * c00 + a * c01 + b * c02, 1e-10)
     x, y, z = target.T
