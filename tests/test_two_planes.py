@@ -105,7 +105,10 @@ def test_masked_columns_do_not_touch_the_fit():
 
 def test_order_and_signs_leave_the_levels():
     rng = np.random.default_rng(6)
-    codes, scales = rng.integers(-4, 5, (30, 8)).astype(np.float32), rng.normal(size=(3, 30)).astype(np.float32)
+    codes, scales = (
+        rng.integers(-4, 5, (30, 8)).astype(np.float32),
+        rng.normal(size=(3, 30)).astype(np.float32),
+    )
     before = two_planes.values(codes, *scales[..., None])
     new_codes, new = two_planes.ordered(jnp.asarray(codes), tuple(jnp.asarray(scales)))
     np.testing.assert_allclose(two_planes.values(new_codes, *(p[:, None] for p in new)), before, atol=1e-6)
