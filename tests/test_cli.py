@@ -129,10 +129,28 @@ def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(storie
     assert "need a quantised model" in line
 
 
+def test_what_computed_a_figure_is_said_with_it(stories_model, text, capsys):
+    arguments = ["eval", stories_model, "--corpus", text, "--seq-len", 64, "--max-windows", 1]
+    scored = json.loads(run(capsys, *arguments, "--json").out)
+    packed = json.loads(run(capsys, *arguments, "--kernels", "on", "--json").out)
+    assert scored["path"] == "the quantiser's own arithmetic"
+    assert packed["path"] == "XLA reference: there are no kernels for cpu"
+    assert packed["perplexity"] == pytest.approx(scored["perplexity"], rel=1e-4)
+    assert "there are no kernels for cpu, float32)" in run(capsys, *arguments, "--kernels", "on").out
+
+
+def test_samples_are_made_side_by_side(stories_model, capsys):
+    arguments = ["generate", stories_model, "--prompt", "Once", "--max-new-tokens", 4, "--kv-cache", "int8"]
+    made = json.loads(run(capsys, *arguments, "--samples", 3, "--temperature", 1, "--json").out)
+    assert len(made["texts"]) == len({tuple(row) for row in made["tokens"]}) == 3
+    line, _ = fails(capsys, *arguments, "--samples", 3)
+    assert "all would be the same; set --temperature" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
-        (["quantise"], "quantize, allocate, eval, generate, inspect, demo", 2),
+        (["quantise"], "quantize, allocate, eval, generate, inspect, bench, demo", 2),
         (["quantize", "{model}"], "OUT", 2),
         (
             ["quantize", "{model}", "{new}", "--activation-bits", "5"],
@@ -162,6 +180,11 @@ def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(storie
         (["allocate", "{model}", "--budget", "4"], "not a quantised model", 1),
         (["inspect", "{model}"], "not a quantised model", 1),
         (["generate", "{out}", "--prompt", ""], "prompt", 1),
+        (["generate", "{out}", "--prompt", "a", "--samples", "0"], "samples 0: at least 1", 1),
+        (["eval", "{out}", "--seq-len", "64", "--kernels", "on"], "group size 32: kernels take", 1),
+        (["bench", "--shape", "gpt-2"], "--shape", 2),
+        (["bench", "--shape", "tiny", "--layers", "3"], "layers 3: tiny has 1 to 2", 1),
+        (["bench", "--shape", "tiny", "--batch", "1;8"], "--batch 1;8: must be numbers", 1),
     ],
 )
 def test_mistakes_get_one_line(arguments, message, status, stories_model, out, data, tmp_path, capsys):

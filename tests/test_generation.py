@@ -1,5 +1,7 @@
 """Generation: what comes out, when it ends, what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from twla_jax import generation
 from twla_jax.errors import TwlaError
 from twla_jax.generation import generate, stream
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.integer import prepare_for_inference
 
 PROMPT = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -61,19 +64,46 @@ def test_sampling_follows_the_key_and_the_temperature(model):
 
 def test_prompts_of_one_bucket_compile_once(model):
     generate(model, PROMPT[:1, :2], max_new_tokens=4)
-    compiled = generation._prefill._cache_size(), generation._steps._cache_size()
+    compiled = generation._prefill._cache_size(), generation.steps._cache_size()
     for length in (1, 3, 5):
         generate(model, PROMPT[:1, :length], max_new_tokens=length + 1)
-    assert compiled == (generation._prefill._cache_size(), generation._steps._cache_size())
+    assert compiled == (generation._prefill._cache_size(), generation.steps._cache_size())
+
+
+def test_a_long_prompt_goes_in_by_chunks_of_one_compilation(model, greedy, monkeypatch):
+    monkeypatch.setattr(generation, "_CHUNK", 4)
+    monkeypatch.setattr(generation, "_BUCKET", 2)
+    compiled = generation._prefill._cache_size()
+    whole = np.concatenate([PROMPT, greedy], axis=1)
+    for length in (5, 8, 11):
+        found = generate(model, whole[:, :length], max_new_tokens=17 - length)
+        np.testing.assert_array_equal(found, whole[:, length:])
+    assert generation._prefill._cache_size() - compiled <= 2  # by the size of the cache
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_an_int8_cache_moves_the_output_by_a_percent_at_most(tiny_config, prepared, kv_heads):
+    model = Decoder(dataclasses.replace(tiny_config, num_kv_heads=kv_heads), rngs=nnx.Rngs(0))
+    model = prepare_for_inference(model) if prepared else model
+    hidden = {}
+    for dtype in (None, jnp.int8):
+        cache = model.init_cache(2, 8, dtype)
+        _, cache = model.decode(PROMPT[:, :4], cache)
+        hidden[dtype] = np.asarray(model.decode(PROMPT[:, 4:], cache)[0])
+    error = np.linalg.norm(hidden[jnp.int8] - hidden[None]) / np.linalg.norm(hidden[None])
+    assert 0 < error < 1e-2
+    assert cache.layer(0).entries.dtype == jnp.int8
+    assert generate(model, PROMPT, max_new_tokens=3, cache_dtype=jnp.int8).shape == (2, 3)
 
 
 def test_the_cache_is_updated_in_place(model):
     cache = model.init_cache(1, 64)
     arguments = (model, jnp.zeros(1, jnp.int32), cache, jnp.float32(0), jax.random.key(0))
     loop = (model, jnp.zeros(1, jnp.int32), cache, jnp.int32(9), *arguments[3:], np.zeros(0, np.int32))
-    for lowered in (generation._step.lower(*arguments), generation._steps.lower(*loop, room=64)):
+    for lowered in (generation._step.lower(*arguments), generation.steps.lower(*loop, room=64)):
         memory = lowered.compile().memory_analysis()
-        assert memory.alias_size_in_bytes >= cache.key.nbytes + cache.value.nbytes
+        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
 
 
 def test_all_at_once_is_what_arrives_one_by_one(model):

@@ -8,9 +8,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from twla_jax import checkpoint, pipeline, sharding
+from twla_jax.generation import generate
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.integer import prepare_for_inference
 from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
+from twla_jax.workflow import set_activation_bits
 
 RECIPE = Recipe(
     weights=WeightRecipe(group_size=128, euclidean_steps=3, rounds=1),
@@ -117,3 +120,17 @@ def test_calibration_on_the_mesh_gives_the_same_quality(model, quantised, mesh):
     np.testing.assert_allclose(other[:3], one[:3], rtol=1e-4)
     np.testing.assert_allclose(other.mean(), one.mean(), rtol=0.02)
     assert [s["damping"] for s in on_mesh["sites"]] == [s["damping"] for s in quantised[1]["sites"]]
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_prepared_model_generates_on_the_mesh_what_it_does_on_one_device(quantised, mesh, bits):
+    result = jax.tree.map(jnp.asarray, set_activation_bits(quantised[0], bits))
+    one, split = prepare_for_inference(result), prepare_for_inference(result, mesh=mesh)
+    gate_up = split.blocks[0].gate_up_linear.weight.get_value()
+    assert gate_up.codes.sharding.spec == P("model")
+    assert gate_up.codes.shape[0] == 2
+    prompts = WINDOWS[:4, :8]
+    logits = (jax.jit(lambda model, tokens: model(tokens))(model, prompts) for model in (one, split))
+    np.testing.assert_allclose(*logits, atol=1e-4)
+    texts = (generate(model, prompts, max_new_tokens=6, eos_token_ids=()) for model in (one, split))
+    np.testing.assert_array_equal(*texts)

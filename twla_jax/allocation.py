@@ -31,7 +31,7 @@ from twla_jax.report import Phases
 TABLES = "ila_amp.json"
 # The ways to spend a budget that are compared; of equal ones the first is taken.
 _METHODS = ("joint", "independent", "uniform")
-_LOSS_TOKENS = 16384  # tokens at a time when one allocation is measured
+_LOSS_TOKENS = 16384  # tokens at a time when one allocation is measured or scored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,6 +291,7 @@ def allocate_folder(
                 tokens=tokens,
                 seq_len=measured.held_out.shape[1],
                 max_windows=max_windows,
+                batch_size=max(1, _LOSS_TOKENS // measured.held_out.shape[1]),
                 progress=progress,
             )
         with phases("measure the frontier"):

@@ -11,6 +11,7 @@ from twla_jax.errors import TwlaError
 
 Bits = Literal[16, 8, 6, 4, 2]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Kernels = Literal["auto", "on", "off"]
 Site = Literal["input", "block"]
 
 

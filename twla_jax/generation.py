@@ -1,7 +1,9 @@
 """Text generation with a key/value cache."""
 
+import dataclasses
 import functools
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,13 @@ from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import check_vocabulary
-from twla_jax.models.decoder import Decoder, KVCache
+from twla_jax.models.decoder import Decoder
+from twla_jax.models.kv_cache import KVCache
 
 _BUCKET = (
-    64  # prompts and caches are rounded up to a power of two times this, so that few shapes are compiled
+    64  # prompts and outputs are rounded up to a power of two times this, so that few shapes are compiled
 )
+_CHUNK = 512  # tokens of a prompt at a time
 
 
 def generate(
@@ -24,11 +28,11 @@ def generate(
 
     The whole of it runs on the device, without a word to the host between tokens.
     """
-    model, prompt, count, temperature, key, ends = _checked(prompt, model, max_new_tokens, **settings)
-    token, cache = _start(model, prompt, count, temperature, key)
-    tokens, made, _ = _steps(
-        model, token, cache, jnp.int32(count), temperature, key, ends, room=_bucket(count)
+    model, prompt, count, temperature, key, ends, cache_dtype = _checked(
+        prompt, model, max_new_tokens, **settings
     )
+    token, cache = _start(model, prompt, count, temperature, key, cache_dtype)
+    tokens, made, _ = steps(model, token, cache, jnp.int32(count), temperature, key, ends, room=bucket(count))
     return np.asarray(tokens[:, : int(made)])
 
 
@@ -40,6 +44,7 @@ def stream(
     temperature: float = 0.0,
     key: jax.Array | None = None,
     eos_token_ids: Collection[int] | None = None,
+    cache_dtype: Any = None,
 ) -> Iterator[Int32[np.ndarray, " b"]]:
     """Continues `prompt` token by token; yields the next token of every row as soon as it is there.
 
@@ -49,14 +54,18 @@ def stream(
       key: random key for sampling; `jax.random.key(0)` if None.
       eos_token_ids: ids that end a row (`model.config.eos_token_ids` if None; empty for none). A row that has ended
         repeats its last token; the stream ends when all have.
+      cache_dtype: of the keys and values: the model's if None; int8, with a scale for every token and head, takes half
+        of bf16's bytes.
     Raises:
       TwlaError: (at the call) the prompt is empty or outside the vocabulary, a setting is out of range, or prompt and
         new tokens together exceed `max_position_embeddings`.
     """
-    return _stream(*_checked(prompt, model, max_new_tokens, temperature, key, eos_token_ids))
+    return _stream(*_checked(prompt, model, max_new_tokens, temperature, key, eos_token_ids, cache_dtype))
 
 
-def _checked(prompt, model, max_new_tokens, temperature=0.0, key=None, eos_token_ids=None) -> tuple:
+def _checked(
+    prompt, model, max_new_tokens, temperature=0.0, key=None, eos_token_ids=None, cache_dtype=None
+) -> tuple:
     """The arguments of `stream` as arrays, if they are usable."""
     prompt = np.asarray(prompt, np.int32)
     length = prompt.shape[1]
@@ -75,18 +84,25 @@ def _checked(prompt, model, max_new_tokens, temperature=0.0, key=None, eos_token
     ends = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
     key = jax.random.key(0) if key is None else key
     model = jax.tree.map(jnp.asarray, model)  # once, not at every step
-    return model, prompt, max_new_tokens, jnp.float32(temperature), key, np.asarray(list(ends), np.int32)
+    ends = np.asarray(list(ends), np.int32)
+    return model, prompt, max_new_tokens, jnp.float32(temperature), key, ends, cache_dtype
 
 
-def _start(model, prompt, max_new_tokens, temperature, key) -> tuple[jax.Array, KVCache]:
+def _start(model, prompt, max_new_tokens, temperature, key, cache_dtype) -> tuple[jax.Array, KVCache]:
+    """The first new token and the cache; the prompt goes in by chunks of one length, of which one is compiled."""
     batch, length = prompt.shape
-    padded = np.pad(prompt, ((0, 0), (0, _bucket(length) - length)))
-    cache = model.init_cache(batch, _bucket(_bucket(length) + max_new_tokens))
-    return _prefill(model, padded, jnp.int32(length), cache, temperature, jax.random.fold_in(key, 0))
+    chunk = min(_CHUNK, bucket(length))
+    padded = np.pad(prompt, ((0, 0), (0, -length % chunk)))
+    cache = model.init_cache(batch, cache_size(max(padded.shape[1], length + max_new_tokens)), cache_dtype)
+    key = jax.random.fold_in(key, 0)
+    for start in range(0, length, chunk):
+        part, count = padded[:, start : start + chunk], jnp.int32(min(chunk, length - start))
+        token, cache = _prefill(model, part, count, cache, temperature, key)
+    return token, cache
 
 
-def _stream(model, prompt, max_new_tokens, temperature, key, ends) -> Iterator[np.ndarray]:
-    token, cache = _start(model, prompt, max_new_tokens, temperature, key)
+def _stream(model, prompt, max_new_tokens, temperature, key, ends, cache_dtype) -> Iterator[np.ndarray]:
+    token, cache = _start(model, prompt, max_new_tokens, temperature, key, cache_dtype)
     ended = np.zeros(len(prompt), bool)
     for step in range(1, max_new_tokens + 1):
         current = np.asarray(token)
@@ -99,7 +115,7 @@ def _stream(model, prompt, max_new_tokens, temperature, key, ends) -> Iterator[n
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="room")
-def _steps(
+def steps(
     model: Decoder,
     token: Int32[Array, " b"],
     cache: KVCache,
@@ -134,15 +150,15 @@ def _steps(
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _prefill(
-    model: Decoder, prompt: Int32[Array, "b t"], length: Int32[Array, ""], cache: KVCache, temperature, key
+    model: Decoder, chunk: Int32[Array, "b t"], count: Int32[Array, ""], cache: KVCache, temperature, key
 ) -> tuple[Int32[Array, " b"], KVCache]:
-    """The prompt, filled up on the right, into an empty cache; the first new token.
+    """The next `count` tokens of a prompt, filled up on the right, into the cache; the token that follows them.
 
-    What the filling left in the cache lies past `length` and is overwritten before it is read.
+    What the filling left in the cache lies past its `length` and is overwritten before it is read.
     """
-    h, cache = model.decode(prompt, cache)
-    last = jax.lax.dynamic_index_in_dim(h, length - 1, axis=1, keepdims=False)
-    cache = KVCache(key=cache.key, value=cache.value, length=length)
+    h, filled = model.decode(chunk, cache)
+    last = jax.lax.dynamic_index_in_dim(h, count - 1, axis=1, keepdims=False)
+    cache = dataclasses.replace(filled, length=cache.length + count)
     return _sample(model.logits(last), temperature, key), cache
 
 
@@ -159,7 +175,14 @@ def _sample(logits: Float[Array, "b vocab"], temperature: Float[Array, ""], key)
     return jnp.where(temperature > 0, sampled, logits.argmax(-1)).astype(jnp.int32)
 
 
-def _bucket(length: int) -> int:
+def cache_size(length: int) -> int:
+    """At most a quarter more than `length`, or 64: attention reads all of it at every step."""
+    step = max(_BUCKET, bucket(length) // 8)
+    return -(-length // step) * step
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to a power of two times 64, so that few lengths are compiled."""
     size = _BUCKET
     while size < length:
         size *= 2

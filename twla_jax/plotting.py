@@ -44,7 +44,7 @@ def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[s
     _draw_losses(losses, result)
     for axes in (costs, interactions, bits):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _write(figure, path)
+    _save(figure, path)
 
 
 def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
@@ -80,10 +80,63 @@ def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
         ylabel="perplexity",
     )
     axes.legend()
-    _write(figure, path)
+    _save(figure, path)
 
 
-def _write(figure: Any, path: str | Path) -> None:
+def plot_roofline(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Draws operations a second over operations a byte, below the ceilings measured in the same run.
+
+    Args:
+      path: file to write; its ending says the format.
+      result: what `benchmark.measure` returns.
+    Raises:
+      TwlaError: matplotlib is missing, or does not know the format.
+    """
+    require_matplotlib()
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    bandwidth, peaks = result["copy_bytes_per_second"], result["product_operations_per_second"]
+    intensity = np.geomspace(0.5, 1e5, 200)
+    for (kind, peak), style in zip(peaks.items(), ("--", "-"), strict=True):
+        ceiling = np.minimum(intensity * bandwidth, peak)
+        axes.plot(intensity, ceiling / 1e12, style, color="black", label=f"copy, and XLA's best in {kind}")
+    for (label, marker), points in _roofline_points(result).items():
+        x, y = np.asarray(points).T
+        axes.plot(x, y / 1e12, marker, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="tera-operations a second")
+    axes.set(title=f"{result['shape']}, {result['device']['kind']}: {result['path']}")
+    axes.legend()
+    _save(figure, path)
+
+
+def _roofline_points(result: Mapping[str, Any]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Of each kind of product, operations a byte and operations a second."""
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+
+    def add(label, marker, work, size, microseconds):
+        points.setdefault((label, marker), []).append((work / size, work / microseconds * 1e6))
+
+    for row in result.get("kernels", []):
+        if "bf16_microseconds" in row:
+            work, matrix = row["operations"], row["rows"] * row["columns"]
+            add(
+                row["name"].split(", ")[-1] + " × ternary, few tokens",
+                "o",
+                work,
+                row["bytes"],
+                row["microseconds"],
+            )
+            add("XLA bf16, few tokens", "x", work, 2 * matrix, row["bf16_microseconds"])
+    for row in result.get("prefill", []):
+        if n := row["rows"]:
+            m, t, work = row["columns"], row["tokens"], row["operations"]
+            add("int8 × ternary, many tokens", "s", work, 0.28 * n * m + t * (m + 2 * n), row["microseconds"])
+            add("XLA bf16, many tokens", "+", work, 2 * (n * m + t * (m + n)), row["bf16_microseconds"])
+            add("XLA int8, many tokens", "1", work, n * m + t * (m + 4 * n), row["int8_microseconds"])
+    return points
+
+
+def _save(figure: Any, path: str | Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:

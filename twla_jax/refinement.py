@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from twla_jax import kotms, packing, resume, ternary, two_plane_latents, two_planes
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
+from twla_jax.models.attention import can_fuse
 from twla_jax.models.decoder import SITES, Block, Decoder
 from twla_jax.recipe import RefineRecipe
 from twla_jax.uniform import per_column
@@ -97,7 +98,7 @@ def refine(
                 store.save("state", {**_flatten((latents, state)), "losses": np.asarray(losses)})
                 saved_at = time.perf_counter()
     refined = _harden(student, latents)
-    refined.dtype = original.dtype
+    refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
     tenth = max(1, steps // 10)
     figures = {
         "steps": steps,
@@ -289,6 +290,8 @@ def _flipped(before: Decoder, after: Decoder) -> float:
 def _computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
     copy = nnx.merge(*nnx.split(model))
     copy.dtype = dtype
+    # Most of a step's time went into reading and writing the scores.
+    copy.blocks.fused = can_fuse(model.config, dtype)
     return jax.tree.map(jnp.asarray, copy)
 
 

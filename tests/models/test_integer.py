@@ -1,5 +1,7 @@
 """The decoder on packed weights and integer activations, against the same decoder as the quantiser left it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import twla_jax
 from twla_jax import models
 from twla_jax.errors import TwlaError
 from twla_jax.generation import generate
-from twla_jax.models.decoder import Decoder
+from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.models.integer import prepare_for_inference
 from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
 from twla_jax.workflow import set_activation_bits
@@ -83,8 +85,18 @@ def test_linears_that_share_an_input_are_one_matrix(quantised):
     assert block.gate_up_linear.weight.get_value().splits == (config.intermediate_size,) * 2
 
 
-def test_only_quantised_models_of_a_known_layout_are_prepared(tiny_config, tiny_ternary):
-    with pytest.raises(TwlaError, match="has float or integer weights"):
-        prepare_for_inference(Decoder(tiny_config, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_float_model_computes_what_it_did(tiny_config, bias):
+    config = dataclasses.replace(tiny_config, qkv_bias=bias, o_bias=bias, mlp_bias=bias)
+    model = Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
+    rng = np.random.default_rng(0)
+    for name in (name for names in SITES.values() for name in names if bias):
+        linear = getattr(model.blocks, name)
+        linear.bias = nnx.Param(jnp.asarray(rng.normal(size=linear.bias.shape), jnp.float16))
+    tokens = rng.integers(0, config.vocab_size, (2, 7))
+    np.testing.assert_allclose(prepare_for_inference(model)(tokens), model(tokens), atol=1e-5)
+
+
+def test_group_sizes_that_kernels_do_not_take_are_refused(tiny_ternary):
     with pytest.raises(TwlaError, match="group size 16"):
         prepare_for_inference(tiny_ternary)

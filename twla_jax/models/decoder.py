@@ -6,7 +6,6 @@ linears may be rotated and quantised.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,17 +16,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.models import rope
+from twla_jax.models.attention import Positions, attention, fused_attention
 from twla_jax.models.config import DecoderConfig
+from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer, write
 from twla_jax.ops.rotate_quantize import rms_norm
 from twla_jax.ternary import TernaryTensor, packed_matmul
 from twla_jax.uniform import IntegerTensor
 
 # The inputs of a block that are rotated and quantised, and the linears that read each; input s is `block.{s}_input`.
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up"), "down": ("down",)}
-_QUERY_CHUNK = 256  # queries whose scores against all keys exist at the same time
+_LOGIT_ROWS = 8  # instead of a single one
 
 
-def _precision(dtype) -> jax.lax.Precision | None:
+def precision(dtype) -> jax.lax.Precision | None:
     """float32 means true float32 on every chip; narrower types take the chip's own."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
@@ -55,7 +56,7 @@ class Linear(nnx.Module):
         if isinstance(kernel, TernaryTensor | IntegerTensor):
             y = packed_matmul(x, kernel)
         else:
-            y = jnp.matmul(x, kernel.astype(x.dtype), precision=_precision(x.dtype))
+            y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
 
 
@@ -87,27 +88,6 @@ class InputTransform(nnx.Module):
         return x
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Positions:
-    """Where queries and keys stand, and the rotary angles of the queries (which are also those of the new keys)."""
-
-    query: Int32[Array, " t"]
-    key: Int32[Array, " s"]
-    cos: Float[Array, "t half"]
-    sin: Float[Array, "t half"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KVCache:
-    """Keys and values of every layer, `[layers, b, s, kv_heads, head_dim]`, and how many positions are filled."""
-
-    key: Float[Array, "layers b s kv d"]
-    value: Float[Array, "layers b s kv d"]
-    length: Int32[Array, ""]
-
-
 class Block(nnx.Module):
     """One transformer block; `attend` and `gate_up` end where the input of the next linear begins."""
 
@@ -137,6 +117,9 @@ class Block(nnx.Module):
         self.qkv_input, self.o_input = InputTransform(), InputTransform()
         self.mlp_input, self.down_input = InputTransform(), InputTransform()
         self.head_dim = config.head_dim
+        self.fused = (
+            False  # attention of whole sequences as one kernel; `attention.can_fuse` says where there is one
+        )
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Positions, window: Int32[Array, ""]
@@ -172,35 +155,10 @@ class Block(nnx.Module):
         positions: Positions,
         window: Int32[Array, ""],
     ) -> Float[Array, "b t heads_d"]:
-        """Grouped-query attention, softmax in float32, a chunk of queries at a time."""
-        b, t, heads, _ = q.shape
-        kv = k.shape[2]
-        chunk = min(t, _QUERY_CHUNK)
-        padding = -t % chunk
-        # [chunks, b, kv, group, chunk, hd]: a query group shares its key head's one matrix product.
-        q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        q = q.reshape(b, -1, chunk, kv, heads // kv, self.head_dim).transpose(1, 0, 3, 4, 2, 5)
-        query = jnp.pad(positions.query, (0, padding), mode="edge").reshape(-1, chunk)
-        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        matmul = functools.partial(
-            jnp.matmul, precision=_precision(q.dtype), preferred_element_type=jnp.float32
-        )
-
-        def attend_chunk(operands):
-            q, query = operands
-            scores = (
-                matmul(q.reshape(b, kv, -1, self.head_dim), k).reshape(*q.shape[:-1], -1)
-                * self.head_dim**-0.5
-            )
-            distance = query[:, None] - positions.key[None, :]
-            scores = jnp.where((distance >= 0) & (distance < window), scores, -jnp.inf)
-            weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-            total = weights.sum(-1, keepdims=True)
-            mixed = matmul(weights.reshape(b, kv, -1, k.shape[-1]).astype(v.dtype), v).reshape(q.shape)
-            return (mixed / total).astype(q.dtype)
-
-        mixed = jax.lax.map(attend_chunk, (q, query)) if t > chunk else attend_chunk((q[0], query[0]))[None]
-        return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, heads * self.head_dim)[:, :t]
+        """Attention of these queries to these keys and values."""
+        if self.fused and q.shape[1] == k.shape[1]:
+            return fused_attention(q, k, v)
+        return attention(q, LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)), positions, window)
 
     def gate_up(self, h: Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:
         """`silu(gate(h)) · up(h)`, before the down linear; h went through `mlp_input`."""
@@ -246,7 +204,7 @@ class Decoder(nnx.Module):
 
         def step(x, layer):
             block, window, _ = layer
-            return block(x, positions, window), None
+            return _apply_block(block, x, positions, window), None
 
         return self.norm(self.through_blocks(step, self.embed_tokens(tokens)))
 
@@ -255,37 +213,30 @@ class Decoder(nnx.Module):
 
         The caller sees to it that `cache.length + t` stays within the cache. Entries past `length` are never read.
         """
-        positions = self.positions(tokens.shape[1], start=cache.length, keys=cache.key.shape[2])
+        positions = self.positions(tokens.shape[1], start=cache.length, keys=cache.size)
 
         def step(carry, layer):
-            x, keys, values = carry
+            x, cache = carry
             block, window, index = layer
-            q, k, v = block.project(block.qkv_input(block.input_norm(x)), positions)
+            x, entries = _decode_block(block, x, cache.layer(index), positions, window, cache.length)
             # The whole cache is carried, not scanned over, so that a donated one is updated in place.
-            at = (index, 0, cache.length, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
-            mixed = block.mix(
-                q, keys[index].astype(q.dtype), values[index].astype(q.dtype), positions, window
-            )
-            return (block.finish(x, mixed), keys, values), None
+            return (x, cache.with_layer(index, entries)), None
 
-        start = (self.embed_tokens(tokens), cache.key, cache.value)
-        x, keys, values = self.through_blocks(step, start)
-        return self.norm(x), KVCache(key=keys, value=values, length=cache.length + tokens.shape[1])
+        x, cache = self.through_blocks(step, (self.embed_tokens(tokens), cache))
+        return self.norm(x), dataclasses.replace(cache, length=cache.length + tokens.shape[1])
 
     def through_blocks(self, step: Callable, carry: Any) -> Any:
         """The carry after `step(carry, (block, window, index))` of every block, in order."""
         layers = (self.blocks, self.windows(), jnp.arange(self.config.num_layers))
         return jax.lax.scan(step, carry, layers)[0]
 
-    def init_cache(self, batch: int, size: int) -> KVCache:
-        """An empty cache for `size` positions, in `dtype`."""
-        config = self.config
-        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
-        return KVCache(
-            key=jnp.zeros(shape, self.dtype), value=jnp.zeros(shape, self.dtype), length=jnp.int32(0)
-        )
+    def init_cache(self, batch: int, size: int, dtype=None) -> KVCache:
+        """An empty cache for `size` positions, in `dtype`: a float type, int8, or None for the model's own."""
+        shape = (self.config.num_layers, *self._cache_shape(batch, size))
+        return KVCache(layers=empty_layer(shape, dtype or self.dtype), length=jnp.int32(0))
+
+    def _cache_shape(self, batch: int, size: int) -> tuple[int, ...]:
+        return 2, batch, self.config.num_kv_heads, size, self.config.head_dim
 
     def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The first block's input, in `dtype`."""
@@ -296,14 +247,19 @@ class Decoder(nnx.Module):
         kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
         if isinstance(kernel, TernaryTensor):
             return packed_matmul(h, kernel).astype(jnp.float32)
-        equation = "...d,vd->...v" if self.head is None else "...d,dv->...v"
-        return jnp.einsum(
-            equation,
-            h,
+        # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
+        rows = h.reshape(-1, h.shape[-1])
+        rows = jnp.pad(
+            rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0))
+        )
+        y = jnp.einsum(
+            "td,vd->tv" if self.head is None else "td,dv->tv",
+            rows,
             kernel.astype(h.dtype),
-            precision=_precision(h.dtype),
+            precision=precision(h.dtype),
             preferred_element_type=jnp.float32,
         )
+        return y[: h.size // h.shape[-1]].reshape(*h.shape[:-1], -1)
 
     def positions(
         self, length: int, *, start: Int32[Array, ""] | int = 0, keys: int | None = None
@@ -320,3 +276,18 @@ class Decoder(nnx.Module):
         if self.config.sliding_window is not None:
             reach[list(self.config.sliding_layers)] = self.config.sliding_window
         return jnp.asarray(reach)
+
+
+# Functions of their own, so that blocks of one form that are not scanned over are traced and lowered only once.
+@jax.jit
+def _apply_block(block: Block, x: jax.Array, positions: Positions, window: jax.Array) -> jax.Array:
+    return block(x, positions, window)
+
+
+@jax.jit
+def _decode_block(
+    block: Block, x: jax.Array, entries: LayerKV, positions: Positions, window: jax.Array, length: jax.Array
+) -> tuple[jax.Array, LayerKV]:
+    q, k, v = block.project(block.qkv_input(block.input_norm(x)), positions)
+    entries = write(entries, k, v, length)
+    return block.finish(x, attention(q, entries, positions, window)), entries

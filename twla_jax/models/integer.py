@@ -1,9 +1,11 @@
-"""A quantised decoder in the form that runs fast: kernel-ready weights, one product an input, integers where it can.
+"""A decoder in the form that runs fast: kernel-ready weights, one product an input, integers where it can.
 
 Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`. Where
-an input's activations are not quantised, they are only rotated, and meet the same packed weights in bf16.
+an input's activations are not quantised, they are only rotated, and meet the same packed weights in bf16. A model that
+is not quantised gets the same form, with one dense product an input.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,50 +13,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.activation import OFF, ActivationQuantizer, select_clip
 from twla_jax.errors import TwlaError
 from twla_jax.kotms import rotate
-from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm
+from twla_jax.models import tensor_parallel
+from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
+from twla_jax.models.kv_cache import KVCache, empty_layer
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
-from twla_jax.ops.ternary_matmul import kernel_weight, ternary_matmul
+from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
+from twla_jax.sharding import shardings
 from twla_jax.ternary import TernaryTensor
+from twla_jax.uniform import IntegerTensor
 
 
-def prepare_for_inference(model: Decoder, *, implementation: Implementation | None = None) -> Decoder:
-    """The same quantised model with its weights in the kernels' layout, layer by layer.
+def prepare_for_inference(
+    model: Decoder, *, mesh: Mesh | None = None, implementation: Implementation | None = None
+) -> Decoder:
+    """The same model with its weights in the kernels' layout, layer by layer, and float ones in the model's `dtype`.
 
-    Its activation bits are fixed from here on whether an input is quantised, not at how many bits. It is for inference
-    alone: it has no gradient, is not saved, and lives on one device.
+    Whether an input is quantised is fixed from here on, not at how many bits. It is for inference alone: it has no
+    gradient, and is not saved.
 
     Args:
-      model: with ternary weights in all of its blocks, as arrays, not tracers.
+      model: as arrays, not tracers.
+      mesh: with an axis `model`, over which the rows of every linear go, and usually `data`, over which batches go;
+        None for one device.
       implementation: as `ternary_matmul` and `rotate_quantize` take it.
     Raises:
-      TwlaError: the model is not quantised, or its group size is one that the kernels have no place for.
+      TwlaError: its weights are integers, or of a group size that the kernels have no place for.
     """
-    return IntegerDecoder(model, implementation=implementation)
+    if isinstance(model.blocks.q.kernel.get_value(), IntegerTensor):
+        raise TwlaError("there are no kernels for integer weights, only for ternary and float ones")
+    if mesh is not None:
+        model = jax.device_put(model, shardings(model, mesh))
+    return IntegerDecoder(model, mesh=mesh, implementation=implementation)
 
 
 class IntegerDecoder(Decoder):
     """`Decoder` with a list of `IntegerBlock`s, run one after the other: a scan would copy each layer's weights."""
 
-    def __init__(self, model: Decoder, *, implementation: Implementation | None):
-        if not isinstance(model.blocks.q.kernel.get_value(), TernaryTensor):
-            raise TwlaError(
-                "only a ternary model can be prepared for inference; this one has float or integer weights"
-            )
-        self.config, self.dtype = model.config, model.dtype
-        self.embed, self.norm, self.head = model.embed, model.norm, model.head
+    def __init__(self, model: Decoder, *, mesh: Mesh | None, implementation: Implementation | None):
+        self.config, self.dtype, self.mesh = model.config, model.dtype, mesh
+        self.norm = model.norm
+        # Cast once, not at every step, which would write out and read again all of it.
+        self.embed, self.head = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, model.dtype), (model.embed, model.head)
+        )
         self.blocks = nnx.List(
             [
                 IntegerBlock(
-                    jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), model.blocks),
-                    dtype=model.dtype,
-                    implementation=implementation,
+                    _layer(model.blocks, i), dtype=model.dtype, mesh=mesh, implementation=implementation
                 )
                 for i in range(model.config.num_layers)
             ]
@@ -67,11 +80,18 @@ class IntegerDecoder(Decoder):
             carry, _ = step(carry, (block, windows[index], index))
         return carry
 
+    def init_cache(self, batch: int, size: int, dtype=None) -> KVCache:
+        """An empty cache for `size` positions, layer by layer, in `dtype`: see `Decoder.init_cache`."""
+        shape = self._cache_shape(batch, size)
+        layers = tuple(empty_layer(shape, dtype or self.dtype) for _ in self.blocks)
+        cache = KVCache(layers=layers, length=jnp.int32(0))
+        return cache if self.mesh is None else tensor_parallel.place_cache(cache, self.mesh)
+
 
 class KernelInput(nnx.Module):
     """An input of linears: norm, rotation and quantiser as one op; without a quantiser, norm and rotation in bf16."""
 
-    def __init__(self, block: Block, site: str, *, norm: RMSNorm | None, dtype, implementation):
+    def __init__(self, block: Block, site: str, *, norm: RMSNorm | None, dtype, mesh, implementation):
         transform = getattr(block, f"{site}_input")
         rotation = None if transform.rotation is None else transform.rotation.get_value()
         quantizer = None if transform.activation is None else transform.activation.get_value()
@@ -79,7 +99,7 @@ class KernelInput(nnx.Module):
         self.norm = norm
         settings = _settings(quantizer)
         self.settings = nnx.data(None if settings is None else nnx.Param(settings))
-        self.implementation = implementation
+        self.mesh, self.implementation = mesh, implementation
 
     def __call__(self, x: Float[Array, "*tokens m"]) -> QuantizedTokens | Float[Array, "*tokens m"]:
         """What the linears read."""
@@ -87,55 +107,76 @@ class KernelInput(nnx.Module):
         if self.settings is None:
             x = x if self.norm is None else self.norm(x)
             return x if rotation is None else rotate(x, *rotation.factors)
-        return rotate_quantize(
-            x,
-            rotation,
-            self.settings.get_value(),
+        op = functools.partial(
+            rotate_quantize,
+            rotation=rotation,
+            settings=self.settings.get_value(),
             norm_scale=None if self.norm is None else self.norm.scale.get_value(),
             epsilon=0.0 if self.norm is None else self.norm.epsilon,
             implementation=self.implementation,
         )
+        return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
 
 
 class KernelLinear(nnx.Module):
     """One or several linears that read the same input, as one matrix; `y` lists their outputs side by side."""
 
-    def __init__(self, block: Block, names: tuple[str, ...], *, dtype, implementation):
+    def __init__(self, block: Block, names: tuple[str, ...], *, dtype, mesh, implementation):
         linears = [getattr(block, name) for name in names]
-        weights = [linear.kernel.get_value() for linear in linears]
+        kernels = [linear.kernel.get_value() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
-        planes = list(zip(*(weight.planes() for weight in weights), strict=True))
-        self.weight = nnx.Param(kernel_weight(planes[0], biases))
-        self.residual = nnx.data(nnx.Param(kernel_weight(planes[1])) if len(planes) > 1 else None)
-        self.dtype, self.implementation = dtype, implementation
+        self.bias = self.residual = nnx.data(None)
+        if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
+            pack = _kernel_weight
+            if mesh is not None:
+                pack = functools.partial(tensor_parallel.sharded_weight, mesh=mesh)
+            first, *second = zip(*(kernel.planes() for kernel in kernels), strict=True)
+            weight = pack(first, biases)
+            if second:
+                self.residual = nnx.data(nnx.Param(pack(second[0], [None] * len(kernels))))
+            self.splits = weight.splits
+        else:
+            weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
+            self.splits = tuple(kernel.shape[-1] for kernel in kernels)
+            if known := [bias for bias in biases if bias is not None]:
+                self.bias = nnx.data(nnx.Param(jnp.concatenate(known).astype(dtype)))
+        self.weight = nnx.Param(weight)
+        self.dtype, self.mesh, self.implementation = dtype, mesh, implementation
 
     def __call__(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> Float[Array, "*tokens n"]:
         """`x Ŵᵀ + b`, rounded to the model's type."""
-        if self.residual is None:
-            return ternary_matmul(
-                x, self.weight.get_value(), out_dtype=self.dtype, implementation=self.implementation
-            )
-        parts = [
-            ternary_matmul(x, plane.get_value(), out_dtype=jnp.float32, implementation=self.implementation)
-            for plane in (self.weight, self.residual)
-        ]
-        return sum(parts).astype(self.dtype)
+        weight = self.weight.get_value()
+        if isinstance(weight, KernelWeight):
+            if self.residual is None:
+                return self._product(x, weight, self.dtype)
+            planes = (weight, self.residual.get_value())
+            return sum(self._product(x, plane, jnp.float32) for plane in planes).astype(self.dtype)
+        assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
+        y = jnp.matmul(x, weight, precision=precision(self.dtype))
+        return y if self.bias is None else y + self.bias.get_value()
+
+    def _product(self, x: Any, weight: KernelWeight, dtype: Any) -> jax.Array:
+        op = functools.partial(ternary_matmul, out_dtype=dtype, implementation=self.implementation)
+        return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
 
     def parts(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> tuple[Float[Array, "*tokens _"], ...]:
         """The outputs of each linear."""
-        splits = np.cumsum(self.weight.get_value().splits)[:-1]
-        return tuple(jnp.split(self(x), splits, axis=-1))
+        y = self(x)
+        # On a mesh, each device's share of all of them is followed by the next device's.
+        shares = y.reshape(*y.shape[:-1], -1, sum(self.splits))
+        parts = jnp.split(shares, np.cumsum(self.splits)[:-1], axis=-1)
+        return tuple(part.reshape(*y.shape[:-1], -1) for part in parts)
 
 
 class IntegerBlock(Block):
     """`Block` whose norms belong to the inputs that they precede, and whose linears are merged input by input."""
 
-    def __init__(self, block: Block, *, dtype, implementation: Implementation | None):
+    def __init__(self, block: Block, *, dtype, mesh: Mesh | None, implementation: Implementation | None):
         def read(site, norm):
-            return KernelInput(block, site, norm=norm, dtype=dtype, implementation=implementation)
+            return KernelInput(block, site, norm=norm, dtype=dtype, mesh=mesh, implementation=implementation)
 
         def linear(*names):
-            return KernelLinear(block, names, dtype=dtype, implementation=implementation)
+            return KernelLinear(block, names, dtype=dtype, mesh=mesh, implementation=implementation)
 
         self.input_norm = self.post_norm = _nothing
         self.qkv_input, self.mlp_input = read("qkv", block.input_norm), read("mlp", block.post_norm)
@@ -143,6 +184,7 @@ class IntegerBlock(Block):
         self.qkv_linear, self.gate_up_linear = linear(*SITES["qkv"]), linear(*SITES["mlp"])
         self.o, self.down = linear(*SITES["o"]), linear(*SITES["down"])
         self.q_norm, self.k_norm, self.head_dim = block.q_norm, block.k_norm, block.head_dim
+        self.fused = block.fused
 
     def qkv(self, h: QuantizedTokens | Float[Array, "b t d"]) -> tuple[Float[Array, "b t _"], ...]:
         """Queries, keys and values, one beside the other."""
@@ -152,6 +194,21 @@ class IntegerBlock(Block):
         """`silu(gate(h)) · up(h)`."""
         gate, up = self.gate_up_linear.parts(h)
         return jax.nn.silu(gate) * up
+
+
+_kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations
+
+
+def _layer(blocks: Block, index: int) -> Block:
+    """One block on the device; of blocks on the host, no more than that one is moved there."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(blocks)):
+        return _device_layer(blocks, index)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), blocks)
+
+
+@jax.jit
+def _device_layer(blocks: Block, index: jax.Array) -> Block:
+    return jax.tree.map(lambda leaf: leaf[index], blocks)
 
 
 def _nothing(x: jax.Array) -> jax.Array:

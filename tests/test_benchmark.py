@@ -1,0 +1,101 @@
+"""`twla bench` where there are no kernels: it runs, says so, and counts what it should."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from twla_jax import cli
+from twla_jax.benchmark import SHAPES, decode, measure, shapes
+from twla_jax.errors import TwlaError
+from twla_jax.ternary import dequantize
+
+SMALL = ["--shape", "tiny", "--layers", "1", "--tokens", "8", "--context", "8", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What the command prints, and its figures."""
+    path = tmp_path_factory.mktemp("bench") / "roofline.svg"
+    rows = []
+    result = measure(
+        ("kernels", "prefill", "decode"),
+        "tiny",
+        layers=1,
+        tokens=8,
+        context=8,
+        steps=2,
+        on_row=lambda part, row: rows.append((part, row)),
+    )
+    from twla_jax import plotting
+
+    plotting.plot_roofline(path, result)
+    return result, rows, path
+
+
+def test_every_row_comes_as_it_is_measured_and_is_json(printed):
+    result, rows, path = printed
+    assert [row for _, row in rows] == [
+        row for part in ("kernels", "prefill", "decode") for row in result[part]
+    ]
+    assert json.loads(json.dumps(result)) == result
+    assert path.stat().st_size > 0
+
+
+def test_it_is_said_that_no_kernel_ran(printed):
+    assert "XLA reference: there are no kernels for cpu" in printed[0]["path"]
+
+
+def test_figures_follow_from_each_other(printed):
+    result = printed[0]
+    row = next(row for row in result["kernels"] if row["name"] == "gate,up, int8")
+    n, m = 2 * 1024, 512
+    assert (row["rows"], row["columns"]) == (n, m)
+    # Two bits a weight, four bytes of (α, μ) for 128 of them, row sums and biases; one token in and out.
+    assert row["bytes"] == n * m // 4 + n * m // 32 + 8 * n + m + 2 * n
+    assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["microseconds"] * 1e6)
+    assert row["copy_fraction"] == pytest.approx(row["bytes_per_second"] / result["copy_bytes_per_second"])
+    assert row["speedup_bf16"] == pytest.approx(row["bf16_microseconds"] / row["microseconds"])
+    block, parts = result["prefill"][-1], result["prefill"][:-1]
+    assert block["microseconds"] == pytest.approx(sum(part["microseconds"] for part in parts))
+    assert [row["name"] for row in result["decode"]] == ["bf16", "W1.58A8", "W1.58A4", "W1.58A16"]
+    for row in result["decode"]:
+        assert row["tokens_per_second"] == pytest.approx(1e6 / row["microseconds"])
+    # Keys and values of 8 + 1 positions, 4 heads of 64, in bf16.
+    assert result["decode"][0]["cache_bytes"] == 2 * 9 * 4 * 64 * 2
+
+
+def test_random_weights_are_ternary_and_keep_the_scale_of_what_passes():
+    w = np.asarray(dequantize(shapes.ternary_tensor(jax.random.key(0), 64, 1024)))
+    assert 0.5 < w.std() * 1024**0.5 < 1.5
+    assert len(np.unique(w[0, :128])) == 3
+
+
+def test_8_and_4_bits_are_one_program():
+    model = shapes.random_decoder(SHAPES["tiny"], activation_bits=8)
+    (_, eight), (_, four) = decode._at_bits(model, [8, 4])
+    assert jax.tree.structure(eight) == jax.tree.structure(four)
+    levels = [float(each.blocks[1].o_input.settings.get_value()[0]) for each in (eight, four)]
+    assert levels == [255, 15]
+
+
+def test_the_command_prints_tables(capsys):
+    cli.main(["bench", "decode", *SMALL, "--kv-cache", "int8", "--activation-bits", "4"])
+    out = capsys.readouterr().out
+    assert out.index("## Whole-model decode") < out.index("| bf16 | 1 | 1 | 8 |") < out.index("| W1.58A4 |")
+    assert "XLA reference" in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"shape": "huge"}, "shape 'huge'"),
+        ({"layers": 3}, "layers 3: tiny has 1 to 2"),
+        ({"steps": 0}, "steps 0"),
+        ({"activation_bits": (8, 5)}, "activation bits 5"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(settings, named):
+    with pytest.raises(TwlaError, match=named):
+        measure(["decode"], **{"shape": "tiny", **settings})

@@ -1,0 +1,121 @@
+"""Each op alone, at the matrices of a shape: few tokens (decode) or many (prefill)."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from twla_jax.benchmark import shapes, timing
+from twla_jax.models.config import DecoderConfig
+from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
+from twla_jax.ops.ternary_matmul import ternary_matmul
+
+Row = dict[str, Any]
+
+
+def decode_rows(config: DecoderConfig, batch: int, kinds: Sequence[str]) -> Iterator[Row]:
+    """Every matrix with `int8` codes or `bf16` activations, and every input's `rotate_quantize`; bound by bytes."""
+    for name, (n, m) in shapes.matrices(config).items():
+        base = _xla(n, m, batch)
+        make, size = functools.partial(shapes.weight, n=n, m=m), _bytes(shapes.weight, n, m)
+        for label in kinds:
+            x = shapes.tokens(jax.random.key(0), batch, m) if label == "int8" else _activations(batch, m)
+            taken = timing.seconds_each(lambda w, x: ternary_matmul(x, w), make, size, x)
+            yield _row(
+                f"{name}, {label}", n, m, batch, taken, size + batch * (_itemsize(label) * m + 2 * n), base
+            )
+    for m, (n, names) in _inputs(config).items():
+        taken, xla = (_rotation_seconds(m, n, batch, implementation) for implementation in (None, "xla"))
+        size = batch * (2 + 1) * m
+        row = _row(f"rotate_quantize {names}", m, m, batch, taken, size, {})
+        yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
+
+
+def prefill_rows(config: DecoderConfig, tokens: int) -> Iterator[Row]:
+    """Every matrix alone, and with the rotation and quantisation of its input; then a whole block's."""
+    total = {"product": 0.0, "whole": 0.0, "bf16": 0.0, "int8": 0.0}
+    work = 0
+    for name, (n, m) in shapes.matrices(config).items():
+        base = _xla(n, m, tokens)
+        x = shapes.tokens(jax.random.key(0), tokens, m)
+        make, size = functools.partial(shapes.weight, n=n, m=m), _bytes(shapes.weight, n, m)
+        # Two operands will do: the products are bound by arithmetic.
+        product = timing.seconds_each(lambda w, x: ternary_matmul(x, w), make, max(size, 150_000_000), x)
+        whole = product + _rotation_seconds(m, n, tokens, None)
+        work += 2 * n * m * tokens
+        for key, value in zip(total, (product, whole, base["bf16"], base["int8"]), strict=True):
+            total[key] += value
+        yield _prefill_row(name, n, m, tokens, 2 * n * m * tokens, product, whole, base)
+    base = {"bf16": total["bf16"], "int8": total["int8"]}
+    yield _prefill_row("block", 0, 0, tokens, work, total["product"], total["whole"], base)
+
+
+def _prefill_row(name, n, m, tokens, work, product, whole, base) -> Row:
+    return {
+        "name": name,
+        "rows": n,
+        "columns": m,
+        "tokens": tokens,
+        "operations": work,
+        "microseconds": product * 1e6,
+        "with_rotation_microseconds": whole * 1e6,
+        "bf16_microseconds": base["bf16"] * 1e6,
+        "int8_microseconds": base["int8"] * 1e6,
+        "tera_operations_per_second": work / product / 1e12,
+        "product_over_int8": base["int8"] / product,
+        "speedup_bf16": base["bf16"] / whole,
+    }
+
+
+def _row(name, n, m, tokens, taken, size, base) -> Row:
+    rate = size / taken
+    row = {"name": name, "rows": n, "columns": m, "tokens": tokens, "bytes": size}
+    row |= {"operations": 2 * n * m * tokens, "microseconds": taken * 1e6, "bytes_per_second": rate}
+    row["copy_fraction"] = rate / timing.copy_bandwidth()
+    for kind, other in base.items():
+        row |= {f"{kind}_microseconds": other * 1e6, f"speedup_{kind}": other / taken}
+    return row
+
+
+@functools.cache
+def _xla(n: int, m: int, tokens: int) -> dict[str, float]:
+    """Seconds of XLA's own products of these sizes."""
+
+    def measure(dtype):
+        def make(key):
+            return jax.random.randint(key, (n, m), -127, 128, jnp.int8).astype(dtype)
+
+        x = jax.random.randint(jax.random.key(1), (tokens, m), -127, 128, jnp.int8).astype(dtype)
+        return timing.seconds_each(timing.dense_product, make, n * m * jnp.dtype(dtype).itemsize, x)
+
+    return {"bf16": measure(jnp.bfloat16), "int8": measure(jnp.int8)}
+
+
+@functools.cache
+def _rotation_seconds(m: int, n: int, tokens: int, implementation) -> float:
+    rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
+    function = functools.partial(rotate_quantize, implementation=implementation)
+    return timing.seconds(function, _activations(tokens, m), rotation, quantizer_settings(8, 0.9))
+
+
+def _inputs(config: DecoderConfig) -> dict[int, tuple[int, str]]:
+    """Widths of the inputs, each with the rows of a matrix that reads it and the names of those that do."""
+    found: dict[int, tuple[int, str]] = {}
+    for name, (n, m) in shapes.matrices(config).items():
+        found[m] = (n, f"{found[m][1]}; {name}" if m in found else name)
+    return found
+
+
+def _activations(t: int, m: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(3), (t, m), jnp.bfloat16)
+
+
+def _bytes(make, n: int, m: int) -> int:
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: make(jax.random.key(0), n, m)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _itemsize(label: str) -> int:
+    return 1 if label == "int8" else 2

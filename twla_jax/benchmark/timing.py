@@ -1,0 +1,86 @@
+"""Times on the device, and the two ceilings that they are held against."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from twla_jax.inference import has_kernels
+
+ROTATED_BYTES = 250e6  # several times the largest L2 cache: so much must lie between two uses of a buffer
+
+
+def on_gpu() -> bool:
+    """Whether kernels' times can be had from the NVIDIA profiling interface."""
+    return jax.default_backend() == "gpu"
+
+
+def timer() -> str:
+    """How `seconds` measures here."""
+    return "kernel times by CUPTI" if on_gpu() else "wall clock"
+
+
+def seconds(function: Callable[..., Any], *arguments: Any, calls: int = 3) -> float:
+    """Median over calls of the device time of `function(*arguments)`, all its kernels added up, compiled before."""
+    function = jax.jit(function)
+    if on_gpu():
+        from jax.experimental.mosaic.gpu import profiler
+
+        _, results = profiler.measure(function, aggregate=False, iterations=calls)(*arguments)
+        return statistics.median(sum(taken for _, taken in call) for call in results or []) / 1e3
+    return wall_seconds(function, *arguments, calls=calls)
+
+
+def wall_seconds(function: Callable[..., Any], *arguments: Any, calls: int = 3) -> float:
+    """Median wall-clock time of a call, once it is compiled."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def seconds_each(
+    function: Callable[..., Any], make: Callable[[jax.Array], Any], size: int, *arguments: Any
+) -> float:
+    """`seconds` of `function(operand, *arguments)`, over so many operands that none stays in a cache.
+
+    Args:
+      make: an operand from a random key.
+      size: bytes of one.
+    """
+    # A CPU's figures are no measurement of this kind anyway.
+    copies = int(ROTATED_BYTES / size) + 1 if has_kernels() else 1
+    operands = [jax.jit(make)(jax.random.key(i)) for i in range(copies)]
+    # Traced and lowered once, not for every copy.
+    once = jax.jit(function)
+    return seconds(lambda parts, *rest: [once(part, *rest) for part in parts], operands, *arguments) / copies
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of `2 x` on a large array."""
+    x = jnp.ones(1 << (28 if has_kernels() else 22), jnp.float32)
+    return 2 * x.nbytes / seconds(lambda x: 2 * x, x)
+
+
+@functools.cache
+def product_rate(dtype: str) -> float:
+    """Operations a second of XLA's own large square product, bf16 or int8."""
+    size = 8192 if has_kernels() else 256
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (size, size)) * 20 for key in keys)
+    a, b = a.astype(dtype), b.astype(dtype)
+    return 2 * size**3 / seconds(dense_product, b, a)
+
+
+def dense_product(w: jax.Array, x: jax.Array) -> jax.Array:
+    """`x wᵀ` by XLA: int32 of int8, else in the operands' type."""
+    out = jnp.int32 if w.dtype == jnp.int8 else w.dtype
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=out)

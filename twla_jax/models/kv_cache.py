@@ -1,0 +1,99 @@
+"""The key/value cache: in the model's type, or in int8 with a scale for every token and head."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKV:
+    """Keys and values of one layer, one above the other; heads before positions, as attention reads.
+
+    With a leading axis of layers for all of them. int8 entries stand for `scale · entry`; floats have no scales.
+    """
+
+    entries: Float[Array, "*layers 2 b kv s d"] | Int8[Array, "*layers 2 b kv s d"]
+    scales: Float32[Array, "*layers 2 b kv s"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """What every layer's attention has seen, and how many positions are filled.
+
+    `layers` is one stack for a model that scans over its blocks, and a tuple for one that runs them one by one: a slice
+    of a stack would be copied before it is read.
+    """
+
+    layers: LayerKV | tuple[LayerKV, ...]
+    length: Int32[Array, ""]
+
+    @property
+    def size(self) -> int:
+        """Positions that there is room for."""
+        return jax.tree.leaves(self.layers)[0].shape[-2]
+
+    def layer(self, index: Any) -> LayerKV:
+        """The entries of one layer."""
+        if isinstance(self.layers, tuple):
+            return self.layers[index]
+        return jax.tree.map(lambda leaf: leaf[index], self.layers)
+
+    def with_layer(self, index: Any, layer: LayerKV) -> "KVCache":
+        """The cache with other entries in one layer, in place where it was donated."""
+        if isinstance(self.layers, tuple):
+            layers = (*self.layers[:index], layer, *self.layers[index + 1 :])
+        else:
+            layers = jax.tree.map(lambda stack, leaf: stack.at[index].set(leaf), self.layers, layer)
+        return dataclasses.replace(self, layers=layers)
+
+
+def empty_layer(shape: tuple[int, ...], dtype) -> LayerKV:
+    """Zeros.
+
+    Args:
+      shape: `[*layers, 2, b, kv, s, d]`.
+      dtype: a float type, or int8.
+    """
+    scales = jnp.zeros(shape[:-1]) if jnp.issubdtype(dtype, jnp.integer) else None
+    return LayerKV(entries=jnp.zeros(shape, dtype), scales=scales)
+
+
+def write(
+    layer: LayerKV, k: Float[Array, "b t kv d"], v: Float[Array, "b t kv d"], position: Int32[Array, ""]
+) -> LayerKV:
+    """The entries of one layer with those of `t` tokens from `position` on."""
+    entries, scales = jnp.stack([k, v]).swapaxes(2, 3), None
+    if layer.scales is not None:
+        entries, scales = _quantize(entries)
+    new = LayerKV(entries=entries.astype(layer.entries.dtype), scales=scales)
+
+    def put(store, entry):
+        store = jax.lax.dynamic_update_slice(store, entry, (0, 0, 0, position, 0)[: store.ndim])
+        return jax.lax.platform_dependent(store, cuda=_as_written, default=lambda store: store)
+
+    return jax.tree.map(put, layer, new)
+
+
+def dequantize(layer: LayerKV, dtype) -> Float[Array, "2 b kv s d"]:
+    """Keys and values of one layer as floats in `dtype`."""
+    if layer.scales is None:
+        return layer.entries.astype(dtype)
+    return (layer.entries * layer.scales[..., None]).astype(dtype)
+
+
+def _as_written(store: jax.Array) -> jax.Array:
+    """Left to itself, XLA on GPUs lays some layers out with positions last, and copies them in and out of its loop."""
+    return with_layout_constraint(store, Layout(tuple(range(store.ndim))))
+
+
+def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 codes and their scale over the last axis, symmetric about zero."""
+    values = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(values).max(-1), 1e-8) / 127
+    return jnp.round(values / scale[..., None]).astype(jnp.int8), scale
