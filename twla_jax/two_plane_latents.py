@@ -32,6 +32,9 @@ def start(rows: Float[Array, "n m"], tensor: TernaryTensor) -> Float[Array, "n m
         level = two_planes.values(jnp.float32(digit), *levels, 0.0)
         lower = jnp.where(level < current, jnp.maximum(lower, level), lower)
         upper = jnp.where(level > current, jnp.minimum(upper, level), upper)
+    # Beyond the outermost level no further than gradients pass.
+    lower = jnp.where(jnp.isinf(lower), current - 1, lower)
+    upper = jnp.where(jnp.isinf(upper), current + 1, upper)
     mu, size = (_columns(p.astype(jnp.float32), tensor) for p in (tensor.mu, unit(tensor)))
     step = (rows - mu) / size - current
     return current + jnp.clip(step, -_MARGIN * (current - lower) / 2, _MARGIN * (upper - current) / 2)
