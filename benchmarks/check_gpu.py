@@ -53,7 +53,7 @@ def check(implementation: str) -> None:
         static_argnames="implementation",
     )
     key = jax.random.key(0)
-    for t, n, m in ((TOKENS, 1024, 4096), (19, 128, 576)):
+    for t, n, m in ((1, 1024, 4096), (TOKENS, 1024, 4096), (16, 128, 2048), (100, 128, 576)):
         for exact in (True, False):
             x, weight = random_tokens(key, t, m, exact=exact), random_weight(key, n, m, exact=exact)
             found, expected = (product(x, weight, implementation=name) for name in (implementation, "xla"))

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 import twla_jax
-from twla_jax import cli
+from twla_jax import cli, pipeline, refinement, self_calibration
 
 SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
+QUICK = "[weights]\ngroup_size = 32\nrounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,7 @@ def out(stories_model, texts, tmp_path_factory):
     """stories260K quantised by the command, its activations at 6 bits on average."""
     folder = tmp_path_factory.mktemp("cli") / "out"
     recipe = folder.parent / "quick.toml"
-    recipe.write_text(
-        "[weights]\ngroup_size = 32\nrounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
-    )
+    recipe.write_text(QUICK)
     calibration, evaluation = texts / "calibration.txt", texts / "evaluation.txt"
     options = ["--recipe", recipe, "--calibration", calibration, "--check-corpus", evaluation, *SMALL]
     options += ["--activation-budget", 6, "--site", "block"]
@@ -70,7 +69,9 @@ def test_a_quantised_folder_alone_is_enough(out, capsys):
     assert report["evaluation"]["perplexity"]["A16"] >= report["evaluation"]["perplexity"]["full"] > 1
     assert report["calibration"]["sha256"] != report["evaluation"]["sha256"]
     assert report["versions"]["jax"]
-    assert report["peak_memory"]["host_bytes"] > 0
+    by_phase = [peak["host_bytes"] for peak in report["peak_memory_by_phase"].values()]
+    assert 0 < by_phase[0] <= by_phase[-1] <= report["peak_memory"]["host_bytes"]
+    assert report["peak_memory_by_phase"].keys() == report["seconds"].keys()
 
 
 def test_json_is_alone_on_stdout(out, text, capsys):
@@ -122,6 +123,42 @@ def test_bits_are_allocated_anew_from_the_same_table(out, text, tmp_path, capsys
     assert not folder.with_name("out.allocate").exists()
 
 
+def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
+    stories_model, text, tmp_path, capsys, monkeypatch
+):
+    folder, recipe = tmp_path / "out", tmp_path / "quick.toml"
+    recipe.write_text(QUICK + "[refine]\nsteps = 2\nbatch = 2\ndtype = 'float32'\n")
+    options = ["--recipe", recipe, "--calibration", "self", "--check-corpus", text, *SMALL]
+    quantize = ["quantize", stories_model, folder, *options, "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(refinement, "_SNAPSHOT_SECONDS", 0)
+        patch.setattr(refinement, "_harden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert fails(capsys, *quantize)[1] == 130
+    # What is finished is not done again.
+    for module, name in (
+        (self_calibration, "_sample_batch"),
+        (pipeline, "_quantize_block"),
+        (refinement, "_step"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done twice"))
+    report = json.loads(run(capsys, *quantize).out)
+    assert report["calibration"]["source"] == "self"
+    assert report["calibration"]["sampled_windows"] == 4 + 4 + 8
+    assert report["calibration"]["tokens"] == 4 * 64
+    assert len(report["calibration"]["sha256"]) == 64
+    assert report["seconds"]["sample the model's own text"] > 0
+    assert report["evaluation"]["perplexity"]["A16"] < 512  # a uniform guess
+    assert not folder.with_name("out.partial").exists()
+    allocate = ["allocate", folder, "--site", "block", "--budget", 5, "--choices", "4,8"]
+    held_out = json.loads(run(capsys, *allocate, "--json").out)["allocation"]["held_out"]
+    assert (held_out["windows"], held_out["seen_in_calibration"]) == (8, 0)
+    assert held_out["source"] == "self"
+    sizes = json.loads(run(capsys, "inspect", folder, "--json").out)
+    assert sizes["bytes_accounted"] == sizes["bytes_on_disk"]
+    line, _ = fails(capsys, *allocate, "--windows", 9)
+    assert "9 windows of 64 are wanted, but the model's own text has 8" in line
+
+
 def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(stories_model, text, capsys):
     arguments = ["--corpus", text, "--seq-len", 64, "--max-windows", 1]
     assert run(capsys, "eval", stories_model, *arguments).out.startswith("perplexity ")
@@ -166,6 +203,9 @@ def test_samples_are_made_side_by_side(stories_model, capsys):
         (["quantize", "{nothing}", "{new}"], "neither a folder, a .gguf file nor 'smollm2'", 1),
         (["quantize", "{model}", "{new}", "--calibration", "{short}"], "fewer than one window", 1),
         (["quantize", "{model}", "{new}", "--calibration", "{test}"], "for evaluation only", 1),
+        (["quantize", "{model}", "{new}", "--calibration", "self+pydoc"], "not with other texts", 1),
+        (["eval", "{out}", "--corpus", "self"], "never for evaluation", 1),
+        (["allocate", "{out}", "--budget", "4", "--calibration", "self"], "no text of the model itself", 1),
         (["eval", "{out}", "--seq-len", "4096"], "exceeds the model's 512", 1),
         (["eval", "{out}", "--corpus", "{short}", "--seq-len", "64"], "fewer than one window", 1),
         (["quantize", "{model}", "{new}", "--activation-budget", "9"], "between 2 and 8 bits on average", 1),

@@ -115,6 +115,11 @@ def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_pat
     assert len(done) == 1  # nor the first two blocks quantised
     assert_same(resumed, quantised[0])
     assert figures["sites"] == quantised[1]["sites"]
+    # Interrupted in a later stage, it goes on from what is finished.
+    again, figures = pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
+    assert len(done) == 1
+    assert_same(again, quantised[0])
+    assert figures["sites"] == quantised[1]["sites"]
 
 
 def test_work_on_other_settings_is_refused(model, tmp_path):
@@ -170,3 +175,17 @@ def test_a_real_model_keeps_its_language(stories):
     assert full < nll(result, 16) < 0.85 * np.log(model.config.vocab_size)
     assert nll(result, 8) < nll(result, 16) + 0.02
     assert all(entry["rotation_loss"][1] < entry["rotation_loss"][0] for entry in figures["sites"])
+
+
+def test_another_seed_compiles_nothing_anew(model, quantised):
+    compiled = pipeline._fit_chunk._cache_size(), pipeline._quantize_site._cache_size()
+    assert min(compiled) > 0
+    seeded = dataclasses.replace(
+        RECIPE,
+        rotation=dataclasses.replace(RECIPE.rotation, seed=5),
+        calibration=dataclasses.replace(RECIPE.calibration, seed=5),
+    )
+    other, _ = pipeline.quantize(model, WINDOWS, seeded, progress=False)
+    assert compiled == (pipeline._fit_chunk._cache_size(), pipeline._quantize_site._cache_size())
+    assert jax.tree.structure(other) == jax.tree.structure(quantised[0])
+    assert any((a != b).any() for a, b in zip(leaves(other), leaves(quantised[0]), strict=True))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from twla_jax.pipeline import quantize
     from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, load_recipe
     from twla_jax.refinement import refine
+    from twla_jax.self_calibration import sample_text
     from twla_jax.ternary import TernaryTensor
     from twla_jax.workflow import load, set_activation_bits
 
@@ -44,6 +45,7 @@ _HOMES = {
     "prepare_for_inference": "models.integer",
     "quantize": "pipeline",
     "refine": "refinement",
+    "sample_text": "self_calibration",
     "save": "checkpoint",
     "set_activation_bits": "workflow",
     "tokenize": "calibration",
@@ -70,6 +72,7 @@ __all__ = [
     "prepare_for_inference",
     "quantize",
     "refine",
+    "sample_text",
     "save",
     "set_activation_bits",
     "tokenize",

@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Int32
 
-from twla_jax import calibration, checkpoint, ila_amp, plotting, sensitivity, sites
+from twla_jax import (
+    calibration,
+    checkpoint,
+    ila_amp,
+    plotting,
+    self_calibration,
+    sensitivity,
+    sites,
+    text_windows,
+)
 from twla_jax.calibration import Corpus
 from twla_jax.evaluation import check_length, evaluate, perplexity
 from twla_jax.ila_amp import SensitivityTable
@@ -27,6 +36,7 @@ from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.recipe import AllocationRecipe, Recipe
 from twla_jax.refit import refit_clips
 from twla_jax.report import Phases
+from twla_jax.self_calibration import SampledText
 
 TABLES = "ila_amp.json"
 # The ways to spend a budget that are compared; of equal ones the first is taken.
@@ -59,7 +69,7 @@ class Measured:
 def allocate_bits(
     model: Decoder,
     tokenizer: Any,
-    corpus: Corpus,
+    corpus: Corpus | SampledText,
     recipe: Recipe,
     *,
     tables: Mapping[str, Any] | None = None,
@@ -90,7 +100,7 @@ def allocate_bits(
 def prepare(
     model: Decoder,
     tokenizer: Any,
-    corpus: Corpus,
+    corpus: Corpus | SampledText,
     recipe: Recipe,
     *,
     tables: Mapping[str, Any] | None = None,
@@ -102,13 +112,9 @@ def prepare(
     settings, drawn = recipe.allocation, recipe.calibration
     seq_len = settings.seq_len or drawn.seq_len
     check_length(seq_len, model.config)
-    tokens = calibration.tokenize(calibration.require_calibration(corpus), tokenizer, model.config.vocab_size)
-    seen = [drawn]
-    if more := recipe.refine.steps * recipe.refine.batch:
-        seen.append(dataclasses.replace(drawn, windows=more, seed=drawn.seed + 1))
-    held_out, overlap = calibration.held_out_windows(
-        tokens, seen, settings.windows, seq_len, seed=drawn.seed + 2
-    )
+    tokens = text_windows.tokens_of(corpus, tokenizer, model.config.vocab_size)
+    held_out, overlap = text_windows.held_out_windows(tokens, recipe)
+    seen, _ = text_windows.seen_windows(tokens, recipe)
     model = jax.tree.map(jnp.asarray, model)
     average = ila_amp.average_bits(
         sites.input_bits(model).ravel(), sites.site_weights(model.config, "input", settings.weighting)
@@ -133,7 +139,7 @@ def prepare(
     return Measured(
         model=model,
         recipe=recipe,
-        calibration=calibration.sample_windows(tokens, drawn.windows, drawn.seq_len, drawn.seed),
+        calibration=seen,
         held_out=held_out,
         table=table,
         figures={
@@ -269,7 +275,7 @@ def allocate_folder(
         plotting.require_matplotlib()
     with phases("read the model"):
         model, tokenizer, info = checkpoint.load(out, dtype=jnp.dtype(dtype))
-        text = calibration.load_corpus(corpus or info.recipe.calibration.corpus, "calibration")
+        text = _load_text(out, corpus or info.recipe.calibration.corpus, info.recipe)
         check = calibration.load_corpus(check_corpus, "evaluation") if check_corpus else None
         tables = json.loads((out / TABLES).read_text()) if (out / TABLES).is_file() else None
     recipe = dataclasses.replace(info.recipe, allocation=settings)
@@ -388,6 +394,12 @@ def _average(measured: Measured, bits: Int[np.ndarray, " l"]) -> float:
     settings = measured.recipe.allocation
     weights = sites.site_weights(measured.model.config, settings.site, settings.weighting)
     return ila_amp.average_bits(bits, weights)
+
+
+def _load_text(out: Path, name: str, recipe: Recipe) -> Corpus | SampledText:
+    if name == calibration.SELF:
+        return self_calibration.read(out, recipe.calibration)
+    return calibration.load_corpus(name, "calibration")
 
 
 def _loss(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> float:

@@ -19,6 +19,7 @@ Split = Literal["calibration", "evaluation"]
 
 # The public wiki.test.raw: recognised by content, so that no path to it passes for calibration text.
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+SELF = "self"  # text that the model samples itself; see `self_calibration`
 _C4_ONLINE_DOCUMENTS = 2048  # of the first validation shard, about what 128 windows of 2048 tokens want
 
 
@@ -70,10 +71,15 @@ def load_corpus(name: str | Path, split: Split) -> Corpus:
         folder of these; or several of these joined by `+`, which are concatenated.
       split: `calibration` or `evaluation`. A path is taken at its word, save for WikiText-2's test split.
     Raises:
-      TwlaError: an unknown name, a file that cannot be read as text, an empty corpus, or evaluation text asked for
-        calibration.
+      TwlaError: an unknown name, `self`, which has no text before a model sampled it, a file that cannot be read as
+        text, an empty corpus, or evaluation text asked for calibration.
     """
     parts = str(name).split("+")
+    if SELF in map(str.strip, parts):
+        raise TwlaError(
+            "corpus 'self' is text that the model samples itself: for 'twla quantize --calibration self' alone,"
+            " never for evaluation, and not with other texts"
+        )
     if len(parts) > 1 and not Path(name).exists():
         corpora = [load_corpus(part.strip(), split) for part in parts]
         return Corpus(

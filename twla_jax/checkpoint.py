@@ -89,7 +89,7 @@ def save(
     recipe: Recipe,
     report: dict[str, Any],
     *,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a quantised model beside `folder`, syncs it to the disk and renames it into place.
@@ -100,7 +100,7 @@ def save(
     Args:
       tokenizer: what `models.tokenizer.load_tokenizer` returns; None leaves the folder without one.
       report: JSON-ready figures, kept as `report.json`.
-      extra: other text files to keep in the folder, by name.
+      extra: other files to keep in the folder, by name.
     Raises:
       TwlaError: what `check_output` refuses, or a disk without room. The folder is then as it was before.
     """
@@ -116,7 +116,7 @@ def save(
             checkpointer.save(temporary / _PARAMS, arrays)
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary / _TOKENIZER)
-        _write_texts(temporary, {REPORT: _dumps(report), **(extra or {})})
+        _write_files(temporary, {REPORT: _dumps(report), **(extra or {})})
         _seal(temporary, model.config, recipe, tensors, {})
 
 
@@ -150,7 +150,7 @@ def revise(
             del kept[str(chunk)]
             (temporary / chunk).unlink()
             (temporary / chunk).write_bytes(jax.device_get(array).tobytes())
-        _write_texts(temporary, {REPORT: _dumps(report), **extra})
+        _write_files(temporary, {REPORT: _dumps(report), **extra})
         _seal(temporary, model.config, recipe, {**manifest["tensors"], **tensors}, kept)
 
 
@@ -385,9 +385,9 @@ def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
         log.setLevel(level)
 
 
-def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    for name, text in texts.items():
-        (folder / name).write_text(text)
+def _write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _seal(

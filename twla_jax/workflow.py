@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax import accounting, allocation, calibration, checkpoint, models, pipeline, refinement
+from twla_jax import (
+    accounting,
+    allocation,
+    calibration,
+    checkpoint,
+    models,
+    pipeline,
+    refinement,
+    self_calibration,
+    text_windows,
+)
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import check_length, evaluate
@@ -115,7 +125,8 @@ def quantize_to_folder(
             raise TwlaError(f"{path}: is quantised already")
         seq_len = recipe.calibration.seq_len
         check_length(max(seq_len, recipe.allocation.seq_len), models.read_config(path))
-        corpus = calibration.load_corpus(recipe.calibration.corpus, "calibration")
+        own_text = recipe.calibration.corpus == calibration.SELF
+        corpus = None if own_text else calibration.load_corpus(recipe.calibration.corpus, "calibration")
         check = calibration.load_corpus(
             check_corpus or _evaluation_name(recipe.calibration.corpus), "evaluation"
         )
@@ -123,18 +134,18 @@ def quantize_to_folder(
         # and half of float32's bytes, here and on the disk. Tensors stored as floats keep their own type.
         model, tokenizer = models.read_model(path, dtype=jnp.float16)
         model.dtype = jnp.dtype(dtype)
+    work_dir = out.with_name(out.name + ".partial")
+    text = corpus or _sample_text(model, recipe, work_dir / calibration.SELF, phases, progress)
     with phases("tokenise the text"):
         vocab_size = model.config.vocab_size
-        tokens = calibration.tokenize(calibration.require_calibration(corpus), tokenizer, vocab_size)
-        draw = functools.partial(calibration.sample_windows, tokens, seq_len=seq_len)
-        windows = draw(recipe.calibration.windows, seed=recipe.calibration.seed)
+        tokens = text_windows.tokens_of(text, tokenizer, vocab_size)
+        windows, more = text_windows.seen_windows(tokens, recipe)
         check_tokens = calibration.tokenize(check, tokenizer, vocab_size)
     score = functools.partial(
         evaluate, tokens=check_tokens, seq_len=seq_len, max_windows=check_windows, progress=progress
     )
     with phases("evaluate in full precision"):
         full_precision = score(model)
-    work_dir = out.with_name(out.name + ".partial")
     with phases("quantise"):
         quantised, layers = pipeline.quantize(
             model, windows, recipe, work_dir=work_dir, mesh=mesh, progress=progress
@@ -142,7 +153,6 @@ def quantize_to_folder(
     refined = None
     if recipe.refine.steps:
         with phases("refine"):
-            more = draw(recipe.refine.steps * recipe.refine.batch, seed=recipe.calibration.seed + 1)
             quantised, refined = refinement.refine(
                 quantised, model, more, recipe.refine, work_dir=work_dir / "refine", progress=progress
             )
@@ -152,11 +162,14 @@ def quantize_to_folder(
             f"A{bits}": score(set_activation_bits(quantised, bits))["perplexity"]
             for bits in check_bits or [recipe.activations.bits]
         }
-    allocated, extra = {}, {}
+    allocated: dict[str, Any] = {}
+    extra: dict[str, str | bytes] = {}
+    if isinstance(text, self_calibration.SampledText):
+        extra[self_calibration.FILE] = self_calibration.dump(text, len(windows))
     if recipe.allocation.budget:
         with phases("allocate bits"):
             quantised, allocated["allocation"], tables = allocation.allocate_bits(
-                quantised, tokenizer, corpus, recipe, work_dir=work_dir / "ila_amp", progress=progress
+                quantised, tokenizer, text, recipe, work_dir=work_dir / "ila_amp", progress=progress
             )
             extra[allocation.TABLES] = allocation.dump_tables(tables)
             mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
@@ -168,7 +181,7 @@ def quantize_to_folder(
         "model": describe_model(path),
         "recipe": recipe.to_dict(),
         "calibration": {
-            **corpus.describe(),
+            **text.describe(),
             **dataclasses.asdict(recipe.calibration),
             "tokens": int(windows.size),
         },
@@ -185,6 +198,7 @@ def quantize_to_folder(
         **allocated,
         "seconds": phases.seconds,
         "peak_memory": peak_memory(),
+        "peak_memory_by_phase": phases.peak_memory,
     }
     with phases("save"):
         checkpoint.save(quantised, tokenizer, out, recipe, report, extra=extra, overwrite=overwrite)
@@ -273,6 +287,28 @@ def sample_texts(
         end = next((i + 1 for i, token in enumerate(row) if token in model.config.eos_token_ids), len(row))
         rows.append(row[:end])
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows], rows
+
+
+def _sample_text(
+    model: Decoder, recipe: Recipe, work_dir: Path, phases: Phases, progress: bool
+) -> self_calibration.SampledText:
+    """The model's own text, as much of it as the recipe wants."""
+    drawn = recipe.calibration
+    if recipe.allocation.seq_len > drawn.seq_len:
+        raise TwlaError(
+            f"allocation.seq_len = {recipe.allocation.seq_len}: the model's own text comes in windows of"
+            f" {drawn.seq_len}"
+        )
+    with phases("sample the model's own text"):
+        rows = self_calibration.sample_text(
+            model,
+            text_windows.count(recipe),
+            drawn.seq_len,
+            seed=drawn.seed,
+            work_dir=work_dir,
+            progress=progress,
+        )
+    return self_calibration.SampledText(rows=rows, seed=drawn.seed, held_out=recipe.allocation.windows)
 
 
 def _check(model: Decoder, full: float, perplexity: dict[str, float], tokens: np.ndarray) -> np.ndarray:

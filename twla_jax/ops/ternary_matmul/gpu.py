@@ -1,4 +1,4 @@
-"""The ternary matmul on Hopper GPUs (Pallas Mosaic GPU): few tokens, bound by the weights' way from memory.
+"""The ternary matmul on Hopper GPUs (Pallas Mosaic GPU): int8 tokens by `gpu_integer`, bf16 tokens here.
 
 Tokens are the 16 rows of `mma.sync`, weight rows its columns; each warp unpacks its own weights in registers. K is
 split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added up there in a fixed
@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
+from twla_jax.ops.ternary_matmul import gpu_integer
 from twla_jax.ops.ternary_matmul import tiles as tuning
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
@@ -32,20 +33,20 @@ def matmul(
     weight: KernelWeight,
     *,
     out_dtype,
-    tiles: tuning.GpuTiles | None = None,
 ) -> Float[Array, "t rows"]:
     """What `reference.matmul` computes, for int8 or bf16 x."""
+    if x.dtype == jnp.int8:
+        return gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
     t = len(x)
-    tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, x.dtype.itemsize)
+    tiles = tuning.gpu_tiles(len(weight.codes), weight.tiles)
     scale, zero_point = (jnp.pad(v, (0, -t % _TOKENS)) for v in (scale, zero_point))
     totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
     totals = jnp.pad(totals, ((0, -t % _TOKENS), (0, 0))).T
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        x = unpacked_order(x)
-    kernel = functools.partial(_kernel, tiles=tiles, weight=weight, dtype=x.dtype)
+    x = unpacked_order(x)
+    kernel = functools.partial(_kernel, tiles=tiles, weight=weight)
     n, groups, stages = tiles.rows, tiles.warpgroups, tiles.stages
     y = plgpu.kernel(
         kernel,
@@ -94,15 +95,14 @@ def _kernel(
     added,
     tiles: tuning.GpuTiles,
     weight: KernelWeight,
-    dtype,
 ):
     n = tiles.rows
     group = lax.axis_index("warpgroup")
     tokens = pl.ds(lax.axis_index("tokens") * _TOKENS, _TOKENS)
     rows = pl.ds(lax.axis_index("rows") * n, n)
-    x_layout = plgpu.Layout.MMA_LHS(dtype, m_warps=1)
+    x_layout = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=1)
     codes_layout = plgpu.Layout.MMA_RHS(jnp.int8, m_warps=1)
-    layout = plgpu.Layout.MMA_ACC(dtype, m_warps=1)
+    layout = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=1)
     steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
 
     def load_token(ref):
@@ -135,27 +135,26 @@ def _kernel(
         packed = plgpu.load(codes_smem.at[group, slot].T, layout=codes_layout)
         for plane in range(4):
             x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)], layout=x_layout)
-            codes = unpack(packed, plane, n, dtype)
+            codes = unpack(packed, plane, n)
             if weight.grouped:
                 total = load_token(totals_smem.at[group, slot, plane])
                 # U = T + 1: an accumulator that starts at −Q ends at the sum over T.
-                centred = plgpu.mma(-total, x_plane, codes).astype(jnp.float32)
+                centred = plgpu.mma(-total, x_plane, codes)
                 y += load_row(scales_smem.at[group, slot, plane]) * centred
-                y += load_row(scales_smem.at[group, slot, 4 + plane]) * total.astype(jnp.float32)
+                y += load_row(scales_smem.at[group, slot, 4 + plane]) * total
             else:
                 y = plgpu.mma(y, x_plane, codes)
         pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
         return y
 
-    partial_dtype = jnp.float32 if weight.grouped or dtype == jnp.bfloat16 else jnp.int32
-    start = plgpu.layout_cast(jnp.zeros((_TOKENS, n), partial_dtype), layout)
+    start = plgpu.layout_cast(jnp.zeros((_TOKENS, n), jnp.float32), layout)
     y = lax.fori_loop(0, steps, step, start)
     if not weight.grouped:
-        # Each warpgroup's share of Q is taken off by the first one, whose sum it is then exact in.
+        # The first warpgroup takes off the tokens' sums for all.
         total = load_token(totals_gmem.at[0, tokens])
         share = jnp.where(group == 0, total, jnp.zeros_like(total))
         alpha, mu = load_row(scales_gmem.at[0, 0, rows]), load_row(scales_gmem.at[0, 1, rows])
-        y = alpha * (y - share).astype(jnp.float32) + mu * share.astype(jnp.float32)
+        y = alpha * (y - share) + mu * share
     parts_smem[group] = y
     plgpu.barrier_arrive(added)
 

@@ -17,29 +17,55 @@ from jaxtyping import Array
 from twla_jax.packing import PLANE
 
 
-def unpack(packed: jax.Array, plane: int, rows: int, dtype) -> jax.Array:
-    """`[PLANE, rows]` codes U in int8 or bf16, as the right operand of `plgpu.mma`; bf16 in `unpacked_order`.
+def unpack(packed: jax.Array, plane: int, rows: int) -> jax.Array:
+    """`[PLANE, rows]` codes U in bf16, as the right operand of `plgpu.mma`, in `unpacked_order`.
 
     Args:
       packed: bytes in the layout `MMA_RHS(int8, m_warps=1)`.
     """
-    layout = plgpu.Layout.MMA_RHS(dtype, m_warps=1)
-    convert = _to_int8 if dtype == jnp.int8 else _to_bfloat16
+    layout = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=1)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.MMA_RHS(jnp.int8, m_warps=1),),
-        return_type=plgpu.ShapeDtypeStruct((PLANE, rows), dtype, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((PLANE, rows), jnp.bfloat16, layout=layout),
     )
     def convert_registers(_, array):
-        registers = convert(array.registers, plane)
+        registers = _to_bfloat16(array.registers, plane)
         target = layout.to_mgpu()
         return mgpu.FragmentedArray(
             _registers=registers.reshape(target.registers_shape((PLANE, rows))),
             _layout=target,
-            _is_signed=True if dtype == jnp.int8 else None,
+            _is_signed=None,
         )
 
     return convert_registers(packed)  # pyright: ignore[reportCallIssue]
+
+
+def unpack_rows(packed: jax.Array, plane: int, *, exact: bool = False) -> tuple[jax.Array, int]:
+    """`[rows, PLANE]` codes U times a factor, in int8, as the left operand of `plgpu.mma`; and the factor.
+
+    Codes that are left where they lie in their bytes, 4 and 16 times too large, cost one operation less than codes
+    shifted into place. Those of the last plane would not fit int8.
+
+    Args:
+      packed: bytes in the layout `MMA_LHS(int8)`.
+      exact: the factor is 1.
+    """
+    shift, place = (2 * plane, 0) if exact or plane == 3 else (0, 2 * plane)
+    layout = plgpu.Layout.MMA_LHS(jnp.int8)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(packed.shape, jnp.int8, layout=layout),
+    )
+    def convert_registers(_, array):
+        out = np.empty_like(array.registers)
+        for index, register in np.ndenumerate(array.registers):
+            word = _shifted(register, shift)
+            out[index] = utils.bitcast(arith.andi(word, _word(0x03030303 << place)), register.type)
+        return mgpu.FragmentedArray(_registers=out, _layout=array.layout, _is_signed=True)
+
+    return convert_registers(packed), 1 << place  # pyright: ignore[reportCallIssue]
 
 
 def unpacked_order(x: Array) -> Array:
@@ -50,14 +76,6 @@ def unpacked_order(x: Array) -> Array:
     """
     t, m = x.shape
     return x.reshape(t, m // 16, 4, 2, 2).transpose(0, 1, 4, 2, 3).reshape(t, m)
-
-
-def _to_int8(registers: np.ndarray, plane: int) -> np.ndarray:
-    out = np.empty_like(registers)
-    for index, register in np.ndenumerate(registers):
-        word = _shifted(register, 2 * plane)
-        out[index] = utils.bitcast(arith.andi(word, _word(0x03030303)), register.type)
-    return out
 
 
 def _to_bfloat16(registers: np.ndarray, plane: int) -> np.ndarray:

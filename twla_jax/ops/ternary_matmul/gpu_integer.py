@@ -1,0 +1,185 @@
+"""Two-bit weights times int8 tokens on Hopper GPUs (Pallas Mosaic GPU), made for few tokens.
+
+Those are bound by the weights' way from memory. Weight rows are the rows of `mma.sync` and tokens its columns, so that
+no more than eight tokens are multiplied where there are no more. K is split between the warpgroups of a block, each
+with its own ring of tiles in shared memory, and added up there in a fixed order. Several blocks share a multiprocessor:
+while one waits for its tiles, another multiplies. Tokens are read and written as they are, so nothing stands between
+this kernel and the one that made the codes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref
+from jaxtyping import Array, Float, Float32, Int8
+
+from twla_jax.ops.ternary_matmul import tiles as tuning
+from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows
+from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.ops.tokens import pad_columns
+from twla_jax.packing import PLANE, TILE
+
+_ROWS = 64  # of a block: those of its warps' `mma.sync`
+
+_LHS, _RHS, _ACC = (
+    kind(jnp.int8) for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
+)
+
+
+def matmul(
+    x: Int8[Array, "t m"],
+    scale: Float32[Array, " t"],
+    zero_point: Float32[Array, " t"],
+    weight: KernelWeight,
+    *,
+    out_dtype,
+    tiles: tuning.IntegerTiles | None = None,
+) -> Float[Array, "t rows"]:
+    """What `reference.matmul` computes, for int8 x."""
+    t = len(x)
+    tiles = tiles or tuning.integer_tiles(t, len(weight.codes), weight.tiles)
+    # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
+    x = pad_columns(x) if x.shape[1] % PLANE else x
+    x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
+    n, groups, stages = tiles.tokens, tiles.warpgroups, tiles.stages
+    return plgpu.kernel(
+        functools.partial(_kernel, t=t, tiles=tiles, weight=weight),
+        out_type=jax.ShapeDtypeStruct((t, len(weight.codes)), out_dtype),
+        grid=(pl.cdiv(t, n), len(weight.codes) // _ROWS),
+        grid_names=("tokens", "rows"),
+        num_threads=groups,
+        thread_name="warpgroup",
+        scratch_types={
+            "codes_smem": plgpu.SMEM((groups, stages, _ROWS, PLANE), jnp.uint8, transforms=_SWIZZLED),
+            "x_smem": plgpu.SMEM((groups, stages, n, TILE), jnp.int8, transforms=_SWIZZLED),
+            "scales_smem": plgpu.SMEM((groups, stages, 8, _ROWS), jnp.float16),
+            "parts_smem": plgpu.SMEM((groups, _ROWS, n), jnp.float32),
+            "filled": plgpu.Barrier(num_arrivals=3 if weight.grouped else 2, num_barriers=groups * stages),
+            "added": plgpu.Barrier(num_arrivals=groups),
+        },
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, scale, zero_point)
+
+
+def _kernel(
+    codes_gmem,
+    scales_gmem,
+    row_sums_gmem,
+    bias_gmem,
+    x_gmem,
+    scale_gmem,
+    zero_point_gmem,
+    out_gmem,
+    *,
+    codes_smem,
+    x_smem,
+    scales_smem,
+    parts_smem,
+    filled,
+    added,
+    t: int,
+    tiles: tuning.IntegerTiles,
+    weight: KernelWeight,
+):
+    n = tiles.tokens
+    group = lax.axis_index("warpgroup")
+    first_token, first_row = lax.axis_index("tokens") * n, lax.axis_index("rows") * _ROWS
+    tokens, rows = pl.ds(first_token, n), pl.ds(first_row, _ROWS)
+    steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
+
+    def load_row(ref):
+        row = plgpu.load(ref, layout=_ACC.reduce(1), optimized=False).astype(jnp.float32)
+        return plgpu.layout_cast(lax.broadcast_in_dim(row, (_ROWS, n), (0,)), _ACC)
+
+    def load_tokens(ref):
+        column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, n), 1, layout=_ACC)
+        value = plgpu.layout_cast(jnp.zeros((_ROWS, n), jnp.float32), _ACC)
+        for i in range(min(t, n)):
+            value = jnp.where(column == i, ref[jnp.minimum(first_token + i, t - 1)], value)
+        return value
+
+    def fetch(step, slot):
+        tile = step * tiles.warpgroups + group
+        barrier = filled.at[group * tiles.stages + slot]
+
+        def copy(source, ring):
+            plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
+
+        copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem)
+        copy(x_gmem.at[tokens, pl.ds(tile * TILE, TILE)], x_smem)
+        if weight.grouped:
+            copy(scales_gmem.at[tile, :, rows], scales_smem)
+
+    for slot in range(tiles.stages):
+        pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
+
+    ones = plgpu.layout_cast(jnp.ones((_ROWS, PLANE), jnp.int8), _LHS)
+    zero = plgpu.layout_cast(jnp.zeros((_ROWS, n), jnp.int32), _ACC)
+
+    def step(k, carry):
+        y, totals = carry
+        slot = lax.rem(k, jnp.int32(tiles.stages))
+        plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
+        packed = plgpu.load(codes_smem.at[group, slot], layout=_LHS)
+        for plane in range(4):
+            x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=_RHS)
+            codes, factor = unpack_rows(packed, plane, exact=not weight.grouped)
+            # Every row of a product with ones is the tokens' sum of codes Q, which U = T + 1 and μ call for.
+            if weight.grouped:
+                total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
+                product = plgpu.mma(zero, codes, x_plane).astype(jnp.float32)
+                alpha, mu = (load_row(scales_smem.at[group, slot, i]) for i in (plane, 4 + plane))
+                y += (alpha * (1 / factor)) * product + (mu - alpha) * total
+            else:
+                y, totals = plgpu.mma(y, codes, x_plane), plgpu.mma(totals, ones, x_plane)
+        pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
+        return y, totals
+
+    start = zero.astype(jnp.float32) if weight.grouped else zero
+    y, totals = lax.fori_loop(0, steps, step, (start, zero))
+    if not weight.grouped:
+        alpha, mu = (load_row(scales_gmem.at[0, i, rows]) for i in (0, 1))
+        y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
+    parts_smem[group] = y
+    plgpu.barrier_arrive(added)
+
+    @pl.when(group == 0)
+    def _():
+        scale, zero_point = load_tokens(scale_gmem), load_tokens(zero_point_gmem)
+        row_sums, bias = load_row(row_sums_gmem.at[rows]), load_row(bias_gmem.at[rows])
+        plgpu.barrier_wait(added)
+        parts = [plgpu.load(parts_smem.at[i], layout=_ACC, optimized=False) for i in range(tiles.warpgroups)]
+        total = functools.reduce(jnp.add, parts) - zero_point * row_sums
+        _store(scale * total + bias, out_gmem, first_token, first_row)
+
+
+def _store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array) -> None:
+    """Writes `yᵀ`, of which only the tokens that there are, in the type of `out_gmem`."""
+    t = out_gmem.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(_ACC, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def store(_, y, out, token_offset, row_offset):
+        index = ir.IndexType.get()
+        offsets = [arith.index_cast(index, offset.registers.flat[0]) for offset in (token_offset, row_offset)]
+
+        def put(value, position):
+            row, token = position
+            token, row = arith.addi(token, offsets[0]), arith.addi(row, offsets[1])
+            with utils.when(arith.cmpi(arith.CmpIPredicate.ult, token, utils.c(t, index))):
+                memref.store(value, out, [token, row])
+
+        y.foreach(put)
+
+    store(y.astype(out_gmem.dtype), out_gmem, first_token, first_row)
+
+
+_SWIZZLED = (
+    plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
