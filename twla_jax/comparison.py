@@ -82,7 +82,7 @@ def compare_recipes(
     rows = [_full_precision(path, source, score)]
     for name, entry in zip(names, entries, strict=True):
         folder = entry if isinstance(entry, Path) else out / name
-        if not folder.exists():
+        if isinstance(entry, Recipe) and not folder.exists():
             with phases(f"{name}: quantise"):
                 workflow.quantize_to_folder(
                     path, folder, entry, dtype=dtype, check_corpus=corpus, check_windows=1, progress=progress
@@ -129,17 +129,14 @@ class _Measured:
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._scores = json.loads(path.read_text())["scores"] if path.exists() else {}
+            self.scores = json.loads(path.read_text())["scores"] if path.exists() else {}
         except (ValueError, KeyError, TypeError):
             raise TwlaError(f"{path}: damaged; remove it") from None
 
-    def get(self, fingerprint: str) -> dict[str, Any] | None:
-        return self._scores.get(fingerprint)
-
     def add(self, fingerprint: str, score: dict[str, Any]) -> None:
-        self._scores[fingerprint] = score
+        self.scores[fingerprint] = score
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(json.dumps({"scores": self._scores}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"scores": self.scores}, indent=1) + "\n")
         temporary.rename(self._path)
 
 
@@ -157,8 +154,9 @@ class _Scorer:
     ) -> dict[str, dict[str, Any]]:
         """`evaluate`'s figures by bits. `identity` says which weights these are; `model` is read only where needed."""
         common = {"weights": identity, "text": self._text.sha256, "dtype": self._dtype, **self._settings}
+        measured = self._measured
         keys = {each: resume.fingerprint({**common, "bits": each}, []) for each in bits}
-        if missing := [each for each, key in keys.items() if self._measured.get(key) is None]:
+        if missing := [each for each, key in keys.items() if key not in measured.scores]:
             with self._phases(f"{name}: evaluate"):
                 decoder, tokenizer = workflow.load(model, dtype=jnp.dtype(self._dtype))
                 tokens = calibration.tokenize(self._text, tokenizer, decoder.config.vocab_size)
@@ -169,8 +167,8 @@ class _Scorer:
                         progress=self._progress,
                         **self._settings,
                     )
-                    self._measured.add(keys[each], scored)
-        return {f"A{each}": self._measured.get(key) for each, key in keys.items()}
+                    measured.add(keys[each], scored)
+        return {f"A{each}": measured.scores[key] for each, key in keys.items()}
 
 
 def _full_precision(path: Path, source: Any, score: _Scorer) -> dict[str, Any]:
@@ -205,12 +203,11 @@ def _quantised(name: str, folder: Path, score: _Scorer, bits: Sequence[int]) -> 
 def _check_reusable(folder: Path, recipe: Recipe, source: Any) -> None:
     """Refuses a folder in OUT that the recipe did not make of this model and text."""
     made = Recipe.from_dict(checkpoint.read_manifest(folder)["recipe"], source=str(folder))
-    report = _report(folder)
-    text = calibration.load_corpus(recipe.calibration.corpus, "calibration").sha256
-    same = (
-        report.get("model", {}).get("sha256") == source
-        and report.get("calibration", {}).get("sha256") == text
-    )
+    report, corpus = _report(folder), recipe.calibration.corpus
+    same = report.get("model", {}).get("sha256") == source
+    if corpus != calibration.SELF:  # a sample of the model follows from model and recipe
+        text = calibration.load_corpus(corpus, "calibration")
+        same = same and report.get("calibration", {}).get("sha256") == text.sha256
     if made != recipe or not same:
         raise TwlaError(
             f"{folder}: was made from another model, text or recipe; remove it or choose another --out"

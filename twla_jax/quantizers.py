@@ -61,11 +61,13 @@ class OnePlane:
 
     def relocate(self, w, codes, scales, metric, mask):
         """Stage 2."""
-        return ternary.relocate(w, codes, *scales, metric, mask)
+        alpha, mu = scales
+        return ternary.relocate(w, codes, alpha, mu, metric, mask)
 
     def nearest(self, w, *scales):
         """Codes in {-1, 0, 1}."""
-        return ternary.nearest_codes(w, *scales)
+        alpha, mu = scales
+        return ternary.nearest_codes(w, alpha, mu)
 
     def values(self, codes, *scales):
         """`α·T + μ`."""
@@ -78,7 +80,8 @@ class OnePlane:
 
     def pack(self, codes, scales, group_size):
         """One packed plane."""
-        return ternary.from_codes(codes.astype(jnp.int8), *scales, group_size)
+        alpha, mu = scales
+        return ternary.from_codes(codes.astype(jnp.int8), alpha, mu, group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,8 @@ class Integers:
 
     def nearest(self, w, *scales):
         """Codes in `[0, 2**bits)`."""
-        return uniform.nearest_code(w, *scales, self.bits)
+        scale, zero = scales
+        return uniform.nearest_code(w, scale, zero, self.bits)
 
     def values(self, codes, *scales):
         """`scale·(q − z)`."""
@@ -170,7 +174,7 @@ def quantizer(recipe: WeightRecipe) -> Quantizer:
 def tensor(recipe: WeightRecipe, parts: dict[str, Any], in_features: int) -> TernaryTensor | IntegerTensor:
     """The tensor that a recipe's quantiser packs, from what `arrays` says of it."""
     group_size = recipe.group_size or in_features
-    settings = {"in_features": in_features, "group_size": group_size}
+    settings: dict[str, Any] = {"in_features": in_features, "group_size": group_size}
     if recipe.quantizer == "integer":
         return IntegerTensor(**parts, **settings, bits=recipe.bits)
     return TernaryTensor(**parts, **settings)

@@ -5,6 +5,7 @@ arXiv 2606.13054, section 3: Euclidean fit, then relocation on the manifold of t
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,8 @@ class TernaryTensor:
     residual_ratio: UInt8[Array, "*batch n groups"] | None = None
 
     @property
-    def residual_alpha(self) -> Float[Array, "*batch n groups"] | None:
-        """α of the second plane, float32."""
+    def residual_alpha(self) -> Any:
+        """α of the second plane, float32, `[..., n, groups]`; None where there is none."""
         if self.residual_ratio is None:
             return None
         return self.alpha.astype(jnp.float32) * (self.residual_ratio.astype(jnp.float32) / RATIO_STEPS)

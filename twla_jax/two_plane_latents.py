@@ -65,8 +65,7 @@ def _levels(tensor: TernaryTensor) -> tuple[Float[Array, "*batch n m"], Float[Ar
 
 def _digits(tensor: TernaryTensor) -> Float[Array, "*batch n m"]:
     first, second = (
-        packing.unpack(plane, tensor.in_features).astype(jnp.float32) - 1
-        for plane in (tensor.codes, tensor.residual_codes)
+        packing.unpack(plane.codes, tensor.in_features).astype(jnp.float32) - 1 for plane in tensor.planes()
     )
     return 3 * first + second
 

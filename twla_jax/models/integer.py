@@ -150,7 +150,8 @@ class KernelLinear(nnx.Module):
             if self.residual is None:
                 return self._product(x, weight, self.dtype)
             planes = (weight, self.residual.get_value())
-            return sum(self._product(x, plane, jnp.float32) for plane in planes).astype(self.dtype)
+            first, second = (self._product(x, plane, jnp.float32) for plane in planes)
+            return (first + second).astype(self.dtype)
         assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
         y = jnp.matmul(x, weight, precision=precision(self.dtype))
         return y if self.bias is None else y + self.bias.get_value()
