@@ -11,7 +11,7 @@ from twla_jax.recipe import Recipe, load_recipe, recipe_names
 pytestmark = pytest.mark.smoke
 
 
-@pytest.mark.parametrize("name", ["w1.58-g128", "w1.58-row", "paper", "demo", "smoke"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_load_and_survive_json(name):
     recipe = load_recipe(name)
     assert recipe.name == name
