@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax import checkpoint
+from twla_jax import accounting, checkpoint, quantizers
 from twla_jax.errors import TwlaError
-from twla_jax.recipe import Recipe
+from twla_jax.models.decoder import SITES
+from twla_jax.recipe import Recipe, WeightRecipe
 
 REPORT = {"perplexity": 12.5, "corpus": {"name": "pydoc"}}
 
@@ -125,3 +126,40 @@ def test_a_folder_without_a_model_is_told_apart(tmp_path):
     assert not checkpoint.is_checkpoint(tmp_path)
     with pytest.raises(TwlaError, match=r"not a quantised model \(no twla.json\)"):
         checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [WeightRecipe(planes=2, group_size=16), WeightRecipe(quantizer="integer", bits=3, group_size=16)],
+    ids=["two-planes", "integers"],
+)
+def test_other_weights_come_back_exactly_and_are_counted_to_the_byte(tiny_ternary, recipe, tmp_path):
+    rng, levels = np.random.default_rng(1), quantizers.quantizer(recipe)
+    for name in (name for names in SITES.values() for name in names):
+        linear = getattr(tiny_ternary.blocks, name)
+        layers, n, m = linear.kernel.get_value().shape
+        scales = [rng.uniform(0.5, 1, (layers, n, -(-m // 16))).astype(np.float32) for _ in range(3)]
+        if recipe.planes == 2:
+            codes = rng.integers(-4, 5, (layers, n, m))
+        else:
+            codes = rng.integers(0, 8, (layers, n, m))
+            scales = [scales[0], np.floor(8 * scales[1] - 1e-3)]
+        packed = levels.pack(jnp.asarray(codes, jnp.float32), tuple(map(jnp.asarray, scales)), 16)
+        linear.kernel = nnx.Param(packed)
+    checkpoint.save(tiny_ternary, None, tmp_path / "out", Recipe(weights=recipe), REPORT)
+    model, _, info = checkpoint.load(tmp_path / "out")
+    before, after = leaves(tiny_ternary), leaves(model)
+    assert before.keys() == after.keys()
+    for name, leaf in before.items():
+        assert leaf.dtype == after[name].dtype, name
+        np.testing.assert_array_equal(leaf, after[name], err_msg=name)
+    assert info.recipe.weights == recipe
+    account = accounting.account(tmp_path / "out")
+    assert account["bytes_accounted"] == account["bytes_on_disk"]
+    rows = {42: 3 * (42 + 14 + 14 + 42 + 78 + 78), 78: 3 * 42}
+    if recipe.planes == 2:
+        sizes = {m: (2 * -(-m // 5), 5 * -(-m // 16)) for m in rows}
+    else:
+        sizes = {m: (-(-3 * m // 8), 2 * -(-m // 16) + -(-3 * -(-m // 16) // 8)) for m in rows}
+    for place, part in enumerate(("codes", "scales_and_offsets")):
+        assert account["breakdown"][part] == sum(count * sizes[m][place] for m, count in rows.items())

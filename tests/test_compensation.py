@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax import compensation, ternary
+from twla_jax import compensation, quantizers, ternary
 from twla_jax.recipe import WeightRecipe
 
 N, M, TOKENS = 24, 40, 400
@@ -22,7 +22,7 @@ def layer():
 
 def ternarize(weight, moment, **settings):
     recipe = dataclasses.replace(RECIPE, **settings)
-    return compensation.ternarize(
+    return compensation.quantize_matrix(
         jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), recipe=recipe
     )
 
@@ -54,7 +54,11 @@ def test_column_sweep_is_gptq(layer):
         error = (w[:, j] - alpha * expected[:, j] - mu) / inverse[j, j]
         w[:, j:] -= error[:, None] * inverse[j, j:]
     got = compensation.sweep_codes(
-        *(jnp.asarray(a, jnp.float32) for a in (weight, alpha, mu, inverse)), jnp.ones(M, bool)
+        jnp.asarray(weight),
+        (jnp.asarray(alpha, jnp.float32), jnp.asarray(mu, jnp.float32)),
+        jnp.asarray(inverse, jnp.float32),
+        jnp.ones(M, bool),
+        quantizers.quantizer(RECIPE),
     )
     assert (np.asarray(got) != expected).mean() < 0.005  # float32 against float64 at ties
 

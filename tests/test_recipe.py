@@ -11,7 +11,7 @@ from twla_jax.recipe import Recipe, load_recipe, recipe_names
 pytestmark = pytest.mark.smoke
 
 
-@pytest.mark.parametrize("name", ["w1.58-g128", "w1.58-row", "paper", "demo", "smoke"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_load_and_survive_json(name):
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -41,7 +41,7 @@ def test_an_unknown_name_lists_what_exists():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[weights]\ngroup = 128", r"unknown key 'weights.group'; known here: group_size"),
+        ("[weights]\ngroup = 128", r"unknown key 'weights.group'; known here: quantizer"),
         ("[weight]\ngroup_size = 128", r"unknown key 'weight'; known here: name, weights"),
         ("[weights]\ngroup_size = -1", r"weights.group_size = -1: must be 0"),
         ("[weights]\ngroup_size = 1.5", r"weights.group_size = 1.5: must be of type int"),

@@ -1,5 +1,7 @@
 """Refinement starts from the model as it is, learns to predict as the original does, and keeps every byte count."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import models, pipeline, refinement, resume
+from twla_jax import models, pipeline, quantizers, refinement, resume, ternary, two_plane_latents
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
 
@@ -102,3 +104,35 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
 
     full = twla_jax.evaluate(model, windows[96:], progress=False)["nll"]
     assert nll(refined) - full < 0.5 * (nll(student) - full)
+
+
+def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
+    weights = dataclasses.replace(QUANTISE.weights, planes=2)
+    student, _ = pipeline.quantize(
+        teacher, WINDOWS, dataclasses.replace(QUANTISE, weights=weights), progress=False
+    )
+    settings = dataclasses.replace(REFINE, code_rate=3e-3, scale_rate=2e-3)
+    refined, figures = refinement.refine(student, teacher, np.tile(WINDOWS, (4, 1)), settings, progress=False)
+    assert figures["loss"][0] == pytest.approx(kl(student, teacher, WINDOWS), rel=0.3)
+    assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
+    assert 0 < figures["flipped"] < 0.2
+    for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype)
+
+
+def test_latents_of_two_planes_stand_for_the_codes_they_start_from():
+    rng = np.random.default_rng(0)
+    codes, alpha = rng.integers(-4, 5, (30, 24)), rng.uniform(0.5, 1, (30, 2))
+    scales = (alpha, alpha * rng.uniform(0, 1, (30, 2)), rng.normal(size=(30, 2)))
+    scales = tuple(jnp.asarray(p, jnp.float32) for p in scales)
+    levels = quantizers.quantizer(WeightRecipe(planes=2))
+    tensor = levels.pack(jnp.asarray(codes, jnp.float32), scales, 16)
+    rows = jnp.asarray(rng.normal(size=(30, 24)), jnp.float32)
+    u = two_plane_latents.start(rows, tensor)
+    stored = (tensor.alpha.astype(jnp.float32), tensor.residual_alpha, tensor.mu.astype(jnp.float32))
+    dense = two_plane_latents.dense(u, tensor, stored)
+    np.testing.assert_allclose(dense, ternary.dequantize(tensor), atol=1e-5)
+    # Gradients pass straight: one unit of weight for one of the latent, nothing beyond the outermost level.
+    slope = jax.grad(lambda u: two_plane_latents.dense(u, tensor, stored).sum())(jnp.where(u > 0, 9.0, u))
+    unit = np.repeat(np.asarray(two_plane_latents.unit(tensor)), 16, axis=1)[:, :24]
+    np.testing.assert_allclose(slope, np.where(np.asarray(u) > 0, 0, unit), rtol=1e-6)

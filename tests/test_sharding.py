@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from twla_jax import checkpoint, pipeline, sharding
+from twla_jax import checkpoint, pipeline, quantizers, sharding
 from twla_jax.generation import generate
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
@@ -134,3 +134,22 @@ def test_a_prepared_model_generates_on_the_mesh_what_it_does_on_one_device(quant
     np.testing.assert_allclose(*logits, atol=1e-4)
     texts = (generate(model, prompts, max_new_tokens=6, eos_token_ids=()) for model in (one, split))
     np.testing.assert_array_equal(*texts)
+
+
+def test_other_weights_are_split_as_one_plane_is(model, mesh):
+    shapes = {}
+    for name, recipe in (("two", WeightRecipe(planes=2)), ("integers", WeightRecipe(quantizer="integer"))):
+        other = nnx.merge(*nnx.split(model))
+        for part, m in (("q", 64), ("down", 1024)):
+            linear = getattr(other.blocks, part)
+            n = linear.kernel.get_value().shape[-1]
+            scales = (jnp.ones((2, n, -(-m // 128))),) * (3 if name == "two" else 2)
+            linear.kernel = nnx.Param(quantizers.quantizer(recipe).pack(jnp.zeros((2, n, m)), scales, 128))
+        placed = sharding.shardings(other, mesh)
+        jax.block_until_ready(jax.device_put(other, placed))
+        shapes[name] = [getattr(placed.blocks, part).kernel.get_value() for part in ("q", "down")]
+    q, down = shapes["two"]
+    assert q.codes.spec == q.residual_codes.spec == q.residual_ratio.spec == P(None, "model", None)
+    assert down.residual_codes.spec == down.residual_ratio.spec == down.codes.spec == P(None, None, "model")
+    q, down = shapes["integers"]
+    assert q.codes.spec == down.codes.spec == down.scale.spec == P(None, "model", None)

@@ -128,5 +128,5 @@ def test_dequantize_applies_each_groups_scale(m, group_size):
     one = ternary.from_codes(codes[0], alpha[0], mu[0], group_size)
     x = rng.normal(size=(3, m)).astype(np.float32)
     np.testing.assert_allclose(
-        ternary.ternary_matmul(jnp.asarray(x), one), x @ expected[0].T, rtol=1e-4, atol=1e-4
+        ternary.packed_matmul(jnp.asarray(x), one), x @ expected[0].T, rtol=1e-4, atol=1e-4
     )

@@ -23,6 +23,7 @@ CATEGORIES = (
     "tokenizer_and_metadata",
 )
 _CATEGORY = {"rotation": "rotations", "activation": "clips", "array": "unquantised"}
+_CODES = ("codes", "residual_codes")
 _LINEAR = ("codes", "scales_and_offsets", "bitmaps", "rotations", "clips")
 
 
@@ -33,7 +34,7 @@ def account(folder: str | Path) -> dict[str, Any]:
       A JSON-ready dict:
       `bits_per_weight_linear`: codes, scales and offsets, bitmaps, rotations and clips over the quantised weights;
       `bits_per_weight_model`: every stored tensor over all weights (a tied embedding is stored and counted once);
-      `bits_per_weight_linear_in_memory`: as the first, with codes at 2 bits;
+      `bits_per_weight_linear_in_memory`: as the first, with ternary codes at 2 bits and integers at a byte;
       `bytes_on_disk`: sum of the sizes of the folder's files, and `bytes_accounted`: sum of `breakdown`;
       `breakdown`: bytes for each of `CATEGORIES`; `per_layer`: the same for each block (a list);
       `linears`: for each linear its shape and its bits per weight, codes and scales only;
@@ -51,12 +52,16 @@ def account(folder: str | Path) -> dict[str, Any]:
     for name, entry in manifest["tensors"].items():
         sizes = {part: math.prod(a["shape"]) for part, a in entry["arrays"].items()}
         stored = {part: sizes[part] * jnp.dtype(a["dtype"]).itemsize for part, a in entry["arrays"].items()}
-        if entry["kind"] == "ternary":
+        if entry["kind"] in ("ternary", "integer"):
             rows, columns = math.prod(entry["arrays"]["codes"]["shape"][:-1]), entry["static"]["in_features"]
             quantised_weights += rows * columns
             weights += rows * columns
-            memory_codes += rows * packing.packed_width(columns)
-            split = {"codes": stored["codes"], "scales_and_offsets": stored["alpha"] + stored["mu"]}
+            planes = sum(part in _CODES for part in stored)
+            memory_codes += (
+                planes * rows * (packing.packed_width(columns) if entry["kind"] == "ternary" else columns)
+            )
+            codes = sum(size for part, size in stored.items() if part in _CODES)
+            split = {"codes": codes, "scales_and_offsets": sum(stored.values()) - codes}
             linears[name.removesuffix(".kernel")] = {
                 "shape": [*entry["arrays"]["codes"]["shape"][:-1], columns],
                 "bits_per_weight": 8 * sum(split.values()) / (rows * columns),

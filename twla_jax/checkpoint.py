@@ -1,6 +1,6 @@
 """A quantised model as a folder that works alone: written whole or not at all, checked when it is read.
 
-OUT/params/       orbax checkpoint: one uncompressed array a folder, codes at five trits a byte
+OUT/params/       orbax checkpoint: one uncompressed array a folder, codes at five trits a byte (integers without gaps)
 OUT/tokenizer/    the tokenizer's own files
 OUT/report.json   what was done, measured and spent
 OUT/ila_amp.json  where bits were allocated: the sensitivity tables
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.tokenizer import load_tokenizer, save_tokenizer
 from twla_jax.recipe import Recipe
 from twla_jax.ternary import TernaryTensor
+from twla_jax.uniform import IntegerTensor
 
 FORMAT_VERSION = 1
 MANIFEST = "twla.json"
@@ -42,6 +44,7 @@ _TOKENIZER = "tokenizer"
 # How a parameter that is no plain array is told apart in the manifest. Its static fields are kept there by name.
 _KINDS: dict[str, type] = {
     "ternary": TernaryTensor,
+    "integer": IntegerTensor,
     "rotation": KroneckerRotation,
     "activation": ActivationQuantizer,
 }
@@ -91,7 +94,8 @@ def save(
 ) -> None:
     """Writes a quantised model beside `folder`, syncs it to the disk and renames it into place.
 
-    Codes go from 2 bits a weight to base 3, layer by layer; every other array is stored in the dtype it has.
+    Codes go from 2 bits a weight to base 3, layer by layer (integers from a byte to their own bits); every other array
+    is stored in the dtype it has.
 
     Args:
       tokenizer: what `models.tokenizer.load_tokenizer` returns; None leaves the folder without one.
@@ -225,11 +229,12 @@ def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dic
             static = {
                 field.name: getattr(value, field.name) for field in fields if field.metadata.get("static")
             }
-            parts = {field.name: getattr(value, field.name) for field in fields if field.name not in static}
-        if kind == "ternary":
-            parts["codes"] = _pack_stored(parts["codes"], value.in_features)
+            values = {field.name: getattr(value, field.name) for field in fields if field.name not in static}
+            parts = {part: array for part, array in values.items() if array is not None}
         for part, array in parts.items():
-            arrays[_array_name(name, part)] = array
+            if codec := _codec(kind, static, part):
+                parts[part] = _pack_stored(array, codec)
+            arrays[_array_name(name, part)] = parts[part]
         tensors[name] = {
             "kind": kind,
             "static": static,
@@ -248,10 +253,9 @@ def _abstract(entry: dict[str, Any]) -> Any:
     }
     if entry["kind"] == _ARRAY:
         return parts[""]
-    if entry["kind"] == "ternary":
-        codes = parts["codes"]
-        width = packing.packed_width(entry["static"]["in_features"])
-        parts["codes"] = jax.ShapeDtypeStruct((*codes.shape[:-1], width), codes.dtype)
+    for part, stored in parts.items():
+        if codec := _codec(entry["kind"], entry["static"], part):
+            parts[part] = jax.ShapeDtypeStruct((*stored.shape[:-1], codec.width), stored.dtype)
     return _KINDS[entry["kind"]](**parts, **entry["static"])
 
 
@@ -270,7 +274,7 @@ def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sh
     for name, entry in tensors.items():
         for part, a in entry["arrays"].items():
             sharding = targets[name] if part == "" else getattr(targets[name], part)
-            if entry["kind"] == "ternary" and part == "codes":
+            if _codec(entry["kind"], entry["static"], part):
                 sharding = _stored_sharding(a["shape"], mesh) or single
             wanted[_array_name(name, part)] = jax.ShapeDtypeStruct(
                 tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=sharding
@@ -281,9 +285,10 @@ def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sh
         )
     for name, entry in tensors.items():
         parts = {part: arrays.pop(_array_name(name, part)) for part in entry["arrays"]}
-        if entry["kind"] == "ternary":
-            unpack = jax.jit(_unpack_stored, static_argnums=1, out_shardings=targets[name].codes)
-            parts["codes"] = unpack(parts["codes"], entry["static"]["in_features"])
+        for part, stored in parts.items():
+            if codec := _codec(entry["kind"], entry["static"], part):
+                placed = getattr(targets[name], part)
+                parts[part] = jax.jit(_unpack_stored, static_argnums=1, out_shardings=placed)(stored, codec)
         value = parts[""] if entry["kind"] == _ARRAY else _KINDS[entry["kind"]](**parts, **entry["static"])
         _assign(model, name, value)
 
@@ -297,13 +302,55 @@ def _stored_sharding(shape: list[int], mesh: jax.sharding.Mesh | None) -> jax.sh
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Trits:
+    """Rows of 2-bit codes in memory, of five trits a byte on disk."""
+
+    in_features: int
+
+    @property
+    def width(self) -> int:
+        return packing.packed_width(self.in_features)
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        return packing.pack_base3(codes, self.in_features)
+
+    def unpack(self, stored: jax.Array) -> jax.Array:
+        return packing.unpack_base3(stored, self.in_features)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Integers:
+    """Rows of `width` integers, one a byte in memory, without gaps on disk."""
+
+    bits: int
+    width: int
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        return packing.pack_bits(codes, self.bits)
+
+    def unpack(self, stored: jax.Array) -> jax.Array:
+        return packing.unpack_bits(stored, self.bits, self.width)
+
+
+def _codec(kind: str, static: dict[str, Any], part: str) -> _Trits | _Integers | None:
+    """How an array lies on the disk if not as it is."""
+    if kind == "ternary" and part in ("codes", "residual_codes"):
+        return _Trits(static["in_features"])
+    if kind == "integer" and part == "codes":
+        return _Integers(static["bits"], static["in_features"])
+    if kind == "integer" and part == "zero_point":
+        return _Integers(static["bits"], math.ceil(static["in_features"] / static["group_size"]))
+    return None
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _pack_stored(codes: jax.Array, in_features: int) -> jax.Array:
-    return _by_layer(functools.partial(packing.pack_base3, in_features=in_features), codes)
+def _pack_stored(codes: jax.Array, codec: _Trits | _Integers) -> jax.Array:
+    return _by_layer(codec.pack, codes)
 
 
-def _unpack_stored(stored: jax.Array, in_features: int) -> jax.Array:
-    return _by_layer(functools.partial(packing.unpack_base3, in_features=in_features), stored)
+def _unpack_stored(stored: jax.Array, codec: _Trits | _Integers) -> jax.Array:
+    return _by_layer(codec.unpack, stored)
 
 
 def _by_layer(function: Any, stack: jax.Array) -> jax.Array:

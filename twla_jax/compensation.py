@@ -1,5 +1,4 @@
-"""The error-compensated column sweep: ternary codes chosen so that later columns make up for the errors of earlier
-ones.
+"""The error-compensated column sweep: codes chosen so that later columns make up for the errors of earlier ones.
 
 Notation: `H = S/t + λI` is the damped mean second moment of the inputs. With `H = R Rᵀ`, R upper triangular, and `U
 = R⁻¹`, an error e on columns b is made up for by adding `−e R_bb U_b,rest` to the columns that follow (GPTQ, arXiv
@@ -15,7 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from twla_jax import ternary
+from twla_jax.quantizers import Quantizer, quantizer
 from twla_jax.recipe import WeightRecipe
+from twla_jax.ternary import TernaryTensor
+from twla_jax.uniform import IntegerTensor
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 128  # columns swept between two updates of the rest
@@ -29,18 +31,19 @@ def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"])
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def ternarize(
+def quantize_matrix(
     weight: Float[Array, "n m"],
     moment: Float[Array, "m m"],
     tokens: Float[Array, ""],
     *,
     recipe: WeightRecipe,
-) -> tuple[ternary.TernaryTensor, dict[str, Float[Array, ""]]]:
-    """Quantises all rows of `weight` to ternary, group by group of columns, in one scan.
+) -> tuple[TernaryTensor | IntegerTensor, dict[str, Float[Array, ""]]]:
+    """Quantises all rows of `weight`, group by group of columns, in one scan.
 
-    Per group: E2M-ATQ on the weights as compensated so far; `recipe.rounds` times a sweep that re-rounds the codes
-    column by column and a relocation of (α, μ) for the new codes; then the group's remaining error is pushed to the
-    groups that follow. (α, μ) are rounded to float16 before that, so what is stored is what is compensated.
+    Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `recipe.rounds` times
+    a sweep that re-rounds the codes column by column and a relocation of the scales for the new codes; then the group's
+    remaining error is pushed to the groups that follow. Scales are rounded before that, so what is stored is what is
+    compensated.
 
     Args:
       weight: rows are outputs, already rotated.
@@ -56,7 +59,10 @@ def ternarize(
     weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padded - m)))
     mean_moment = jnp.pad(moment / tokens, (0, padded - m))
     exists = jnp.arange(padded) < m
+    if not recipe.compensate:  # as if no two inputs had to do with each other
+        mean_moment = jnp.eye(padded)
     root, inverse, damping = factor(mean_moment, exists, recipe.damping)
+    levels = quantizer(recipe)
 
     def quantize_group(w, start):
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
@@ -67,35 +73,33 @@ def ternarize(
             metric = columns(columns(mean_moment), axis=1)
         else:
             metric = jnp.matmul(root_group, root_group.T, precision=_HIGHEST)
-        alpha, mu, codes = ternary.euclidean_fit(
-            w_group, mask, steps=recipe.euclidean_steps, threshold=recipe.threshold
-        )
-        alpha, mu = ternary.relocate(w_group, codes, alpha, mu, metric, mask)
+        scales, codes = levels.fit(w_group, mask)
+        scales = levels.relocate(w_group, codes, scales, metric, mask)
         for _ in range(recipe.rounds):
-            codes = sweep_codes(w_group, alpha, mu, columns(inverse_rows, axis=1), mask)
-            alpha, mu = ternary.relocate(w_group, codes, alpha, mu, metric, mask)
-        alpha, mu = (p.astype(jnp.float16).astype(jnp.float32) for p in (alpha, mu))
-        error = jnp.where(mask, w_group - alpha[:, None] * codes - mu[:, None], 0)
+            codes = sweep_codes(w_group, scales, columns(inverse_rows, axis=1), mask, levels)
+            scales = levels.relocate(w_group, codes, scales, metric, mask)
+        codes, scales = levels.stored(codes, scales)
+        error = jnp.where(mask, w_group - levels.values(codes, *(p[:, None] for p in scales)), 0)
         pushed = jnp.matmul(
             jnp.matmul(error, root_group, precision=_HIGHEST), inverse_rows, precision=_HIGHEST
         )
         w = w - jnp.where(jnp.arange(padded) >= start + group, pushed, 0)
-        return w, (alpha, mu, codes.astype(jnp.int8))
+        return w, (scales, codes.astype(jnp.int16))
 
-    _, (alpha, mu, codes) = jax.lax.scan(quantize_group, weight, jnp.arange(0, padded, group))
+    _, (scales, codes) = jax.lax.scan(quantize_group, weight, jnp.arange(0, padded, group))
     codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, :m]
-    tensor = ternary.from_codes(codes, alpha.T, mu.T, recipe.group_size or m)
+    tensor = levels.pack(codes, tuple(p.T for p in scales), group)
     return tensor, _errors(weight[:, :m], tensor, moment / tokens) | {"damping": damping}
 
 
 def sweep_codes(
     w: Float[Array, "n g"],
-    alpha: Float[Array, " n"],
-    mu: Float[Array, " n"],
+    scales: tuple[Float[Array, " n"], ...],
     inverse: Float[Array, "g g"],
     mask: Bool[Array, " g"],
+    levels: Quantizer,
 ) -> Float[Array, "n g"]:
-    """Codes of one group at fixed (α, μ): columns in order, the error of each pushed to the group's later columns.
+    """Codes of one group at fixed scales: columns in order, the error of each pushed to the group's later columns.
 
     Args:
       inverse: `U_bb`, the group's diagonal block of the upper triangular factor of `H⁻¹ = UᵀU`.
@@ -106,8 +110,8 @@ def sweep_codes(
     def column(j, state):
         w_block, codes, errors, u = state
         current = w_block[j]
-        code = ternary.nearest_codes(current, alpha, mu)
-        error = (current - alpha * code - mu) / u[j, j]
+        code = levels.nearest(current, *scales)
+        error = (current - levels.values(code, *scales)) / u[j, j]
         later = jnp.arange(block) > j
         return (
             w_block - jnp.where(later, u[j], 0)[:, None] * error,

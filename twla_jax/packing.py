@@ -71,6 +71,21 @@ def unpack_base3(stored: UInt8[Array, "*batch n fifths"], in_features: int) -> U
     return pack(trits.astype(jnp.int8) - 1)
 
 
+def pack_bits(codes: UInt8[Array, "*batch n m"], bits: int) -> UInt8[Array, "*batch n bytes"]:
+    """Integers in `[0, 2**bits)` without gaps, lowest bit first, `ceil(m·bits / 8)` bytes a row: the layout on disk."""
+    single = ((codes[..., None] >> jnp.arange(bits, dtype=jnp.uint8)) & 1).reshape(*codes.shape[:-1], -1)
+    single = jnp.pad(single, [(0, 0)] * (single.ndim - 1) + [(0, -single.shape[-1] % 8)])
+    weights = jnp.uint8(1) << jnp.arange(8, dtype=jnp.uint8)
+    return (single.reshape(*single.shape[:-1], -1, 8) * weights).sum(-1, dtype=jnp.uint8)
+
+
+def unpack_bits(stored: UInt8[Array, "*batch n bytes"], bits: int, width: int) -> UInt8[Array, "*batch n m"]:
+    """Inverse of `pack_bits` for rows of `width` integers."""
+    single = ((stored[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1).reshape(*stored.shape[:-1], -1)
+    single = single[..., : width * bits].reshape(*stored.shape[:-1], width, bits)
+    return (single << jnp.arange(bits, dtype=jnp.uint8)).sum(-1, dtype=jnp.uint8)
+
+
 def _merge_planes(planes: jax.Array) -> jax.Array:
     shifted = planes << (2 * jnp.arange(4, dtype=jnp.uint8))[:, None]
     return shifted.sum(axis=-2, dtype=jnp.uint8)

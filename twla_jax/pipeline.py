@@ -1,6 +1,6 @@
 """The whole-model transform: block by block, each part calibrated on inputs that passed through the quantised ones.
 
-Every kernel of a block becomes a `TernaryTensor`, every input of its linears gets a `KroneckerRotation` and an
+Every kernel of a block becomes a packed tensor, every input of its linears gets a `KroneckerRotation` and an
 `ActivationQuantizer`. Second moments are summed over batches of windows, so the inputs themselves are never kept; what
 is kept is the residual stream, on the device where it fits and on the host where not.
 """
@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
-from twla_jax import compensation, kotms, resume, sharding, ternary
+from twla_jax import compensation, kotms, quantizers, resume, sharding, ternary
 from twla_jax.activation import OFF, ActivationQuantizer, fit_clips
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import check_vocabulary
@@ -219,7 +219,7 @@ def _quantize_block(
     """Quantises one block in place, input by input, and moves the stream past it.
 
     Returns:
-      `q.codes`, `q.alpha`, `q.mu`, … for every linear, and for every input its clips and figures.
+      `q.kernel.codes`, `q.kernel.alpha`, … for every linear, and for every input its clips and figures.
     """
     result = {}
     stride = max(1, stream.tokens // recipe.activations.clip_tokens)
@@ -246,15 +246,12 @@ def _quantize_block(
         )
         for name, linear, tensor in zip(names, linears, tensors, strict=True):
             linear.kernel = nnx.Param(tensor)
-            result |= {f"{name}.{part}": getattr(tensor, part) for part in _PARTS}
+            result |= {f"{name}.kernel.{part}": array for part, array in quantizers.arrays(tensor).items()}
         _set_input(getattr(block, f"{site}_input"), rotations.get(site), clips, recipe.activations.bits)
         result |= {f"{site}.clips": clips} | {f"{site}.{key}": value for key, value in figures.items()}
     for batch, _ in stream.batches():
         batch["x"] = finish(block, batch["x"])
     return result
-
-
-_PARTS = ("codes", "alpha", "mu")
 
 
 def _set_input(transform: Any, rotation: KroneckerRotation | None, clips: Any, bits: int) -> None:
@@ -317,14 +314,14 @@ def _quantize_site(
     tokens: Float[Array, ""],
     *,
     recipe: Recipe,
-) -> tuple[tuple[ternary.TernaryTensor, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
+) -> tuple[tuple[Any, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
     """Rotates and quantises the linears that share one input, and fits that input's clips to the result."""
     rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
     if rotation is not None:
         left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
         rows, sample = kotms.rotate(rows, left, right), kotms.rotate(sample, left, right)
         moment = kotms.rotate_moment(moment, rotation)
-    tensor, figures = compensation.ternarize(rows, moment, tokens, recipe=recipe.weights)
+    tensor, figures = compensation.quantize_matrix(rows, moment, tokens, recipe=recipe.weights)
     dense = ternary.dequantize(tensor)
     output_metric = jnp.matmul(dense.T, dense, precision=jax.lax.Precision.HIGHEST)
     clips = fit_clips(sample, output_metric, recipe.activations.clips)
@@ -359,12 +356,9 @@ def _assemble(
         for name in names:
             linear = getattr(quantised.blocks, name)
             m = linear.kernel.get_value().shape[-2]
-            tensor = ternary.TernaryTensor(
-                *(stacked(f"{name}.{part}") for part in _PARTS),
-                in_features=m,
-                group_size=recipe.weights.group_size or m,
-            )
-            linear.kernel = nnx.Param(tensor)
+            prefix = f"{name}.kernel."
+            parts = {key.removeprefix(prefix): stacked(key) for key in layers[0] if key.startswith(prefix)}
+            linear.kernel = nnx.Param(quantizers.tensor(recipe.weights, parts, m))
         _set_input(
             getattr(quantised.blocks, f"{site}_input"),
             rotations.get(site),

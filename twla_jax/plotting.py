@@ -47,6 +47,42 @@ def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[s
     _save(figure, path)
 
 
+def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Draws perplexity against the bytes of the whole model, a line for each activation bit-width.
+
+    Args:
+      path: file to write; its ending says the format.
+      result: what `comparison.compare_recipes` returns.
+    Raises:
+      TwlaError: matplotlib is missing, or does not know the format.
+    """
+    require_matplotlib()
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots()
+    full, *rows = result["rows"]
+    for index, bits in enumerate(dict.fromkeys(bits for row in rows for bits in row["perplexity"])):
+        here = [row for row in rows if bits in row["perplexity"]]
+        sizes, scores = ([row["bytes"] / 1e6 for row in here], [row["perplexity"][bits] for row in here])
+        axes.scatter(sizes, scores, color=_COLOURS[-1 - index % len(_COLOURS)], label=bits, zorder=3)
+        for row, size, score in zip(here, sizes, scores, strict=True):
+            label = f"{row['name']}\n{row['bits_per_weight_linear']:.2f} bits"
+            axes.annotate(label, (size, score), (6, 4), textcoords="offset points", fontsize=8)
+    for bits, score in full["perplexity"].items():
+        axes.axhline(
+            score, color="black", linewidth=1, label=f"full precision {bits}, {full['bytes'] / 1e6:.0f} MB"
+        )
+    axes.set_yscale("log")
+    axes.margins(x=0.15)
+    axes.set(
+        title=f"{result['model']['name']}: {result['corpus']['name']}, {result['windows']} windows of"
+        f" {result['seq_len']}; bits a weight of the linears, all in",
+        xlabel="the whole model's tensors as stored, MB",
+        ylabel="perplexity",
+    )
+    axes.legend()
+    _save(figure, path)
+
+
 def plot_roofline(path: str | Path, result: Mapping[str, Any]) -> None:
     """Draws operations a second over operations a byte, below the ceilings measured in the same run.
 

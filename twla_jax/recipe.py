@@ -13,26 +13,36 @@ ACTIVATION_BITS = (2, 4, 6, 8, 16)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightRecipe:
-    """Settings of the ternary quantiser, E2M-ATQ, and of the error-compensated column sweep.
+    """Settings of the weights' quantiser and of the error-compensated column sweep.
 
     Attributes:
+      quantizer: `ternary` (E2M-ATQ), or plain asymmetric integers (`integer`), to compare it with.
+      planes: ternary planes, 1 or 2: α·T + μ, or α₁·T₁ + α₂·T₂ + μ.
+      bits: of the integers.
       group_size: columns that share one (α, μ); 0 gives each row a single group.
-      euclidean_steps: corrections of μ in stage 1.
+      euclidean_steps: corrections of μ in stage 1; with two planes, alternations of codes and scales.
       threshold: stage 1's dead zone, Δ = threshold · mean|w − μ|.
       rounds: alternations of the code sweep and the relocation of (α, μ); 0 leaves the codes of stage 1 (the paper).
       metric: what stage 2 measures the output error in: the group's own second moments (`group`, the paper), or their
         Schur complement given the columns not yet done (`compensated`).
       damping: added to the diagonal of the second moments, as a share of its mean, before factoring.
+      compensate: whether later columns make up for the errors of earlier ones; if not, inputs count as uncorrelated.
     """
 
+    quantizer: Literal["ternary", "integer"] = "ternary"
+    planes: int = 1
+    bits: int = 4
     group_size: int = 128
     euclidean_steps: int = 15
     threshold: float = 0.75
     rounds: int = 3
     metric: Literal["compensated", "group"] = "compensated"
     damping: float = 0.01
+    compensate: bool = True
 
     def __post_init__(self):
+        _require(self.planes in (1, 2), "weights.planes", self.planes, "1 or 2")
+        _require(2 <= self.bits <= 8, "weights.bits", self.bits, "between 2 and 8")
         _require(self.group_size >= 0, "weights.group_size", self.group_size, "0 (one group a row) or more")
         _require(self.euclidean_steps >= 0, "weights.euclidean_steps", self.euclidean_steps, "0 or more")
         _require(self.threshold > 0, "weights.threshold", self.threshold, "above 0")
@@ -197,6 +207,15 @@ class Recipe:
     calibration: CalibrationRecipe = dataclasses.field(default_factory=CalibrationRecipe)
     allocation: AllocationRecipe = dataclasses.field(default_factory=AllocationRecipe)
 
+    def __post_init__(self):
+        wanted = "0: integers are not refined"
+        _require(
+            self.weights.quantizer == "ternary" or not self.refine.steps,
+            "refine.steps",
+            self.refine.steps,
+            wanted,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values in nested dicts, ready for JSON; `from_dict` is its inverse."""
         return dataclasses.asdict(self)
@@ -273,6 +292,9 @@ def _convert(wanted: Any, value: Any, key: str) -> Any:
         return tuple(_convert(typing.get_args(wanted)[0], item, key) for item in value)
     accepted = (int, float) if wanted is float else wanted
     _require(
-        isinstance(value, accepted) and not isinstance(value, bool), key, value, f"of type {wanted.__name__}"
+        isinstance(value, accepted) and isinstance(value, bool) == (wanted is bool),
+        key,
+        value,
+        f"of type {wanted.__name__}",
     )
     return wanted(value)

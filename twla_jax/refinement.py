@@ -7,7 +7,7 @@ arXiv 1308.3432):
 
     T = clip(round(u), −1, 1),    Ŵ = α₀(1 + s)·T + μ₀ + α₀·r,    ∂T/∂u := 1 where |u| < 1.5
 
-All of u, s and r are free of units, so one learning rate serves every layer.
+All of u, s and r are free of units, so one learning rate serves every layer. Two planes: `two_plane_latents`.
 """
 
 import dataclasses
@@ -24,11 +24,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
-from twla_jax import kotms, packing, resume, ternary
+from twla_jax import kotms, packing, resume, ternary, two_plane_latents, two_planes
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.models.attention import can_fuse
 from twla_jax.models.decoder import SITES, Block, Decoder
 from twla_jax.recipe import RefineRecipe
+from twla_jax.uniform import per_column
 
 _LINEARS = {name: site for site, names in SITES.items() for name in names}
 _NORMS = ("input_norm", "post_norm")
@@ -109,7 +110,7 @@ def refine(
 
 
 def init_latents(student: Decoder, teacher: Decoder) -> Latents:
-    """For each linear `u`, `s` and `r` (float32), for each norm `g`: the student as it is.
+    """For each linear `u`, `s` and `r` (and `residual_s`), for each norm `g`, all float32: the student as it is.
 
     u starts where the full-precision weight lies in units of α, but within its code's cell: the codes that the column
     sweep chose are kept, and those whose weight lies near a boundary are the first to change.
@@ -125,6 +126,8 @@ def init_latents(student: Decoder, teacher: Decoder) -> Latents:
             "s": jnp.zeros(tensor.alpha.shape),
             "r": jnp.zeros(tensor.alpha.shape),
         }
+        if tensor.residual_alpha is not None:
+            latents[name]["residual_s"] = jnp.zeros(tensor.alpha.shape)
     for name in _NORMS:
         latents[name] = {"g": jnp.zeros(getattr(student.blocks, name).scale.get_value().shape)}
     latents["norm"] = {"g": jnp.zeros(student.norm.scale.get_value().shape)}
@@ -198,11 +201,7 @@ def _apply(block: Block, latents: Latents, bits: int) -> Block:
     """The block with the dense weights and the norms that `latents` stand for; changes it, which only a trace sees."""
     for name in _LINEARS:
         linear = getattr(block, name)
-        tensor, parts = linear.kernel.get_value(), latents[name]
-        alpha, mu = (
-            ternary.per_column(p, tensor.in_features, tensor.group_size) for p in scales(tensor, parts)
-        )
-        linear.kernel = nnx.Param((_straight_through(parts["u"]) * alpha + mu).T)
+        linear.kernel = nnx.Param(_dense(linear.kernel.get_value(), latents[name]).T)
     for site in SITES:
         transform = getattr(block, f"{site}_input")
         quantizer = with_bits(transform.activation.get_value(), bits)
@@ -215,10 +214,21 @@ def _apply(block: Block, latents: Latents, bits: int) -> Block:
 
 def scales(
     tensor: ternary.TernaryTensor, parts: dict[str, jax.Array]
-) -> tuple[Float[Array, "*batch n groups"], Float[Array, "*batch n groups"]]:
-    """`(α, μ)` under the offsets s and r, float32."""
+) -> tuple[Float[Array, "*batch n groups"], ...]:
+    """`(α, μ)`, or of two planes `(α₁, α₂, μ)`, under the offsets s and r, float32."""
     alpha, mu = tensor.alpha.astype(jnp.float32), tensor.mu.astype(jnp.float32)
-    return alpha * (1 + parts["s"]), mu + alpha * parts["r"]
+    if tensor.residual_alpha is None:
+        return alpha * (1 + parts["s"]), mu + alpha * parts["r"]
+    residual_alpha = tensor.residual_alpha * (1 + parts["residual_s"])
+    return alpha * (1 + parts["s"]), residual_alpha, mu + two_plane_latents.unit(tensor) * parts["r"]
+
+
+def _dense(tensor: ternary.TernaryTensor, parts: dict[str, jax.Array]) -> Float[Array, "n m"]:
+    """Ŵ, float32, through whose codes gradients pass straight."""
+    if tensor.residual_alpha is not None:
+        return two_plane_latents.dense(parts["u"], tensor, scales(tensor, parts))
+    alpha, mu = (per_column(p, tensor.in_features, tensor.group_size) for p in scales(tensor, parts))
+    return _straight_through(parts["u"]) * alpha + mu
 
 
 def _straight_through(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -240,9 +250,11 @@ def _start(layer) -> Float[Array, "n m"]:
     rows = kernel.T.astype(jnp.float32)
     if rotation is not None:
         rows = kotms.rotate(rows, rotation.left, rotation.right)
+    if tensor.residual_alpha is not None:
+        return two_plane_latents.start(rows, tensor)
     codes = packing.unpack(tensor.codes, tensor.in_features).astype(jnp.float32) - 1
     alpha, mu = (
-        ternary.per_column(p.astype(jnp.float32), tensor.in_features, tensor.group_size)
+        per_column(p.astype(jnp.float32), tensor.in_features, tensor.group_size)
         for p in (tensor.alpha, tensor.mu)
     )
     u = (rows - mu) / jnp.where(alpha == 0, jnp.inf, alpha)
@@ -254,8 +266,13 @@ def _harden(student: Decoder, latents: Latents) -> Decoder:
     for name in _LINEARS:
         linear, parts = getattr(student.blocks, name), latents[name]
         tensor = linear.kernel.get_value()
-        alpha, mu = scales(tensor, parts)
-        hard = ternary.from_codes(_round(parts["u"]).astype(jnp.int8), alpha, mu, tensor.group_size)
+        alpha, *residual_alpha, mu = scales(tensor, parts)
+        if residual_alpha:
+            first, second = two_planes.split(two_plane_latents.codes(parts["u"], tensor))
+            residual = (second.astype(jnp.int8), *residual_alpha)
+        else:
+            first, residual = _round(parts["u"]), ()
+        hard = ternary.from_codes(first.astype(jnp.int8), alpha, mu, tensor.group_size, *residual)
         linear.kernel = nnx.Param(hard)
     for module, name in ((student.blocks, "input_norm"), (student.blocks, "post_norm"), (student, "norm")):
         norm = getattr(module, name)
@@ -269,8 +286,9 @@ def _flipped(before: Decoder, after: Decoder) -> float:
     changed = total = 0
     for name in _LINEARS:
         tensors = (getattr(model.blocks, name).kernel.get_value() for model in (before, after))
-        old, new = (np.asarray(packing.unpack(jnp.asarray(t.codes), t.in_features)) for t in tensors)
-        changed, total = changed + int((old != new).sum()), total + old.size
+        for old, new in zip(*(tensor.planes() for tensor in tensors), strict=True):
+            old, new = (packing.unpack(jnp.asarray(plane.codes), plane.in_features) for plane in (old, new))
+            changed, total = changed + int((old != new).sum()), total + old.size
     return changed / total
 
 

@@ -20,6 +20,8 @@ from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.pipeline import advance, finish
 from twla_jax.sites import set_quantizer, with_input_clips
 from twla_jax.stream import ResidualStream
+from twla_jax.ternary import TernaryTensor
+from twla_jax.uniform import IntegerTensor
 
 
 def refit_clips(
@@ -78,7 +80,7 @@ def refit_clips(
 def _refit(
     quantizer: ActivationQuantizer,
     rotation: KroneckerRotation | None,
-    kernels: tuple[ternary.TernaryTensor, ...],
+    kernels: tuple[TernaryTensor | IntegerTensor, ...],
     sample: Float[Array, "c m"],
     candidates: tuple[float, ...],
 ) -> Float16[Array, " 4"]:

@@ -15,6 +15,7 @@ from twla_jax import packing
 from twla_jax.activation import ActivationQuantizer
 from twla_jax.kotms import KroneckerRotation
 from twla_jax.ternary import TernaryTensor
+from twla_jax.uniform import IntegerTensor
 
 _BY_INPUT = ("o", "down")
 
@@ -43,7 +44,9 @@ def _sharding(path: tuple, variable: Any, *, mesh: Mesh) -> Any:
     value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
     place = functools.partial(_place, mesh=mesh)
     by_input = any(name in _BY_INPUT for name in names)
-    if isinstance(value, TernaryTensor):
+    if isinstance(value, IntegerTensor):
+        result = jax.tree.map(lambda leaf: place(leaf, -2), value)
+    elif isinstance(value, TernaryTensor):
         result = _ternary(value, by_input, mesh)
     elif isinstance(value, KroneckerRotation | ActivationQuantizer):
         result = jax.tree.map(lambda leaf: place(leaf, None), value)

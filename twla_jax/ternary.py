@@ -5,13 +5,16 @@ arXiv 2606.13054, section 3: Euclidean fit, then relocation on the manifold of t
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float16, Int8, UInt8
 
 from twla_jax import packing
+from twla_jax.uniform import IntegerTensor, per_column
 
+RATIO_STEPS = 200  # of α₂/α₁ to 1: a byte reaches 1.275, so that a refined α₂ may pass α₁
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -20,9 +23,12 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class TernaryTensor:
     """A ternary weight matrix, rows are outputs: `Ŵ[i, k] = alpha[i, k // G]·T[i, k] + mu[i, k // G]`.
 
-    Invariants: `codes` packs `T + 1` as `packing.pack` does; `alpha` and `mu` have `ceil(in_features / group_size)`
-    columns, the last group being short where the group size does not divide. Leading axes (a stack of layers, say)
-    are shared by the three arrays.
+    With a second plane, `residual_alpha[i, k // G]·T₂[i, k]` is added, `T₂` packed in `residual_codes` and its α a
+    multiple of the first one's, `alpha·residual_ratio/200`; with one plane the three are None.
+
+    Invariants: codes pack `T + 1` as `packing.pack` does; α and μ have `ceil(in_features / group_size)` columns, the
+    last group being short where the group size does not divide. Leading axes (a stack of layers, say) are shared by
+    all arrays.
     """
 
     codes: UInt8[Array, "*batch n bytes"]
@@ -30,6 +36,25 @@ class TernaryTensor:
     mu: Float16[Array, "*batch n groups"]
     in_features: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
+    residual_codes: UInt8[Array, "*batch n bytes"] | None = None
+    residual_ratio: UInt8[Array, "*batch n groups"] | None = None
+
+    @property
+    def residual_alpha(self) -> Any:
+        """α of the second plane, float32, `[..., n, groups]`; None where there is none."""
+        if self.residual_ratio is None:
+            return None
+        return self.alpha.astype(jnp.float32) * (self.residual_ratio.astype(jnp.float32) / RATIO_STEPS)
+
+    def planes(self) -> tuple["TernaryTensor", ...]:
+        """Tensors of one plane each that add up to this one; μ is the first one's, the second's is 0."""
+        if self.residual_codes is None:
+            return (self,)
+        first = dataclasses.replace(self, residual_codes=None, residual_ratio=None)
+        alpha = self.residual_alpha.astype(self.alpha.dtype)
+        return first, dataclasses.replace(
+            first, codes=self.residual_codes, alpha=alpha, mu=jnp.zeros_like(self.mu)
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,16 +62,25 @@ class TernaryTensor:
         return (*self.codes.shape[:-1], self.in_features)
 
 
-def dequantize(weight: TernaryTensor, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
+def dequantize(weight: TernaryTensor | IntegerTensor, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
     """The matrix `Ŵ` in `dtype`; α and μ are applied in `dtype`."""
-    unsigned = packing.unpack(weight.codes, weight.in_features).astype(dtype)
-    alpha, mu = (
-        per_column(p.astype(dtype), weight.in_features, weight.group_size) for p in (weight.alpha, weight.mu)
-    )
-    return (unsigned - 1) * alpha + mu
+    if isinstance(weight, IntegerTensor):
+        return weight.dequantize(dtype)
+
+    def scaled(codes, alpha):
+        unsigned = packing.unpack(codes, weight.in_features).astype(dtype)
+        return (unsigned - 1) * per_column(alpha.astype(dtype), weight.in_features, weight.group_size)
+
+    mu = per_column(weight.mu.astype(dtype), weight.in_features, weight.group_size)
+    dense = scaled(weight.codes, weight.alpha) + mu
+    if weight.residual_codes is None:
+        return dense
+    return dense + scaled(weight.residual_codes, weight.residual_alpha)
 
 
-def ternary_matmul(x: Float[Array, "*tokens m"], weight: TernaryTensor) -> Float[Array, "*tokens n"]:
+def packed_matmul(
+    x: Float[Array, "*tokens m"], weight: TernaryTensor | IntegerTensor
+) -> Float[Array, "*tokens n"]:
     """`x Ŵᵀ` in `x.dtype`, accumulated in float32: the XLA reference, which unpacks this one matrix.
 
     float32 inputs are multiplied in true float32, also on chips whose default is narrower.
@@ -67,15 +101,29 @@ def from_codes(
     alpha: Float[Array, "*batch n groups"],
     mu: Float[Array, "*batch n groups"],
     group_size: int,
+    residual_codes: Int8[Array, "*batch n m"] | None = None,
+    residual_alpha: Float[Array, "*batch n groups"] | None = None,
 ) -> TernaryTensor:
-    """Packs codes in {-1, 0, 1} and float scales into a `TernaryTensor` (α, μ stored as float16)."""
+    """Packs codes in {-1, 0, 1} and float scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
+    residual_ratio = None if residual_alpha is None else nearest_ratio(alpha, residual_alpha)
     return TernaryTensor(
+        residual_codes=None if residual_codes is None else packing.pack(residual_codes),
+        residual_ratio=None if residual_ratio is None else residual_ratio.astype(jnp.uint8),
         codes=packing.pack(codes),
         alpha=alpha.astype(jnp.float16),
         mu=mu.astype(jnp.float16),
         in_features=codes.shape[-1],
         group_size=group_size,
     )
+
+
+def nearest_ratio(
+    alpha: Float[Array, "*shape"], residual_alpha: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """`α₂/α` in whole steps of 1/200 that fit a byte, for the float16 α that is stored."""
+    stored = alpha.astype(jnp.float16).astype(jnp.float32)
+    ratio = residual_alpha / jnp.where(stored == 0, jnp.inf, stored)
+    return jnp.clip(jnp.round(RATIO_STEPS * ratio), 0, 255)
 
 
 def euclidean_fit(
@@ -158,11 +206,3 @@ def nearest_codes(
     """The code in {-1, 0, 1} whose value `α·T + μ` lies nearest to w; α = 0 gives 0."""
     ratio = (w - mu) / jnp.where(alpha == 0, jnp.inf, alpha)
     return jnp.clip(jnp.round(ratio), -1, 1)
-
-
-def per_column(
-    parameter: Float[Array, "*batch n groups"], in_features: int, group_size: int
-) -> Float[Array, "*batch n m"]:
-    """α or μ of every group, repeated for each of the group's columns."""
-    repeated = jnp.broadcast_to(parameter[..., None], (*parameter.shape, group_size))
-    return repeated.reshape(*parameter.shape[:-1], -1)[..., :in_features]

@@ -178,7 +178,7 @@ def quantize_to_folder(
         sample = _check(quantised, full_precision["perplexity"], perplexity, check_tokens)
     report = {
         **environment(),
-        "model": _describe_model(path),
+        "model": describe_model(path),
         "recipe": recipe.to_dict(),
         "calibration": {
             **text.describe(),
@@ -338,7 +338,7 @@ def _evaluation_name(corpus: str) -> str:
     return corpus if corpus in calibration.corpus_names() else "pydoc"
 
 
-def _describe_model(path: Path) -> dict[str, Any]:
+def describe_model(path: Path) -> dict[str, Any]:
     """Name and content of the files the weights came from."""
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
     return {"name": path.name, "sha256": {file.name: _file_sha256(file) for file in files}}

@@ -20,7 +20,8 @@ from twla_jax.models.attention import Positions, attention, fused_attention
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer, write
 from twla_jax.ops.rotate_quantize import rms_norm
-from twla_jax.ternary import TernaryTensor, ternary_matmul
+from twla_jax.ternary import TernaryTensor, packed_matmul
+from twla_jax.uniform import IntegerTensor
 
 # The inputs of a block that are rotated and quantised, and the linears that read each; input s is `block.{s}_input`.
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up"), "down": ("down",)}
@@ -33,7 +34,7 @@ def precision(dtype) -> jax.lax.Precision | None:
 
 
 class Linear(nnx.Module):
-    """`y = x W + b`. `kernel` holds an array `[*leading, in, out]` or a `TernaryTensor`, whose rows are outputs."""
+    """`y = x W + b`. `kernel` holds an array `[*leading, in, out]` or a packed tensor, whose rows are outputs."""
 
     def __init__(
         self,
@@ -50,10 +51,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*leading, out_features), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*tokens m"]) -> Float[Array, "*tokens n"]:
-        """Applies the layer in `x.dtype`; a ternary kernel is unpacked here and nowhere else."""
+        """Applies the layer in `x.dtype`; a packed kernel is unpacked here and nowhere else."""
         kernel = self.kernel.get_value()
-        if isinstance(kernel, TernaryTensor):
-            y = ternary_matmul(x, kernel)
+        if isinstance(kernel, TernaryTensor | IntegerTensor):
+            y = packed_matmul(x, kernel)
         else:
             y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
@@ -245,7 +246,7 @@ class Decoder(nnx.Module):
         """Logits from `hidden`'s output, accumulated and returned in float32."""
         kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
         if isinstance(kernel, TernaryTensor):
-            return ternary_matmul(h, kernel).astype(jnp.float32)
+            return packed_matmul(h, kernel).astype(jnp.float32)
         # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
         rows = h.reshape(-1, h.shape[-1])
         rows = jnp.pad(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.activation import OFF, ActivationQuantizer, select_clip
+from twla_jax.errors import TwlaError
 from twla_jax.kotms import rotate
 from twla_jax.models import tensor_parallel
 from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
@@ -27,6 +28,7 @@ from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_mat
 from twla_jax.ops.tokens import QuantizedTokens
 from twla_jax.sharding import shardings
 from twla_jax.ternary import TernaryTensor
+from twla_jax.uniform import IntegerTensor
 
 
 def prepare_for_inference(
@@ -43,8 +45,10 @@ def prepare_for_inference(
         None for one device.
       implementation: as `ternary_matmul` and `rotate_quantize` take it.
     Raises:
-      TwlaError: the group size of its weights is one that the kernels have no place for.
+      TwlaError: its weights are integers, or of a group size that the kernels have no place for.
     """
+    if isinstance(model.blocks.q.kernel.get_value(), IntegerTensor):
+        raise TwlaError("there are no kernels for integer weights, only for ternary and float ones")
     if mesh is not None:
         model = jax.device_put(model, shardings(model, mesh))
     return IntegerDecoder(model, mesh=mesh, implementation=implementation)
@@ -121,12 +125,15 @@ class KernelLinear(nnx.Module):
         linears = [getattr(block, name) for name in names]
         kernels = [linear.kernel.get_value() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
-        self.bias = nnx.data(None)
+        self.bias = self.residual = nnx.data(None)
         if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
-            if mesh is None:
-                weight = _kernel_weight(kernels, biases)
-            else:
-                weight = tensor_parallel.sharded_weight(kernels, biases, mesh)
+            pack = _kernel_weight
+            if mesh is not None:
+                pack = functools.partial(tensor_parallel.sharded_weight, mesh=mesh)
+            first, *second = zip(*(kernel.planes() for kernel in kernels), strict=True)
+            weight = pack(first, biases)
+            if second:
+                self.residual = nnx.data(nnx.Param(pack(second[0], [None] * len(kernels))))
             self.splits = weight.splits
         else:
             weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
@@ -140,11 +147,18 @@ class KernelLinear(nnx.Module):
         """`x Ŵᵀ + b`, rounded to the model's type."""
         weight = self.weight.get_value()
         if isinstance(weight, KernelWeight):
-            op = functools.partial(ternary_matmul, out_dtype=self.dtype, implementation=self.implementation)
-            return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
+            if self.residual is None:
+                return self._product(x, weight, self.dtype)
+            planes = (weight, self.residual.get_value())
+            first, second = (self._product(x, plane, jnp.float32) for plane in planes)
+            return (first + second).astype(self.dtype)
         assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
         y = jnp.matmul(x, weight, precision=precision(self.dtype))
         return y if self.bias is None else y + self.bias.get_value()
+
+    def _product(self, x: Any, weight: KernelWeight, dtype: Any) -> jax.Array:
+        op = functools.partial(ternary_matmul, out_dtype=dtype, implementation=self.implementation)
+        return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
 
     def parts(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> tuple[Float[Array, "*tokens _"], ...]:
         """The outputs of each linear."""
