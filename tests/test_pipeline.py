@@ -177,6 +177,21 @@ def test_a_real_model_keeps_its_language(stories):
     assert all(entry["rotation_loss"][1] < entry["rotation_loss"][0] for entry in figures["sites"])
 
 
+def test_propagation_brings_outputs_nearer_to_full_precision(stories):
+    model = models.load_model(stories)
+    start = np.ones((40, 1), np.int32)
+    text = twla_jax.generate(model, start, max_new_tokens=63, temperature=1.0, eos_token_ids=())
+    windows = np.concatenate([start, text], axis=1)
+
+    def nll(propagation):
+        weights = dataclasses.replace(RECIPE.weights, propagation=propagation)
+        recipe = dataclasses.replace(RECIPE, weights=weights)
+        result, _ = pipeline.quantize(model, windows[:32], recipe, progress=False)
+        return twla_jax.evaluate(result, windows[32:], progress=False)["nll"]
+
+    assert nll(0.5) < nll(0.0) - 0.05
+
+
 def test_another_seed_compiles_nothing_anew(model, quantised):
     compiled = pipeline._fit_chunk._cache_size(), pipeline._quantize_site._cache_size()
     assert min(compiled) > 0

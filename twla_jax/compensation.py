@@ -35,6 +35,7 @@ def quantize_matrix(
     weight: Float[Array, "n m"],
     moment: Float[Array, "m m"],
     tokens: Float[Array, ""],
+    drift: Float[Array, "m m"] | None = None,
     *,
     recipe: WeightRecipe,
 ) -> tuple[TernaryTensor | IntegerTensor, dict[str, Float[Array, ""]]]:
@@ -49,6 +50,8 @@ def quantize_matrix(
       weight: rows are outputs, already rotated.
       moment: `S = Σ xᵀx` over calibration inputs, rotated the same way.
       tokens: how many tokens S sums over.
+      drift: `Σ (x₀ − x)ᵀx`, x₀ what the full-precision model has in place of x, rotated the same way: what is quantised
+        is then `propagated` weights. The errors stay those of `weight` itself.
     Returns:
       The packed tensor, and scalars: `output_error` (`‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`), `weight_error`, and `damping`, the
       fraction of the mean diagonal that made H factor (NaN errors mean that none did).
@@ -63,6 +66,10 @@ def quantize_matrix(
         mean_moment = jnp.eye(padded)
     root, inverse, damping = factor(mean_moment, exists, recipe.damping)
     levels = quantizer(recipe)
+    target = weight
+    if drift is not None:
+        drift = jnp.pad(drift / tokens, (0, padded - m))
+        target = propagated(weight, drift, inverse, recipe.propagation)
 
     def quantize_group(w, start):
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
@@ -86,10 +93,26 @@ def quantize_matrix(
         w = w - jnp.where(jnp.arange(padded) >= start + group, pushed, 0)
         return w, (scales, codes.astype(jnp.int16))
 
-    _, (scales, codes) = jax.lax.scan(quantize_group, weight, jnp.arange(0, padded, group))
+    _, (scales, codes) = jax.lax.scan(quantize_group, target, jnp.arange(0, padded, group))
     codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, :m]
     tensor = levels.pack(codes, tuple(p.T for p in scales), group)
     return tensor, _errors(weight[:, :m], tensor, moment / tokens) | {"damping": damping}
+
+
+def propagated(
+    weight: Float[Array, "n m"], drift: Float[Array, "m m"], inverse: Float[Array, "m m"], share: float
+) -> Float[Array, "n m"]:
+    """`W* = W + β·W D H⁻¹`: with β = 1 the minimiser of `‖W X₀ − W* X‖² / t + λ‖W* − W‖²` (QEP, arXiv 2504.09629).
+
+    The weights that, on the inputs X that the quantised prefix gives, come nearest to the full-precision outputs.
+
+    Args:
+      drift: `D = (X₀ − X) Xᵀ / t`.
+      inverse: U, with `H⁻¹ = UᵀU`.
+      share: β; errors are made up for where the calibration text has them, at β = 1 fully.
+    """
+    change = jnp.matmul(jnp.matmul(weight, drift, precision=_HIGHEST), inverse.T, precision=_HIGHEST)
+    return weight + share * jnp.matmul(change, inverse, precision=_HIGHEST)
 
 
 def sweep_codes(

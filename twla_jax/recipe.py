@@ -27,6 +27,8 @@ class WeightRecipe:
         Schur complement given the columns not yet done (`compensated`).
       damping: added to the diagonal of the second moments, as a share of its mean, before factoring.
       compensate: whether later columns make up for the errors of earlier ones; if not, inputs count as uncorrelated.
+      propagation: share of the error that earlier layers leave in the inputs that the weights are changed to make up
+        for before they are quantised (QEP's β); 0 leaves that out, and the pass of the full-precision model it needs.
     """
 
     quantizer: Literal["ternary", "integer"] = "ternary"
@@ -39,10 +41,12 @@ class WeightRecipe:
     metric: Literal["compensated", "group"] = "compensated"
     damping: float = 0.01
     compensate: bool = True
+    propagation: float = 0.0
 
     def __post_init__(self):
         _require(self.planes in (1, 2), "weights.planes", self.planes, "1 or 2")
         _require(2 <= self.bits <= 8, "weights.bits", self.bits, "between 2 and 8")
+        _require(0 <= self.propagation <= 1, "weights.propagation", self.propagation, "between 0 and 1")
         _require(self.group_size >= 0, "weights.group_size", self.group_size, "0 (one group a row) or more")
         _require(self.euclidean_steps >= 0, "weights.euclidean_steps", self.euclidean_steps, "0 or more")
         _require(self.threshold > 0, "weights.threshold", self.threshold, "above 0")
