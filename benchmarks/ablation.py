@@ -60,6 +60,7 @@ ROWS = {
     "no refinement": Row(change={"refine": {"steps": 0}}),
     "codes frozen in refinement": Row(change={"refine": {"code_rate": 0.0}}),
     "scales and norms frozen in refinement": Row(change={"refine": {"scale_rate": 0.0}}),
+    "rotations learn in refinement": Row(change={"refine": {"rotation_rate": 5e-3}}),
     "refined with inputs at 4 bits": Row(change={"refine": {"activation_bits": 4}}),
     "refined on the quantisation's text alone": Row(narrow=True),
     "no sweeps of the codes (rounds 0)": Row(change={"weights": {"rounds": 0}}),

@@ -10,7 +10,7 @@ from flax import nnx
 
 import twla_jax
 from twla_jax import models, pipeline, quantizers, refinement, resume, ternary, two_plane_latents
-from twla_jax.models.decoder import Decoder
+from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
 
 QUANTISE = Recipe(
@@ -49,6 +49,22 @@ def test_latents_start_as_the_student_itself(student, teacher):
     assert float(loss) == pytest.approx(kl(student, teacher, WINDOWS[:3]), rel=1e-4)
 
 
+def test_slope_is_that_of_the_divergence_written_out(student, teacher):
+    latents = refinement.init_latents(student, teacher)
+    placed, tokens = jax.tree.map(jnp.asarray, student), jnp.asarray(WINDOWS[:3])
+
+    def written_out(latents):
+        p = jax.nn.log_softmax(teacher(tokens))
+        q = jax.nn.log_softmax(placed.logits(refinement._hidden(placed, latents, tokens, 16)))
+        return (jnp.exp(p) * (p - q)).sum(-1).mean()
+
+    slope = jax.grad(lambda latents: refinement.kl_divergence(placed, teacher, latents, tokens))(latents)
+    for one, other in zip(
+        jax.tree.leaves(slope), jax.tree.leaves(jax.grad(written_out)(latents)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
+
+
 def test_gradients_pass_the_rounding_straight_within_reach():
     u = jnp.array([-2.0, -1.2, -0.3, 0.0, 0.7, 1.4, 1.6])
     slope = jax.grad(lambda u: (refinement._straight_through(u) * jnp.arange(7.0)).sum())(u)
@@ -65,6 +81,21 @@ def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
     assert jax.tree.structure(refined) == jax.tree.structure(student)
     for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
         assert (before.shape, before.dtype) == (after.shape, after.dtype)
+
+
+def test_rotations_learn_on_the_manifold(student, teacher):
+    def factors(model):
+        transforms = (getattr(model.blocks, f"{site}_input").rotation.get_value() for site in SITES)
+        return [np.asarray(side, np.float32) for t in transforms for side in (t.left, t.right)]
+
+    before = factors(student)
+    for rate in (0.0, 1e-2):
+        recipe = dataclasses.replace(REFINE, rotation_rate=rate)
+        after = factors(refinement.refine(student, teacher, WINDOWS[:8], recipe, progress=False)[0])
+        for old, new in zip(before, after, strict=True):
+            assert (np.abs(new - old).max() > 1e-3) == (rate > 0)
+            product = np.swapaxes(new, -1, -2) @ new
+            np.testing.assert_allclose(product, np.broadcast_to(np.eye(new.shape[-1]), new.shape), atol=3e-3)
 
 
 def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ class RefineRecipe:
       batch: windows a step.
       code_rate: Adam's learning rate for the codes' latents, in units of α.
       scale_rate: the same for α, μ (relative to α) and norms (relative to themselves).
+      rotation_rate: the same for the rotations' factors, on the manifold; 0 keeps them.
       activation_bits: that the linear inputs are quantised to while it learns; 16 for none.
       dtype: what the models compute in meanwhile; what is learned is float32.
     """
@@ -124,6 +125,7 @@ class RefineRecipe:
     batch: int = 4
     code_rate: float = 1e-2
     scale_rate: float = 5e-3
+    rotation_rate: float = 0.0
     activation_bits: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
@@ -136,6 +138,7 @@ class RefineRecipe:
         _require(self.batch >= 1, "refine.batch", self.batch, "1 or more")
         _require(self.code_rate >= 0, "refine.code_rate", self.code_rate, "0 or more")
         _require(self.scale_rate >= 0, "refine.scale_rate", self.scale_rate, "0 or more")
+        _require(self.rotation_rate >= 0, "refine.rotation_rate", self.rotation_rate, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,14 @@
 """End-to-end refinement: a ternary model learns the full-precision model's predictions, in the same packed format.
 
 No labels are used: the loss is the KL divergence `Σ_v p_v (log p_v − log q_v)` from the full-precision model's
-predictions p to the ternary model's q on calibration text. What learns is what inference stores anyway: codes, α, μ
-and norms. A code is the rounding of a latent `u` in units of α, through which gradients pass straight (Bengio et al.,
-arXiv 1308.3432):
+predictions p to the ternary model's q on calibration text. What learns is what inference stores anyway: codes, α, μ,
+norms and, on the manifold, rotations. A code is the rounding of a latent `u` in units of α, through which gradients
+pass straight (Bengio et al., arXiv 1308.3432):
 
     T = clip(round(u), −1, 1),    Ŵ = α₀(1 + s)·T + μ₀ + α₀·r,    ∂T/∂u := 1 where |u| < 1.5
 
-All of u, s and r are free of units, so one learning rate serves every layer. Two planes: `two_plane_latents`.
+All of u, s and r are free of units, so one learning rate serves every layer. Two planes: `two_plane_latents`. A
+rotation turns the input alone: the codes are those of the turned basis, whatever it is.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
-from twla_jax import kotms, packing, resume, ternary, two_plane_latents, two_planes
+from twla_jax import kotms, packing, resume, stiefel, ternary, two_plane_latents, two_planes
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.models.attention import can_fuse
 from twla_jax.models.decoder import SITES, Block, Decoder
@@ -61,7 +62,7 @@ def refine(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Trains the ternary weights and norms of `student` towards the predictions of `teacher`.
+    """Trains what `student` stores of its blocks' linears, and its norms, towards the predictions of `teacher`.
 
     Args:
       student: quantised, with or without rotations; its activation settings stay.
@@ -110,10 +111,10 @@ def refine(
 
 
 def init_latents(student: Decoder, teacher: Decoder) -> Latents:
-    """For each linear `u`, `s` and `r` (and `residual_s`), for each norm `g`, all float32: the student as it is.
+    """The student as it is: each linear's `u`, `s` and `r` (and `residual_s`), each norm's `g`, the rotations' factors.
 
-    u starts where the full-precision weight lies in units of α, but within its code's cell: the codes that the column
-    sweep chose are kept, and those whose weight lies near a boundary are the first to change.
+    All are float32. u starts where the full-precision weight lies in units of α, but within its code's cell: the codes
+    that the column sweep chose are kept, and those whose weight lies near a boundary are the first to change.
     """
     latents: Latents = {}
     for name, site in _LINEARS.items():
@@ -130,6 +131,10 @@ def init_latents(student: Decoder, teacher: Decoder) -> Latents:
             latents[name]["residual_s"] = jnp.zeros(tensor.alpha.shape)
     for name in _NORMS:
         latents[name] = {"g": jnp.zeros(getattr(student.blocks, name).scale.get_value().shape)}
+    for site in SITES:
+        if (rotation := getattr(student.blocks, f"{site}_input").rotation) is not None:
+            left, right = rotation.get_value().left, rotation.get_value().right
+            latents[f"{site}_input"] = {"left": left.astype(jnp.float32), "right": right.astype(jnp.float32)}
     latents["norm"] = {"g": jnp.zeros(student.norm.scale.get_value().shape)}
     return latents
 
@@ -149,13 +154,16 @@ def kl_divergence(
 
     real = jnp.arange(tokens.shape[1] + padding).reshape(-1, chunk) < tokens.shape[1]
 
-    @jax.checkpoint
-    def chunk_kl(operands):
-        p, q, real = operands
+    @functools.partial(jax.value_and_grad, argnums=1)
+    def chunk_kl(p, q, real):
         p, q = (jax.nn.log_softmax(model.logits(h)) for model, h in ((teacher, p), (student, q)))
-        return jnp.where(real, (jnp.exp(p) * (p - q)).sum(-1), 0).sum()
+        return jnp.where(real, (jnp.exp(p) * (p - q)).sum(-1), 0).sum() / tokens.size
 
-    return jax.lax.map(chunk_kl, (chunks(expected), chunks(got), real)).sum() / tokens.size
+    # A chunk's gradient is taken while its logits are there: neither model's are computed again for the way back.
+    got = chunks(got)
+    fixed = jax.lax.stop_gradient(got)
+    loss, slope = jax.lax.map(lambda chunk: chunk_kl(*chunk), (chunks(expected), fixed, real))
+    return loss.sum() + (slope * (got - fixed)).sum().astype(loss.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "bits"), donate_argnames=("latents", "state"))
@@ -173,12 +181,15 @@ def _optimizer(recipe: RefineRecipe, steps: int) -> optax.GradientTransformation
         return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.95)
 
     def labels(latents):
-        return {
-            name: {part: "codes" if part == "u" else "scales" for part in parts}
-            for name, parts in latents.items()
-        }
+        return {name: {part: kinds.get(part, "scales") for part in parts} for name, parts in latents.items()}
 
-    return optax.partition({"codes": adam(recipe.code_rate), "scales": adam(recipe.scale_rate)}, labels)
+    kinds = {"u": "codes", "left": "rotations", "right": "rotations"}
+    rotations = (
+        stiefel.riemannian(adam(recipe.rotation_rate)) if recipe.rotation_rate else optax.set_to_zero()
+    )
+    return optax.partition(
+        {"codes": adam(recipe.code_rate), "scales": adam(recipe.scale_rate), "rotations": rotations}, labels
+    )
 
 
 def _hidden(
@@ -204,6 +215,8 @@ def _apply(block: Block, latents: Latents, bits: int) -> Block:
         linear.kernel = nnx.Param(_dense(linear.kernel.get_value(), latents[name]).T)
     for site in SITES:
         transform = getattr(block, f"{site}_input")
+        if (factors := latents.get(f"{site}_input")) is not None:
+            transform.rotation = nnx.data(nnx.Param(kotms.KroneckerRotation(**factors)))
         quantizer = with_bits(transform.activation.get_value(), bits)
         transform.activation = nnx.data(nnx.Param(_StraightThrough(quantizer)))
     for name in _NORMS:
@@ -274,6 +287,12 @@ def _harden(student: Decoder, latents: Latents) -> Decoder:
             first, residual = _round(parts["u"]), ()
         hard = ternary.from_codes(first.astype(jnp.int8), alpha, mu, tensor.group_size, *residual)
         linear.kernel = nnx.Param(hard)
+    for site in SITES:
+        if (factors := latents.get(f"{site}_input")) is not None:
+            stored = {side: factor.astype(jnp.float16) for side, factor in factors.items()}
+            getattr(student.blocks, f"{site}_input").rotation = nnx.data(
+                nnx.Param(kotms.KroneckerRotation(**stored))
+            )
     for module, name in ((student.blocks, "input_norm"), (student.blocks, "post_norm"), (student, "norm")):
         norm = getattr(module, name)
         scale = norm.scale.get_value()

@@ -30,6 +30,8 @@ def obstacle(dtype, rotation: KernelRotation | None) -> str | None:
         return f"the right factor has {r} rows, not a multiple of 16"
     if rows * r > _LARGEST:
         return f"{rows}×{r} activations are more than {_LARGEST}"
+    if not (_warps(r, rows) and _warps(rows, r)):
+        return f"four warps cannot share products of {rows}×{r}"
     return None
 
 
@@ -130,9 +132,14 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
+def _warps(m: int, n: int) -> int | None:
+    """How many of the four warps lie below each other in an `m × n` product: as many as it allows, or None."""
+    return next((w for w in (4, 2, 1) if m % (16 * w) == 0 and n % (32 // w) == 0), None)
+
+
 def _layouts(m: int, n: int):
-    """Left, right and sum of an `m × n` product, its four warps as far down as m allows."""
-    warps = next(w for w in (4, 2, 1) if m % (16 * w) == 0 and n % (32 // w) == 0)
+    """Left, right and sum of an `m × n` product."""
+    warps = _warps(m, n)
     kinds = (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
     return tuple(kind(jnp.bfloat16, m_warps=warps) for kind in kinds)
 
