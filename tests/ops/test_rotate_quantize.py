@@ -90,6 +90,14 @@ def test_kernels_refuse_what_they_cannot_take():
             rotate_quantize(x.astype(dtype), rotation, quantizer_settings(4, CLIP), implementation="gpu")
 
 
+def test_a_product_too_small_for_four_warps_runs_on_the_reference():
+    rotation = kernel_rotation(rotation_of(16, 16), jnp.bfloat16)
+    operands = values(1, 256)[0], rotation, quantizer_settings(4, CLIP)
+    rotate_quantize(*operands)  # which traces every platform's branch
+    with pytest.raises(TwlaError, match="four warps cannot share products of 16×16"):
+        rotate_quantize(*operands, implementation="gpu")
+
+
 def shapes(t, left, right, norm):
     rotation = jax.eval_shape(lambda: kernel_rotation(rotation_of(left, right), jnp.bfloat16))
     x = jax.ShapeDtypeStruct((t, left * right), jnp.bfloat16)
