@@ -294,8 +294,10 @@ def advance(
     *,
     site: str,
     stride: int,
-) -> tuple[Float[Array, "b s d"], Any, Float[Array, "m m"] | None, Float[Array, "c m"]]:
-    """One batch up to the input of `site`: the stream, that input's second moments, and every so many tokens of it.
+) -> tuple[
+    Float[Array, "b s d"], Any, Float[Array, "m m"] | None, Float[Array, "c m"], Float[Array, "b s m"]
+]:
+    """One batch up to the input of `site`: the stream, that input's second moments, every so many tokens of it, and it.
 
     `mixed` is the attention's output between the sites o and mlp, `[b, s, heads_d]`, and None elsewhere. Windows that
     only fill up a batch (`real` is 0) give zeros, which count for nothing in moments or clips. Without a `moment` to
