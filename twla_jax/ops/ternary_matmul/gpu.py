@@ -1,8 +1,8 @@
 """The ternary matmul on Hopper GPUs (Pallas Mosaic GPU): few tokens, bound by the weights' way from memory.
 
-Tokens are the 16 rows of `mma.sync`, weight rows its columns; each warp unpacks its own weights in registers. K is
-split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added up there in a fixed
-order.
+Weight rows are the rows of `mma.sync`, tokens its columns, 8 or 16; each warp unpacks its own weights in registers. K
+is split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added up there in a
+fixed order.
 """
 
 import functools
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
@@ -20,8 +21,7 @@ from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE, TILE
 
-_TOKENS = 16  # rows of mma.sync; those that are not there are neither read nor written
-_COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
+_COPIES = 4  # of weights, tokens, scales and sums, into each slot of a ring
 
 
 def matmul(
@@ -33,24 +33,25 @@ def matmul(
     *,
     out_dtype,
     tiles: tuning.GpuTiles | None = None,
+    interpret=None,
 ) -> Float[Array, "t rows"]:
     """What `reference.matmul` computes, for int8 or bf16 x."""
     t = len(x)
-    tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, x.dtype.itemsize)
-    scale, zero_point = (jnp.pad(v, (0, -t % _TOKENS)) for v in (scale, zero_point))
+    block = 8 if t <= 8 else 16
+    tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, block, x.dtype.itemsize)
+    scale, zero_point = (jnp.pad(v, (0, -t % block)) for v in (scale, zero_point))
     totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
-    totals = jnp.pad(totals, ((0, -t % _TOKENS), (0, 0))).T
+    totals = jnp.pad(totals, ((0, -t % block), (0, 0))).T
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
     if not jnp.issubdtype(x.dtype, jnp.integer):
         x = unpacked_order(x)
-    kernel = functools.partial(_kernel, tiles=tiles, weight=weight, dtype=x.dtype)
     n, groups, stages = tiles.rows, tiles.warpgroups, tiles.stages
     y = plgpu.kernel(
-        kernel,
+        functools.partial(_kernel, tiles=tiles, weight=weight, dtype=x.dtype),
         out_type=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
-        grid=(pl.cdiv(len(x), _TOKENS), len(weight.codes) // n),
+        grid=(pl.cdiv(len(x), block), len(weight.codes) // n),
         grid_names=("tokens", "rows"),
         num_threads=groups,
         thread_name="warpgroup",
@@ -58,17 +59,22 @@ def matmul(
             "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
             "scales_smem": plgpu.SMEM((groups, stages, 8, n), jnp.float16),
             "x_smem": plgpu.SMEM(
-                (groups, stages, _TOKENS, TILE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
+                (groups, stages, block, TILE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
             ),
-            "totals_smem": plgpu.SMEM((groups, stages, 4, _TOKENS), totals.dtype),
-            "parts_smem": plgpu.SMEM((groups, _TOKENS, n), jnp.float32),
-            "out_smem": plgpu.SMEM((_TOKENS, n), out_dtype),
+            "totals_smem": plgpu.SMEM((groups, stages, 4, block), totals.dtype),
+            "parts_smem": plgpu.SMEM((groups, n, block), jnp.float32),
+            "out_smem": plgpu.SMEM((block, n), out_dtype),
             "filled": plgpu.Barrier(
                 num_arrivals=_COPIES if weight.grouped else 2, num_barriers=groups * stages
             ),
             "added": plgpu.Barrier(num_arrivals=groups),
         },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # Without it, each copy waits for the whole warpgroup; `_all_have_read` waits once for all.
+            unsafe_no_auto_barriers=True,
+        ),
+        interpret=interpret,
     )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, totals, scale, zero_point)
     return y[:t]
 
@@ -96,22 +102,21 @@ def _kernel(
     weight: KernelWeight,
     dtype,
 ):
-    n = tiles.rows
+    block, n = out_smem.shape
     group = lax.axis_index("warpgroup")
-    tokens = pl.ds(lax.axis_index("tokens") * _TOKENS, _TOKENS)
+    tokens = pl.ds(lax.axis_index("tokens") * block, block)
     rows = pl.ds(lax.axis_index("rows") * n, n)
-    x_layout = plgpu.Layout.MMA_LHS(dtype, m_warps=1)
-    codes_layout = plgpu.Layout.MMA_RHS(jnp.int8, m_warps=1)
-    layout = plgpu.Layout.MMA_ACC(dtype, m_warps=1)
+    codes_layout, x_layout = plgpu.Layout.MMA_LHS(jnp.int8), plgpu.Layout.MMA_RHS(dtype)
+    layout = plgpu.Layout.MMA_ACC(dtype)
     steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
 
     def load_token(ref):
-        value = plgpu.load(ref, layout=layout.reduce(1), optimized=False)
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (_TOKENS, n), (0,)), layout)
+        value = plgpu.load(ref, layout=layout.reduce(0), optimized=False)
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, (n, block), (1,)), layout)
 
     def load_row(ref):
-        value = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (_TOKENS, n), (1,)), layout)
+        value = plgpu.load(ref, layout=layout.reduce(1), optimized=False).astype(jnp.float32)
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, (n, block), (0,)), layout)
 
     def fetch(step, slot):
         tile = step * tiles.warpgroups + group
@@ -128,34 +133,57 @@ def _kernel(
 
     for slot in range(tiles.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
-
-    def step(k, y):
-        slot = lax.rem(k, jnp.int32(tiles.stages))
-        plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
-        packed = plgpu.load(codes_smem.at[group, slot].T, layout=codes_layout)
-        for plane in range(4):
-            x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)], layout=x_layout)
-            codes = unpack(packed, plane, n, dtype)
-            if weight.grouped:
-                total = load_token(totals_smem.at[group, slot, plane])
-                # U = T + 1: an accumulator that starts at −Q ends at the sum over T.
-                centred = plgpu.mma(-total, x_plane, codes).astype(jnp.float32)
-                y += load_row(scales_smem.at[group, slot, plane]) * centred
-                y += load_row(scales_smem.at[group, slot, 4 + plane]) * total.astype(jnp.float32)
-            else:
-                y = plgpu.mma(y, x_plane, codes)
-        pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
-        return y
-
-    partial_dtype = jnp.float32 if weight.grouped or dtype == jnp.bfloat16 else jnp.int32
-    start = plgpu.layout_cast(jnp.zeros((_TOKENS, n), partial_dtype), layout)
-    y = lax.fori_loop(0, steps, step, start)
+    # What the end needs is read while the first tiles are on their way.
+    row_sums, bias, zero_point, scale = (
+        load(ref)
+        for load, ref in (
+            (load_row, row_sums_gmem.at[rows]),
+            (load_row, bias_gmem.at[rows]),
+            (load_token, zero_point_gmem.at[tokens]),
+            (load_token, scale_gmem.at[tokens]),
+        )
+    )
     if not weight.grouped:
         # Each warpgroup's share of Q is taken off by the first one, whose sum it is then exact in.
         total = load_token(totals_gmem.at[0, tokens])
         share = jnp.where(group == 0, total, jnp.zeros_like(total))
         alpha, mu = load_row(scales_gmem.at[0, 0, rows]), load_row(scales_gmem.at[0, 1, rows])
+
+    def step(k, y):
+        slot = lax.rem(k, jnp.int32(tiles.stages))
+        plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
+        packed = plgpu.load(codes_smem.at[group, slot], layout=codes_layout)
+        for plane in range(4):
+            x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=x_layout)
+            codes = unpack(packed, plane, n, dtype)
+            if weight.grouped:
+                total = load_token(totals_smem.at[group, slot, plane])
+                # U = T + 1: an accumulator that starts at −Q ends at the sum over T.
+                centred = plgpu.mma(-total, codes, x_plane).astype(jnp.float32)
+                y += load_row(scales_smem.at[group, slot, plane]) * centred
+                y += load_row(scales_smem.at[group, slot, 4 + plane]) * total.astype(jnp.float32)
+            else:
+                y = plgpu.mma(y, codes, x_plane)
+        _all_have_read()
+        pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
+        return y
+
+    partial_dtype = jnp.float32 if weight.grouped or dtype == jnp.bfloat16 else jnp.int32
+    start = plgpu.layout_cast(jnp.zeros((n, block), partial_dtype), layout)
+    y = lax.fori_loop(0, steps, step, start)
+    if not weight.grouped:
         y = alpha * (y - share).astype(jnp.float32) + mu * share.astype(jnp.float32)
+
+    def finish(total):
+        out = scale * (total - zero_point * row_sums) + bias
+        out_smem.T[...] = out.astype(out_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tokens, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    if tiles.warpgroups == 1:
+        finish(y)
+        return
     parts_smem[group] = y
     plgpu.barrier_arrive(added)
 
@@ -165,13 +193,12 @@ def _kernel(
         parts = [
             plgpu.load(parts_smem.at[i], layout=layout, optimized=False) for i in range(tiles.warpgroups)
         ]
-        correction = load_token(zero_point_gmem.at[tokens]) * load_row(row_sums_gmem.at[rows])
-        total = functools.reduce(jnp.add, parts) - correction
-        out = load_token(scale_gmem.at[tokens]) * total + load_row(bias_gmem.at[rows])
-        out_smem[...] = out.astype(out_smem.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tokens, rows])
-        plgpu.wait_smem_to_gmem(0)
+        finish(functools.reduce(jnp.add, parts))
+
+
+def _all_have_read() -> None:
+    """Waits until all warps of the warpgroup are here: what they have read may be overwritten."""
+    plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()  # pyright: ignore[reportCallIssue]
 
 
 def _swizzled(itemsize: int):

@@ -15,15 +15,15 @@ class GpuTiles:
     stages: int
 
 
-def gpu_tiles(rows: int, tiles: int, itemsize: int) -> GpuTiles:
-    """Tiles for a matrix of `rows` by `512·tiles`, whose activations take `itemsize` bytes a value."""
-    block = 128
-    while block > 32 and rows // block < _STREAMING_MULTIPROCESSORS:
-        block //= 2
-    warpgroups = min(2, tiles)
+def gpu_tiles(rows: int, tiles: int, tokens: int, itemsize: int) -> GpuTiles:
+    """Tiles for a matrix of `rows` by `512·tiles` and blocks of so many tokens, of `itemsize` bytes a value."""
+    block = 64
+    warpgroups = 1
+    while warpgroups < min(4, tiles) and rows // block * warpgroups < 2 * _STREAMING_MULTIPROCESSORS:
+        warpgroups *= 2
     # Codes, tokens, scales and sums of a slot; parts and output of a block.
-    slot = block * 128 + 16 * 512 * itemsize + 8 * block * 2 + 16 * 4 * 4
-    left = _SHARED_MEMORY - (warpgroups + 1) * 16 * block * 4
+    slot = block * 128 + tokens * 512 * itemsize + 8 * block * 2 + tokens * 4 * 4
+    left = _SHARED_MEMORY - (warpgroups + 1) * tokens * block * 4
     stages = min(4, -(-tiles // warpgroups), left // (slot * warpgroups))
     return GpuTiles(rows=block, warpgroups=warpgroups, stages=stages)
 
