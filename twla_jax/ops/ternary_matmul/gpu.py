@@ -16,10 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.ternary_matmul import tiles as tuning
-from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
+from twla_jax.ops.ternary_matmul.gpu_unpack import operand_layout, unpack, unpacked_order
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
-from twla_jax.packing import PLANE, TILE
+from twla_jax.packing import PLANE
 
 _COPIES = 4  # of weights, tokens, scales and sums, into each slot of a ring
 
@@ -37,8 +37,10 @@ def matmul(
 ) -> Float[Array, "t rows"]:
     """What `reference.matmul` computes, for int8 or bf16 x."""
     t = len(x)
-    block = 8 if t <= 8 else 16
-    tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, block, x.dtype.itemsize)
+    planes = weight.planes
+    # A copy is a multiple of 128 bytes: two sums of 8 tokens are less.
+    block = 8 if t <= 8 and planes == 4 else 16
+    tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, block, planes, x.dtype.itemsize)
     scale, zero_point = (jnp.pad(v, (0, -t % block)) for v in (scale, zero_point))
     totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
     totals = jnp.pad(totals, ((0, -t % block), (0, 0))).T
@@ -57,11 +59,11 @@ def matmul(
         thread_name="warpgroup",
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
-            "scales_smem": plgpu.SMEM((groups, stages, 8, n), jnp.float16),
+            "scales_smem": plgpu.SMEM((groups, stages, 2 * planes, n), jnp.float16),
             "x_smem": plgpu.SMEM(
-                (groups, stages, block, TILE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
+                (groups, stages, block, planes * PLANE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
             ),
-            "totals_smem": plgpu.SMEM((groups, stages, 4, block), totals.dtype),
+            "totals_smem": plgpu.SMEM((groups, stages, planes, block), totals.dtype),
             "parts_smem": plgpu.SMEM((groups, n, block), jnp.float32),
             "out_smem": plgpu.SMEM((block, n), out_dtype),
             "filled": plgpu.Barrier(
@@ -103,10 +105,11 @@ def _kernel(
     dtype,
 ):
     block, n = out_smem.shape
+    planes = weight.planes
     group = lax.axis_index("warpgroup")
     tokens = pl.ds(lax.axis_index("tokens") * block, block)
     rows = pl.ds(lax.axis_index("rows") * n, n)
-    codes_layout, x_layout = plgpu.Layout.MMA_LHS(jnp.int8), plgpu.Layout.MMA_RHS(dtype)
+    codes_layout, x_layout = operand_layout(jnp.int8, wide=False), plgpu.Layout.MMA_RHS(dtype)
     layout = plgpu.Layout.MMA_ACC(dtype)
     steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
 
@@ -126,10 +129,10 @@ def _kernel(
             plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
 
         copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem)
-        copy(x_gmem.at[tokens, pl.ds(tile * TILE, TILE)], x_smem)
+        copy(x_gmem.at[tokens, pl.ds(tile * planes * PLANE, planes * PLANE)], x_smem)
         if weight.grouped:
             copy(scales_gmem.at[tile, :, rows], scales_smem)
-            copy(totals_gmem.at[pl.ds(tile * 4, 4), tokens], totals_smem)
+            copy(totals_gmem.at[pl.ds(tile * planes, planes), tokens], totals_smem)
 
     for slot in range(tiles.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
@@ -153,15 +156,15 @@ def _kernel(
         slot = lax.rem(k, jnp.int32(tiles.stages))
         plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
         packed = plgpu.load(codes_smem.at[group, slot], layout=codes_layout)
-        for plane in range(4):
+        for plane in range(planes):
             x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=x_layout)
-            codes = unpack(packed, plane, n, dtype)
+            codes = unpack(packed, plane, planes, dtype)
             if weight.grouped:
                 total = load_token(totals_smem.at[group, slot, plane])
-                # U = T + 1: an accumulator that starts at −Q ends at the sum over T.
-                centred = plgpu.mma(-total, codes, x_plane).astype(jnp.float32)
+                # U = T + 1, say: an accumulator that starts at −Q ends at the sum over T.
+                centred = plgpu.mma(-weight.offset * total, codes, x_plane).astype(jnp.float32)
                 y += load_row(scales_smem.at[group, slot, plane]) * centred
-                y += load_row(scales_smem.at[group, slot, 4 + plane]) * total.astype(jnp.float32)
+                y += load_row(scales_smem.at[group, slot, planes + plane]) * total.astype(jnp.float32)
             else:
                 y = plgpu.mma(y, codes, x_plane)
         _all_have_read()
@@ -172,7 +175,7 @@ def _kernel(
     start = plgpu.layout_cast(jnp.zeros((n, block), partial_dtype), layout)
     y = lax.fori_loop(0, steps, step, start)
     if not weight.grouped:
-        y = alpha * (y - share).astype(jnp.float32) + mu * share.astype(jnp.float32)
+        y = alpha * (y - weight.offset * share).astype(jnp.float32) + mu * share.astype(jnp.float32)
 
     def finish(total):
         out = scale * (total - zero_point * row_sums) + bias

@@ -1,7 +1,7 @@
-"""Two-bit codes to the operands of `mma.sync`, register by register.
+"""Codes of two or four bits to the operands of the tensor cores, register by register.
 
 Mosaic GPU has no shifts on 8-bit vectors, so this is written against its registers: each holds four consecutive bytes
-of one weight row, whose plane i is `(w >> 2i) & 0x03030303`.
+of one weight row, whose plane i is `(w >> 2i) & 0x03030303`, or `(w >> 4i) & 0x0f0f0f0f` for four-bit codes.
 """
 
 import jax
@@ -17,29 +17,38 @@ from jaxtyping import Array
 from twla_jax.packing import PLANE
 
 
-def unpack(packed: jax.Array, plane: int, rows: int, dtype) -> jax.Array:
-    """`[rows, PLANE]` codes U in int8 or bf16, as the left operand of `plgpu.mma`; bf16 in `unpacked_order`.
+def unpack(packed: jax.Array, plane: int, planes: int, dtype, *, wide: bool = False) -> jax.Array:
+    """`[rows, PLANE]` codes U in int8 or bf16, as a left operand; bf16 in `unpacked_order`.
 
     Args:
-      packed: bytes in the layout `MMA_LHS(int8)`.
+      packed: bytes in `operand_layout(int8, wide)`.
+      plane: which of the `planes` in a byte.
+      wide: for `plgpu.wgmma` and not `plgpu.mma`.
     """
-    layout = plgpu.Layout.MMA_LHS(dtype)
-    convert = _to_int8 if dtype == jnp.int8 else _to_bfloat16
+    layout = operand_layout(dtype, wide)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.MMA_LHS(jnp.int8),),
-        return_type=plgpu.ShapeDtypeStruct((rows, PLANE), dtype, layout=layout),
+        arg_types=(operand_layout(jnp.int8, wide),),
+        return_type=plgpu.ShapeDtypeStruct(packed.shape, dtype, layout=layout),
     )
     def convert_registers(_, array):
-        registers = convert(array.registers, plane)
+        convert = _to_int8 if dtype == jnp.int8 else _to_bfloat16
+        registers = convert(array.registers, plane * 8 // planes, 2 ** (8 // planes) - 1)
         target = layout.to_mgpu()
         return mgpu.FragmentedArray(
-            _registers=registers.reshape(target.registers_shape((rows, PLANE))),
+            _registers=registers.reshape(target.registers_shape(packed.shape)),
             _layout=target,
             _is_signed=True if dtype == jnp.int8 else None,
         )
 
     return convert_registers(packed)  # pyright: ignore[reportCallIssue]
+
+
+def operand_layout(dtype, wide: bool):
+    """Registers of the left operand of `plgpu.wgmma` if wide, else of `plgpu.mma`."""
+    if not wide:
+        return plgpu.Layout.MMA_LHS(dtype)
+    return plgpu.Layout.WGMMA_8BIT if dtype == jnp.int8 else plgpu.Layout.WGMMA
 
 
 def unpacked_order(x: Array) -> Array:
@@ -52,27 +61,27 @@ def unpacked_order(x: Array) -> Array:
     return x.reshape(t, m // 16, 4, 2, 2).transpose(0, 1, 4, 2, 3).reshape(t, m)
 
 
-def _to_int8(registers: np.ndarray, plane: int) -> np.ndarray:
+def _to_int8(registers: np.ndarray, shift: int, mask: int) -> np.ndarray:
     out = np.empty_like(registers)
     for index, register in np.ndenumerate(registers):
-        word = _shifted(register, 2 * plane)
-        out[index] = utils.bitcast(arith.andi(word, _word(0x03030303)), register.type)
+        word = arith.andi(_shifted(register, shift), _word(0x01010101 * mask))
+        out[index] = utils.bitcast(word, register.type)
     return out
 
 
-def _to_bfloat16(registers: np.ndarray, plane: int) -> np.ndarray:
-    # Tiles of 32 columns become two of 16; of those, halves of 16 become wholes. Rows 8 apart stay beside each other.
-    source = registers.reshape(-1, PLANE // 32, 2, 2)
-    out = np.empty((len(source), PLANE // 16, 2, 2), dtype=object)
+def _to_bfloat16(registers: np.ndarray, shift: int, mask: int) -> np.ndarray:
+    # Sixteen columns and two rows, 8 apart, of each lane: its columns become twice as many registers, rows innermost.
+    source = registers.reshape(-1, 2)
+    out = np.empty((len(source), 2, 2), dtype=object)
     bf16 = ir.BF16Type.get()
     pair = ir.VectorType.get((2,), bf16)
     offset = vector.broadcast(pair, utils.c(128.0, bf16))
-    for (block, tile, half, row), register in np.ndenumerate(source):
+    for (columns, row), register in np.ndenumerate(source):
         for odd in range(2):
-            bits = arith.andi(_shifted(register, 8 * odd + 2 * plane), _word(0x00030003))
+            bits = arith.andi(_shifted(register, 8 * odd + shift), _word(0x00010001 * mask))
             # 128 + U: the exponent of 128 with U in the last bits of its mantissa.
             value = utils.bitcast(arith.ori(bits, _word(0x43004300)), pair)
-            out[block, 2 * tile + half, odd, row] = arith.subf(value, offset)
+            out[columns, odd, row] = arith.subf(value, offset)
     return out
 
 

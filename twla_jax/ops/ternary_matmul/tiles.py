@@ -8,21 +8,21 @@ _STREAMING_MULTIPROCESSORS = 132
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuTiles:
-    """Weight rows of a block, warpgroups that share its columns, and tiles of 512 columns each has under way."""
+    """Weight rows of a block, warpgroups that share its columns, and tiles each has under way."""
 
     rows: int
     warpgroups: int
     stages: int
 
 
-def gpu_tiles(rows: int, tiles: int, tokens: int, itemsize: int) -> GpuTiles:
-    """Tiles for a matrix of `rows` by `512·tiles` and blocks of so many tokens, of `itemsize` bytes a value."""
+def gpu_tiles(rows: int, tiles: int, tokens: int, planes: int, itemsize: int) -> GpuTiles:
+    """Tiles for a matrix of `rows` by `128·planes·tiles` and blocks of so many tokens, of `itemsize` bytes a value."""
     block = 64
     warpgroups = 1
     while warpgroups < min(4, tiles) and rows // block * warpgroups < 2 * _STREAMING_MULTIPROCESSORS:
         warpgroups *= 2
     # Codes, tokens, scales and sums of a slot; parts and output of a block.
-    slot = block * 128 + tokens * 512 * itemsize + 8 * block * 2 + tokens * 4 * 4
+    slot = block * 128 + planes * (tokens * 128 * itemsize + 2 * block * 2 + tokens * 4)
     left = _SHARED_MEMORY - (warpgroups + 1) * tokens * block * 4
     stages = min(4, -(-tiles // warpgroups), left // (slot * warpgroups))
     return GpuTiles(rows=block, warpgroups=warpgroups, stages=stages)

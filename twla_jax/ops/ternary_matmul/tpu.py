@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.ternary_matmul import tiles as tuning
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
-from twla_jax.ops.tokens import pad_columns
-from twla_jax.packing import PLANE, TILE
+from twla_jax.packing import PLANE
 
 
 def matmul(
@@ -30,9 +29,10 @@ def matmul(
     tiles = tiles or tuning.tpu_tiles(len(x), len(weight.codes))
     t = len(x)
     padding = -t % tiles.tokens
-    x = jnp.pad(pad_columns(x), ((0, padding), (0, 0)))
-    # A token's four sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to four.
-    totals = jnp.pad(sums, ((0, padding), (0, 0))).reshape(len(x), weight.tiles, 4).swapaxes(0, 1)
+    planes, groups = weight.planes, weight.planes * weight.tiles
+    x = jnp.pad(x, ((0, padding), (0, groups * PLANE - x.shape[1])))
+    # A token's sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to so few.
+    totals = jnp.pad(sums[:, :groups], ((0, padding), (0, 0))).reshape(len(x), weight.tiles, planes).swapaxes(0, 1)
     scale, zero_point = (jnp.pad(v, (0, padding))[:, None] for v in (scale, zero_point))
     parameters = weight.scales.shape[1]
     grid = (len(x) // tiles.tokens, len(weight.codes) // tiles.rows, weight.tiles)
@@ -40,11 +40,11 @@ def matmul(
     row = pl.BlockSpec((1, tiles.rows), lambda i, j, k: (0, j))
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     y = pl.pallas_call(
-        functools.partial(_kernel, tiles=weight.tiles, grouped=weight.grouped, operand=_operand(x.dtype)),
+        functools.partial(_kernel, weight=weight, operand=_operand(x.dtype)),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((tiles.tokens, TILE), lambda i, j, k: (i, k)),
-            pl.BlockSpec((1, tiles.tokens, 4), lambda i, j, k: (k, i, 0)),
+            pl.BlockSpec((tiles.tokens, planes * PLANE), lambda i, j, k: (i, k)),
+            pl.BlockSpec((1, tiles.tokens, planes), lambda i, j, k: (k, i, 0)),
             column,
             column,
             pl.BlockSpec((tiles.rows, PLANE), lambda i, j, k: (j, k)),
@@ -89,8 +89,7 @@ def _kernel(
     acc_ref,
     sum_ref,
     *,
-    tiles: int,
-    grouped: bool,
+    weight: KernelWeight,
     operand,
 ):
     k = pl.program_id(2)
@@ -103,25 +102,26 @@ def _kernel(
     # Vectors of bytes have no shifts here; four rows lie in the bytes of one word.
     words = pltpu.bitcast(codes_ref[...], jnp.int32)
     exact = jnp.int32 if operand == jnp.int8 else jnp.float32
-    for plane in range(4):
-        unsigned = lax.shift_right_logical(words, jnp.int32(2 * plane)) & 0x03030303
+    bits = 8 // weight.planes
+    for plane in range(weight.planes):
+        unsigned = lax.shift_right_logical(words, jnp.int32(bits * plane)) & ((2**bits - 1) * 0x01010101)
         codes = pltpu.bitcast(unsigned, jnp.int8).astype(operand)
         x = x_ref[:, plane * PLANE : (plane + 1) * PLANE].astype(operand)
         product = lax.dot_general(x, codes, (((1,), (1,)), ((), ())), preferred_element_type=exact)
         total = totals_ref[0, :, plane : plane + 1]
-        centred = product.astype(total.dtype) - total
-        if grouped:
+        centred = product.astype(total.dtype) - weight.offset * total
+        if weight.grouped:
             alpha = _float16_bits(scales_ref[0, plane : plane + 1])
-            mu = _float16_bits(scales_ref[0, 4 + plane : 5 + plane])
+            mu = _float16_bits(scales_ref[0, weight.planes + plane : weight.planes + plane + 1])
             acc_ref[...] += alpha * centred.astype(jnp.float32) + mu * total.astype(jnp.float32)
         else:
             acc_ref[...] += centred
             sum_ref[...] += total
 
-    @pl.when(k == tiles - 1)
+    @pl.when(k == weight.tiles - 1)
     def _():
         y = acc_ref[...].astype(jnp.float32)
-        if not grouped:
+        if not weight.grouped:
             alpha, mu = _float16_bits(scales_ref[0, 0:1]), _float16_bits(scales_ref[0, 1:2])
             y = alpha * y + mu * sum_ref[...].astype(jnp.float32)
         y = scale_ref[...] * (y - zero_point_ref[...] * row_sums_ref[...]) + bias_ref[...]

@@ -33,6 +33,16 @@ class KernelWeight:
     splits: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
+    def planes(self) -> int:
+        """Codes in a byte, each of another run of 128 columns."""
+        return 4
+
+    @property
+    def offset(self) -> int:
+        """What a stored code is above the one it stands for."""
+        return 1
+
+    @property
     def tiles(self) -> int:
         """Tiles of 512 columns."""
         return self.codes.shape[1] // packing.PLANE
@@ -40,7 +50,7 @@ class KernelWeight:
     @property
     def grouped(self) -> bool:
         """Whether there is an (α, μ) for every 128 columns, not one a row."""
-        return self.scales.shape[1] == 8
+        return self.scales.shape[1] == 2 * self.planes
 
     @property
     def out_features(self) -> int:
@@ -89,11 +99,6 @@ def kernel_weight(
         in_features=m,
         splits=tuple(weight.shape[0] for weight in weights),
     )
-
-
-def planes(packed: UInt8[Array, "rows bytes"]) -> UInt8[Array, "rows columns"]:
-    """The codes `U = T + 1` of whole tiles."""
-    return packing.unpack(packed, 4 * packed.shape[1])
 
 
 def _whole_tiles(codes: jax.Array, m: int) -> jax.Array:
