@@ -33,11 +33,22 @@ def ternary_matmul(
     Raises:
       TwlaError: the implementation asked for cannot be used.
     """
+    return packed_matmul("ternary_matmul", x, weight, out_dtype, implementation)
+
+
+def packed_matmul(
+    op: str,
+    x: Array | QuantizedTokens,
+    weight: KernelWeight,
+    out_dtype,
+    implementation: Implementation | None,
+) -> Array:
+    """`ternary_matmul` under the name of `op`, for weights of any number of bits."""
     if isinstance(x, QuantizedTokens):
         lead = x.codes.shape[:-1]
         operands = (
             x.codes.reshape(-1, weight.in_features),
-            x.sums.reshape(-1, 4 * weight.tiles),
+            x.sums.reshape(-1, x.sums.shape[-1]),
             x.scale.reshape(-1),
             x.zero_point.reshape(-1),
         )
@@ -46,7 +57,7 @@ def ternary_matmul(
         values = x.reshape(-1, weight.in_features)
         operands = (values, group_sums(values), jnp.ones(len(values)), jnp.zeros(len(values)))
     y = dispatch(
-        "ternary_matmul",
+        op,
         implementation,
         functools.partial(reference.matmul, out_dtype=out_dtype),
         {
