@@ -55,7 +55,9 @@ def test_reference_is_the_product_with_the_rows(n, m, quantized):
     x = tokens(3, m) if quantized else values(3, m, seed=2)
     real = np.asarray(x, np.float64) if not quantized else None
     if quantized:
-        real = np.asarray(x.scale, np.float64)[:, None] * (np.asarray(x.codes, np.float64) - x.zero_point[:, None])
+        real = np.asarray(x.scale, np.float64)[:, None] * (
+            np.asarray(x.codes, np.float64) - x.zero_point[:, None]
+        )
     expected = real @ dense.T + bias
     found = int4_matmul(x, weight, out_dtype=jnp.float32, implementation="xla")
     np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
@@ -66,7 +68,11 @@ def test_reference_is_the_product_with_the_rows(n, m, quantized):
 def test_tpu_kernel_equals_the_reference(n, m, quantized):
     weight = int4_weight([values(n, m)])
     x = tokens(5, m) if quantized else values(5, m).astype(jnp.bfloat16)
-    operands = (x.codes, x.sums, x.scale, x.zero_point) if quantized else (x, group_sums(x), jnp.ones(5), jnp.zeros(5))
+    operands = (
+        (x.codes, x.sums, x.scale, x.zero_point)
+        if quantized
+        else (x, group_sums(x), jnp.ones(5), jnp.zeros(5))
+    )
     expected = reference.matmul(*operands, weight, out_dtype=jnp.float32)
     found = tpu.matmul(*operands, weight, out_dtype=jnp.float32, interpret=True)
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
@@ -110,7 +116,9 @@ def test_tpu_kernel_compiles(target, dtype, compile_for):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("t", "n", "m", "dtype"), [(1, 49152, 576, jnp.bfloat16), (8, 32000, 4096, jnp.int8)])
+@pytest.mark.parametrize(
+    ("t", "n", "m", "dtype"), [(1, 49152, 576, jnp.bfloat16), (8, 32000, 4096, jnp.int8)]
+)
 def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, dtype, compile_for_h100):
     function = functools.partial(gpu.matmul, out_dtype=jnp.bfloat16)
     compiled, reports = compile_for_h100(function, *shapes(t, n, m, dtype))

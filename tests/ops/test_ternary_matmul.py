@@ -175,7 +175,14 @@ def test_tpu_kernel_compiles(target, t, n, m, size, dtype, compile_for):
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("t", "n", "m", "size"),
-    [(1, 4096, 4096, 128), (8, 22016, 4096, 4096), (16, 4096, 11008, 128), (24, 960, 576, 128)],
+    [
+        (1, 4096, 4096, 128),
+        (8, 22016, 4096, 4096),
+        (16, 4096, 11008, 128),
+        (24, 960, 576, 128),
+        (64, 4096, 4096, 128),
+        (64, 4096, 4096, 4096),
+    ],
 )
 def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, size, dtype, compile_for_h100):
     function = functools.partial(gpu.matmul, out_dtype=jnp.bfloat16)

@@ -69,7 +69,9 @@ def int4_weight(
     dequantized = jnp.where(real, wide_alpha * (unsigned - _OFFSET) + wide_mu, 0)
     unsigned = jnp.where(real, unsigned, 0).astype(jnp.uint8)
     odd = groups % 2
-    unsigned = jnp.pad(unsigned, ((0, padding), (0, odd), (0, 0))).reshape(len(unsigned) + padding, -1, 2, PLANE)
+    unsigned = jnp.pad(unsigned, ((0, padding), (0, odd), (0, 0))).reshape(
+        len(unsigned) + padding, -1, 2, PLANE
+    )
     alpha, mu = (
         jnp.pad(p, ((0, padding), (0, odd))).T.reshape(unsigned.shape[1], 2, -1) for p in (alpha, mu)
     )

@@ -15,12 +15,14 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
+from twla_jax.ops.ternary_matmul import gpu_prefill
 from twla_jax.ops.ternary_matmul import tiles as tuning
-from twla_jax.ops.ternary_matmul.gpu_unpack import operand_layout, unpack, unpacked_order
+from twla_jax.ops.ternary_matmul.gpu_unpack import operand_layout, swizzled, unpack, unpacked_order
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE
 
+_FEW_TOKENS = 32  # more than these go to `gpu_prefill`; not measured
 _COPIES = 4  # of weights, tokens, scales and sums, into each slot of a ring
 
 
@@ -38,17 +40,21 @@ def matmul(
     """What `reference.matmul` computes, for int8 or bf16 x."""
     t = len(x)
     planes = weight.planes
+    # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
+    x = pad_columns(x) if x.shape[1] % PLANE else x
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        x = unpacked_order(x)
+    if t > _FEW_TOKENS and tiles is None:
+        return gpu_prefill.matmul(
+            x, sums, scale, zero_point, weight, out_dtype=out_dtype, interpret=interpret
+        )[:t]
     # A copy is a multiple of 128 bytes: two sums of 8 tokens are less.
     block = 8 if t <= 8 and planes == 4 else 16
     tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, block, planes, x.dtype.itemsize)
     scale, zero_point = (jnp.pad(v, (0, -t % block)) for v in (scale, zero_point))
     totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
     totals = jnp.pad(totals, ((0, -t % block), (0, 0))).T
-    # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
-    x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        x = unpacked_order(x)
     n, groups, stages = tiles.rows, tiles.warpgroups, tiles.stages
     y = plgpu.kernel(
         functools.partial(_kernel, tiles=tiles, weight=weight, dtype=x.dtype),
@@ -58,10 +64,10 @@ def matmul(
         num_threads=groups,
         thread_name="warpgroup",
         scratch_types={
-            "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
+            "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=swizzled(1)),
             "scales_smem": plgpu.SMEM((groups, stages, 2 * planes, n), jnp.float16),
             "x_smem": plgpu.SMEM(
-                (groups, stages, block, planes * PLANE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
+                (groups, stages, block, planes * PLANE), x.dtype, transforms=swizzled(x.dtype.itemsize)
             ),
             "totals_smem": plgpu.SMEM((groups, stages, planes, block), totals.dtype),
             "parts_smem": plgpu.SMEM((groups, n, block), jnp.float32),
@@ -202,8 +208,3 @@ def _kernel(
 def _all_have_read() -> None:
     """Waits until all warps of the warpgroup are here: what they have read may be overwritten."""
     plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()  # pyright: ignore[reportCallIssue]
-
-
-def _swizzled(itemsize: int):
-    tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore[reportAbstractUsage]
-    return (tiling, plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]

@@ -14,8 +14,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array
 
-from twla_jax.packing import PLANE
-
 
 def unpack(packed: jax.Array, plane: int, planes: int, dtype, *, wide: bool = False) -> jax.Array:
     """`[rows, PLANE]` codes U in int8 or bf16, as a left operand; bf16 in `unpacked_order`.
@@ -59,6 +57,12 @@ def unpacked_order(x: Array) -> Array:
     """
     t, m = x.shape
     return x.reshape(t, m // 16, 4, 2, 2).transpose(0, 1, 4, 2, 3).reshape(t, m)
+
+
+def swizzled(itemsize: int):
+    """How an operand of so many bytes a value lies in shared memory: 8 rows by 128 bytes, swizzled."""
+    tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore[reportAbstractUsage]
+    return (tiling, plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
 
 def _to_int8(registers: np.ndarray, shift: int, mask: int) -> np.ndarray:

@@ -32,7 +32,9 @@ def matmul(
     planes, groups = weight.planes, weight.planes * weight.tiles
     x = jnp.pad(x, ((0, padding), (0, groups * PLANE - x.shape[1])))
     # A token's sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to so few.
-    totals = jnp.pad(sums[:, :groups], ((0, padding), (0, 0))).reshape(len(x), weight.tiles, planes).swapaxes(0, 1)
+    totals = (
+        jnp.pad(sums[:, :groups], ((0, padding), (0, 0))).reshape(len(x), weight.tiles, planes).swapaxes(0, 1)
+    )
     scale, zero_point = (jnp.pad(v, (0, padding))[:, None] for v in (scale, zero_point))
     parameters = weight.scales.shape[1]
     grid = (len(x) // tiles.tokens, len(weight.codes) // tiles.rows, weight.tiles)
