@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from twla_jax.kotms import KroneckerRotation
+from twla_jax.ops.int4_matmul import int4_matmul, int4_weight
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 from twla_jax.packing import TILE
 
 TOKENS = 8
+PREFILL_TOKENS = 2048
 # Rows and columns of q, k and v, o, gate and up, and down of LLaMA-2-7B.
 MATRICES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
 ROTATED_BYTES = 250e6  # several times the L2 cache
@@ -53,7 +55,8 @@ def check(implementation: str) -> None:
         static_argnames="implementation",
     )
     key = jax.random.key(0)
-    for t, n, m in ((TOKENS, 1024, 4096), (19, 128, 576)):
+    # Decode with whole and with ragged blocks of tokens; prefill likewise.
+    for t, n, m in ((1, 128, 11008), (TOKENS, 1024, 4096), (19, 128, 576), (256, 1024, 4096), (77, 128, 576)):
         for exact in (True, False):
             x, weight = random_tokens(key, t, m, exact=exact), random_weight(key, n, m, exact=exact)
             found, expected = (product(x, weight, implementation=name) for name in (implementation, "xla"))
@@ -63,6 +66,14 @@ def check(implementation: str) -> None:
         values = jax.random.normal(key, (t, m), jnp.bfloat16)
         found, expected = (product(values, weight, implementation=name) for name in (implementation, "xla"))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * _largest(expected))
+    four_bits = int4_weight([jax.random.normal(key, (49152, 576))])
+    for t in (1, TOKENS, 77):
+        for x in (random_tokens(key, t, 576), jax.random.normal(key, (t, 576), jnp.bfloat16)):
+            found, expected = (
+                int4_matmul(x, four_bits, out_dtype=jnp.float32, implementation=name)
+                for name in (implementation, "xla")
+            )
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * _largest(expected))
     for left, right in ((64, 64), (86, 128)):
         arguments = random_input(TOKENS, left, right)
         found, expected = (
@@ -85,10 +96,10 @@ def random_input(t: int, left: int, right: int):
 
 
 def microseconds(function, *arguments) -> float:
-    """Median of the device time of three calls."""
+    """Median of the device time of five calls."""
     from jax.experimental.mosaic.gpu import profiler
 
-    _, calls = profiler.measure(jax.jit(function), aggregate=False, iterations=3)(*arguments)
+    _, calls = profiler.measure(jax.jit(function), aggregate=False, iterations=5)(*arguments)
     return float(np.median([sum(time for _, time in call) for call in calls])) * 1e3
 
 
@@ -114,12 +125,36 @@ def measure() -> None:
         print(
             f"{n}x{m}, {TOKENS} tokens: {time:.1f} us, {share:.0%} of copy, bf16 {bf16:.1f} us, {bf16 / time:.1f} x"
         )
-    for t in (TOKENS, 2048):
+    prefill()
+    for t in (TOKENS, PREFILL_TOKENS):
         time, xla = (
             microseconds(functools.partial(rotate_quantize, implementation=name), *random_input(t, 64, 64))
             for name in ("gpu", "xla")
         )
         print(f"rotate_quantize 4096, {t} tokens: {time:.1f} us, xla {xla:.1f} us")
+
+
+def prefill() -> None:
+    """Prints the times of many tokens: the matmul alone, and with rotation and quantisation."""
+    t, n, m = PREFILL_TOKENS, 4096, 4096
+    weight, x = random_weight(jax.random.key(0), n, m), random_tokens(jax.random.key(1), t, m)
+    alone = microseconds(ternary_matmul, x, weight)
+
+    def whole(weight, *arguments):
+        return ternary_matmul(rotate_quantize(*arguments), weight)
+
+    together = microseconds(whole, weight, *random_input(t, 64, 64))
+    eight = jnp.ones((n, m), jnp.int8)
+    int8 = microseconds(
+        lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32),
+        x.codes,
+        eight,
+    )
+    bf16 = microseconds(lambda x, w: x @ w.T, jnp.ones((t, m), jnp.bfloat16), eight.astype(jnp.bfloat16))
+    print(
+        f"{n}x{m}, {t} tokens: {alone:.1f} us, with rotation and codes {together:.1f} us, "
+        f"int8 {int8:.1f} us, bf16 {bf16:.1f} us"
+    )
 
 
 def _largest(values: jax.Array) -> float:
