@@ -161,4 +161,4 @@ def _product(codes: jax.Array, x_ref) -> jax.Array:
         return acc[...]
 
     exact = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
-    return pl.run_scoped(multiply, plgpu.ACC((codes.shape[0], x_ref.shape[1]), exact))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((codes.shape[0], x_ref.shape[1]), exact))
