@@ -21,7 +21,7 @@ from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE, TILE
 
 _TOKENS = 16  # rows of mma.sync; those that are not there are neither read nor written
-_COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
+_COPIED = 32  # float32 values of the smallest copy into shared memory, a byte for each thread
 
 
 def matmul(
@@ -37,9 +37,6 @@ def matmul(
     """What `reference.matmul` computes, for int8 or bf16 x."""
     t = len(x)
     tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, x.dtype.itemsize)
-    scale, zero_point = (jnp.pad(v, (0, -t % _TOKENS)) for v in (scale, zero_point))
-    totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
-    totals = jnp.pad(totals, ((0, -t % _TOKENS), (0, 0))).T
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
@@ -60,16 +57,16 @@ def matmul(
             "x_smem": plgpu.SMEM(
                 (groups, stages, _TOKENS, TILE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
             ),
-            "totals_smem": plgpu.SMEM((groups, stages, 4, _TOKENS), totals.dtype),
+            "totals_smem": plgpu.SMEM((groups, stages, _TOKENS, 4), sums.dtype),
+            "scale_smem": plgpu.SMEM((2, _COPIED), jnp.float32),
             "parts_smem": plgpu.SMEM((groups, _TOKENS, n), jnp.float32),
             "out_smem": plgpu.SMEM((_TOKENS, n), out_dtype),
-            "filled": plgpu.Barrier(
-                num_arrivals=_COPIES if weight.grouped else 2, num_barriers=groups * stages
-            ),
+            "filled": plgpu.Barrier(num_arrivals=4 if weight.grouped else 3, num_barriers=groups * stages),
+            "scaled": plgpu.Barrier(num_arrivals=2),
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, totals, scale, zero_point)
+    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, sums, scale, zero_point)
     return y[:t]
 
 
@@ -88,9 +85,11 @@ def _kernel(
     scales_smem,
     x_smem,
     totals_smem,
+    scale_smem,
     parts_smem,
     out_smem,
     filled,
+    scaled,
     added,
     tiles: tuning.GpuTiles,
     weight: KernelWeight,
@@ -122,38 +121,44 @@ def _kernel(
 
         copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem)
         copy(x_gmem.at[tokens, pl.ds(tile * TILE, TILE)], x_smem)
+        copy(totals_gmem.at[tokens, pl.ds(tile * 4, 4)], totals_smem)
         if weight.grouped:
             copy(scales_gmem.at[tile, :, rows], scales_smem)
-            copy(totals_gmem.at[pl.ds(tile * 4, 4), tokens], totals_smem)
 
     for slot in range(tiles.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
 
-    def step(k, y):
+    @pl.when(group == 0)
+    def _():
+        # By the copy engine, which fills up tokens that are not there.
+        for i, source in enumerate((scale_gmem, zero_point_gmem)):
+            copied = source.at[pl.ds(lax.axis_index("tokens") * _TOKENS, _COPIED)]
+            plgpu.copy_gmem_to_smem(copied, scale_smem.at[i], scaled)
+
+    def step(k, carry):
+        y, share = carry
         slot = lax.rem(k, jnp.int32(tiles.stages))
         plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
         packed = plgpu.load(codes_smem.at[group, slot].T, layout=codes_layout)
         for plane in range(4):
             x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)], layout=x_layout)
             codes = unpack(packed, plane, n, dtype)
+            total = load_token(totals_smem.at[group, slot, :, plane])
             if weight.grouped:
-                total = load_token(totals_smem.at[group, slot, plane])
                 # U = T + 1: an accumulator that starts at −Q ends at the sum over T.
                 centred = plgpu.mma(-total, x_plane, codes).astype(jnp.float32)
                 y += load_row(scales_smem.at[group, slot, plane]) * centred
                 y += load_row(scales_smem.at[group, slot, 4 + plane]) * total.astype(jnp.float32)
             else:
                 y = plgpu.mma(y, x_plane, codes)
+                share += total
         pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
-        return y
+        return y, share
 
     partial_dtype = jnp.float32 if weight.grouped or dtype == jnp.bfloat16 else jnp.int32
-    start = plgpu.layout_cast(jnp.zeros((_TOKENS, n), partial_dtype), layout)
-    y = lax.fori_loop(0, steps, step, start)
+    zero = plgpu.layout_cast(jnp.zeros((_TOKENS, n), partial_dtype), layout)
+    y, share = lax.fori_loop(0, steps, step, (zero, zero))
     if not weight.grouped:
-        # Each warpgroup's share of Q is taken off by the first one, whose sum it is then exact in.
-        total = load_token(totals_gmem.at[0, tokens])
-        share = jnp.where(group == 0, total, jnp.zeros_like(total))
         alpha, mu = load_row(scales_gmem.at[0, 0, rows]), load_row(scales_gmem.at[0, 1, rows])
         y = alpha * (y - share).astype(jnp.float32) + mu * share.astype(jnp.float32)
     parts_smem[group] = y
@@ -162,12 +167,13 @@ def _kernel(
     @pl.when(group == 0)
     def _():
         plgpu.barrier_wait(added)
+        plgpu.barrier_wait(scaled)
         parts = [
             plgpu.load(parts_smem.at[i], layout=layout, optimized=False) for i in range(tiles.warpgroups)
         ]
-        correction = load_token(zero_point_gmem.at[tokens]) * load_row(row_sums_gmem.at[rows])
+        correction = load_token(scale_smem.at[1, :_TOKENS]) * load_row(row_sums_gmem.at[rows])
         total = functools.reduce(jnp.add, parts) - correction
-        out = load_token(scale_gmem.at[tokens]) * total + load_row(bias_gmem.at[rows])
+        out = load_token(scale_smem.at[0, :_TOKENS]) * total + load_row(bias_gmem.at[rows])
         out_smem[...] = out.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tokens, rows])
