@@ -1,12 +1,19 @@
 """Chips to compile for without having them."""
 
+import functools
 import importlib.util
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import SingleDeviceSharding
+
+from twla_jax.ops.rotate_quantize import gpu as rotate_quantize_gpu
+from twla_jax.ops.ternary_matmul import gpu as ternary_matmul_gpu
+from twla_jax.ops.tokens import group_sums
 
 TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 
@@ -47,6 +54,38 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+
+@pytest.fixture
+def interpreted_gpu(monkeypatch):
+    """GPU kernels run on the CPU: memory, copies and barriers simulated, without what is written against registers."""
+
+    def mma(acc, a, b):
+        exact = jnp.int32 if acc.dtype == jnp.int32 else jnp.float32
+        return acc + jnp.dot(a.astype(exact), b.astype(exact), precision="highest")
+
+    def sums(codes, _, sums_smem):
+        flat = codes.reshape(1, -1)[:, : len(sums_smem) * 128]
+        found = group_sums(flat)[0, : len(sums_smem)]
+        sums_smem[...] = jnp.pad(found, (0, len(sums_smem) - len(found)))
+
+    kernel = functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams())
+    replaced = {
+        "kernel": kernel,
+        "mma": mma,
+        "load": lambda ref, **_: ref[...],
+        "layout_cast": lambda x, _: x,
+        "broadcasted_iota": lambda *args, **_: jax.lax.broadcasted_iota(*args),
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(plgpu, name, function)
+    monkeypatch.setattr(rotate_quantize_gpu, "_group_sums", sums)
+    monkeypatch.setattr(ternary_matmul_gpu, "unpacked_order", lambda x: x)
+    monkeypatch.setattr(
+        ternary_matmul_gpu,
+        "unpack",
+        lambda packed, plane, rows, dtype: (packed.astype(jnp.int32) >> 2 * plane & 3).astype(dtype),
+    )
 
 
 @pytest.fixture

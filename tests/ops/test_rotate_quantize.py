@@ -72,6 +72,16 @@ def test_tpu_kernel_equals_the_reference(left, right, norm):
     assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("interpreted_gpu")
+@pytest.mark.parametrize(("left", "right", "norm"), [(64, 64, True), (5, 128, False)])
+def test_gpu_kernel_equals_the_reference(left, right, norm):
+    rotation = kernel_rotation(rotation_of(left, right), jnp.bfloat16)
+    x, scale = values(2, left * right)
+    arguments = (x, rotation, quantizer_settings(8, CLIP), scale if norm else None)
+    expected = reference.rotate_quantize(*arguments, epsilon=1e-5)
+    assert_close(gpu.rotate_quantize(*arguments, epsilon=1e-5), expected)
+
+
 def assert_close(found, expected):
     """Equal but for codes on the edge between two levels, which sums in another order may push across."""
     difference = np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int))
@@ -88,6 +98,14 @@ def test_kernels_refuse_what_they_cannot_take():
     for dtype, reason in ((jnp.float32, "float32, not bfloat16"), (jnp.bfloat16, "24 rows, not a multiple")):
         with pytest.raises(TwlaError, match=reason):
             rotate_quantize(x.astype(dtype), rotation, quantizer_settings(4, CLIP), implementation="gpu")
+
+
+def test_what_four_warps_cannot_share_is_left_to_the_reference():
+    x, _ = values(1, 16 * 16)
+    rotation = kernel_rotation(rotation_of(16, 16), jnp.bfloat16)
+    rotate_quantize(x, rotation, quantizer_settings(4, CLIP))
+    with pytest.raises(TwlaError, match="16×16"):
+        rotate_quantize(x, rotation, quantizer_settings(4, CLIP), implementation="gpu")
 
 
 def shapes(t, left, right, norm):

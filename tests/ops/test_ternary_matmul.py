@@ -79,6 +79,19 @@ def test_tpu_kernel_equals_the_reference(n, m, size, kind):
     np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.usefixtures("interpreted_gpu")
+@pytest.mark.parametrize(
+    ("kind", "t", "n", "m", "size"),
+    [("int8", 3, 128, 576, 128), ("int8", 1, 128, 1536, 1536), ("bfloat16", 19, 128, 512, 128)],
+)
+def test_gpu_kernel_equals_the_reference(kind, t, n, m, size):
+    weight = kernel_weight([matrix(n, m, size)])
+    x = operands(activations(kind, t, m))
+    expected = reference.matmul(*x, weight, out_dtype=jnp.float32)
+    y = gpu.matmul(*x, weight, out_dtype=jnp.float32)
+    np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("size", [128, 1536])
 def test_accumulators_are_exact(size):
     # α = μ = 1 leaves the sum over U = T + 1, an integer; 8-bit codes and all columns at their largest.
