@@ -1,8 +1,8 @@
 """The ternary matmul on Hopper GPUs (Pallas Mosaic GPU): few tokens, bound by the weights' way from memory.
 
-Tokens are the 16 rows of `mma.sync`, weight rows its columns; each warp unpacks its own weights in registers. K is
-split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added up there in a fixed
-order.
+Weight rows are the 64 rows of four `mma.sync`, a warp's 16 each, unpacked in its registers, and tokens their columns. K
+is split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added up there in a
+fixed order.
 """
 
 import functools
@@ -20,9 +20,6 @@ from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE, TILE
 
-_TOKENS = 16  # rows of mma.sync; those that are not there are neither read nor written
-_COPIED = 32  # float32 values of the smallest copy into shared memory, a byte for each thread
-
 
 def matmul(
     x: Float[Array, "t m"],
@@ -34,40 +31,33 @@ def matmul(
     out_dtype,
     tiles: tuning.GpuTiles | None = None,
 ) -> Float[Array, "t rows"]:
-    """What `reference.matmul` computes, for int8 or bf16 x."""
-    t = len(x)
-    tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, x.dtype.itemsize)
+    """What `reference.matmul` computes, for int8 or bf16 x, whose sums it takes itself."""
+    del sums
+    t, itemsize = len(x), x.dtype.itemsize
+    tiles = tiles or tuning.gpu_tiles(t, len(weight.codes), weight.tiles, itemsize)
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
     if not jnp.issubdtype(x.dtype, jnp.integer):
         x = unpacked_order(x)
-    kernel = functools.partial(_kernel, tiles=tiles, weight=weight, dtype=x.dtype)
-    n, groups, stages = tiles.rows, tiles.warpgroups, tiles.stages
-    y = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
-        grid=(pl.cdiv(len(x), _TOKENS), len(weight.codes) // n),
+    n, tokens, groups, stages = tiles.rows, tiles.tokens, tiles.warpgroups, tiles.stages
+    return plgpu.kernel(
+        functools.partial(_kernel, tiles=tiles, weight=weight, dtype=x.dtype),
+        out_type=jax.ShapeDtypeStruct((t, len(weight.codes)), out_dtype),
+        grid=(pl.cdiv(t, tokens), len(weight.codes) // n),
         grid_names=("tokens", "rows"),
         num_threads=groups,
         thread_name="warpgroup",
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
             "scales_smem": plgpu.SMEM((groups, stages, 8, n), jnp.float16),
-            "x_smem": plgpu.SMEM(
-                (groups, stages, _TOKENS, TILE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
-            ),
-            "totals_smem": plgpu.SMEM((groups, stages, _TOKENS, 4), sums.dtype),
-            "scale_smem": plgpu.SMEM((2, _COPIED), jnp.float32),
-            "parts_smem": plgpu.SMEM((groups, _TOKENS, n), jnp.float32),
-            "out_smem": plgpu.SMEM((_TOKENS, n), out_dtype),
-            "filled": plgpu.Barrier(num_arrivals=4 if weight.grouped else 3, num_barriers=groups * stages),
-            "scaled": plgpu.Barrier(num_arrivals=2),
+            "x_smem": plgpu.SMEM((groups, stages, tokens, TILE), x.dtype, transforms=_swizzled(itemsize)),
+            "parts_smem": plgpu.SMEM((groups, n, tokens), jnp.float32),
+            "filled": plgpu.Barrier(num_arrivals=3 if weight.grouped else 2, num_barriers=groups * stages),
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, sums, scale, zero_point)
-    return y[:t]
+    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, scale, zero_point)
 
 
 def _kernel(
@@ -76,7 +66,6 @@ def _kernel(
     row_sums_gmem,
     bias_gmem,
     x_gmem,
-    totals_gmem,
     scale_gmem,
     zero_point_gmem,
     out_gmem,
@@ -84,33 +73,28 @@ def _kernel(
     codes_smem,
     scales_smem,
     x_smem,
-    totals_smem,
-    scale_smem,
     parts_smem,
-    out_smem,
     filled,
-    scaled,
     added,
     tiles: tuning.GpuTiles,
     weight: KernelWeight,
     dtype,
 ):
-    n = tiles.rows
+    n, tokens = tiles.rows, tiles.tokens
     group = lax.axis_index("warpgroup")
-    tokens = pl.ds(lax.axis_index("tokens") * _TOKENS, _TOKENS)
+    first = lax.axis_index("tokens") * tokens
     rows = pl.ds(lax.axis_index("rows") * n, n)
-    x_layout = plgpu.Layout.MMA_LHS(dtype, m_warps=1)
-    codes_layout = plgpu.Layout.MMA_RHS(jnp.int8, m_warps=1)
-    layout = plgpu.Layout.MMA_ACC(dtype, m_warps=1)
+    layout = plgpu.Layout.MMA_ACC(dtype)
     steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
 
-    def load_token(ref):
-        value = plgpu.load(ref, layout=layout.reduce(1), optimized=False)
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (_TOKENS, n), (0,)), layout)
+    def row_vector(ref):
+        return plgpu.load(ref, layout=layout.reduce(1), optimized=False).astype(jnp.float32)
 
-    def load_row(ref):
-        value = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (_TOKENS, n), (1,)), layout)
+    def spread(value):
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, (n, tokens), (0,)), layout)
+
+    def filled_with(value, shape, dtype, layout):
+        return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
     def fetch(step, slot):
         tile = step * tiles.warpgroups + group
@@ -120,64 +104,60 @@ def _kernel(
             plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
 
         copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem)
-        copy(x_gmem.at[tokens, pl.ds(tile * TILE, TILE)], x_smem)
-        copy(totals_gmem.at[tokens, pl.ds(tile * 4, 4)], totals_smem)
+        copy(x_gmem.at[pl.ds(first, tokens), pl.ds(tile * TILE, TILE)], x_smem)
         if weight.grouped:
             copy(scales_gmem.at[tile, :, rows], scales_smem)
 
     for slot in range(tiles.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
 
-    @pl.when(group == 0)
-    def _():
-        # By the copy engine, which fills up tokens that are not there.
-        for i, source in enumerate((scale_gmem, zero_point_gmem)):
-            copied = source.at[pl.ds(lax.axis_index("tokens") * _TOKENS, _COPIED)]
-            plgpu.copy_gmem_to_smem(copied, scale_smem.at[i], scaled)
+    sum_dtype = jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else jnp.float32
+    zero = filled_with(0, (n, tokens), sum_dtype, layout)
+    # As left operand of a product, what takes the sums of x to every row.
+    ones = filled_with(1, (n, PLANE), dtype, plgpu.Layout.MMA_LHS(dtype))
 
     def step(k, carry):
         y, share = carry
         slot = lax.rem(k, jnp.int32(tiles.stages))
         plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
-        packed = plgpu.load(codes_smem.at[group, slot].T, layout=codes_layout)
+        packed = plgpu.load(codes_smem.at[group, slot], layout=plgpu.Layout.MMA_LHS(jnp.int8))
         for plane in range(4):
-            x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)], layout=x_layout)
+            x_plane = plgpu.load(
+                x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=plgpu.Layout.MMA_RHS(dtype)
+            )
             codes = unpack(packed, plane, n, dtype)
-            total = load_token(totals_smem.at[group, slot, :, plane])
             if weight.grouped:
-                # U = T + 1: an accumulator that starts at −Q ends at the sum over T.
-                centred = plgpu.mma(-total, x_plane, codes).astype(jnp.float32)
-                y += load_row(scales_smem.at[group, slot, plane]) * centred
-                y += load_row(scales_smem.at[group, slot, 4 + plane]) * total.astype(jnp.float32)
+                acc, total = plgpu.mma(zero, codes, x_plane), plgpu.mma(zero, ones, x_plane)
+                alpha = row_vector(scales_smem.at[group, slot, plane])
+                offset = row_vector(scales_smem.at[group, slot, 4 + plane]) - alpha  # as U = T + 1
+                y += spread(alpha) * acc.astype(jnp.float32) + spread(offset) * total.astype(jnp.float32)
             else:
-                y = plgpu.mma(y, x_plane, codes)
-                share += total
+                y, share = plgpu.mma(y, codes, x_plane), plgpu.mma(share, ones, x_plane)
         pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
         return y, share
 
-    partial_dtype = jnp.float32 if weight.grouped or dtype == jnp.bfloat16 else jnp.int32
-    zero = plgpu.layout_cast(jnp.zeros((_TOKENS, n), partial_dtype), layout)
-    y, share = lax.fori_loop(0, steps, step, (zero, zero))
+    start = filled_with(0, (n, tokens), jnp.float32, layout) if weight.grouped else zero
+    y, share = lax.fori_loop(0, steps, step, (start, zero))
     if not weight.grouped:
-        alpha, mu = load_row(scales_gmem.at[0, 0, rows]), load_row(scales_gmem.at[0, 1, rows])
-        y = alpha * (y - share).astype(jnp.float32) + mu * share.astype(jnp.float32)
+        alpha = row_vector(scales_gmem.at[0, 0, rows])
+        offset = row_vector(scales_gmem.at[0, 1, rows]) - alpha
+        y = spread(alpha) * y.astype(jnp.float32) + spread(offset) * share.astype(jnp.float32)
     parts_smem[group] = y
     plgpu.barrier_arrive(added)
+    row_sums, bias = row_vector(row_sums_gmem.at[rows]), row_vector(bias_gmem.at[rows])
+    plgpu.barrier_wait(added)
 
-    @pl.when(group == 0)
-    def _():
-        plgpu.barrier_wait(added)
-        plgpu.barrier_wait(scaled)
-        parts = [
-            plgpu.load(parts_smem.at[i], layout=layout, optimized=False) for i in range(tiles.warpgroups)
-        ]
-        correction = load_token(scale_smem.at[1, :_TOKENS]) * load_row(row_sums_gmem.at[rows])
-        total = functools.reduce(jnp.add, parts) - correction
-        out = load_token(scale_smem.at[0, :_TOKENS]) * total + load_row(bias_gmem.at[rows])
-        out_smem[...] = out.astype(out_smem.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tokens, rows])
-        plgpu.wait_smem_to_gmem(0)
+    def finish(i, _):
+        token = i * tiles.warpgroups + group
+        total = functools.reduce(
+            jnp.add, [row_vector(parts_smem.at[part, :, token]) for part in range(tiles.warpgroups)]
+        )
+        out = scale_gmem[first + token] * (total - zero_point_gmem[first + token] * row_sums) + bias
+        out_gmem[first + token, rows] = out.astype(out_gmem.dtype)
+        return _
+
+    real = jnp.minimum(out_gmem.shape[0] - first, tokens)
+    lax.fori_loop(0, lax.div(real - group + tiles.warpgroups - 1, tiles.warpgroups), finish, None)
 
 
 def _swizzled(itemsize: int):

@@ -18,23 +18,23 @@ from twla_jax.packing import PLANE
 
 
 def unpack(packed: jax.Array, plane: int, rows: int, dtype) -> jax.Array:
-    """`[PLANE, rows]` codes U in int8 or bf16, as the right operand of `plgpu.mma`; bf16 in `unpacked_order`.
+    """`[rows, PLANE]` codes U in int8 or bf16, as the left operand of `plgpu.mma`; bf16 in `unpacked_order`.
 
     Args:
-      packed: bytes in the layout `MMA_RHS(int8, m_warps=1)`.
+      packed: bytes in the layout `MMA_LHS(int8)`.
     """
-    layout = plgpu.Layout.MMA_RHS(dtype, m_warps=1)
+    layout = plgpu.Layout.MMA_LHS(dtype)
     convert = _to_int8 if dtype == jnp.int8 else _to_bfloat16
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.MMA_RHS(jnp.int8, m_warps=1),),
-        return_type=plgpu.ShapeDtypeStruct((PLANE, rows), dtype, layout=layout),
+        arg_types=(plgpu.Layout.MMA_LHS(jnp.int8),),
+        return_type=plgpu.ShapeDtypeStruct((rows, PLANE), dtype, layout=layout),
     )
     def convert_registers(_, array):
         registers = convert(array.registers, plane)
         target = layout.to_mgpu()
         return mgpu.FragmentedArray(
-            _registers=registers.reshape(target.registers_shape((PLANE, rows))),
+            _registers=registers.reshape(target.registers_shape((rows, PLANE))),
             _layout=target,
             _is_signed=True if dtype == jnp.int8 else None,
         )
@@ -61,18 +61,18 @@ def _to_int8(registers: np.ndarray, plane: int) -> np.ndarray:
 
 
 def _to_bfloat16(registers: np.ndarray, plane: int) -> np.ndarray:
-    # Tiles of 32 columns become two of 16; of those, halves of 16 become wholes.
-    source = registers.reshape(PLANE // 32, -1, 2)
-    out = np.empty((PLANE // 16, source.shape[1], 2), dtype=object)
+    # Halves of 16 columns of a tile of 32 become tiles themselves, of two halves of 8, each with two halves of rows.
+    source = registers.reshape(-1, PLANE // 32, 2, 2)
+    out = np.empty((len(source), PLANE // 16, 2, 2), dtype=object)
     bf16 = ir.BF16Type.get()
     pair = ir.VectorType.get((2,), bf16)
     offset = vector.broadcast(pair, utils.c(128.0, bf16))
-    for (tile, row, half), register in np.ndenumerate(source):
+    for (rows, tile, half, row), register in np.ndenumerate(source):
         for odd in range(2):
             bits = arith.andi(_shifted(register, 8 * odd + 2 * plane), _word(0x00030003))
             # 128 + U: the exponent of 128 with U in the last bits of its mantissa.
             value = utils.bitcast(arith.ori(bits, _word(0x43004300)), pair)
-            out[2 * tile + half, row, odd] = arith.subf(value, offset)
+            out[rows, 2 * tile + half, odd, row] = arith.subf(value, offset)
     return out
 
 

@@ -8,24 +8,26 @@ _STREAMING_MULTIPROCESSORS = 132
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuTiles:
-    """Weight rows of a block, warpgroups that share its columns, and tiles of 512 columns each has under way."""
+    """Tokens and weight rows of a block, warpgroups that share its columns, and tiles of 512 columns under way each."""
 
+    tokens: int
     rows: int
     warpgroups: int
     stages: int
 
 
-def gpu_tiles(rows: int, tiles: int, itemsize: int) -> GpuTiles:
-    """Tiles for a matrix of `rows` by `512·tiles`, whose activations take `itemsize` bytes a value."""
-    block = 128
-    while block > 32 and rows // block < _STREAMING_MULTIPROCESSORS:
-        block //= 2
-    warpgroups = min(2, tiles)
-    # Codes, tokens, scales and sums of a slot; parts and output of a block.
-    slot = block * 128 + 16 * 512 * itemsize + 8 * block * 2 + 16 * 4 * 4
-    left = _SHARED_MEMORY - (warpgroups + 1) * 16 * block * 4
-    stages = min(4, -(-tiles // warpgroups), left // (slot * warpgroups))
-    return GpuTiles(rows=block, warpgroups=warpgroups, stages=stages)
+def gpu_tiles(t: int, rows: int, tiles: int, itemsize: int) -> GpuTiles:
+    """Tiles for t tokens and a matrix of `rows` by `512·tiles`, whose activations take `itemsize` bytes a value."""
+    tokens = min(32, -(-t // 8) * 8)
+    block = 64
+    # As many blocks a multiprocessor as there are, up to three: one that waits for its turn leaves others idle.
+    together = min(3, -(-rows // (block * _STREAMING_MULTIPROCESSORS)))
+    # What registers allow: about 100 for each of 512 threads at 8 tokens, twice that at more.
+    warpgroups = max(1, min(4 // together // (1 if tokens == 8 else 2), tiles))
+    slot = block * 128 + tokens * 512 * itemsize + 8 * block * 2
+    left = _SHARED_MEMORY // together - warpgroups * tokens * block * 4
+    stages = max(1, min(-(-tiles // warpgroups), left // (slot * warpgroups)))
+    return GpuTiles(tokens=tokens, rows=block, warpgroups=warpgroups, stages=stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
