@@ -33,6 +33,7 @@ def ternarize(
     weight: Float[Array, "n m"],
     moment: Float[Array, "m m"],
     tokens: Float[Array, ""],
+    drift: Float[Array, "m m"] | None = None,
     *,
     recipe: WeightRecipe,
 ) -> tuple[ternary.TernaryTensor, dict[str, Float[Array, ""]]]:
@@ -46,6 +47,8 @@ def ternarize(
       weight: rows are outputs, already rotated.
       moment: `S = Σ xᵀx` over calibration inputs, rotated the same way.
       tokens: how many tokens S sums over.
+      drift: `Σ (x₀ − x)ᵀx`, x₀ what the full-precision model has in place of x, rotated the same way: what is
+        quantised is then `propagated` weights. The errors stay those of `weight` itself.
     Returns:
       The packed tensor, and scalars: `output_error` (`‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`), `weight_error`, and `damping`, the
       fraction of the mean diagonal that made H factor (NaN errors mean that none did).
@@ -56,7 +59,18 @@ def ternarize(
     weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padded - m)))
     mean_moment = jnp.pad(moment / tokens, (0, padded - m))
     exists = jnp.arange(padded) < m
+    order = jnp.arange(padded)
+    if recipe.order != "none":
+        diag = jnp.where(exists, jnp.diagonal(mean_moment), 0).reshape(-1, group)
+        inside = jnp.argsort(-diag, axis=1)
+        groups = jnp.argsort(-diag.mean(1)) if recipe.order == "groups" else jnp.arange(len(diag))
+        order = (groups[:, None] * group + inside[groups]).reshape(-1)
+    original = weight
+    weight, mean_moment, exists = weight[:, order], mean_moment[order][:, order], exists[order]
     root, inverse, damping = factor(mean_moment, exists, recipe.damping)
+    if drift is not None:
+        drift = jnp.pad(drift / tokens, (0, padded - m))[order][:, order]
+        weight = propagated(weight, drift, inverse, recipe.propagation)
 
     def quantize_group(w, start):
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
@@ -74,6 +88,9 @@ def ternarize(
         for _ in range(recipe.rounds):
             codes = sweep_codes(w_group, alpha, mu, columns(inverse_rows, axis=1), mask)
             alpha, mu = ternary.relocate(w_group, codes, alpha, mu, metric, mask)
+        for _ in range(recipe.descents):
+            codes = descend(w_group, codes, alpha, mu, metric, mask)
+            alpha, mu = ternary.relocate(w_group, codes, alpha, mu, metric, mask)
         alpha, mu = (p.astype(jnp.float16).astype(jnp.float32) for p in (alpha, mu))
         error = jnp.where(mask, w_group - alpha[:, None] * codes - mu[:, None], 0)
         pushed = jnp.matmul(
@@ -83,9 +100,28 @@ def ternarize(
         return w, (alpha, mu, codes.astype(jnp.int8))
 
     _, (alpha, mu, codes) = jax.lax.scan(quantize_group, weight, jnp.arange(0, padded, group))
-    codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, :m]
+    codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, jnp.argsort(order)][:, :m]
+    if recipe.order == "groups":
+        back = jnp.argsort(groups)
+        alpha, mu = alpha[back], mu[back]
     tensor = ternary.from_codes(codes, alpha.T, mu.T, recipe.group_size or m)
-    return tensor, _errors(weight[:, :m], tensor, moment / tokens) | {"damping": damping}
+    return tensor, _errors(original[:, :m], tensor, moment / tokens) | {"damping": damping}
+
+
+def propagated(
+    weight: Float[Array, "n m"], drift: Float[Array, "m m"], inverse: Float[Array, "m m"], share: float
+) -> Float[Array, "n m"]:
+    """`W* = W + β·W D H⁻¹`: with β = 1 the minimiser of `‖W X₀ − W* X‖² / t + λ‖W* − W‖²` (QEP, arXiv 2504.09629).
+
+    The weights that, on the inputs X that the quantised prefix gives, come nearest to the full-precision outputs.
+
+    Args:
+      drift: `D = (X₀ − X) Xᵀ / t`.
+      inverse: U, with `H⁻¹ = UᵀU`.
+      share: β; errors are made up for where the calibration text has them, at β = 1 fully.
+    """
+    change = jnp.matmul(jnp.matmul(weight, drift, precision=_HIGHEST), inverse.T, precision=_HIGHEST)
+    return weight + share * jnp.matmul(change, inverse, precision=_HIGHEST)
 
 
 def sweep_codes(
@@ -131,6 +167,32 @@ def sweep_codes(
 
     _, codes = jax.lax.fori_loop(0, size // block, sweep_block, (w.T, jnp.zeros_like(w.T)))
     return jnp.where(mask, codes.T, 0)
+
+
+def descend(
+    w: Float[Array, "n g"],
+    codes: Float[Array, "n g"],
+    alpha: Float[Array, " n"],
+    mu: Float[Array, " n"],
+    metric: Float[Array, "g g"],
+    mask: Bool[Array, " g"],
+) -> Float[Array, "n g"]:
+    """One pass of coordinate descent: each column's code becomes the best one given all the others.
+
+    Lowers `(w − αt − μ1) M (w − αt − μ1)ᵀ` of every row at fixed (α, μ), column by column; never raises it.
+    """
+    error = jnp.where(mask, w - alpha[:, None] * codes - mu[:, None], 0).T
+    slope = jnp.matmul(metric, error, precision=_HIGHEST)
+
+    def column(j, state):
+        codes, slope = state
+        wanted = alpha * codes[j] + slope[j] / jnp.maximum(metric[j, j], 1e-30)
+        code = jnp.where(mask[j], ternary.nearest_codes(wanted, alpha, jnp.zeros_like(mu)), 0)
+        slope = slope - metric[:, j][:, None] * (alpha * (code - codes[j]))
+        return codes.at[j].set(code), slope
+
+    codes, _ = jax.lax.fori_loop(0, w.shape[1], column, (codes.T, slope))
+    return codes.T
 
 
 def factor(

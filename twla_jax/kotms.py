@@ -41,9 +41,9 @@ def rotate(
 
 
 def rotate_moment(moment: Float[Array, "m m"], rotation: KroneckerRotation) -> Float[Array, "m m"]:
-    """Second moments of the rotated input, `Q S Qᵀ`, from those of the input."""
+    """Second moments of the rotated input, `Q S Qᵀ`, from those of the input; S need not be symmetric."""
     left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
-    return rotate(rotate(moment, left, right).T, left, right)
+    return rotate(rotate(moment, left, right).T, left, right).T
 
 
 def factor_sizes(in_features: int, out_features: int, rule: str) -> tuple[int, int]:

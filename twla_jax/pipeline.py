@@ -165,14 +165,19 @@ def _quantize_blocks(
     config = model.config
     reach = model.windows()
     stream = ResidualStream(model, windows, mesh)
+    reference = ResidualStream(model, windows, mesh) if recipe.weights.propagation else None
     layers: list[dict[str, np.ndarray]] = []
     first = 0
     if store and (snapshot := store.load("stream")):
         first = int(snapshot["layer"])
         layers = [saved for index in range(first) if (saved := store.load(f"block-{index}"))]
         stream.restore(snapshot["x"])
+        if reference:
+            reference.restore(snapshot["reference"])
     else:
         stream.start()
+        if reference:
+            reference.start()
     saved_at = time.perf_counter()
     with tqdm(
         total=config.num_layers, initial=first, desc="blocks", unit="block", disable=not progress
@@ -183,7 +188,7 @@ def _quantize_blocks(
                 site: jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), r)
                 for site, r in rotations.items()
             }
-            result = jax.device_get(_quantize_block(block, here, stream, reach[index], recipe))
+            result = jax.device_get(_quantize_block(block, here, stream, reference, reach[index], recipe))
             for site in SITES:
                 if not all(np.isfinite(result[f"{site}.{name}"]) for name in _FIGURES):
                     raise TwlaError(
@@ -196,7 +201,10 @@ def _quantize_blocks(
             if store:
                 store.save(f"block-{index}", result)
                 if time.perf_counter() - saved_at > _SNAPSHOT_SECONDS and index + 1 < config.num_layers:
-                    store.save("stream", {"layer": np.asarray(index + 1), "x": stream.collect()})
+                    snapshot = {"layer": np.asarray(index + 1), "x": stream.collect()}
+                    if reference:
+                        snapshot["reference"] = reference.collect()
+                    store.save("stream", snapshot)
                     saved_at = time.perf_counter()
     return layers
 
@@ -205,36 +213,39 @@ def _quantize_block(
     block: Block,
     rotations: dict[str, KroneckerRotation],
     stream: ResidualStream,
+    reference: ResidualStream | None,
     reach: Int32[Array, ""],
     recipe: Recipe,
 ) -> dict[str, jax.Array]:
     """Quantises one block in place, input by input, and moves the stream past it.
+
+    The `reference` is the stream of the full-precision model, which moves with it.
 
     Returns:
       `q.codes`, `q.alpha`, `q.mu`, … for every linear, and for every input its clips and figures.
     """
     result = {}
     stride = max(1, stream.tokens // recipe.activations.clip_tokens)
+    original = nnx.merge(*nnx.split(block))
     for site, names in SITES.items():
         linears = [getattr(block, name) for name in names]
         m = linears[0].kernel.get_value().shape[0]
         moment, samples = jnp.zeros((m, m), jnp.float32), []
-        for batch, real in stream.batches():
-            batch["x"], batch["mixed"], moment, sample = advance(
-                block,
-                batch["x"],
-                batch["mixed"],
-                real,
-                moment,
-                stream.positions,
-                reach,
-                site=site,
-                stride=stride,
+        drift = jnp.zeros((m, m), jnp.float32) if reference else None
+        pairs = zip(stream.batches(), reference.batches(), strict=True) if reference else None
+        for (batch, real), (exact, _) in pairs or ((batch, ({}, None)) for batch in stream.batches()):
+            here = (stream.positions, reach)
+            batch["x"], batch["mixed"], moment, sample, h = advance(
+                block, batch["x"], batch["mixed"], real, moment, *here, site=site, stride=stride
             )
             samples.append(sample)
+            if reference:
+                exact["x"], exact["mixed"], drift = advance_reference(
+                    original, exact["x"], exact["mixed"], h, drift, *here, site=site
+                )
         kernels = tuple(linear.kernel.get_value() for linear in linears)
         tensors, clips, figures = _quantize_site(
-            kernels, rotations.get(site), moment, jnp.concatenate(samples), stream.tokens, recipe=recipe
+            kernels, rotations.get(site), moment, jnp.concatenate(samples), stream.tokens, drift, recipe=recipe
         )
         for name, linear, tensor in zip(names, linears, tensors, strict=True):
             linear.kernel = nnx.Param(tensor)
@@ -243,6 +254,8 @@ def _quantize_block(
         result |= {f"{site}.clips": clips} | {f"{site}.{key}": value for key, value in figures.items()}
     for batch, _ in stream.batches():
         batch["x"] = finish(block, batch["x"])
+    for batch, _ in reference.batches() if reference else ():
+        batch["x"] = finish(original, batch["x"])
     return result
 
 
@@ -277,6 +290,37 @@ def advance(
     only fill up a batch (`real` is 0) give zeros, which count for nothing in moments or clips. Without a `moment` to
     add to, none is taken.
     """
+    x, mixed, h = _to_site(block, x, mixed, positions, reach, site)
+    h = h * real[:, None, None].astype(h.dtype)
+    sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
+    if moment is not None:
+        moment = compensation.accumulate_moment(moment, h)
+    return x, mixed, moment, sample, h
+
+
+@functools.partial(jax.jit, static_argnames="site", donate_argnames=("x", "drift"))
+def advance_reference(
+    original: Block,
+    x: Float[Array, "b s d"],
+    mixed: Any,
+    h: Float[Array, "b s m"],
+    drift: Float[Array, "m m"],
+    positions: Positions,
+    reach: Int32[Array, ""],
+    *,
+    site: str,
+) -> tuple[Float[Array, "b s d"], Any, Float[Array, "m m"]]:
+    """The full-precision stream up to the input of `site`, and what it adds to the drift from h, its quantised twin.
+
+    Where h is zero, as in windows that only fill up a batch, nothing is added.
+    """
+    x, mixed, exact = _to_site(original, x, mixed, positions, reach, site)
+    h = h.reshape(-1, h.shape[-1]).astype(jnp.float32)
+    difference = exact.reshape(h.shape).astype(jnp.float32) - h
+    return x, mixed, drift + jnp.matmul(difference.T, h, precision=jax.lax.Precision.HIGHEST)
+
+
+def _to_site(block, x, mixed, positions, reach, site):
     if site == "qkv":
         h = block.input_norm(x)
     elif site == "o":
@@ -286,11 +330,7 @@ def advance(
         h = block.post_norm(x)
     else:
         h = block.gate_up(block.mlp_input(block.post_norm(x)))
-    h = h * real[:, None, None].astype(h.dtype)
-    sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
-    if moment is not None:
-        moment = compensation.accumulate_moment(moment, h)
-    return x, mixed, moment, sample
+    return x, mixed, h
 
 
 @functools.partial(jax.jit, donate_argnames="x")
@@ -307,6 +347,7 @@ def _quantize_site(
     moment: Float[Array, "m m"],
     sample: Float[Array, "c m"],
     tokens: Float[Array, ""],
+    drift: Float[Array, "m m"] | None = None,
     *,
     recipe: Recipe,
 ) -> tuple[tuple[ternary.TernaryTensor, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
@@ -316,7 +357,8 @@ def _quantize_site(
         left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
         rows, sample = kotms.rotate(rows, left, right), kotms.rotate(sample, left, right)
         moment = kotms.rotate_moment(moment, rotation)
-    tensor, figures = compensation.ternarize(rows, moment, tokens, recipe=recipe.weights)
+        drift = None if drift is None else kotms.rotate_moment(drift, rotation)
+    tensor, figures = compensation.ternarize(rows, moment, tokens, drift, recipe=recipe.weights)
     dense = ternary.dequantize(tensor)
     output_metric = jnp.matmul(dense.T, dense, precision=jax.lax.Precision.HIGHEST)
     clips = fit_clips(sample, output_metric, recipe.activations.clips)

@@ -31,6 +31,9 @@ class WeightRecipe:
     rounds: int = 3
     metric: Literal["compensated", "group"] = "compensated"
     damping: float = 0.01
+    descents: int = 0
+    order: Literal["none", "inside", "groups"] = "none"
+    propagation: float = 0.0
 
     def __post_init__(self):
         _require(self.group_size >= 0, "weights.group_size", self.group_size, "0 (one group a row) or more")
@@ -112,6 +115,9 @@ class RefineRecipe:
     scale_rate: float = 5e-3
     activation_bits: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    block_steps: int = 0
+    block_window: int = 1
+    block_mix: float = 0.0
 
     def __post_init__(self):
         known = f"one of {ACTIVATION_BITS}"

@@ -76,16 +76,16 @@ def refine(
     batches = windows[: steps * recipe.batch].reshape(steps, recipe.batch, -1)
     dtype = jnp.dtype(recipe.dtype)
     original = student
-    student, teacher = (_computing_in(model, dtype) for model in (student, teacher))
+    student, teacher = (computing_in(model, dtype) for model in (student, teacher))
     latents = init_latents(student, teacher)
-    optimizer = _optimizer(recipe, steps)
+    optimizer = optimizer_for(recipe, steps)
     step = functools.partial(_step, optimizer=optimizer, bits=recipe.activation_bits)
     state = optimizer.init(latents)
-    store = None if work_dir is None else _open_work_dir(Path(work_dir), student, windows, recipe)
+    store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, recipe)
     losses: list[float] = []
     if store and (saved := store.load("state")):
         losses = saved.pop("losses").tolist()
-        latents, state = _unflatten((latents, state), saved)
+        latents, state = resume.unflatten((latents, state), saved)
     saved_at = time.perf_counter()
     with tqdm(total=steps, initial=len(losses), desc="refine", unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
@@ -94,16 +94,16 @@ def refine(
             bar.update()
             bar.set_postfix(kl=f"{np.mean(losses[-20:]):.3f}")
             if store and time.perf_counter() - saved_at > _SNAPSHOT_SECONDS:
-                store.save("state", {**_flatten((latents, state)), "losses": np.asarray(losses)})
+                store.save("state", {**resume.flatten((latents, state)), "losses": np.asarray(losses)})
                 saved_at = time.perf_counter()
-    refined = _harden(student, latents)
+    refined = harden(student, latents)
     refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
     tenth = max(1, steps // 10)
     figures = {
         "steps": steps,
         "tokens": int(batches.size),
         "loss": [float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))],
-        "flipped": _flipped(original, refined),
+        "flipped": flipped(original, refined),
     }
     return refined, figures
 
@@ -163,7 +163,7 @@ def _step(latents, state, student, teacher, tokens, *, optimizer, bits):
 
 
 @functools.lru_cache(maxsize=1)  # one object a recipe, so that `_step` compiles once
-def _optimizer(recipe: RefineRecipe, steps: int) -> optax.GradientTransformation:
+def optimizer_for(recipe: RefineRecipe, steps: int) -> optax.GradientTransformation:
     """Adam with a learning rate for codes and one for all that is continuous, both falling as a cosine to zero."""
 
     def adam(rate):
@@ -187,14 +187,14 @@ def _hidden(
     @jax.checkpoint
     def step(x, layer):
         block, here, window = layer
-        return _apply(block, here, bits)(x, positions, window), None
+        return apply(block, here, bits)(x, positions, window), None
 
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
     x, _ = jax.lax.scan(step, student.embed_tokens(tokens), (student.blocks, blocks, student.windows()))
     return student.norm(x) * (1 + latents["norm"]["g"]).astype(x.dtype)
 
 
-def _apply(block: Block, latents: Latents, bits: int) -> Block:
+def apply(block: Block, latents: Latents, bits: int) -> Block:
     """The block with the dense weights and the norms that `latents` stand for; changes it, which only a trace sees."""
     for name in _LINEARS:
         linear = getattr(block, name)
@@ -244,7 +244,7 @@ def _start(layer) -> Float[Array, "n m"]:
     return codes + jnp.clip(u - codes, -_MARGIN, _MARGIN)
 
 
-def _harden(student: Decoder, latents: Latents) -> Decoder:
+def harden(student: Decoder, latents: Latents) -> Decoder:
     """The student, on the host, with what the latents stand for in its own format."""
     for name in _LINEARS:
         linear, parts = getattr(student.blocks, name), latents[name]
@@ -259,7 +259,7 @@ def _harden(student: Decoder, latents: Latents) -> Decoder:
     return jax.tree.map(np.asarray, student)
 
 
-def _flipped(before: Decoder, after: Decoder) -> float:
+def flipped(before: Decoder, after: Decoder) -> float:
     """Share of codes that differ."""
     changed = total = 0
     for name in _LINEARS:
@@ -269,7 +269,7 @@ def _flipped(before: Decoder, after: Decoder) -> float:
     return changed / total
 
 
-def _computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
+def computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
     copy = nnx.merge(*nnx.split(model))
     copy.dtype = dtype
     # Most of a step's time went into reading and writing the scores.
@@ -277,17 +277,8 @@ def _computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
     return jax.tree.map(jnp.asarray, copy)
 
 
-def _open_work_dir(
+def open_work_dir(
     folder: Path, student: Decoder, windows: np.ndarray, recipe: RefineRecipe
 ) -> resume.WorkDir:
     arrays = map(np.asarray, [windows, *jax.tree.leaves(student)])
     return resume.WorkDir(folder, resume.fingerprint(dataclasses.asdict(recipe), arrays))
-
-
-def _flatten(tree: Any) -> dict[str, np.ndarray]:
-    return {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
-
-
-def _unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
-    leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [jnp.asarray(saved[str(index)]) for index in range(len(leaves))])

@@ -46,7 +46,7 @@ def refit_clips(
         for site, names in SITES.items():
             samples = []
             for batch, real in stream.batches():
-                batch["x"], batch["mixed"], _, sample = advance(
+                batch["x"], batch["mixed"], _, sample, _ = advance(
                     block,
                     batch["x"],
                     batch["mixed"],

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from twla_jax.errors import TwlaError
@@ -107,3 +109,16 @@ def _from_bytes(array: np.ndarray) -> np.ndarray:
     import ml_dtypes
 
     return array.view(np.dtype(getattr(ml_dtypes, array.dtype.names[0])))
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """The leaves of a pytree as a group that `WorkDir.save` takes."""
+    return {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
+    """The pytree that `flatten` took apart; `like` gives its structure and its dtypes."""
+    leaves, structure = jax.tree.flatten(like)
+    # A file knows bfloat16 only as two bytes of something.
+    arrays = [jnp.asarray(saved[str(index)].view(leaf.dtype)) for index, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, arrays)
