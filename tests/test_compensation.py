@@ -85,6 +85,26 @@ def test_compensation_and_rounds_each_lower_the_output_error(layer):
     assert plain > errors[0] > errors[1] >= errors[2] * 0.99
 
 
+def test_propagated_weights_minimise_the_damped_distance_to_full_precision_outputs(layer):
+    """Against float64 least squares: `‖W X₀ − V X‖² / t + λ‖V − W‖²` as one stacked system."""
+    weight, _ = layer
+    rng = np.random.default_rng(2)
+    exact = rng.normal(size=(TOKENS, M)) @ (np.eye(M) + 0.3 * rng.normal(size=(M, M)))
+    x = exact + 0.4 * rng.normal(size=(TOKENS, M)) - 0.2 * exact[:, ::-1]
+    moment = x.T @ x
+    ridge = 0.01 * np.diag(moment).mean()
+    system = np.vstack([x, np.sqrt(ridge) * np.eye(M)])
+    wanted = np.linalg.lstsq(system, np.vstack([exact @ weight.T, np.sqrt(ridge) * weight.T]), rcond=None)[0].T
+    _, inverse, _ = compensation.factor(
+        jnp.asarray(moment / TOKENS, jnp.float32), jnp.ones(M, bool), 0.01
+    )
+    drift = jnp.asarray((exact - x).T @ x / TOKENS, jnp.float32)
+    got = compensation.propagated(jnp.asarray(weight), drift, inverse, 1.0)
+    np.testing.assert_allclose(got, wanted, atol=2e-3 * np.abs(wanted).max())
+    half = compensation.propagated(jnp.asarray(weight), drift, inverse, 0.5)
+    np.testing.assert_allclose(half, (wanted + weight) / 2, atol=2e-3 * np.abs(wanted).max())
+
+
 def test_reported_output_error_is_the_real_one(layer):
     weight, moment = layer
     tensor, stats = ternarize(weight, moment)

@@ -98,7 +98,7 @@ def test_calibration_statistics_agree_to_float32_rounding(model, mesh):
         mixed = None
         for site, names in SITES.items():
             m = getattr(block, names[0]).kernel.get_value().shape[0]
-            x, mixed, found[site], _ = pipeline.advance(
+            x, mixed, found[site], _, _ = pipeline.advance(
                 block, x, mixed, real, jnp.zeros((m, m)), positions, reach, site=site, stride=1
             )
         return found

@@ -23,6 +23,8 @@ class WeightRecipe:
       metric: what stage 2 measures the output error in: the group's own second moments (`group`, the paper), or their
         Schur complement given the columns not yet done (`compensated`).
       damping: added to the diagonal of the second moments, as a share of its mean, before factoring.
+      propagation: share of the error that earlier layers leave in the inputs that the weights are changed to make up
+        for before they are quantised (QEP's β); 0 leaves that out, and the pass of the full-precision model it needs.
     """
 
     group_size: int = 128
@@ -33,7 +35,7 @@ class WeightRecipe:
     damping: float = 0.01
     descents: int = 0
     order: Literal["none", "inside", "groups"] = "none"
-    propagation: float = 0.0
+    propagation: float = 1.0
 
     def __post_init__(self):
         _require(self.group_size >= 0, "weights.group_size", self.group_size, "0 (one group a row) or more")
@@ -41,6 +43,7 @@ class WeightRecipe:
         _require(self.threshold > 0, "weights.threshold", self.threshold, "above 0")
         _require(self.rounds >= 0, "weights.rounds", self.rounds, "0 or more")
         _require(self.damping > 0, "weights.damping", self.damping, "above 0")
+        _require(0 <= self.propagation <= 1, "weights.propagation", self.propagation, "between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ class RotationRecipe:
     learning_rate: float = 1e-2
     sigma: float = 0.25
     balance: float = 0.1
+    range: float = 0.0
     retraction: Literal["polar", "cayley", "qr"] = "polar"
     seed: int = 0
 
@@ -98,15 +102,18 @@ class ActivationRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefineRecipe:
-    """Settings of the end-to-end refinement that may follow the layer-wise quantisation.
+    """Settings of the refinement that may follow the layer-wise quantisation: block by block, then end to end.
 
     Attributes:
-      steps: optimisation steps, each on new windows; 0 leaves the model as it is.
+      steps: optimisation steps end to end, each on new windows; 0 leaves that out.
       batch: windows a step.
       code_rate: Adam's learning rate for the codes' latents, in units of α.
       scale_rate: the same for α, μ (relative to α) and norms (relative to themselves).
       activation_bits: that the linear inputs are quantised to while it learns; 16 for none.
       dtype: what the models compute in meanwhile; what is learned is float32.
+      block_steps: optimisation steps of each block before that, on the calibration windows; 0 leaves that out.
+      block_window: neighbouring blocks that learn together.
+      block_mix: share of windows that enter a block as the full-precision model has them.
     """
 
     steps: int = 0
@@ -126,6 +133,9 @@ class RefineRecipe:
         )
         _require(self.steps >= 0, "refine.steps", self.steps, "0 or more")
         _require(self.batch >= 1, "refine.batch", self.batch, "1 or more")
+        _require(self.block_steps >= 0, "refine.block_steps", self.block_steps, "0 or more")
+        _require(self.block_window >= 1, "refine.block_window", self.block_window, "1 or more")
+        _require(0 <= self.block_mix <= 1, "refine.block_mix", self.block_mix, "between 0 and 1")
         _require(self.code_rate >= 0, "refine.code_rate", self.code_rate, "0 or more")
         _require(self.scale_rate >= 0, "refine.scale_rate", self.scale_rate, "0 or more")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax import accounting, allocation, calibration, checkpoint, models, pipeline, refinement
+from twla_jax import accounting, allocation, blockwise, calibration, checkpoint, models, pipeline, refinement
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import check_length, evaluate
@@ -139,7 +139,12 @@ def quantize_to_folder(
         quantised, layers = pipeline.quantize(
             model, windows, recipe, work_dir=work_dir, mesh=mesh, progress=progress
         )
-    refined = None
+    refined, refined_blocks = None, None
+    if recipe.refine.block_steps:
+        with phases("refine block by block"):
+            quantised, refined_blocks = blockwise.refine_blocks(
+                quantised, model, windows, recipe.refine, work_dir=work_dir / "blocks", progress=progress
+            )
     if recipe.refine.steps:
         with phases("refine"):
             more = draw(recipe.refine.steps * recipe.refine.batch, seed=recipe.calibration.seed + 1)
@@ -181,6 +186,7 @@ def quantize_to_folder(
             "sample": tokenizer.decode(sample),
         },
         "layers": layers,
+        "refine_blocks": refined_blocks,
         "refine": refined,
         **allocated,
         "seconds": phases.seconds,
