@@ -94,10 +94,10 @@ def test_propagated_weights_minimise_the_damped_distance_to_full_precision_outpu
     moment = x.T @ x
     ridge = 0.01 * np.diag(moment).mean()
     system = np.vstack([x, np.sqrt(ridge) * np.eye(M)])
-    wanted = np.linalg.lstsq(system, np.vstack([exact @ weight.T, np.sqrt(ridge) * weight.T]), rcond=None)[0].T
-    _, inverse, _ = compensation.factor(
-        jnp.asarray(moment / TOKENS, jnp.float32), jnp.ones(M, bool), 0.01
-    )
+    wanted = np.linalg.lstsq(system, np.vstack([exact @ weight.T, np.sqrt(ridge) * weight.T]), rcond=None)[
+        0
+    ].T
+    _, inverse, _ = compensation.factor(jnp.asarray(moment / TOKENS, jnp.float32), jnp.ones(M, bool), 0.01)
     drift = jnp.asarray((exact - x).T @ x / TOKENS, jnp.float32)
     got = compensation.propagated(jnp.asarray(weight), drift, inverse, 1.0)
     np.testing.assert_allclose(got, wanted, atol=2e-3 * np.abs(wanted).max())

@@ -57,7 +57,9 @@ def refine_blocks(
     reach, positions = student.windows(), student.positions(windows.shape[1])
     count = layers - size + 1
     batch = min(recipe.batch, len(windows))
-    with tqdm(total=count, initial=len(losses), desc="refine blocks", unit="block", disable=not progress) as bar:
+    with tqdm(
+        total=count, initial=len(losses), desc="refine blocks", unit="block", disable=not progress
+    ) as bar:
         for first in range(len(losses), count):
             rng = np.random.default_rng(first)
             draws = np.stack([rng.choice(len(windows), batch, False) for _ in range(recipe.block_steps)])
@@ -65,12 +67,31 @@ def refine_blocks(
             here = functools.partial(jax.tree.map, lambda leaf, first=first: leaf[first : first + size])
             ours, theirs = here(student.blocks), here(teacher.blocks)
             fitted, loss = _fit(
-                here(blocks), ours, theirs, x, exact, draws, mixed, reach[first : first + size], positions, recipe=recipe
+                here(blocks),
+                ours,
+                theirs,
+                x,
+                exact,
+                draws,
+                mixed,
+                reach[first : first + size],
+                positions,
+                recipe=recipe,
             )
-            blocks = jax.tree.map(lambda leaf, new, at=first: leaf.at[at : at + size].set(new), blocks, fitted)
+            blocks = jax.tree.map(
+                lambda leaf, new, at=first: leaf.at[at : at + size].set(new), blocks, fitted
+            )
             head = functools.partial(jax.tree.map, lambda leaf: leaf[:1])
-            x, exact = _move(head(fitted), head(ours), head(theirs), x, exact, reach[first : first + 1], positions,
-                             bits=recipe.activation_bits)
+            x, exact = _move(
+                head(fitted),
+                head(ours),
+                head(theirs),
+                x,
+                exact,
+                reach[first : first + 1],
+                positions,
+                bits=recipe.activation_bits,
+            )
             losses.append(np.asarray(loss))
             bar.update()
             bar.set_postfix(loss=f"{losses[-1][-1]:.4f}")
@@ -100,7 +121,9 @@ def _fit(latents, blocks, originals, x, exact, draws, mixed, reach, positions, *
         begin = jnp.where(swap[:, None, None], start, x[index])
 
         def loss(latents):
-            return relative_error(_through(latents, blocks, begin, reach, positions, recipe.activation_bits), target)
+            return relative_error(
+                _through(latents, blocks, begin, reach, positions, recipe.activation_bits), target
+            )
 
         value, gradient = jax.value_and_grad(loss)(latents)
         updates, state = optimizer.update(gradient, state, latents)

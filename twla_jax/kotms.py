@@ -85,20 +85,9 @@ def tri_modal_loss(
     return constant - log_mixture.mean() + balance * jnp.square(responsibilities - 1 / 3).sum()
 
 
-def mean_range(x: Float[Array, "c m"]) -> Float[Array, ""]:
-    """Mean over tokens of `(max − min) / (2·RMS)`: the steps that a quantiser of given bits takes, in units of RMS."""
-    rms = jnp.sqrt(jnp.square(x).mean(-1) + 1e-12)
-    return ((x.max(-1) - x.min(-1)) / (2 * rms)).mean()
-
-
 @functools.partial(jax.jit, static_argnames=("recipe", "sizes"))
 def fit_rotation(
-    weight: Float[Array, "n m"],
-    key: jax.Array,
-    sample: Float[Array, "c m"] | None = None,
-    *,
-    recipe: RotationRecipe,
-    sizes: tuple[int, int],
+    weight: Float[Array, "n m"], key: jax.Array, *, recipe: RotationRecipe, sizes: tuple[int, int]
 ) -> tuple[KroneckerRotation, Float[Array, " 2"]]:
     """Fits the rotation shared by all rows of `weight` (every linear that reads this input, stacked).
 
@@ -119,10 +108,7 @@ def fit_rotation(
     optimizer = stiefel.riemannian(optax.adam(recipe.learning_rate), stiefel.RETRACTIONS[recipe.retraction])
 
     def loss(factors):
-        shape = tri_modal_loss(rotate(weight, *factors), sigma=recipe.sigma, balance=recipe.balance)
-        if sample is None:
-            return shape
-        return shape + recipe.range * mean_range(rotate(sample, *factors))
+        return tri_modal_loss(rotate(weight, *factors), sigma=recipe.sigma, balance=recipe.balance)
 
     def step(carry, _):
         factors, state = carry

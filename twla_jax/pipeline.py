@@ -27,8 +27,6 @@ from twla_jax.recipe import Recipe
 from twla_jax.stream import ResidualStream
 
 _ROTATION_WEIGHTS = 2**23  # weights whose rotations are fitted at the same time
-_RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotated input is measured on
-_RANGE_TOKENS = 256  # of these
 _SNAPSHOT_SECONDS = 60  # between two copies of the residual stream to the working folder
 
 
@@ -61,7 +59,7 @@ def quantize(
     check_vocabulary(windows, model.config.vocab_size)
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, recipe)
     start = time.perf_counter()
-    rotations, losses = _fit_rotations(model, windows, recipe, store, mesh, progress)
+    rotations, losses = _fit_rotations(model, recipe, store, progress)
     fitted = time.perf_counter()
     layers = _quantize_blocks(model, windows, rotations, recipe, store, mesh, progress)
     figures = [
@@ -97,12 +95,7 @@ _FIGURES = ("output_error", "weight_error", "damping")
 
 
 def _fit_rotations(
-    model: Decoder,
-    windows: np.ndarray,
-    recipe: Recipe,
-    store: resume.WorkDir | None,
-    mesh: jax.sharding.Mesh | None,
-    progress: bool,
+    model: Decoder, recipe: Recipe, store: resume.WorkDir | None, progress: bool
 ) -> tuple[dict[str, KroneckerRotation], dict[str, np.ndarray]]:
     """For every site the rotations of all blocks, stacked, on the host; and their losses `[layers, 2]`."""
     rotations, losses = {}, {}
@@ -110,13 +103,11 @@ def _fit_rotations(
     if recipe.rotation.start == "none":
         return rotations, losses
     layers = model.config.num_layers
-    samples = _sample_inputs(model, windows, mesh) if recipe.rotation.range else {}
     with tqdm(total=len(SITES) * layers, desc="rotations", unit="input", disable=not progress) as bar:
         for index, (site, names) in enumerate(SITES.items()):
             saved = store.load(f"rotation-{site}") if store else None
             if saved is None:
-                key = jax.random.key(recipe.rotation.seed + index)
-                saved = _fit_site(model, names, key, samples.get(site), recipe, bar)
+                saved = _fit_site(model, names, jax.random.key(recipe.rotation.seed + index), recipe, bar)
                 if store:
                     store.save(f"rotation-{site}", saved)
             else:
@@ -127,12 +118,7 @@ def _fit_rotations(
 
 
 def _fit_site(
-    model: Decoder,
-    names: tuple[str, ...],
-    key: jax.Array,
-    sample: np.ndarray | None,
-    recipe: Recipe,
-    bar: tqdm,
+    model: Decoder, names: tuple[str, ...], key: jax.Array, recipe: Recipe, bar: tqdm
 ) -> dict[str, np.ndarray]:
     kernels = [getattr(model.blocks, name).kernel.get_value() for name in names]
     layers, m, _ = kernels[0].shape
@@ -148,11 +134,7 @@ def _fit_site(
     for start in range(0, layers, chunk):
         here = slice(start, start + chunk)
         rotation, loss = _fit_chunk(
-            tuple(jnp.asarray(kernel[here]) for kernel in kernels),
-            keys[here],
-            None if sample is None else jnp.asarray(sample[here]),
-            recipe.rotation,
-            sizes,
+            tuple(jnp.asarray(kernel[here]) for kernel in kernels), keys[here], recipe.rotation, sizes
         )
         parts.append(
             {
@@ -164,41 +146,10 @@ def _fit_site(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _sample_inputs(
-    model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None
-) -> dict[str, np.ndarray]:
-    """For every site `[layers, c, m]`: some tokens of its input in the full-precision model."""
-    stream = ResidualStream(model, windows[:_RANGE_WINDOWS], mesh)
-    stream.start()
-    stride, reach = max(1, stream.tokens // _RANGE_TOKENS), model.windows()
-    samples: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
-    for index in range(model.config.num_layers):
-        block = _place(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks), mesh)
-        for site in SITES:
-            parts = []
-            for batch, real in stream.batches():
-                batch["x"], batch["mixed"], _, part, _ = advance(
-                    block,
-                    batch["x"],
-                    batch["mixed"],
-                    real,
-                    None,
-                    stream.positions,
-                    reach[index],
-                    site=site,
-                    stride=stride,
-                )
-                parts.append(np.asarray(part))
-            samples[site].append(np.concatenate(parts))
-        for batch, _ in stream.batches():
-            batch["x"] = finish(block, batch["x"])
-    return {site: np.stack(parts) for site, parts in samples.items()}
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _fit_chunk(kernels, keys, samples, recipe, sizes):
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fit_chunk(kernels, keys, recipe, sizes):
     rows = jnp.concatenate([jnp.swapaxes(kernel, -1, -2) for kernel in kernels], axis=-2)
-    return jax.vmap(functools.partial(kotms.fit_rotation, recipe=recipe, sizes=sizes))(rows, keys, samples)
+    return jax.vmap(functools.partial(kotms.fit_rotation, recipe=recipe, sizes=sizes))(rows, keys)
 
 
 def _quantize_blocks(
@@ -294,7 +245,13 @@ def _quantize_block(
                 )
         kernels = tuple(linear.kernel.get_value() for linear in linears)
         tensors, clips, figures = _quantize_site(
-            kernels, rotations.get(site), moment, jnp.concatenate(samples), stream.tokens, drift, recipe=recipe
+            kernels,
+            rotations.get(site),
+            moment,
+            jnp.concatenate(samples),
+            stream.tokens,
+            drift,
+            recipe=recipe,
         )
         for name, linear, tensor in zip(names, linears, tensors, strict=True):
             linear.kernel = nnx.Param(tensor)

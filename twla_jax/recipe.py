@@ -35,7 +35,7 @@ class WeightRecipe:
     damping: float = 0.01
     descents: int = 0
     order: Literal["none", "inside", "groups"] = "none"
-    propagation: float = 1.0
+    propagation: float = 0.5
 
     def __post_init__(self):
         _require(self.group_size >= 0, "weights.group_size", self.group_size, "0 (one group a row) or more")
@@ -67,7 +67,6 @@ class RotationRecipe:
     learning_rate: float = 1e-2
     sigma: float = 0.25
     balance: float = 0.1
-    range: float = 0.0
     retraction: Literal["polar", "cayley", "qr"] = "polar"
     seed: int = 0
 

@@ -116,7 +116,9 @@ class Block(nnx.Module):
         self.qkv_input, self.o_input = InputTransform(), InputTransform()
         self.mlp_input, self.down_input = InputTransform(), InputTransform()
         self.head_dim = config.head_dim
-        self.fused = False  # attention of whole sequences as one kernel; `attention.can_fuse` says where there is one
+        self.fused = (
+            False  # attention of whole sequences as one kernel; `attention.can_fuse` says where there is one
+        )
 
     def __call__(
         self, x: Float[Array, "b t d"], positions: Positions, window: Int32[Array, ""]
@@ -246,7 +248,9 @@ class Decoder(nnx.Module):
             return ternary_matmul(h, kernel).astype(jnp.float32)
         # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
         rows = h.reshape(-1, h.shape[-1])
-        rows = jnp.pad(rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0)))
+        rows = jnp.pad(
+            rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0))
+        )
         y = jnp.einsum(
             "td,vd->tv" if self.head is None else "td,dv->tv",
             rows,
