@@ -1,4 +1,4 @@
-"""Block-wise refinement brings each block's output nearer to the original's, compiles once and can be taken up again."""
+"""Block-wise refinement brings each block's output nearer to the original's, compiles once and resumes."""
 
 import dataclasses
 

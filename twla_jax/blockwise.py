@@ -5,7 +5,6 @@ model has after the same blocks (`yâ‚€`), by Adam on the mean over tokens of `â€
 `refinement`. All windows share one shape and one compilation.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any

@@ -59,18 +59,11 @@ def ternarize(
     weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padded - m)))
     mean_moment = jnp.pad(moment / tokens, (0, padded - m))
     exists = jnp.arange(padded) < m
-    order = jnp.arange(padded)
-    if recipe.order != "none":
-        diag = jnp.where(exists, jnp.diagonal(mean_moment), 0).reshape(-1, group)
-        inside = jnp.argsort(-diag, axis=1)
-        groups = jnp.argsort(-diag.mean(1)) if recipe.order == "groups" else jnp.arange(len(diag))
-        order = (groups[:, None] * group + inside[groups]).reshape(-1)
-    original = weight
-    weight, mean_moment, exists = weight[:, order], mean_moment[order][:, order], exists[order]
     root, inverse, damping = factor(mean_moment, exists, recipe.damping)
+    target = weight
     if drift is not None:
-        drift = jnp.pad(drift / tokens, (0, padded - m))[order][:, order]
-        weight = propagated(weight, drift, inverse, recipe.propagation)
+        drift = jnp.pad(drift / tokens, (0, padded - m))
+        target = propagated(weight, drift, inverse, recipe.propagation)
 
     def quantize_group(w, start):
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
@@ -99,13 +92,10 @@ def ternarize(
         w = w - jnp.where(jnp.arange(padded) >= start + group, pushed, 0)
         return w, (alpha, mu, codes.astype(jnp.int8))
 
-    _, (alpha, mu, codes) = jax.lax.scan(quantize_group, weight, jnp.arange(0, padded, group))
-    codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, jnp.argsort(order)][:, :m]
-    if recipe.order == "groups":
-        back = jnp.argsort(groups)
-        alpha, mu = alpha[back], mu[back]
+    _, (alpha, mu, codes) = jax.lax.scan(quantize_group, target, jnp.arange(0, padded, group))
+    codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, :m]
     tensor = ternary.from_codes(codes, alpha.T, mu.T, recipe.group_size or m)
-    return tensor, _errors(original[:, :m], tensor, moment / tokens) | {"damping": damping}
+    return tensor, _errors(weight[:, :m], tensor, moment / tokens) | {"damping": damping}
 
 
 def propagated(

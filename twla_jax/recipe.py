@@ -34,7 +34,6 @@ class WeightRecipe:
     metric: Literal["compensated", "group"] = "compensated"
     damping: float = 0.01
     descents: int = 0
-    order: Literal["none", "inside", "groups"] = "none"
     propagation: float = 0.5
 
     def __post_init__(self):

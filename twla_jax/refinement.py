@@ -270,6 +270,7 @@ def flipped(before: Decoder, after: Decoder) -> float:
 
 
 def computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
+    """A copy on the device that computes in `dtype`, with fused attention where there is one."""
     copy = nnx.merge(*nnx.split(model))
     copy.dtype = dtype
     # Most of a step's time went into reading and writing the scores.
@@ -280,5 +281,10 @@ def computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
 def open_work_dir(
     folder: Path, student: Decoder, windows: np.ndarray, recipe: RefineRecipe
 ) -> resume.WorkDir:
+    """The folder that belongs to this student, text and recipe.
+
+    Raises:
+      TwlaError: it holds other work.
+    """
     arrays = map(np.asarray, [windows, *jax.tree.leaves(student)])
     return resume.WorkDir(folder, resume.fingerprint(dataclasses.asdict(recipe), arrays))
