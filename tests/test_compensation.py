@@ -62,7 +62,7 @@ def test_column_sweep_is_gptq(layer):
 def test_groupwise_sweep_is_gptq_between_groups(layer):
     """With codes left as fitted (rounds 0), groups after the first see weights compensated as GPTQ compensates them."""
     weight, moment = layer
-    tensor, _ = ternarize(weight, moment, rounds=0)
+    tensor, _ = ternarize(weight, moment, rounds=0, descents=0)
     inverse = np.linalg.cholesky(np.linalg.inv(damped(moment))).T
     w, quantized = weight.astype(np.float64).copy(), np.asarray(ternary.dequantize(tensor), np.float64)
     for j in range(16):
@@ -81,7 +81,7 @@ def test_compensation_and_rounds_each_lower_the_output_error(layer):
     no_compensation = ternarize(weight, np.diag(np.diag(moment)), rounds=0)[0]
     e = weight - np.asarray(ternary.dequantize(no_compensation))
     plain = np.einsum("ni,ij,nj->", e, moment, e) / np.einsum("ni,ij,nj->", weight, moment, weight)
-    errors = [float(ternarize(weight, moment, rounds=r)[1]["output_error"]) for r in (0, 1, 3)]
+    errors = [float(ternarize(weight, moment, rounds=r, descents=0)[1]["output_error"]) for r in (0, 1, 3)]
     assert plain > errors[0] > errors[1] >= errors[2] * 0.99
 
 
@@ -103,6 +103,34 @@ def test_propagated_weights_minimise_the_damped_distance_to_full_precision_outpu
     np.testing.assert_allclose(got, wanted, atol=2e-3 * np.abs(wanted).max())
     half = compensation.propagated(jnp.asarray(weight), drift, inverse, 0.5)
     np.testing.assert_allclose(half, (wanted + weight) / 2, atol=2e-3 * np.abs(wanted).max())
+
+
+def test_coordinate_descent_ends_where_no_single_code_can_do_better(layer):
+    """Every other code of every column tried in float64; and no pass raises the error."""
+    weight, moment = layer
+    metric = damped(moment)
+    alpha, mu = np.abs(weight).mean(1) * 1.3, weight.mean(1)
+    codes = np.clip(np.round((weight - mu[:, None]) / alpha[:, None]), -1, 1)
+
+    def errors(codes):
+        e = weight - alpha[:, None] * codes - mu[:, None]
+        return np.einsum("ni,ij,nj->n", e, metric, e)
+
+    start = before = errors(codes)
+    operands = [jnp.asarray(a, jnp.float32) for a in (alpha, mu, metric)]
+    for _ in range(20):
+        codes = np.asarray(
+            compensation.descend(jnp.asarray(weight), jnp.asarray(codes), *operands, jnp.ones(M, bool)),
+            np.float64,
+        )
+        assert (errors(codes) <= before * (1 + 1e-5)).all()
+        before = errors(codes)
+    assert before.sum() < 0.9 * start.sum()
+    for j in range(M):
+        for code in (-1, 0, 1):
+            changed = codes.copy()
+            changed[:, j] = code
+            assert (errors(changed) >= before * (1 - 1e-5)).all()
 
 
 def test_reported_output_error_is_the_real_one(layer):

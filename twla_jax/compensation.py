@@ -40,8 +40,9 @@ def ternarize(
     """Quantises all rows of `weight` to ternary, group by group of columns, in one scan.
 
     Per group: E2M-ATQ on the weights as compensated so far; `recipe.rounds` times a sweep that re-rounds the codes
-    column by column and a relocation of (α, μ) for the new codes; then the group's remaining error is pushed to the
-    groups that follow. (α, μ) are rounded to float16 before that, so what is stored is what is compensated.
+    column by column and a relocation of (α, μ) for the new codes; `recipe.descents` times a pass of coordinate
+    descent on the codes and another relocation; then the group's remaining error is pushed to the groups that follow.
+    (α, μ) are rounded to float16 before that, so what is stored is what is compensated.
 
     Args:
       weight: rows are outputs, already rotated.
@@ -81,9 +82,13 @@ def ternarize(
         for _ in range(recipe.rounds):
             codes = sweep_codes(w_group, alpha, mu, columns(inverse_rows, axis=1), mask)
             alpha, mu = ternary.relocate(w_group, codes, alpha, mu, metric, mask)
-        for _ in range(recipe.descents):
+
+        def descent(_, fitted):
+            alpha, mu, codes = fitted
             codes = descend(w_group, codes, alpha, mu, metric, mask)
-            alpha, mu = ternary.relocate(w_group, codes, alpha, mu, metric, mask)
+            return *ternary.relocate(w_group, codes, alpha, mu, metric, mask), codes
+
+        alpha, mu, codes = jax.lax.fori_loop(0, recipe.descents, descent, (alpha, mu, codes))
         alpha, mu = (p.astype(jnp.float16).astype(jnp.float32) for p in (alpha, mu))
         error = jnp.where(mask, w_group - alpha[:, None] * codes - mu[:, None], 0)
         pushed = jnp.matmul(

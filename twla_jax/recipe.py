@@ -23,6 +23,7 @@ class WeightRecipe:
       metric: what stage 2 measures the output error in: the group's own second moments (`group`, the paper), or their
         Schur complement given the columns not yet done (`compensated`).
       damping: added to the diagonal of the second moments, as a share of its mean, before factoring.
+      descents: passes of coordinate descent on the codes after the rounds, each with a relocation of (α, μ).
       propagation: share of the error that earlier layers leave in the inputs that the weights are changed to make up
         for before they are quantised (QEP's β); 0 leaves that out, and the pass of the full-precision model it needs.
     """
@@ -33,7 +34,7 @@ class WeightRecipe:
     rounds: int = 3
     metric: Literal["compensated", "group"] = "compensated"
     damping: float = 0.01
-    descents: int = 0
+    descents: int = 2
     propagation: float = 0.5
 
     def __post_init__(self):
@@ -42,6 +43,7 @@ class WeightRecipe:
         _require(self.threshold > 0, "weights.threshold", self.threshold, "above 0")
         _require(self.rounds >= 0, "weights.rounds", self.rounds, "0 or more")
         _require(self.damping > 0, "weights.damping", self.damping, "above 0")
+        _require(self.descents >= 0, "weights.descents", self.descents, "0 or more")
         _require(0 <= self.propagation <= 1, "weights.propagation", self.propagation, "between 0 and 1")
 
 
