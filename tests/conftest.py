@@ -25,6 +25,13 @@ if "TWLA_DATA" not in os.environ and _BESIDE.is_dir():
     os.environ["TWLA_DATA"] = str(_BESIDE)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Each compiled program maps memory, and a process may have only so many maps: the whole suite's are too many."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of corpora, `TWLA_DATA`."""
