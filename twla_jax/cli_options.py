@@ -1,6 +1,7 @@
-"""What the commands take: the types of their options, and recipes changed by them."""
+"""What the commands share: the types of their options, recipes changed by them, and how figures are printed."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -59,3 +60,8 @@ def numbers(text: str, kind: Callable[[str], Any], option: str) -> tuple[Any, ..
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise TwlaError(f"{option} {text}: must be numbers with commas between them") from None
+
+
+def show(figures: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
+    """Prints figures on stdout: as JSON, or as lines for a person."""
+    print(json.dumps(figures, indent=1) if as_json else text())
