@@ -30,9 +30,6 @@ from twla_jax.errors import TwlaError
 from twla_jax.models.attention import can_fuse
 
 _BITS = (16, 4)
-_HUGE = (
-    1e6  # damping at which the second moments drop out of the factor: no column makes up for another's error
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +62,7 @@ ROWS = {
     "refined on the quantisation's text alone": Row(narrow=True),
     "no sweeps of the codes (rounds 0)": Row(change={"weights": {"rounds": 0}}),
     "no rotation": Row(change={"rotation": {"start": "none"}}),
-    "no error compensation": Row(change={"weights": {"damping": _HUGE, "metric": "group"}}),
+    "no error compensation": Row(change={"weights": {"compensate": False}}),
 }
 
 

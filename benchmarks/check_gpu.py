@@ -1,7 +1,6 @@
-"""Numerics and times of the kernels on the GPU at hand: `python benchmarks/check_gpu.py`.
+"""Numerics of the kernels on the GPU at hand, each against its XLA reference: `python benchmarks/check_gpu.py`.
 
-Every kernel is held against its XLA reference first. Times are those of the device (CUPTI), summed over all kernels of
-a call; weights are rotated, so that they come from memory and not from the L2 cache.
+For times there is `twla bench`.
 """
 
 import functools
@@ -17,9 +16,6 @@ from twla_jax.ops.tokens import QuantizedTokens, group_sums
 from twla_jax.packing import TILE
 
 TOKENS = 8
-# Rows and columns of q, k and v, o, gate and up, and down of LLaMA-2-7B.
-MATRICES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
-ROTATED_BYTES = 250e6  # several times the L2 cache
 
 
 def random_weight(key: jax.Array, n: int, m: int, *, exact: bool = False) -> KernelWeight:
@@ -84,49 +80,10 @@ def random_input(t: int, left: int, right: int):
     return x, rotation, quantizer_settings(8, 0.9)
 
 
-def microseconds(function, *arguments) -> float:
-    """Median of the device time of three calls."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    _, calls = profiler.measure(jax.jit(function), aggregate=False, iterations=3)(*arguments)
-    return float(np.median([sum(time for _, time in call) for call in calls])) * 1e3
-
-
-def measure() -> None:
-    """Prints the times."""
-    block = jnp.ones(1 << 28, jnp.float32)
-    bandwidth = 2 * block.nbytes / microseconds(lambda x: 2 * x, block)
-    print(f"copy {bandwidth / 1e3:.0f} GB/s")
-    for n, m in MATRICES:
-        weight = random_weight(jax.random.key(0), n, m)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
-        copies = int(ROTATED_BYTES / size) + 1
-        weights = [random_weight(jax.random.key(i), n, m) for i in range(copies)]
-        x = random_tokens(jax.random.key(1), TOKENS, m)
-        time = microseconds(lambda x, ws: [ternary_matmul(x, w) for w in ws], x, weights) / copies
-        dense = [
-            jax.random.normal(jax.random.key(i), (n, m), jnp.bfloat16)
-            for i in range(int(ROTATED_BYTES / (2 * n * m)) + 1)
-        ]
-        values = jnp.ones((TOKENS, m), jnp.bfloat16)
-        bf16 = microseconds(lambda x, ws: [x @ w.T for w in ws], values, dense) / len(dense)
-        share = size / time / bandwidth
-        print(
-            f"{n}x{m}, {TOKENS} tokens: {time:.1f} us, {share:.0%} of copy, bf16 {bf16:.1f} us, {bf16 / time:.1f} x"
-        )
-    for t in (TOKENS, 2048):
-        time, xla = (
-            microseconds(functools.partial(rotate_quantize, implementation=name), *random_input(t, 64, 64))
-            for name in ("gpu", "xla")
-        )
-        print(f"rotate_quantize 4096, {t} tokens: {time:.1f} us, xla {xla:.1f} us")
-
-
 def _largest(values: jax.Array) -> float:
     return float(jnp.abs(values).max())
 
 
 if __name__ == "__main__":
     check("gpu")
-    print("numerics: equal to the reference")
-    measure()
+    print("equal to the reference")

@@ -72,6 +72,16 @@ def stories_model(stories: Path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def texts(data: Path, tmp_path_factory) -> Path:
+    """A folder with stories to calibrate on, `calibration.txt`, and others to evaluate on, `evaluation.txt`."""
+    stories = (data / "web" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
+    folder = tmp_path_factory.mktemp("texts")
+    for name, part in (("calibration", stories[::2]), ("evaluation", stories[1::2])):
+        (folder / f"{name}.txt").write_text("".join(part))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_config() -> DecoderConfig:
     """Three blocks whose widths neither 4, 5 nor a group of 16 divides."""
     return DecoderConfig(

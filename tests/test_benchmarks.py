@@ -64,16 +64,13 @@ def test_every_row_of_the_ablation_is_one_change(ablation):
         assert len(parts) + row.narrow == (name != "base")
 
 
-def test_the_ablation_runs_and_refinement_shows(ablation, stories_model, data, tmp_path, capsys):
-    stories = (data / "web" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
-    for name, part in (("calibration", stories[::2]), ("test", stories[1::2])):
-        (tmp_path / f"{name}.txt").write_text("".join(part))
+def test_the_ablation_runs_and_refinement_shows(ablation, stories_model, texts, tmp_path, capsys):
     (tmp_path / "quick.toml").write_text(
         "[weights]\ngroup_size = 32\nrounds = 0\n[rotation]\nstart = 'none'\n[refine]\nbatch = 2\n"
     )
-    text, results = str(tmp_path / "calibration.txt"), tmp_path / "results.jsonl"
+    text, results = str(texts / "calibration.txt"), tmp_path / "results.jsonl"
     options = ["--recipe", tmp_path / "quick.toml", "--calibration", text, "--refine-text", text]
-    options += ["--corpus", tmp_path / "test.txt", "--windows", 4, "--seq-len", 64, "--max-windows", 4]
+    options += ["--corpus", texts / "evaluation.txt", "--windows", 4, "--seq-len", 64, "--max-windows", 4]
     options += ["--steps", 40, "--seeds", 0, "--rows", "base", "no refinement", "--dtype", "float32"]
     ablation.main(list(map(str, [stories_model, "--results", results, *options])))
     base, plain = map(json.loads, results.read_text().splitlines())

@@ -15,16 +15,6 @@ QUICK = "[weights]\ngroup_size = 32\nrounds = 1\n[rotation]\nsteps = 5\n[activat
 
 
 @pytest.fixture(scope="module")
-def texts(data, tmp_path_factory):
-    """Stories to calibrate on, and others to evaluate on."""
-    stories = (data / "web" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
-    folder = tmp_path_factory.mktemp("texts")
-    for name, part in (("calibration", stories[::2]), ("evaluation", stories[1::2])):
-        (folder / f"{name}.txt").write_text("".join(part))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def text(texts):
     return str(texts / "evaluation.txt")
 

@@ -11,16 +11,6 @@ QUICK = "[rotation]\nstart = 'none'\n[activations]\nclip_tokens = 64\n[weights]\
 
 
 @pytest.fixture(scope="module")
-def texts(data, tmp_path_factory):
-    """Stories to calibrate on, and others to evaluate on."""
-    stories = (data / "web" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
-    folder = tmp_path_factory.mktemp("texts")
-    for name, part in (("calibration", stories[::2]), ("evaluation", stories[1::2])):
-        (folder / f"{name}.txt").write_text("".join(part))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def compared(stories_model, texts, tmp_path_factory):
     """Arguments of a comparison of two recipes, and the folder it left."""
     folder = tmp_path_factory.mktemp("compare")

@@ -35,8 +35,7 @@ def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[s
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
-    require_matplotlib()
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(14, 9), layout="constrained")
+    figure = _figure(14, 9)
     (costs, interactions), (bits, losses) = figure.subplots(2, 2, width_ratios=(2.2, 1))
     _draw_costs(costs, table)
     _draw_interactions(interactions, figure, table)
@@ -56,8 +55,7 @@ def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
-    require_matplotlib()
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 6.5), layout="constrained")
+    figure = _figure(10, 6.5)
     axes = figure.subplots()
     full, *rows = result["rows"]
     for index, bits in enumerate(dict.fromkeys(bits for row in rows for bits in row["perplexity"])):
@@ -92,8 +90,7 @@ def plot_roofline(path: str | Path, result: Mapping[str, Any]) -> None:
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
-    require_matplotlib()
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(9, 6), layout="constrained")
+    figure = _figure(9, 6)
     axes = figure.subplots()
     bandwidth, peaks = result["copy_bytes_per_second"], result["product_operations_per_second"]
     intensity = np.geomspace(0.5, 1e5, 200)
@@ -134,6 +131,11 @@ def _roofline_points(result: Mapping[str, Any]) -> dict[tuple[str, str], list[tu
             add("XLA bf16, many tokens", "+", work, 2 * (n * m + t * (m + n)), row["bf16_microseconds"])
             add("XLA int8, many tokens", "1", work, n * m + t * (m + 4 * n), row["int8_microseconds"])
     return points
+
+
+def _figure(width: float, height: float) -> Any:
+    require_matplotlib()
+    return importlib.import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: str | Path) -> None:
