@@ -242,9 +242,9 @@ def _quantize_block(
         drift = jnp.zeros((m, m), jnp.float32) if reference else None
         pairs = zip(stream.batches(), reference.batches(), strict=True) if reference else None
         for (batch, real), (exact, _) in pairs or ((batch, ({}, None)) for batch in stream.batches()):
-            here = (stream.positions, reach)
+            here, keep = (stream.positions, reach), reference is not None
             batch["x"], batch["mixed"], moment, sample, h = advance(
-                block, batch["x"], batch["mixed"], real, moment, *here, site=site, stride=stride
+                block, batch["x"], batch["mixed"], real, moment, *here, site=site, stride=stride, keep=keep
             )
             samples.append(sample)
             if reference:
@@ -282,7 +282,7 @@ def _set_input(transform: Any, rotation: KroneckerRotation | None, clips: Any, b
     )
 
 
-@functools.partial(jax.jit, static_argnames=("site", "stride"), donate_argnames=("x", "moment"))
+@functools.partial(jax.jit, static_argnames=("site", "stride", "keep"), donate_argnames=("x", "moment"))
 def advance(
     block: Block,
     x: Float[Array, "b s d"],
@@ -294,11 +294,13 @@ def advance(
     *,
     site: str,
     stride: int,
+    keep: bool = False,
 ) -> tuple[
-    Float[Array, "b s d"], Any, Float[Array, "m m"] | None, Float[Array, "c m"], Float[Array, "b s m"]
+    Float[Array, "b s d"], Any, Float[Array, "m m"] | None, Float[Array, "c m"], Float[Array, "b s m"] | None
 ]:
-    """One batch up to the input of `site`: the stream, that input's second moments, every so many tokens of it, and it.
+    """One batch up to the input of `site`: the stream, that input's second moments, a sample and perhaps all of it.
 
+    The sample is every so many tokens; all of them are returned with `keep`, else None.
     `mixed` is the attention's output between the sites o and mlp, `[b, s, heads_d]`, and None elsewhere. Windows that
     only fill up a batch (`real` is 0) give zeros, which count for nothing in moments or clips. Without a `moment` to
     add to, none is taken.
@@ -308,7 +310,7 @@ def advance(
     sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
     if moment is not None:
         moment = compensation.accumulate_moment(moment, h)
-    return x, mixed, moment, sample, h
+    return x, mixed, moment, sample, h if keep else None
 
 
 @functools.partial(jax.jit, static_argnames="site", donate_argnames=("x", "drift"))
