@@ -1,6 +1,7 @@
-"""The loop of decode steps as a whole, compiled for chips that are not there."""
+"""A decode step and its parts together, compiled for chips that are not there."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 
 from twla_jax import generation
 from twla_jax.benchmark import SHAPES, shapes
+from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
+from twla_jax.ops.ternary_matmul import ternary_matmul
 
 
 @pytest.mark.aot
@@ -28,3 +31,22 @@ def test_a_step_copies_neither_cache_nor_weights(target, bits, cache_dtype, comp
 
     compiled = compile_for(target, loop, model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0))
     assert compiled.memory_analysis().temp_size_in_bytes < 8e6
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("m", [4096, 5120])
+def test_nothing_stands_between_the_two_kernels_of_a_linear(m, compile_for):
+    def linear(x, rotation, weight, scale):
+        tokens = rotate_quantize(x, rotation, quantizer_settings(4, 0.9), norm_scale=scale, epsilon=1e-5)
+        return ternary_matmul(tokens, weight)
+
+    key = jax.random.key(0)
+    rotation = jax.eval_shape(lambda: shapes.rotation_for_kernels(key, m, m))
+    weight = jax.eval_shape(lambda: shapes.weight(key, 1024, m))
+    x, scale = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 1, m), (m,)))
+    program = compile_for("h100", linear, x, rotation, weight, scale).as_text()
+    operations = re.findall(r" = .*? ([\w-]+)\(", program[program.index("ENTRY") :])
+    work = [
+        name for name in operations if name not in ("parameter", "constant", "bitcast", "get-tuple-element")
+    ]
+    assert work == ["custom-call", "custom-call"]
