@@ -62,6 +62,7 @@ ROWS = {
     "refined on the quantisation's text alone": Row(narrow=True),
     "no sweeps of the codes (rounds 0)": Row(change={"weights": {"rounds": 0}}),
     "no rotation": Row(change={"rotation": {"start": "none"}}),
+    "no propagation": Row(change={"weights": {"propagation": 0.0}}),
     "no error compensation": Row(change={"weights": {"compensate": False}}),
 }
 
@@ -206,7 +207,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--corpus", default="wikitext2", help="evaluation text")
     parser.add_argument("--max-windows", default=None, help="score only the first so many", **number)
     parser.add_argument("--batch-size", default=4, help="windows scored at a time", **number)
-    parser.add_argument("--dtype", default="float16", help="of the scoring")
+    parser.add_argument("--dtype", default="bfloat16", help="of the scoring")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", nargs="+", default=[0, 1, 2], **number)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later than that")

@@ -125,13 +125,12 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
         patch.setattr(refinement, "_harden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert fails(capsys, *quantize)[1] == 130
     # What is finished is not done again.
-    for module, name in (
-        (self_calibration, "_sample_batch"),
-        (pipeline, "_quantize_block"),
-        (refinement, "_step"),
-    ):
+    for module, name in ((self_calibration, "_sample_batch"), (pipeline, "_quantize_block")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done twice"))
+    step, steps = refinement._step, []
+    monkeypatch.setattr(refinement, "_step", lambda *a, **k: steps.append(0) or step(*a, **k))
     report = json.loads(run(capsys, *quantize).out)
+    assert len(steps) == 1  # which measures the result
     assert report["calibration"]["source"] == "self"
     assert report["calibration"]["sampled_windows"] == 4 + 4 + 8
     assert report["calibration"]["tokens"] == 4 * 64

@@ -10,6 +10,7 @@ from flax import nnx
 
 import twla_jax
 from twla_jax import models, pipeline, quantizers, refinement, resume, ternary, two_plane_latents
+from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
 
@@ -73,14 +74,61 @@ def test_gradients_pass_the_rounding_straight_within_reach():
 
 
 def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
-    refined, figures = refinement.refine(student, teacher, np.tile(WINDOWS, (4, 1)), REFINE, progress=False)
+    refined, figures = refinement.refine(student, teacher, np.tile(WINDOWS, (8, 1)), REFINE, progress=False)
     assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
-    assert figures["steps"] == 24
+    assert figures["steps"] == 48
     assert figures["loss"][1] < figures["loss"][0]
     assert 0 < figures["flipped"] < 0.5
     assert jax.tree.structure(refined) == jax.tree.structure(student)
     for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
         assert (before.shape, before.dtype) == (after.shape, after.dtype)
+
+
+def test_a_refinement_that_does_harm_is_not_kept(student, teacher, caplog):
+    wild = dataclasses.replace(REFINE, code_rate=1.0, scale_rate=1.0)
+    result, figures = refinement.refine(student, teacher, WINDOWS, wild, progress=False)
+    assert not figures["kept"]
+    assert not figures["first_batch"][1] <= figures["first_batch"][0]
+    assert "left as it was" in caplog.text
+    for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(result), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_the_first_batch_is_measured_before_and_after(student, teacher):
+    refined, figures = refinement.refine(student, teacher, np.tile(WINDOWS, (8, 1)), REFINE, progress=False)
+    for model, measured in zip((student, refined), figures["first_batch"], strict=True):
+        assert measured == pytest.approx(
+            kl(model, teacher, WINDOWS[:4]), rel=1e-2
+        )  # scales are stored in float16
+    assert figures["kept"]
+    assert figures["first_batch"][1] < figures["first_batch"][0] - 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 480])
+def test_rates_rise_to_their_peaks_and_fall_to_nothing(steps):
+    rates = [refinement._rates(REFINE, step, steps) for step in range(steps)]
+    codes = np.array([rate["codes"] for rate in rates])
+    top = codes.argmax()
+    assert codes[top] == REFINE.code_rate
+    assert (np.diff(codes[: top + 1]) > 0).all()
+    assert (np.diff(codes[top:]) <= 0).all()
+    assert (codes > 0).all()
+    np.testing.assert_allclose(
+        [rate["scales"] for rate in rates], codes * REFINE.scale_rate / REFINE.code_rate
+    )
+
+
+def test_other_rates_and_lengths_compile_nothing_anew(student, teacher):
+    refinement.refine(student, teacher, WINDOWS[:8], REFINE, progress=False)
+    compiled = refinement._step._cache_size()
+    other = dataclasses.replace(REFINE, code_rate=1e-3, scale_rate=1e-3)
+    refinement.refine(student, teacher, WINDOWS[:16], other, progress=False)
+    assert refinement._step._cache_size() == compiled > 0
+
+
+def test_fewer_windows_than_a_batch_are_refused(student, teacher):
+    with pytest.raises(TwlaError, match="at least one batch of 4 windows, not 3"):
+        refinement.refine(student, teacher, WINDOWS[:3], REFINE, progress=False)
 
 
 def test_rotations_learn_on_the_manifold(student, teacher):
@@ -91,7 +139,9 @@ def test_rotations_learn_on_the_manifold(student, teacher):
     before = factors(student)
     for rate in (0.0, 1e-2):
         recipe = dataclasses.replace(REFINE, rotation_rate=rate)
-        after = factors(refinement.refine(student, teacher, WINDOWS[:8], recipe, progress=False)[0])
+        after = factors(
+            refinement.refine(student, teacher, np.tile(WINDOWS, (8, 1)), recipe, progress=False)[0]
+        )
         for old, new in zip(before, after, strict=True):
             assert (np.abs(new - old).max() > 1e-3) == (rate > 0)
             product = np.swapaxes(new, -1, -2) @ new

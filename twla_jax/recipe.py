@@ -41,7 +41,7 @@ class WeightRecipe:
     metric: Literal["compensated", "group"] = "compensated"
     damping: float = 0.01
     compensate: bool = True
-    propagation: float = 0.0
+    propagation: float = 0.5
 
     def __post_init__(self):
         _require(self.planes in (1, 2), "weights.planes", self.planes, "1 or 2")
@@ -114,7 +114,7 @@ class RefineRecipe:
     Attributes:
       steps: optimisation steps, each on new windows; 0 leaves the model as it is.
       batch: windows a step.
-      code_rate: Adam's learning rate for the codes' latents, in units of α.
+      code_rate: Adam's peak learning rate for the codes' latents, in units of α.
       scale_rate: the same for α, μ (relative to α) and norms (relative to themselves).
       rotation_rate: the same for the rotations' factors, on the manifold; 0 keeps them.
       activation_bits: that the linear inputs are quantised to while it learns; 16 for none.
@@ -123,8 +123,8 @@ class RefineRecipe:
 
     steps: int = 0
     batch: int = 4
-    code_rate: float = 1e-2
-    scale_rate: float = 5e-3
+    code_rate: float = 5e-3
+    scale_rate: float = 2e-3
     rotation_rate: float = 0.0
     activation_bits: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

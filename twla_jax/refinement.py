@@ -13,6 +13,8 @@ rotation turns the input alone: the codes are those of the turned basis, whateve
 
 import dataclasses
 import functools
+import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 from twla_jax import kotms, packing, resume, stiefel, ternary, two_plane_latents, two_planes
 from twla_jax.activation import OFF, ActivationQuantizer, with_bits
+from twla_jax.errors import TwlaError
 from twla_jax.models.attention import can_fuse
 from twla_jax.models.decoder import SITES, Block, Decoder
 from twla_jax.recipe import RefineRecipe
@@ -38,8 +41,10 @@ _MARGIN = 0.45  # from its code, at most, that a latent starts: on the code's si
 _REACH = 1.5  # latents beyond pass no gradient: their code is the outermost already
 _LOSS_CHUNK = 256  # positions whose logits exist at the same time, per window
 _SNAPSHOT_SECONDS = 300
+_WARMUP = 0.1  # share of the steps over which learning rates rise; a good start is lost without
 
 Latents = dict[str, dict[str, jax.Array]]
+_log = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -72,17 +77,23 @@ def refine(
       progress: a bar with an estimate of the time left, on stderr.
     Returns:
       The refined model in the same format and the same bytes, and JSON-ready figures: `steps`, `tokens`, `loss` (KL
-      in nats a token: means of the first and the last tenth of the steps), `flipped` (share of codes that changed).
+      in nats a token: means of the first and the last tenth of the steps), `first_batch` (that of the first step's
+      windows, before and after), `flipped` (share of codes that changed), and `kept`: False where the model ended
+      further from its teacher on those windows than it began, and is returned as it was.
+    Raises:
+      TwlaError: fewer windows than one batch.
     """
     steps = len(windows) // recipe.batch
+    if not steps:
+        raise TwlaError(f"refinement needs at least one batch of {recipe.batch} windows, not {len(windows)}")
     batches = windows[: steps * recipe.batch].reshape(steps, recipe.batch, -1)
     dtype = jnp.dtype(recipe.dtype)
     original = student
     student, teacher = (_computing_in(model, dtype) for model in (student, teacher))
     latents = init_latents(student, teacher)
-    optimizer = _optimizer(recipe, steps)
-    step = functools.partial(_step, optimizer=optimizer, bits=recipe.activation_bits)
-    state = optimizer.init(latents)
+    learns_rotations = recipe.rotation_rate > 0
+    step = functools.partial(_step, bits=recipe.activation_bits, learns_rotations=learns_rotations)
+    state = _optimizer(_rates(recipe, 0, 1), learns_rotations).init(latents)
     store = None if work_dir is None else _open_work_dir(Path(work_dir), student, windows, recipe)
     losses: list[float] = []
     if store and (saved := store.load("state")):
@@ -91,7 +102,8 @@ def refine(
     saved_at = time.perf_counter()
     with tqdm(total=steps, initial=len(losses), desc="refine", unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
-            latents, state, loss = step(latents, state, student, teacher, batch)
+            rates = _rates(recipe, len(losses), steps)
+            latents, state, loss = step(latents, state, student, teacher, batch, rates)
             losses.append(float(loss))
             bar.update()
             bar.set_postfix(kl=f"{np.mean(losses[-20:]):.3f}")
@@ -100,14 +112,25 @@ def refine(
                 saved_at = time.perf_counter()
     refined = _harden(student, latents)
     refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
+    _, _, loss = step(latents, state, student, teacher, batches[0], _rates(recipe, 0, 1))
+    first_batch = [losses[0], float(loss)]
+    kept = first_batch[1] <= first_batch[0]
+    if not kept:
+        _log.warning(
+            "refinement ended at %.3f nats from the original where it began at %.3f: the model is left as it was;"
+            " more steps, more text or lower rates may help",
+            *reversed(first_batch),
+        )
     tenth = max(1, steps // 10)
     figures = {
         "steps": steps,
         "tokens": int(batches.size),
         "loss": [float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))],
+        "first_batch": first_batch,
         "flipped": _flipped(original, refined),
+        "kept": kept,
     }
-    return refined, figures
+    return (refined if kept else original), figures
 
 
 def init_latents(student: Decoder, teacher: Decoder) -> Latents:
@@ -166,30 +189,34 @@ def kl_divergence(
     return loss.sum() + (slope * (got - fixed)).sum().astype(loss.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "bits"), donate_argnames=("latents", "state"))
-def _step(latents, state, student, teacher, tokens, *, optimizer, bits):
+@functools.partial(
+    jax.jit, static_argnames=("bits", "learns_rotations"), donate_argnames=("latents", "state")
+)
+def _step(latents, state, student, teacher, tokens, rates, *, bits, learns_rotations):
     loss, gradient = jax.value_and_grad(lambda p: kl_divergence(student, teacher, p, tokens, bits))(latents)
-    updates, state = optimizer.update(gradient, state, latents)
+    updates, state = _optimizer(rates, learns_rotations).update(gradient, state, latents)
     return optax.apply_updates(latents, updates), state, loss
 
 
-@functools.lru_cache(maxsize=8)  # one object a recipe, so that `_step` compiles once
-def _optimizer(recipe: RefineRecipe, steps: int) -> optax.GradientTransformation:
-    """Adam with a learning rate for codes and one for all that is continuous, both falling as a cosine to zero."""
+def _rates(recipe: RefineRecipe, step: int, steps: int) -> dict[str, float]:
+    """Learning rates of one step: up in a line, then down to zero as a cosine; data, so that one program takes all."""
+    warmup = math.ceil(_WARMUP * steps)
+    falling = math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1))
+    share = min((step + 1) / warmup, (1 + falling) / 2)
+    peaks = {"codes": recipe.code_rate, "scales": recipe.scale_rate, "rotations": recipe.rotation_rate}
+    return {name: share * peak for name, peak in peaks.items()}
 
-    def adam(rate):
-        return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.95)
+
+def _optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTransformation:
+    """Adam with a learning rate for codes, one for all that is continuous, and one for rotations, on the manifold."""
 
     def labels(latents):
         return {name: {part: kinds.get(part, "scales") for part in parts} for name, parts in latents.items()}
 
     kinds = {"u": "codes", "left": "rotations", "right": "rotations"}
-    rotations = (
-        stiefel.riemannian(adam(recipe.rotation_rate)) if recipe.rotation_rate else optax.set_to_zero()
-    )
-    return optax.partition(
-        {"codes": adam(recipe.code_rate), "scales": adam(recipe.scale_rate), "rotations": rotations}, labels
-    )
+    adam = {name: optax.adam(rate, b2=0.95) for name, rate in rates.items()}
+    rotations = stiefel.riemannian(adam["rotations"]) if learns_rotations else optax.set_to_zero()
+    return optax.partition({**adam, "rotations": rotations}, labels)
 
 
 def _hidden(
