@@ -1,10 +1,12 @@
 """A decoder in the form that runs fast: kernel-ready weights, one product an input, integers where it can.
 
-Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`. Where
-an input's activations are not quantised, they are only rotated, and meet the same packed weights in bf16. A model that
+Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`; for a
+single token both are one `quantized_linear`. Where an input's activations are not quantised, they are only rotated,
+and meet the same packed weights in bf16. A model that
 is not quantised gets the same form, with one dense product an input.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,7 @@ from twla_jax.models import tensor_parallel
 from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
 from twla_jax.models.kv_cache import KVCache, empty_layer
 from twla_jax.ops.dispatch import Implementation
+from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
@@ -88,6 +91,18 @@ class IntegerDecoder(Decoder):
         return cache if self.mesh is None else tensor_parallel.place_cache(cache, self.mesh)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SingleToken:
+    """A token that its linear is yet to turn and quantise: `settings` are `quantized_linear`'s."""
+
+    x: Float[Array, "*ones m"]
+    settings: dict[str, Any]
+
+    def quantized(self, implementation: Implementation | None) -> QuantizedTokens:
+        """The token as two ops leave it between them."""
+        return rotate_quantize(self.x, implementation=implementation, **self.settings)
+
+
 class KernelInput(nnx.Module):
     """An input of linears: norm, rotation and quantiser as one op; without a quantiser, norm and rotation in bf16."""
 
@@ -101,20 +116,23 @@ class KernelInput(nnx.Module):
         self.settings = nnx.data(None if settings is None else nnx.Param(settings))
         self.mesh, self.implementation = mesh, implementation
 
-    def __call__(self, x: Float[Array, "*tokens m"]) -> QuantizedTokens | Float[Array, "*tokens m"]:
+    def __call__(
+        self, x: Float[Array, "*tokens m"]
+    ) -> QuantizedTokens | SingleToken | Float[Array, "*tokens m"]:
         """What the linears read."""
         rotation = None if self.rotation is None else self.rotation.get_value()
         if self.settings is None:
             x = x if self.norm is None else self.norm(x)
             return x if rotation is None else rotate(x, *rotation.factors)
-        op = functools.partial(
-            rotate_quantize,
-            rotation=rotation,
-            settings=self.settings.get_value(),
-            norm_scale=None if self.norm is None else self.norm.scale.get_value(),
-            epsilon=0.0 if self.norm is None else self.norm.epsilon,
-            implementation=self.implementation,
-        )
+        settings = {
+            "rotation": rotation,
+            "settings": self.settings.get_value(),
+            "norm_scale": None if self.norm is None else self.norm.scale.get_value(),
+            "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
+        }
+        if self.mesh is None and x.size == x.shape[-1]:
+            return SingleToken(x=x, settings=settings)
+        op = functools.partial(rotate_quantize, implementation=self.implementation, **settings)
         return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
 
 
@@ -125,7 +143,7 @@ class KernelLinear(nnx.Module):
         linears = [getattr(block, name) for name in names]
         kernels = [linear.kernel.get_value() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
-        self.bias = self.residual = nnx.data(None)
+        self.bias = self.second_plane = nnx.data(None)
         if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
             pack = _kernel_weight
             if mesh is not None:
@@ -133,7 +151,7 @@ class KernelLinear(nnx.Module):
             first, *second = zip(*(kernel.planes() for kernel in kernels), strict=True)
             weight = pack(first, biases)
             if second:
-                self.residual = nnx.data(nnx.Param(pack(second[0], [None] * len(kernels))))
+                self.second_plane = nnx.data(nnx.Param(pack(second[0], [None] * len(kernels))))
             self.splits = weight.splits
         else:
             weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
@@ -143,13 +161,24 @@ class KernelLinear(nnx.Module):
         self.weight = nnx.Param(weight)
         self.dtype, self.mesh, self.implementation = dtype, mesh, implementation
 
-    def __call__(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> Float[Array, "*tokens n"]:
-        """`x Ŵᵀ + b`, rounded to the model's type."""
+    def __call__(
+        self,
+        x: QuantizedTokens | SingleToken | Float[Array, "*tokens m"],
+        residual: Float[Array, "*tokens n"] | None = None,
+    ) -> Float[Array, "*tokens n"]:
+        """`x Ŵᵀ + b`, rounded to the model's type, and the residual added."""
         weight = self.weight.get_value()
+        if isinstance(x, SingleToken) and self.second_plane is None:
+            options = {"out_dtype": self.dtype, "implementation": self.implementation}
+            return quantized_linear(x.x, weight=weight, residual=residual, **x.settings, **options)
+        y = self._outputs(x.quantized(self.implementation) if isinstance(x, SingleToken) else x, weight)
+        return y if residual is None else residual + y
+
+    def _outputs(self, x: QuantizedTokens | Float[Array, "*tokens m"], weight: Any) -> jax.Array:
         if isinstance(weight, KernelWeight):
-            if self.residual is None:
+            if self.second_plane is None:
                 return self._product(x, weight, self.dtype)
-            planes = (weight, self.residual.get_value())
+            planes = (weight, self.second_plane.get_value())
             first, second = (self._product(x, plane, jnp.float32) for plane in planes)
             return (first + second).astype(self.dtype)
         assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
@@ -160,7 +189,9 @@ class KernelLinear(nnx.Module):
         op = functools.partial(ternary_matmul, out_dtype=dtype, implementation=self.implementation)
         return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
 
-    def parts(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> tuple[Float[Array, "*tokens _"], ...]:
+    def parts(
+        self, x: QuantizedTokens | SingleToken | Float[Array, "*tokens m"]
+    ) -> tuple[Float[Array, "*tokens _"], ...]:
         """The outputs of each linear."""
         y = self(x)
         # On a mesh, each device's share of all of them is followed by the next device's.
@@ -187,14 +218,21 @@ class IntegerBlock(Block):
         self.q_norm, self.k_norm, self.head_dim = block.q_norm, block.k_norm, block.head_dim
         self.fused = block.fused
 
-    def qkv(self, h: QuantizedTokens | Float[Array, "b t d"]) -> tuple[Float[Array, "b t _"], ...]:
+    def qkv(
+        self, h: QuantizedTokens | SingleToken | Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t _"], ...]:
         """Queries, keys and values, one beside the other."""
         return self.qkv_linear.parts(h)
 
-    def gate_up(self, h: QuantizedTokens | Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:
+    def gate_up(self, h: QuantizedTokens | SingleToken | Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:
         """`silu(gate(h)) · up(h)`."""
         gate, up = self.gate_up_linear.parts(h)
         return jax.nn.silu(gate) * up
+
+    def finish(self, x: Float[Array, "b t d"], mixed: Float[Array, "b t heads_d"]) -> Float[Array, "b t d"]:
+        """As `Block.finish`; each residual is added where its linear ends."""
+        x = self.o(self.o_input(mixed), x)
+        return self.down(self.down_input(self.gate_up(self.mlp_input(x))), x)
 
 
 _kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations

@@ -1,7 +1,7 @@
-"""Norm, rotation and quantiser on Hopper GPUs (Pallas Mosaic GPU): a block a token.
+"""Norm, rotation and quantiser on Hopper GPUs (Pallas Mosaic GPU): a block goes from token to token.
 
-The rotation is two products on the tensor cores, `Yᵀ = Rᵀ Xᵀ` and `Z = L Y`; written so, both right operands lie in
-shared memory as they come, and both left ones in device memory.
+The rotation is two products on the tensor cores, `Yᵀ = Rᵀ Xᵀ` and `Z = L Y`; written so, every operand lies in shared
+memory as it comes, and the factors stay there for all tokens of a block.
 """
 
 import functools
@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
@@ -17,6 +18,7 @@ from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.tokens import QuantizedTokens
 
 _LARGEST = 96 * 128  # features whose float32 matrix fits the registers of 128 threads
+_BLOCKS = 2 * 132  # at most; two share a multiprocessor of an H100
 
 
 def obstacle(dtype, rotation: KernelRotation | None) -> str | None:
@@ -48,21 +50,25 @@ def rotate_quantize(
     rows, r = len(rotation.left), len(rotation.right_transposed)
     chunks = r // layout.chunk(r)
     norm = () if norm_scale is None else (layout.as_matrices(norm_scale[None], rotation)[0],)
+    blocks = min(t, _BLOCKS)
     codes, scale, zero_point, sums = plgpu.kernel(
-        functools.partial(_kernel, size=size, epsilon=epsilon if norm else None),
+        functools.partial(_kernel, t=t, blocks=blocks, size=size, epsilon=epsilon if norm else None),
         out_type=(
             jax.ShapeDtypeStruct((t, size, r), jnp.int8),
             jax.ShapeDtypeStruct((t,), jnp.float32),
             jax.ShapeDtypeStruct((t,), jnp.float32),
             jax.ShapeDtypeStruct((t, chunks, rows), jnp.int32),
         ),
-        grid=(t,),
-        grid_names=("token",),
+        grid=(blocks,),
+        grid_names=("block",),
         scratch_types={
-            "x_smem": plgpu.SMEM((rows, r), x.dtype, transforms=_swizzled(r)),
-            "y_smem": plgpu.SMEM((r, rows), x.dtype, transforms=_swizzled(rows)),
+            "left_smem": plgpu.SMEM((rows, rows), x.dtype, transforms=swizzled(rows)),
+            "right_smem": plgpu.SMEM((r, r), x.dtype, transforms=swizzled(r)),
+            "x_smem": plgpu.SMEM((rows, r), x.dtype, transforms=swizzled(r)),
+            "y_smem": plgpu.SMEM((r, rows), x.dtype, transforms=swizzled(rows)),
             "codes_smem": plgpu.SMEM((rows, r), jnp.int8),
             "sums_smem": plgpu.SMEM((chunks, rows), jnp.int32),
+            "factors_filled": plgpu.Barrier(num_arrivals=2),
             "filled": plgpu.Barrier(),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -82,54 +88,98 @@ def _kernel(
     right_gmem,
     settings_gmem,
     *refs,
+    left_smem,
+    right_smem,
     x_smem,
     y_smem,
     codes_smem,
     sums_smem,
+    factors_filled,
     filled,
+    t: int,
+    blocks: int,
     size: int,
     epsilon: float | None,
 ):
     *norm, codes_gmem, scale_gmem, zero_point_gmem, sums_gmem = refs
     rows, r = x_smem.shape
-    token = lax.axis_index("token")
-    plgpu.copy_gmem_to_smem(x_gmem.at[token], x_smem, filled)
-    left_y, right_y, sum_y = _layouts(r, rows)
-    left_z, right_z, sum_z = _layouts(rows, r)
-    right = plgpu.load(right_gmem, layout=left_y, optimized=False)
-    levels, clip, half = settings_gmem[0], settings_gmem[1], settings_gmem[2]
-    plgpu.barrier_wait(filled)
-    if epsilon is not None:
-        x = plgpu.load(x_smem, layout=sum_z).astype(jnp.float32)
+    block = lax.axis_index("block")
+    plgpu.copy_gmem_to_smem(x_gmem.at[block], x_smem, filled)
+    plgpu.copy_gmem_to_smem(right_gmem, right_smem, factors_filled)
+    plgpu.copy_gmem_to_smem(left_gmem, left_smem, factors_filled)
+    norm = load_norm(norm, rows, r, epsilon)
+    plgpu.barrier_wait(factors_filled)
+
+    @pl.loop(0, lax.div(t - block + blocks - 1, blocks))
+    def _(step):
+        token = block + step * blocks
+        plgpu.barrier_wait(filled)
+        turn_right(x_smem, right_smem, y_smem, norm, size=size)
+
+        @pl.when(token + blocks < t)
+        def _():
+            plgpu.copy_gmem_to_smem(x_gmem.at[token + blocks], x_smem, filled)
+
+        codes, scale, zero_point = quantize(turn_left(y_smem, left_smem), settings_gmem, size=size)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the token before
+        width = r // len(sums_smem)
+        for i in range(len(sums_smem)):
+            sums_smem[i] = jnp.sum(codes[:, i * width : (i + 1) * width], axis=1)
+        codes_smem[...] = codes.astype(jnp.int8)
+        scale_gmem[token] = scale
+        zero_point_gmem[token] = zero_point
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(codes_smem.at[:size], codes_gmem.at[token])
+        plgpu.copy_smem_to_gmem(sums_smem, sums_gmem.at[token])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def load_norm(norm, rows: int, r: int, epsilon: float | None):
+    """Weights of a norm, in the layout that `turn_right` wants, and its ε; None without one."""
+    return (
+        None
+        if epsilon is None
+        else (plgpu.load(norm[0], layout=_layouts(rows, r)[2], optimized=False), epsilon)
+    )
+
+
+def turn_right(x_smem, right_smem, y_smem, norm, *, size: int) -> None:
+    """`Yᵀ = Rᵀ Xᵀ` into `y_smem`, after the norm; x_smem is free after that."""
+    rows, r = x_smem.shape
+    if norm is not None:
+        weights, epsilon = norm
+        x = plgpu.load(x_smem, layout=_layouts(rows, r)[2]).astype(jnp.float32)
         mean = jnp.sum(jnp.sum(x * x, axis=1), axis=0) / (size * r)
-        weights = plgpu.load(norm[0], layout=sum_z, optimized=False).astype(jnp.float32)
-        x_smem[...] = (x * lax.rsqrt(mean + epsilon) * weights).astype(x_smem.dtype)
+        x_smem[...] = (x * lax.rsqrt(mean + epsilon) * weights.astype(jnp.float32)).astype(x_smem.dtype)
+    y_smem[...] = _product(right_smem, x_smem)
+    plgpu.commit_smem()
 
-    def product(a, b, shape, sum_layout):
-        zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), sum_layout)
-        # Rounded as the reference rounds what goes from one factor to the next, and to the quantiser.
-        return plgpu.mma(zero, a, b).astype(x_smem.dtype)
 
-    y_smem[...] = product(right, plgpu.load(x_smem.T, layout=right_y), (r, rows), sum_y)
-    left = plgpu.load(left_gmem, layout=left_z, optimized=False)
-    z = product(left, plgpu.load(y_smem.T, layout=right_z), (rows, r), sum_z).astype(jnp.float32)
-    real = plgpu.broadcasted_iota(jnp.int32, (rows, r), 0, layout=sum_z) < size
+def turn_left(y_smem, left_smem) -> jax.Array:
+    """`Z = L Y`, float32."""
+    return _product(left_smem, y_smem).astype(jnp.float32)
+
+
+def quantize(z, settings_gmem, *, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Codes, scale and zero point of a token that is the first `size` rows of z; codes of other rows are zero."""
+    levels, clip, half = settings_gmem[0], settings_gmem[1], settings_gmem[2]
+    real = plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=_layouts(*z.shape)[2]) < size
     low = clip * jnp.min(jnp.min(jnp.where(real, z, jnp.inf), axis=1), axis=0)
     high = clip * jnp.max(jnp.max(jnp.where(real, z, -jnp.inf), axis=1), axis=0)
     scale = jnp.maximum((high - low) / levels, 1e-8)
     zero_point = jnp.round(-low / scale)
     codes = jnp.clip(jnp.round(z / scale) + zero_point, 0.0, levels) - half
-    codes = codes.astype(jnp.int32)
-    width = r // len(sums_smem)
-    for i in range(len(sums_smem)):
-        sums_smem[i] = jnp.sum(codes[:, i * width : (i + 1) * width], axis=1)
-    codes_smem[...] = codes.astype(jnp.int8)
-    scale_gmem[token] = scale
-    zero_point_gmem[token] = zero_point - half
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(codes_smem.at[:size], codes_gmem.at[token])
-    plgpu.copy_smem_to_gmem(sums_smem, sums_gmem.at[token])
-    plgpu.wait_smem_to_gmem(0)
+    return jnp.where(real, codes, 0.0).astype(jnp.int32), scale, zero_point - half
+
+
+def _product(a_smem, b_smem) -> jax.Array:
+    """`a bᵀ`, rounded as the reference rounds what goes from one factor to the next, and to the quantiser."""
+    m, n = a_smem.shape[0], b_smem.shape[0]
+    left, right, total = _layouts(m, n)
+    a, b = plgpu.load(a_smem, layout=left), plgpu.load(b_smem.T, layout=right)
+    zero = plgpu.layout_cast(jnp.zeros((m, n), jnp.float32), total)
+    return plgpu.mma(zero, a, b).astype(a_smem.dtype)
 
 
 def _warps(m: int, n: int) -> int | None:
@@ -144,7 +194,8 @@ def _layouts(m: int, n: int):
     return tuple(kind(jnp.bfloat16, m_warps=warps) for kind in kinds)
 
 
-def _swizzled(columns: int):
+def swizzled(columns: int):
+    """Transforms of 16-bit matrices with so many columns, a multiple of 16, for shared memory without conflicts."""
     swizzle = next(size for size in (128, 64, 32) if 2 * columns % size == 0)
     tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
     return (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]

@@ -25,10 +25,14 @@ from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE, TILE
 
-_ROWS = 64  # of a block: those of its warps' `mma.sync`
+ROWS = 64  # of a block: those of its warps' `mma.sync`
 
-_LHS, _RHS, _ACC = (
+LHS, RHS, ACC = (
     kind(jnp.int8) for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
+)
+SWIZZLED = (
+    plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
 
 
@@ -51,15 +55,15 @@ def matmul(
     return plgpu.kernel(
         functools.partial(_kernel, t=t, tiles=tiles, weight=weight),
         out_type=jax.ShapeDtypeStruct((t, len(weight.codes)), out_dtype),
-        grid=(pl.cdiv(t, n), len(weight.codes) // _ROWS),
+        grid=(pl.cdiv(t, n), len(weight.codes) // ROWS),
         grid_names=("tokens", "rows"),
         num_threads=groups,
         thread_name="warpgroup",
         scratch_types={
-            "codes_smem": plgpu.SMEM((groups, stages, _ROWS, PLANE), jnp.uint8, transforms=_SWIZZLED),
-            "x_smem": plgpu.SMEM((groups, stages, n, TILE), jnp.int8, transforms=_SWIZZLED),
-            "scales_smem": plgpu.SMEM((groups, stages, 8, _ROWS), jnp.float16),
-            "parts_smem": plgpu.SMEM((groups, _ROWS, n), jnp.float32),
+            "codes_smem": plgpu.SMEM((groups, stages, ROWS, PLANE), jnp.uint8, transforms=SWIZZLED),
+            "x_smem": plgpu.SMEM((groups, stages, n, TILE), jnp.int8, transforms=SWIZZLED),
+            "scales_smem": plgpu.SMEM((groups, stages, 8, ROWS), jnp.float16),
+            "parts_smem": plgpu.SMEM((groups, ROWS, n), jnp.float32),
             "filled": plgpu.Barrier(num_arrivals=3 if weight.grouped else 2, num_barriers=groups * stages),
             "added": plgpu.Barrier(num_arrivals=groups),
         },
@@ -89,17 +93,13 @@ def _kernel(
 ):
     n = tiles.tokens
     group = lax.axis_index("warpgroup")
-    first_token, first_row = lax.axis_index("tokens") * n, lax.axis_index("rows") * _ROWS
-    tokens, rows = pl.ds(first_token, n), pl.ds(first_row, _ROWS)
+    first_token, first_row = lax.axis_index("tokens") * n, lax.axis_index("rows") * ROWS
+    tokens, rows = pl.ds(first_token, n), pl.ds(first_row, ROWS)
     steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
 
-    def load_row(ref):
-        row = plgpu.load(ref, layout=_ACC.reduce(1), optimized=False).astype(jnp.float32)
-        return plgpu.layout_cast(lax.broadcast_in_dim(row, (_ROWS, n), (0,)), _ACC)
-
     def load_tokens(ref):
-        column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, n), 1, layout=_ACC)
-        value = plgpu.layout_cast(jnp.zeros((_ROWS, n), jnp.float32), _ACC)
+        column = plgpu.broadcasted_iota(jnp.int32, (ROWS, n), 1, layout=ACC)
+        value = plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.float32), ACC)
         for i in range(min(t, n)):
             value = jnp.where(column == i, ref[jnp.minimum(first_token + i, t - 1)], value)
         return value
@@ -119,52 +119,99 @@ def _kernel(
     for slot in range(tiles.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
 
-    ones = plgpu.layout_cast(jnp.ones((_ROWS, PLANE), jnp.int8), _LHS)
-    zero = plgpu.layout_cast(jnp.zeros((_ROWS, n), jnp.int32), _ACC)
+    def load_plane(slot, _, plane):
+        return plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=RHS)
 
-    def step(k, carry):
-        y, totals = carry
-        slot = lax.rem(k, jnp.int32(tiles.stages))
-        plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
-        packed = plgpu.load(codes_smem.at[group, slot], layout=_LHS)
-        for plane in range(4):
-            x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=_RHS)
-            codes, factor = unpack_rows(packed, plane, exact=not weight.grouped)
-            # Every row of a product with ones is the tokens' sum of codes Q, which U = T + 1 and μ call for.
-            if weight.grouped:
-                total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
-                product = plgpu.mma(zero, codes, x_plane).astype(jnp.float32)
-                alpha, mu = (load_row(scales_smem.at[group, slot, i]) for i in (plane, 4 + plane))
-                y += (alpha * (1 / factor)) * product + (mu - alpha) * total
-            else:
-                y, totals = plgpu.mma(y, codes, x_plane), plgpu.mma(totals, ones, x_plane)
-        pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
-        return y, totals
-
-    start = zero.astype(jnp.float32) if weight.grouped else zero
-    y, totals = lax.fori_loop(0, steps, step, (start, zero))
-    if not weight.grouped:
-        alpha, mu = (load_row(scales_gmem.at[0, i, rows]) for i in (0, 1))
-        y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
-    parts_smem[group] = y
+    parts_smem[group] = multiply(
+        load_plane,
+        codes_smem.at[group],
+        scales_smem.at[group],
+        lambda i: scales_gmem.at[0, i, rows],
+        lambda slot: filled.at[group * tiles.stages + slot],
+        fetch,
+        steps,
+        stages=tiles.stages,
+        tokens=n,
+        grouped=weight.grouped,
+    )
     plgpu.barrier_arrive(added)
 
     @pl.when(group == 0)
     def _():
         scale, zero_point = load_tokens(scale_gmem), load_tokens(zero_point_gmem)
-        row_sums, bias = load_row(row_sums_gmem.at[rows]), load_row(bias_gmem.at[rows])
+        row_sums, bias = (spread_row(ref.at[rows], n) for ref in (row_sums_gmem, bias_gmem))
         plgpu.barrier_wait(added)
-        parts = [plgpu.load(parts_smem.at[i], layout=_ACC, optimized=False) for i in range(tiles.warpgroups)]
+        parts = [plgpu.load(parts_smem.at[i], layout=ACC, optimized=False) for i in range(tiles.warpgroups)]
         total = functools.reduce(jnp.add, parts) - zero_point * row_sums
-        _store(scale * total + bias, out_gmem, first_token, first_row)
+        store((scale * total + bias).astype(out_gmem.dtype), out_gmem, first_token, first_row)
 
 
-def _store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array) -> None:
-    """Writes `yᵀ`, of which only the tokens that there are, in the type of `out_gmem`."""
+def multiply(
+    load_tokens,
+    codes_smem,
+    scales_smem,
+    row_scales,
+    filled,
+    fetch,
+    steps,
+    *,
+    stages: int,
+    tokens: int,
+    grouped: bool,
+) -> jax.Array:
+    """`Σ Ŵ q` of a warpgroup's tiles, float32 in the layout `ACC`, as its ring is filled and filled again.
+
+    Args:
+      load_tokens: from a slot, a step and a plane to tokens as the right operand of `mma.sync`.
+      codes_smem: the ring's codes, a tile a slot.
+      scales_smem: the ring's (α, μ), where they are `grouped`.
+      row_scales: from 0 and 1 to the rows' α and μ, where they are not.
+      filled: a slot's barrier.
+      fetch: starts a step's copies into a slot.
+      steps: tiles.
+    """
+    ones = plgpu.layout_cast(jnp.ones((ROWS, PLANE), jnp.int8), LHS)
+    zero = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.int32), ACC)
+
+    def step(k, carry):
+        y, totals = carry
+        slot = lax.rem(k, jnp.int32(stages))
+        plgpu.barrier_wait(filled(slot))
+        packed = plgpu.load(codes_smem.at[slot], layout=LHS)
+        for plane in range(4):
+            x_plane = load_tokens(slot, k, plane)
+            codes, factor = unpack_rows(packed, plane, exact=not grouped)
+            # Every row of a product with ones is the tokens' sum of codes Q, which U = T + 1 and μ call for.
+            if grouped:
+                total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
+                product = plgpu.mma(zero, codes, x_plane).astype(jnp.float32)
+                alpha, mu = (spread_row(scales_smem.at[slot, i], tokens) for i in (plane, 4 + plane))
+                y += (alpha * (1 / factor)) * product + (mu - alpha) * total
+            else:
+                y, totals = plgpu.mma(y, codes, x_plane), plgpu.mma(totals, ones, x_plane)
+        pl.when(k + stages < steps)(functools.partial(fetch, k + stages, slot))
+        return y, totals
+
+    start = zero.astype(jnp.float32) if grouped else zero
+    y, totals = lax.fori_loop(0, steps, step, (start, zero))
+    if not grouped:
+        alpha, mu = (spread_row(row_scales(i), tokens) for i in (0, 1))
+        y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
+    return y
+
+
+def spread_row(ref, tokens: int) -> jax.Array:
+    """A value for each weight row, float32, beside each other for all tokens."""
+    row = plgpu.load(ref, layout=ACC.reduce(1), optimized=False).astype(jnp.float32)
+    return plgpu.layout_cast(lax.broadcast_in_dim(row, (ROWS, tokens), (0,)), ACC)
+
+
+def store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array) -> None:
+    """Writes `yᵀ`, of which only the tokens that there are."""
     t = out_gmem.shape[0]
 
-    @plgpu.inline_mgpu(arg_types=(_ACC, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
-    def store(_, y, out, token_offset, row_offset):
+    @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def put_registers(_, y, out, token_offset, row_offset):
         index = ir.IndexType.get()
         offsets = [arith.index_cast(index, offset.registers.flat[0]) for offset in (token_offset, row_offset)]
 
@@ -176,10 +223,4 @@ def _store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array)
 
         y.foreach(put)
 
-    store(y.astype(out_gmem.dtype), out_gmem, first_token, first_row)  # pyright: ignore[reportCallIssue]
-
-
-_SWIZZLED = (
-    plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-)
+    put_registers(y, out_gmem, first_token, first_row)  # pyright: ignore[reportCallIssue]

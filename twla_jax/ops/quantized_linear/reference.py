@@ -1,0 +1,27 @@
+"""The two ops that a quantised linear is made of, one after the other."""
+
+from jaxtyping import Array, Float, Float32
+
+from twla_jax.ops.dispatch import Implementation
+from twla_jax.ops.rotate_quantize import KernelRotation, rotate_quantize
+from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
+
+
+def quantized_linear(
+    x: Float[Array, "t m"],
+    rotation: KernelRotation | None,
+    settings: Float32[Array, " 3"],
+    weight: KernelWeight,
+    norm_scale: Float[Array, " m"] | None,
+    residual: Float[Array, "t n"] | None,
+    *,
+    epsilon: float,
+    out_dtype,
+    implementation: Implementation | None,
+) -> Float[Array, "t n"]:
+    """Norm, rotation and codes, then the product, then the residual in the product's type."""
+    tokens = rotate_quantize(
+        x, rotation, settings, norm_scale=norm_scale, epsilon=epsilon, implementation=implementation
+    )
+    y = ternary_matmul(tokens, weight, out_dtype=out_dtype, implementation=implementation)
+    return y if residual is None else residual + y
