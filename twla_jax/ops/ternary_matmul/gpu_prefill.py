@@ -25,6 +25,8 @@ _WARPGROUPS = 2  # that multiply; one more copies
 _ROWS = 64  # of a warpgroup: those of `wgmma`
 _BLOCK_ROWS = _WARPGROUPS * _ROWS
 _TOKENS = 128  # of a block: what registers hold of sums, in int32 and in float32
+_STAGES = 2  # tiles of 512 columns of weights under way
+_HALVES = 4  # half tiles of tokens under way, of which a block of a cluster loads its share
 _LAYOUT = plgpu.Layout.WGMMA
 
 
@@ -36,42 +38,43 @@ def matmul(
     weight: KernelWeight,
     *,
     out_dtype,
-    tiles: tuning.PrefillTiles | None = None,
+    cluster: int = 2,
 ) -> Float[Array, "t rows"]:
     """What `reference.matmul` computes, for int8 x."""
     t = len(x)
-    tiles = tiles or tuning.PrefillTiles()
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     totals = _halves(sums) if weight.grouped else sums.sum(-1).astype(jnp.float32)
     x = jnp.pad(x, ((0, -t % 8), (0, 0)))
     totals = jnp.pad(totals, ((0, -t % 8),) + ((0, 0),) * (totals.ndim - 1))
-    outputs = pl.cdiv(len(weight.codes), _BLOCK_ROWS * tiles.cluster) * pl.cdiv(t, _TOKENS)
-    stages, itemsize = tiles.stages, jnp.dtype(out_dtype).itemsize
+    outputs = pl.cdiv(len(weight.codes), _BLOCK_ROWS * cluster) * pl.cdiv(t, _TOKENS)
+    itemsize = jnp.dtype(out_dtype).itemsize
     scratch = {
-        "codes_smem": plgpu.SMEM((stages, _BLOCK_ROWS, PLANE), jnp.uint8, transforms=_swizzled(128, 1)),
-        "x_smem": plgpu.SMEM((stages, _TOKENS, TILE), jnp.int8, transforms=_swizzled(128, 1)),
-        "alpha_smem": plgpu.SMEM((stages, 4, _BLOCK_ROWS), jnp.float16),
-        "scales_smem": plgpu.SMEM((stages, 16, _BLOCK_ROWS), jnp.float16, transforms=_swizzled(32, 2)),
-        "totals_smem": plgpu.SMEM((stages, _TOKENS, 16), jnp.float16, transforms=_swizzled(32, 2)),
+        "codes_smem": plgpu.SMEM((_STAGES, _BLOCK_ROWS, PLANE), jnp.uint8, transforms=_swizzled(128, 1)),
+        "x_smem": plgpu.SMEM((_HALVES, _TOKENS, TILE // 2), jnp.int8, transforms=_swizzled(128, 1)),
+        "alpha_smem": plgpu.SMEM((_STAGES, 4, _BLOCK_ROWS), jnp.float16),
+        "scales_smem": plgpu.SMEM((_STAGES, 16, _BLOCK_ROWS), jnp.float16, transforms=_swizzled(32, 2)),
+        "totals_smem": plgpu.SMEM((_STAGES, _TOKENS, 16), jnp.float16, transforms=_swizzled(32, 2)),
         "token_smem": plgpu.SMEM((_WARPGROUPS, 3, _TOKENS), jnp.float32),
         "row_smem": plgpu.SMEM((_WARPGROUPS, 2, _ROWS), jnp.float32),
         "row_scales_smem": plgpu.SMEM((_WARPGROUPS, 2, _ROWS), jnp.float16),
         "out_smem": plgpu.SMEM(
             (_WARPGROUPS, _TOKENS * 2 // itemsize, _ROWS), out_dtype, transforms=_swizzled(128, itemsize)
         ),
-        "filled": plgpu.Barrier(num_arrivals=6 if weight.grouped else 2, num_barriers=stages),
-        "freed": plgpu.ClusterBarrier(
-            collective_axes=("cluster",), num_arrivals=_WARPGROUPS, num_barriers=stages
+        "filled": plgpu.Barrier(num_arrivals=5 if weight.grouped else 1, num_barriers=_STAGES),
+        "freed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
+        "x_filled": plgpu.Barrier(num_barriers=_HALVES),
+        "x_freed": plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=_WARPGROUPS, num_barriers=_HALVES
         ),
         "loaded": plgpu.Barrier(num_arrivals=4 if weight.grouped else 7, num_barriers=_WARPGROUPS),
     }
     y = plgpu.kernel(
-        functools.partial(_kernel, outputs=outputs, tiles=tiles, weight=weight),
+        functools.partial(_kernel, outputs=outputs, cluster=cluster, weight=weight),
         out_type=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
-        grid=(min(outputs, tuning.STREAMING_MULTIPROCESSORS // tiles.cluster),),
+        grid=(min(outputs, tuning.STREAMING_MULTIPROCESSORS // cluster),),
         grid_names=("block",),
-        cluster=(tiles.cluster,),
+        cluster=(cluster,),
         cluster_names=("cluster",),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -110,12 +113,14 @@ def _kernel(
     out_smem,
     filled,
     freed,
+    x_filled,
+    x_freed,
     loaded,
     outputs: int,
-    tiles: tuning.PrefillTiles,
+    cluster: int,
     weight: KernelWeight,
 ):
-    stages, steps = tiles.stages, weight.tiles
+    steps = weight.tiles
     group = lax.axis_index("warpgroup")
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
     mine = lax.div(outputs - block + blocks - 1, blocks)
@@ -124,7 +129,7 @@ def _kernel(
         """First token and first row of this block's output i."""
         tokens = pl.cdiv(out_gmem.shape[0], _TOKENS)
         output = block + i * blocks
-        rows = lax.div(output, tokens) * tiles.cluster + lax.axis_index("cluster")
+        rows = lax.div(output, tokens) * cluster + lax.axis_index("cluster")
         return lax.rem(output, tokens) * _TOKENS, rows * _BLOCK_ROWS
 
     @pl.when(group == _WARPGROUPS)
@@ -134,25 +139,34 @@ def _kernel(
         @pl.loop(0, mine * steps)
         def _(step):
             first_token, first_row = place(lax.div(step, steps))
-            tile, slot = lax.rem(step, steps), lax.rem(step, stages)
+            tile, slot = lax.rem(step, steps), lax.rem(step, _STAGES)
             tokens, rows = pl.ds(first_token, _TOKENS), pl.ds(first_row, _BLOCK_ROWS)
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(freed.at[slot]))
+            pl.when(step >= _STAGES)(lambda: plgpu.barrier_wait(freed.at[slot]))
 
-            def copy(source, target, **options):
-                plgpu.copy_gmem_to_smem(source, target, filled.at[slot], **options)
+            def copy(source, target):
+                plgpu.copy_gmem_to_smem(source, target, filled.at[slot])
 
-            copy(x_gmem.at[tokens, pl.ds(tile * TILE, TILE)], x_smem.at[slot], collective_axes="cluster")
             copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem.at[slot])
             if weight.grouped:
                 copy(totals_gmem.at[tokens, pl.ds(tile * 16, 16)], totals_smem.at[slot])
                 copy(scales_gmem.at[tile, pl.ds(0, 4), rows], alpha_smem.at[slot])
                 for half in range(2):
                     copy(scales_gmem.at[tile, :, rows], scales_smem.at[slot, pl.ds(8 * half, 8)])
+            for half in range(2):
+                x_step, first = 2 * step + half, tile * TILE + half * (TILE // 2)
+                x_slot = lax.rem(x_step, _HALVES)
+                pl.when(x_step >= _HALVES)(lambda x_slot=x_slot: plgpu.barrier_wait(x_freed.at[x_slot]))
+                source = x_gmem.at[tokens, pl.ds(first, TILE // 2)]
+                plgpu.copy_gmem_to_smem(
+                    source, x_smem.at[x_slot], x_filled.at[x_slot], collective_axes="cluster"
+                )
 
         # Other blocks of the cluster must be done with this one's memory before it ends.
-        @pl.loop(jnp.maximum(0, mine * steps - stages), mine * steps)
-        def _(step):
-            plgpu.barrier_wait(freed.at[lax.rem(step, stages)])
+        for barrier, slots, last in ((freed, _STAGES, mine * steps), (x_freed, _HALVES, 2 * mine * steps)):
+
+            @pl.loop(jnp.maximum(0, last - slots), last)
+            def _(step, barrier=barrier, slots=slots):
+                plgpu.barrier_wait(barrier.at[lax.rem(step, jnp.int32(slots))])
 
     @pl.when(group < _WARPGROUPS)
     def _():
@@ -172,15 +186,22 @@ def _kernel(
         def load_codes(slot):
             return plgpu.load(codes_smem.at[slot, of_group], layout=plgpu.Layout.WGMMA_8BIT, optimized=False)
 
-        def multiply(acc, packed, slot, plane):
+        def multiply(acc, packed, step, plane):
+            x_slot = lax.rem(2 * step + plane // 2, _HALVES)
+            if plane % 2 == 0:
+                plgpu.barrier_wait(x_filled.at[x_slot])
             codes, _ = unpack_rows(packed, plane, exact=True, wide=True)
-            plgpu.wgmma(acc, codes, x_smem.at[slot, :, pl.ds(plane * PLANE, PLANE)].T)
+            plgpu.wgmma(acc, codes, x_smem.at[x_slot, :, pl.ds(plane % 2 * PLANE, PLANE)].T)
 
-        def release(slot):
-            plgpu.commit_smem()  # one thread arrives for all of its warpgroup
-            plgpu.barrier_arrive(freed.at[slot])
+        def release(step):
+            plgpu.commit_smem()  # the whole warpgroup has read
+            plgpu.barrier_arrive(freed.at[lax.rem(step, _STAGES)])
 
-        def step_grouped(slot, y):
+        def release_x(step, half):
+            plgpu.barrier_arrive(x_freed.at[lax.rem(2 * step + half, _HALVES)])
+
+        def step_grouped(step, y):
+            slot = lax.rem(step, _STAGES)
             packed = load_codes(slot)
             alpha = [load_row(alpha_smem.at[slot, i, of_group]) for i in range(4)]
 
@@ -188,29 +209,39 @@ def _kernel(
                 y_ref[...] = y
                 plgpu.wgmma(y_ref, scales_smem.at[slot, :, of_group].T, totals_smem.at[slot].T)
                 # Not cleared between planes, acc is the sum over those so far: Σ α_i (acc_i − acc_{i−1}), rearranged.
+                total = None
                 for plane in range(4):
-                    multiply(acc, packed, slot, plane)
+                    multiply(acc, packed, step, plane)
                     product = acc[...].astype(jnp.float32)
-                    if plane == 3:
-                        release(slot)
+                    if plane == 0:
+                        total = y_ref[...]
+                        release(step)
+                    if plane % 2:
+                        release_x(step, plane // 2)
                     factor = alpha[plane] - alpha[plane + 1] if plane < 3 else alpha[3]
-                    total = (total if plane else y_ref[...]) + spread(factor) * product
+                    total += spread(factor) * product
                 return total
 
             shape = (_ROWS, _TOKENS)
             return pl.run_scoped(
-                add_tile, plgpu.WGMMAAccumulatorRef(shape), plgpu.WGMMAAccumulatorRef(shape, jnp.int32)
+                add_tile,
+                plgpu.WGMMAAccumulatorRef(shape),
+                plgpu.WGMMAAccumulatorRef(shape, jnp.int32),
             )
 
-        def step_single(slot, acc):
-            packed = load_codes(slot)
+        def step_single(step, acc):
+            packed = load_codes(lax.rem(step, _STAGES))
 
             def add_planes(acc):
                 for plane in range(4):
-                    multiply(acc, packed, slot, plane)
+                    multiply(acc, packed, step, plane)
+                    if plane == 2:
+                        plgpu.wgmma_wait(1)
+                        release_x(step, 0)
 
             acc = pl.run_state(add_planes)(plgpu.WGMMAAccumulatorRef.init(acc))
-            release(slot)
+            release_x(step, 1)
+            release(step)
             return acc
 
         @pl.loop(0, mine)
@@ -231,9 +262,9 @@ def _kernel(
                     copy(scales_gmem.at[0, j, rows], row_scales_smem.at[group, j])
 
             def step(k, y):
-                slot = lax.rem(i * steps + k, stages)
-                plgpu.barrier_wait(filled.at[slot])
-                return step_grouped(slot, y) if weight.grouped else step_single(slot, y)
+                k += i * steps
+                plgpu.barrier_wait(filled.at[lax.rem(k, _STAGES)])
+                return step_grouped(k, y) if weight.grouped else step_single(k, y)
 
             dtype = jnp.float32 if weight.grouped else jnp.int32
             start = plgpu.layout_cast(jnp.zeros((_ROWS, _TOKENS), dtype), _LAYOUT)

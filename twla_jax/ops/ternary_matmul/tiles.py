@@ -52,14 +52,6 @@ def integer_tiles(tokens: int, rows: int, tiles: int) -> IntegerTiles:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillTiles:
-    """Tiles of 512 columns that a block has under way, and blocks that share tokens."""
-
-    stages: int = 2
-    cluster: int = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuTiles:
     """Tokens and weight rows of a block."""
 
