@@ -26,7 +26,7 @@ _ROWS = 64  # of a warpgroup: those of `wgmma`
 _BLOCK_ROWS = _WARPGROUPS * _ROWS
 _TOKENS = 128  # of a block: what registers hold of sums, in int32 and in float32
 _STAGES = 2  # tiles of 512 columns of weights under way
-_HALVES = 4  # half tiles of tokens under way, of which a block of a cluster loads its share
+_HALVES = 2 * _STAGES  # of tiles of tokens, freed one by one
 _LAYOUT = plgpu.Layout.WGMMA
 
 
@@ -154,7 +154,7 @@ def _kernel(
                     copy(scales_gmem.at[tile, :, rows], scales_smem.at[slot, pl.ds(8 * half, 8)])
             for half in range(2):
                 x_step, first = 2 * step + half, tile * TILE + half * (TILE // 2)
-                x_slot = lax.rem(x_step, _HALVES)
+                x_slot = 2 * slot + half
                 pl.when(x_step >= _HALVES)(lambda x_slot=x_slot: plgpu.barrier_wait(x_freed.at[x_slot]))
                 source = x_gmem.at[tokens, pl.ds(first, TILE // 2)]
                 plgpu.copy_gmem_to_smem(
@@ -186,22 +186,21 @@ def _kernel(
         def load_codes(slot):
             return plgpu.load(codes_smem.at[slot, of_group], layout=plgpu.Layout.WGMMA_8BIT, optimized=False)
 
-        def multiply(acc, packed, step, plane):
-            x_slot = lax.rem(2 * step + plane // 2, _HALVES)
+        def multiply(acc, packed, slot, plane):
+            x_slot = 2 * slot + plane // 2
             if plane % 2 == 0:
                 plgpu.barrier_wait(x_filled.at[x_slot])
             codes, _ = unpack_rows(packed, plane, exact=True, wide=True)
             plgpu.wgmma(acc, codes, x_smem.at[x_slot, :, pl.ds(plane % 2 * PLANE, PLANE)].T)
 
-        def release(step):
+        def release(slot):
             plgpu.commit_smem()  # the whole warpgroup has read
-            plgpu.barrier_arrive(freed.at[lax.rem(step, _STAGES)])
+            plgpu.barrier_arrive(freed.at[slot])
 
-        def release_x(step, half):
-            plgpu.barrier_arrive(x_freed.at[lax.rem(2 * step + half, _HALVES)])
+        def release_x(slot, half):
+            plgpu.barrier_arrive(x_freed.at[2 * slot + half])
 
-        def step_grouped(step, y):
-            slot = lax.rem(step, _STAGES)
+        def step_grouped(slot, y):
             packed = load_codes(slot)
             alpha = [load_row(alpha_smem.at[slot, i, of_group]) for i in range(4)]
 
@@ -211,13 +210,13 @@ def _kernel(
                 # Not cleared between planes, acc is the sum over those so far: Σ α_i (acc_i − acc_{i−1}), rearranged.
                 total = None
                 for plane in range(4):
-                    multiply(acc, packed, step, plane)
+                    multiply(acc, packed, slot, plane)
                     product = acc[...].astype(jnp.float32)
                     if plane == 0:
                         total = y_ref[...]
-                        release(step)
+                        release(slot)
                     if plane % 2:
-                        release_x(step, plane // 2)
+                        release_x(slot, plane // 2)
                     factor = alpha[plane] - alpha[plane + 1] if plane < 3 else alpha[3]
                     total += spread(factor) * product
                 return total
@@ -229,19 +228,19 @@ def _kernel(
                 plgpu.WGMMAAccumulatorRef(shape, jnp.int32),
             )
 
-        def step_single(step, acc):
-            packed = load_codes(lax.rem(step, _STAGES))
+        def step_single(slot, acc):
+            packed = load_codes(slot)
 
             def add_planes(acc):
                 for plane in range(4):
-                    multiply(acc, packed, step, plane)
+                    multiply(acc, packed, slot, plane)
                     if plane == 2:
                         plgpu.wgmma_wait(1)
-                        release_x(step, 0)
+                        release_x(slot, 0)
 
             acc = pl.run_state(add_planes)(plgpu.WGMMAAccumulatorRef.init(acc))
-            release_x(step, 1)
-            release(step)
+            release_x(slot, 1)
+            release(slot)
             return acc
 
         @pl.loop(0, mine)
@@ -262,9 +261,9 @@ def _kernel(
                     copy(scales_gmem.at[0, j, rows], row_scales_smem.at[group, j])
 
             def step(k, y):
-                k += i * steps
-                plgpu.barrier_wait(filled.at[lax.rem(k, _STAGES)])
-                return step_grouped(k, y) if weight.grouped else step_single(k, y)
+                slot = lax.rem(i * steps + k, _STAGES)
+                plgpu.barrier_wait(filled.at[slot])
+                return step_grouped(slot, y) if weight.grouped else step_single(slot, y)
 
             dtype = jnp.float32 if weight.grouped else jnp.int32
             start = plgpu.layout_cast(jnp.zeros((_ROWS, _TOKENS), dtype), _LAYOUT)
