@@ -4,6 +4,7 @@ For times there is `twla bench`.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,18 @@ from twla_jax.packing import TILE
 TOKENS = 8
 
 
-def random_weight(key: jax.Array, n: int, m: int, *, exact: bool = False) -> KernelWeight:
-    """A matrix with an (α, μ) for every 128 columns; `exact` makes both 1, and the product a sum of integers."""
+def random_weight(
+    key: jax.Array, n: int, m: int, *, exact: bool = False, grouped: bool = True
+) -> KernelWeight:
+    """A matrix with an (α, μ) for every 128 columns, or for a row if not `grouped`.
+
+    `exact` makes both 1, and the product a sum of integers.
+    """
     keys = jax.random.split(key, 3)
     tiles = -(-m // TILE)
     unsigned = jax.random.randint(keys[0], (n, tiles * TILE // 4, 4), 0, 3, jnp.uint8)
-    scales = jax.random.normal(keys[1], (tiles, 8, n)).astype(jnp.float16)
+    shape = (tiles, 8, n) if grouped else (1, 2, n)
+    scales = jax.random.normal(keys[1], shape).astype(jnp.float16)
     return KernelWeight(
         codes=(unsigned << jnp.array([0, 2, 4, 6], jnp.uint8)).sum(-1, dtype=jnp.uint8),
         scales=jnp.ones_like(scales) if exact else scales,
@@ -49,9 +56,13 @@ def check(implementation: str) -> None:
         static_argnames="implementation",
     )
     key = jax.random.key(0)
-    for t, n, m in ((1, 1024, 4096), (TOKENS, 1024, 4096), (16, 128, 2048), (100, 128, 576)):
+    few = (1, 1024, 4096), (TOKENS, 1024, 4096), (16, 128, 2048)
+    # Of many tokens: a short last tile and 8 tokens cut; three blocks of rows, which clusters of two do not divide.
+    many = (100, 128, 576), (300, 384, 4096)
+    for (t, n, m), grouped in itertools.product((*few, *many), (True, False)):
         for exact in (True, False):
-            x, weight = random_tokens(key, t, m, exact=exact), random_weight(key, n, m, exact=exact)
+            x = random_tokens(key, t, m, exact=exact)
+            weight = random_weight(key, n, m, exact=exact, grouped=grouped)
             found, expected = (product(x, weight, implementation=name) for name in (implementation, "xla"))
             np.testing.assert_allclose(
                 found, expected, rtol=0, atol=0 if exact else 1e-4 * _largest(expected)

@@ -185,6 +185,28 @@ def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, size, dtype, c
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize(
+    ("t", "n", "m", "size"),
+    [
+        (2048, 12288, 4096, 128),
+        (2048, 12288, 4096, 4096),
+        (2048, 4096, 11008, 128),
+        (2048, 4096, 11008, 11008),
+        (2048, 960, 576, 128),
+        (100, 960, 576, 576),
+    ],
+)
+def test_gpu_kernel_of_many_tokens_spills_nothing_and_copies_no_weights(t, n, m, size, compile_for_h100):
+    function = functools.partial(gpu.matmul, out_dtype=jnp.bfloat16)
+    compiled, reports = compile_for_h100(function, *shapes(t, n, m, size, jnp.int8))
+    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+    # Sums of tokens, tokens filled up to whole tiles, and what of the output is past the last token.
+    ragged = t * (m + 512) if m % 128 else 0
+    ragged += 2 * t * (n + 128) + t * m if t % 8 else 0
+    assert compiled.memory_analysis().temp_size_in_bytes <= t * -(-m // 512) * 32 + 2 * ragged
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize(("target", "call"), [("h100", "mosaic_gpu"), ("v6e", "tpu_custom_call")])
 def test_the_platform_picks_its_kernel(target, call, compile_for):
     codes, sums, scale, zero_point, weight = shapes(8, 4096, 4096, 128, jnp.int8)

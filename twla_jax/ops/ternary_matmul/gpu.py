@@ -1,4 +1,5 @@
-"""The ternary matmul on Hopper GPUs (Pallas Mosaic GPU): int8 tokens by `gpu_integer`, bf16 tokens here.
+"""The ternary matmul on Hopper GPUs (Pallas Mosaic GPU): bf16 tokens here, few int8 tokens by `gpu_integer`, many by
+`gpu_prefill`.
 
 Tokens are the 16 rows of `mma.sync`, weight rows its columns; each warp unpacks its own weights in registers. K is
 split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added up there in a fixed
@@ -14,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from twla_jax.ops.ternary_matmul import gpu_integer
+from twla_jax.ops.ternary_matmul import gpu_integer, gpu_prefill
 from twla_jax.ops.ternary_matmul import tiles as tuning
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
@@ -35,6 +36,8 @@ def matmul(
     out_dtype,
 ) -> Float[Array, "t rows"]:
     """What `reference.matmul` computes, for int8 or bf16 x."""
+    if x.dtype == jnp.int8 and len(x) > tuning.FEW_TOKENS:
+        return gpu_prefill.matmul(x, sums, scale, zero_point, weight, out_dtype=out_dtype)
     if x.dtype == jnp.int8:
         return gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
     t = len(x)

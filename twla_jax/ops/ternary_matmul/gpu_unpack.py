@@ -41,18 +41,21 @@ def unpack(packed: jax.Array, plane: int, rows: int) -> jax.Array:
     return convert_registers(packed)  # pyright: ignore[reportCallIssue]
 
 
-def unpack_rows(packed: jax.Array, plane: int, *, exact: bool = False) -> tuple[jax.Array, int]:
+def unpack_rows(
+    packed: jax.Array, plane: int, *, exact: bool = False, wide: bool = False
+) -> tuple[jax.Array, int]:
     """`[rows, PLANE]` codes U times a factor, in int8, as the left operand of `plgpu.mma`; and the factor.
 
     Codes that are left where they lie in their bytes, 4 and 16 times too large, cost one operation less than codes
     shifted into place. Those of the last plane would not fit int8.
 
     Args:
-      packed: bytes in the layout `MMA_LHS(int8)`.
+      packed: bytes in the layout `MMA_LHS(int8)`, or `WGMMA_8BIT` if wide.
       exact: the factor is 1.
+      wide: for `plgpu.wgmma` and not `plgpu.mma`.
     """
     shift, place = (2 * plane, 0) if exact or plane == 3 else (0, 2 * plane)
-    layout = plgpu.Layout.MMA_LHS(jnp.int8)
+    layout = plgpu.Layout.WGMMA_8BIT if wide else plgpu.Layout.MMA_LHS(jnp.int8)
 
     @plgpu.inline_mgpu(
         arg_types=(layout,),

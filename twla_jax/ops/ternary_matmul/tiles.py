@@ -2,8 +2,9 @@
 
 import dataclasses
 
+FEW_TOKENS = 32  # up to which int8 tokens are bound by the weights' way from memory
+STREAMING_MULTIPROCESSORS = 132  # of an H100
 _SHARED_MEMORY = 220 * 1024  # bytes a block of an H100 may take, less what barriers need
-_STREAMING_MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class GpuTiles:
 def gpu_tiles(rows: int, tiles: int) -> GpuTiles:
     """Tiles for bf16 tokens and a matrix of `rows` by `512·tiles`."""
     block = 128
-    while block > 32 and rows // block < _STREAMING_MULTIPROCESSORS:
+    while block > 32 and rows // block < STREAMING_MULTIPROCESSORS:
         block //= 2
     warpgroups = min(2, tiles)
     # Codes, tokens, scales and sums of a slot; parts and output of a block.
@@ -38,14 +39,14 @@ class IntegerTiles:
 
 
 def integer_tiles(tokens: int, rows: int, tiles: int) -> IntegerTiles:
-    """Tiles for so many int8 tokens and a matrix of `rows` by `512·tiles`.
+    """Tiles for so many int8 tokens, few of them, and a matrix of `rows` by `512·tiles`.
 
     Two stages beat four on an H100, as more blocks then share a multiprocessor. Warpgroups are added until there is
     work for two to each, as far as their registers go.
     """
-    block, most = next(pair for pair in ((8, 4), (16, 2), (32, 1)) if tokens <= pair[0] or pair[1] == 1)
+    block, most = next(pair for pair in ((8, 4), (16, 2), (FEW_TOKENS, 1)) if tokens <= pair[0])
     warpgroups = 1
-    while 2 * warpgroups <= min(most, tiles) and rows // 64 * warpgroups < 2 * _STREAMING_MULTIPROCESSORS:
+    while 2 * warpgroups <= min(most, tiles) and rows // 64 * warpgroups < 2 * STREAMING_MULTIPROCESSORS:
         warpgroups *= 2
     return IntegerTiles(tokens=block, warpgroups=warpgroups, stages=min(2, -(-tiles // warpgroups)))
 
