@@ -4,13 +4,13 @@ For times there is `twla bench`.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from twla_jax.kotms import KroneckerRotation
+from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
@@ -56,10 +56,10 @@ def check(implementation: str) -> None:
         static_argnames="implementation",
     )
     key = jax.random.key(0)
-    few = (1, 1024, 4096), (TOKENS, 1024, 4096), (16, 128, 2048)
+    few = (1, 1024, 4096, True), (TOKENS, 1024, 4096, False), (16, 128, 2048, True)
     # Of many tokens: a short last tile and 8 tokens cut; three blocks of rows, which clusters of two do not divide.
-    many = (100, 128, 576), (300, 384, 4096)
-    for (t, n, m), grouped in itertools.product((*few, *many), (True, False)):
+    many = (100, 128, 576, True), (100, 128, 576, False), (300, 384, 4096, True)
+    for t, n, m, grouped in (*few, *many):
         for exact in (True, False):
             x = random_tokens(key, t, m, exact=exact)
             weight = random_weight(key, n, m, exact=exact, grouped=grouped)
@@ -70,13 +70,32 @@ def check(implementation: str) -> None:
         values = jax.random.normal(key, (t, m), jnp.bfloat16)
         found, expected = (product(values, weight, implementation=name) for name in (implementation, "xla"))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * _largest(expected))
-    for left, right in ((64, 64), (86, 128)):
-        arguments = random_input(TOKENS, left, right)
+    for t, left, right in ((TOKENS, 64, 64), (600, 64, 64), (TOKENS, 86, 128), (600, 86, 128)):
+        arguments = random_input(t, left, right)
         found, expected = (
             rotate_quantize(*arguments, implementation=name) for name in (implementation, "xla")
         )
         assert np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int)).max() <= 1
         np.testing.assert_array_equal(found.sums, group_sums(found.codes))
+
+    check_one_token(implementation)
+
+
+def check_one_token(implementation: str) -> None:
+    """A linear in one kernel; a few codes may differ by one level, which is a thousandth of the outputs' size."""
+    for left, right, n, norm in ((64, 64, 1024, True), (64, 64, 4096, False), (86, 128, 4096, False)):
+        x, rotation, settings = random_input(1, left, right)
+        weight = random_weight(jax.random.key(4), n, left * right)
+        options = {"norm_scale": jnp.linspace(0.5, 1.5, left * right) if norm else None, "epsilon": 1e-5}
+        residual = None if norm else 10 * jax.random.normal(jax.random.key(5), (1, n), jnp.bfloat16)
+        found, expected = (
+            quantized_linear(
+                x, rotation, settings, weight, residual=residual, implementation=name, **options
+            ).astype(jnp.float32)
+            for name in (implementation, "xla")
+        )
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * _largest(expected))
+        assert float(jnp.abs(found - expected).mean()) < 1e-3 * _largest(expected)
 
 
 def random_input(t: int, left: int, right: int):

@@ -168,7 +168,7 @@ class KernelLinear(nnx.Module):
     ) -> Float[Array, "*tokens n"]:
         """`x Ŵᵀ + b`, rounded to the model's type, and the residual added."""
         weight = self.weight.get_value()
-        if isinstance(x, SingleToken) and self.second_plane is None:
+        if isinstance(x, SingleToken) and isinstance(weight, KernelWeight) and self.second_plane is None:
             options = {"out_dtype": self.dtype, "implementation": self.implementation}
             return quantized_linear(x.x, weight=weight, residual=residual, **x.settings, **options)
         y = self._outputs(x.quantized(self.implementation) if isinstance(x, SingleToken) else x, weight)

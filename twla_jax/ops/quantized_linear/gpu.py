@@ -159,7 +159,7 @@ def _kernel(
 
     @pl.when(group == 0)
     def _():
-        weights = rotation_kernel.load_norm(norm, *token_smem.shape, epsilon)
+        weights = rotation_kernel.load_norm(norm, token_smem.shape, epsilon)
         plgpu.barrier_wait(token_filled)
         rotation_kernel.turn_right(token_smem, right_smem, turned_smem, weights, size=size)
         z = rotation_kernel.turn_left(turned_smem, left_smem)

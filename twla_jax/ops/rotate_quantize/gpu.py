@@ -102,12 +102,11 @@ def _kernel(
     epsilon: float | None,
 ):
     *norm, codes_gmem, scale_gmem, zero_point_gmem, sums_gmem = refs
-    rows, r = x_smem.shape
     block = lax.axis_index("block")
     plgpu.copy_gmem_to_smem(x_gmem.at[block], x_smem, filled)
     plgpu.copy_gmem_to_smem(right_gmem, right_smem, factors_filled)
     plgpu.copy_gmem_to_smem(left_gmem, left_smem, factors_filled)
-    norm = load_norm(norm, rows, r, epsilon)
+    norm = load_norm(norm, x_smem.shape, epsilon)
     plgpu.barrier_wait(factors_filled)
 
     @pl.loop(0, lax.div(t - block + blocks - 1, blocks))
@@ -122,7 +121,7 @@ def _kernel(
 
         codes, scale, zero_point = quantize(turn_left(y_smem, left_smem), settings_gmem, size=size)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the token before
-        width = r // len(sums_smem)
+        width = x_smem.shape[1] // len(sums_smem)
         for i in range(len(sums_smem)):
             sums_smem[i] = jnp.sum(codes[:, i * width : (i + 1) * width], axis=1)
         codes_smem[...] = codes.astype(jnp.int8)
@@ -135,13 +134,11 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-def load_norm(norm, rows: int, r: int, epsilon: float | None):
+def load_norm(norm, shape: tuple[int, int], epsilon: float | None):
     """Weights of a norm, in the layout that `turn_right` wants, and its ε; None without one."""
-    return (
-        None
-        if epsilon is None
-        else (plgpu.load(norm[0], layout=_layouts(rows, r)[2], optimized=False), epsilon)
-    )
+    if epsilon is None:
+        return None
+    return plgpu.load(norm[0], layout=_layouts(*shape)[2], optimized=False), epsilon
 
 
 def turn_right(x_smem, right_smem, y_smem, norm, *, size: int) -> None:
