@@ -53,7 +53,7 @@ def quantized_linear(
 ) -> Float[Array, "1 n"]:
     """What `reference.quantized_linear` computes, for one token in bf16."""
     rows, r = len(rotation.left), len(rotation.right_transposed)
-    tiles = tiles or tuning.tiles(rows * r, len(weight.codes), weight.tiles)
+    tiles = tiles or tuning.tiles(len(weight.codes), weight.tiles)
     groups, stages = tiles.warpgroups, tiles.stages
     norm = () if norm_scale is None else (layout.as_matrices(norm_scale[None], rotation)[0],)
     added = (
