@@ -63,8 +63,16 @@ def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
         sizes, scores = ([row["bytes"] / 1e6 for row in here], [row["perplexity"][bits] for row in here])
         axes.scatter(sizes, scores, color=_COLOURS[-1 - index % len(_COLOURS)], label=bits, zorder=3)
         for row, size, score in zip(here, sizes, scores, strict=True):
-            label = f"{row['name']}\n{row['bits_per_weight_linear']:.2f} bits"
-            axes.annotate(label, (size, score), (6, 4), textcoords="offset points", fontsize=8)
+            label = f"{row['name']}, {row['bits_per_weight_linear']:.2f} bits"
+            right = size > (min(sizes) + max(sizes)) / 2  # labels stay inside
+            axes.annotate(
+                label,
+                (size, score),
+                (-6 if right else 6, -3),
+                textcoords="offset points",
+                fontsize=8,
+                horizontalalignment="right" if right else "left",
+            )
     for bits, score in full["perplexity"].items():
         axes.axhline(
             score, color="black", linewidth=1, label=f"full precision {bits}, {full['bytes'] / 1e6:.0f} MB"

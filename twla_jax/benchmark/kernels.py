@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from twla_jax.benchmark import shapes, timing
 from twla_jax.models.config import DecoderConfig
+from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
 
@@ -16,7 +17,7 @@ Row = dict[str, Any]
 
 
 def decode_rows(config: DecoderConfig, batch: int, kinds: Sequence[str]) -> Iterator[Row]:
-    """Every matrix with `int8` codes or `bf16` activations, and every input's `rotate_quantize`; bound by bytes."""
+    """Every matrix with `int8` codes, with what makes them, and with `bf16` activations; every `rotate_quantize`."""
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, batch)
         make, size = functools.partial(shapes.weight, n=n, m=m), _bytes(shapes.weight, n, m)
@@ -26,11 +27,21 @@ def decode_rows(config: DecoderConfig, batch: int, kinds: Sequence[str]) -> Iter
             yield _row(
                 f"{name}, {label}", n, m, batch, taken, size + batch * (_itemsize(label) * m + 2 * n), base
             )
+        if "int8" in kinds:
+            x, rotation = _activations(batch, m), shapes.rotation_for_kernels(jax.random.key(2), m, n)
+            whole = functools.partial(_whole_linear, rotation=rotation)
+            taken = timing.seconds_each(whole, make, size, x)
+            yield _row(f"{name}, from bf16 to int8", n, m, batch, taken, size + batch * (2 * m + 2 * n), base)
     for m, (n, names) in _inputs(config).items():
         taken, xla = (_rotation_seconds(m, n, batch, implementation) for implementation in (None, "xla"))
         size = batch * (2 + 1) * m
         row = _row(f"rotate_quantize {names}", m, m, batch, taken, size, {})
         yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
+
+
+def _whole_linear(weight, x, *, rotation):
+    """Rotation and codes, too."""
+    return quantized_linear(x, rotation, quantizer_settings(8, 0.9), weight)
 
 
 def prefill_rows(config: DecoderConfig, tokens: int) -> Iterator[Row]:
