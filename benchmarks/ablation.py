@@ -63,7 +63,9 @@ ROWS = {
     "no sweeps of the codes (rounds 0)": Row(change={"weights": {"rounds": 0}}),
     "no rotation": Row(change={"rotation": {"start": "none"}}),
     "no propagation": Row(change={"weights": {"propagation": 0.0}}),
-    "no error compensation": Row(change={"weights": {"compensate": False}}),
+    "neither propagation nor error compensation": Row(
+        change={"weights": {"propagation": 0.0, "compensate": False}}
+    ),
 }
 
 

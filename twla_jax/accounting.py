@@ -19,6 +19,7 @@ CATEGORIES = (
     "bitmaps",
     "rotations",
     "clips",
+    "embeddings",
     "unquantised",
     "tokenizer_and_metadata",
 )
@@ -52,7 +53,10 @@ def account(folder: str | Path) -> dict[str, Any]:
     for name, entry in manifest["tensors"].items():
         sizes = {part: math.prod(a["shape"]) for part, a in entry["arrays"].items()}
         stored = {part: sizes[part] * jnp.dtype(a["dtype"]).itemsize for part, a in entry["arrays"].items()}
-        if entry["kind"] in ("ternary", "integer"):
+        if entry["kind"] == "integer" and not name.startswith("blocks."):
+            weights += math.prod(entry["arrays"]["codes"]["shape"][:-1]) * entry["static"]["in_features"]
+            split = {"embeddings": sum(stored.values())}
+        elif entry["kind"] in ("ternary", "integer"):
             rows, columns = math.prod(entry["arrays"]["codes"]["shape"][:-1]), entry["static"]["in_features"]
             quantised_weights += rows * columns
             weights += rows * columns
@@ -86,6 +90,7 @@ def account(folder: str | Path) -> dict[str, Any]:
         f"plain_int{bits}_g128": {
             "bits_per_weight_linear": plain_bits[bits] / max(quantised_weights, 1),
             "bytes": math.ceil(plain_bits[bits] / 8)
+            + totals["embeddings"]
             + totals["unquantised"]
             + totals["tokenizer_and_metadata"],
         }

@@ -34,6 +34,7 @@ def quantize(
     activation_bits: OptionalBits = None,
     activation_budget: OptionalBudget = None,
     site: Site | None = None,
+    embedding_bits: OptionalInt = None,
     seed: OptionalInt = None,
     dtype: Dtype = "float32",
     check_corpus: Annotated[str | None, argument("CORPUS")] = None,
@@ -57,6 +58,7 @@ def quantize(
         activation_bits: bits of the linear inputs, 16 for none; the recipe's if not given
         activation_budget: bits of the linear inputs on average, each its own; the recipe's if not given
         site: what gets bits of its own under a budget; the recipe's if not given
+        embedding_bits: bits of embedding and LM head as stored, 2 to 8, or 16; the recipe's if not given
         seed: of windows and rotations; the recipe's if not given
         dtype: what the model computes in
         check_corpus: text the result is checked on; a named corpus has its own, else pydoc
@@ -70,7 +72,8 @@ def quantize(
         recipe_module.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed
     )
     allocation = changed(settings.allocation, budget=activation_budget, site=site)
-    settings = dataclasses.replace(settings, allocation=allocation)
+    embedding = changed(settings.embedding, bits=embedding_bits)
+    settings = dataclasses.replace(settings, allocation=allocation, embedding=embedding)
     report = workflow.quantize_to_folder(
         model,
         out,

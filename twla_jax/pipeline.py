@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from twla_jax import compensation, kotms, quantizers, resume, sharding, ternary
 from twla_jax.activation import OFF, ActivationQuantizer, fit_clips
+from twla_jax.embedding import quantize_embeddings
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import check_vocabulary
 from twla_jax.kotms import KroneckerRotation
@@ -40,7 +41,7 @@ def quantize(
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Quantises every linear of the blocks; embeddings, norms and the head stay as they are.
+    """Quantises every linear of the blocks, and embedding and head where the recipe says so; norms stay as they are.
 
     Args:
       model: full precision; left as it is. Host (numpy) parameters go to the device one block at a time.
@@ -75,7 +76,8 @@ def quantize(
         for site in SITES
     ]
     seconds = {"rotations": fitted - start, "blocks": time.perf_counter() - fitted}
-    return _assemble(model, rotations, layers, recipe), {"sites": figures, "seconds": seconds}
+    quantised = quantize_embeddings(_assemble(model, rotations, layers, recipe), recipe.embedding)
+    return quantised, {"sites": figures, "seconds": seconds}
 
 
 def _open_work_dir(folder: Path, model: Decoder, windows: np.ndarray, recipe: Recipe) -> resume.WorkDir:

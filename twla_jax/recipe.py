@@ -47,6 +47,8 @@ class WeightRecipe:
         _require(self.planes in (1, 2), "weights.planes", self.planes, "1 or 2")
         _require(2 <= self.bits <= 8, "weights.bits", self.bits, "between 2 and 8")
         _require(0 <= self.propagation <= 1, "weights.propagation", self.propagation, "between 0 and 1")
+        wanted = "0 where errors are not compensated: both need what inputs have to do with each other"
+        _require(self.compensate or not self.propagation, "weights.propagation", self.propagation, wanted)
         _require(self.group_size >= 0, "weights.group_size", self.group_size, "0 (one group a row) or more")
         _require(self.euclidean_steps >= 0, "weights.euclidean_steps", self.euclidean_steps, "0 or more")
         _require(self.threshold > 0, "weights.threshold", self.threshold, "above 0")
@@ -142,6 +144,25 @@ class RefineRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingRecipe:
+    """How the embedding and the LM head are stored, which no linear's bits say anything of.
+
+    Attributes:
+      bits: of asymmetric integers, rounded to nearest; 16 leaves both as they are.
+      group_size: columns that share a scale and a zero point; 0 for one group a row.
+    """
+
+    bits: int = 16
+    group_size: int = 128
+
+    def __post_init__(self):
+        _require(
+            self.bits == 16 or 2 <= self.bits <= 8, "embedding.bits", self.bits, "between 2 and 8, or 16"
+        )
+        _require(self.group_size >= 0, "embedding.group_size", self.group_size, "0 (one group a row) or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationRecipe:
     """Which text a model is calibrated on.
 
@@ -210,6 +231,7 @@ class Recipe:
     weights: WeightRecipe = dataclasses.field(default_factory=WeightRecipe)
     rotation: RotationRecipe = dataclasses.field(default_factory=RotationRecipe)
     activations: ActivationRecipe = dataclasses.field(default_factory=ActivationRecipe)
+    embedding: EmbeddingRecipe = dataclasses.field(default_factory=EmbeddingRecipe)
     refine: RefineRecipe = dataclasses.field(default_factory=RefineRecipe)
     calibration: CalibrationRecipe = dataclasses.field(default_factory=CalibrationRecipe)
     allocation: AllocationRecipe = dataclasses.field(default_factory=AllocationRecipe)

@@ -9,6 +9,7 @@ import numpy as np
 
 from twla_jax import sharding
 from twla_jax.models.decoder import Decoder
+from twla_jax.uniform import take_rows
 
 _BATCH_TOKENS = 8192  # tokens that go through a block at a time
 _DEVICE_SHARE = 0.4  # of the device's memory that the stream may take before it moves to the host
@@ -47,9 +48,9 @@ class ResidualStream:
 
     def start(self) -> None:
         """Embeds the windows."""
-        table = jnp.asarray(self._embed)
+        table = jax.tree.map(jnp.asarray, self._embed)
         self._state = [
-            {"x": self._keep(self._put(table[batch].astype(self._dtype))), "mixed": None}
+            {"x": self._keep(self._put(take_rows(table, jnp.asarray(batch), self._dtype))), "mixed": None}
             for batch in self._windows
         ]
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float16, UInt8
+from jaxtyping import Array, Bool, Float, Float16, Int, UInt8
 
 _SHRINKS = 80  # candidates for the range, from the whole of it down to a fifth
 _NORM = 2.4  # of the error that a range is chosen by, as in GPTQ's public code
@@ -38,6 +38,14 @@ class IntegerTensor:
             for p in (self.scale, self.zero_point)
         )
         return scale * (self.codes.astype(dtype) - zero)
+
+
+def take_rows(
+    table: Float[Array, "n m"] | IntegerTensor, rows: Int[Array, "*shape"], dtype
+) -> Float[Array, "*shape m"]:
+    """Some rows of a matrix, in `dtype`; of integers, only these are made floats."""
+    taken = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], table)
+    return (taken.dequantize() if isinstance(taken, IntegerTensor) else taken).astype(dtype)
 
 
 def fit_range(

@@ -20,8 +20,8 @@ from twla_jax.models.attention import Positions, attention, fused_attention
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer, write
 from twla_jax.ops.rotate_quantize import rms_norm
-from twla_jax.ternary import TernaryTensor, packed_matmul
-from twla_jax.uniform import IntegerTensor
+from twla_jax.ternary import TernaryTensor, dequantize, packed_matmul
+from twla_jax.uniform import IntegerTensor, take_rows
 
 # The inputs of a block that are rotated and quantised, and the linears that read each; input s is `block.{s}_input`.
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up"), "down": ("down",)}
@@ -240,20 +240,21 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The first block's input, in `dtype`."""
-        return jnp.asarray(self.embed.get_value())[tokens].astype(self.dtype)
+        return take_rows(self.embed.get_value(), tokens, self.dtype)
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Logits from `hidden`'s output, accumulated and returned in float32."""
         kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
-        if isinstance(kernel, TernaryTensor):
-            return packed_matmul(h, kernel).astype(jnp.float32)
+        by_rows = self.head is None
+        if isinstance(kernel, TernaryTensor | IntegerTensor):
+            kernel, by_rows = dequantize(kernel, jnp.float32), True
         # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
         rows = h.reshape(-1, h.shape[-1])
         rows = jnp.pad(
             rows, ((0, _LOGIT_ROWS - 1 if len(rows) == 1 and h.dtype != jnp.float32 else 0), (0, 0))
         )
         y = jnp.einsum(
-            "td,vd->tv" if self.head is None else "td,dv->tv",
+            "td,vd->tv" if by_rows else "td,dv->tv",
             rows,
             kernel.astype(h.dtype),
             precision=precision(h.dtype),

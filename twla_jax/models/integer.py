@@ -30,7 +30,7 @@ from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, ro
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
 from twla_jax.sharding import shardings
-from twla_jax.ternary import TernaryTensor
+from twla_jax.ternary import TernaryTensor, dequantize
 from twla_jax.uniform import IntegerTensor
 
 
@@ -64,9 +64,13 @@ class IntegerDecoder(Decoder):
         self.config, self.dtype, self.mesh = model.config, model.dtype, mesh
         self.norm = model.norm
         # Cast once, not at every step, which would write out and read again all of it.
-        self.embed, self.head = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, model.dtype), (model.embed, model.head)
-        )
+        self.embed = nnx.Param(_floats(model.embed.get_value(), model.dtype))
+        self.head = model.head
+        if model.head is not None:
+            self.head = nnx.merge(*nnx.split(model.head))
+            kernel = model.head.kernel.get_value()
+            floats = _floats(kernel, model.dtype)
+            self.head.kernel = nnx.Param(floats.T if isinstance(kernel, IntegerTensor) else floats)
         self.blocks = nnx.List(
             [
                 IntegerBlock(
@@ -248,6 +252,11 @@ def _layer(blocks: Block, index: int) -> Block:
 @jax.jit
 def _device_layer(blocks: Block, index: jax.Array) -> Block:
     return jax.tree.map(lambda leaf: leaf[index], blocks)
+
+
+def _floats(matrix: jax.Array | IntegerTensor, dtype) -> jax.Array:
+    matrix = dequantize(matrix, jnp.float32) if isinstance(matrix, IntegerTensor) else matrix
+    return jnp.asarray(matrix, dtype)
 
 
 def _nothing(x: jax.Array) -> jax.Array:
