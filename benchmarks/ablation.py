@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from twla_jax import calibration, evaluation, pipeline, recipe, refinement, workflow
+from twla_jax import blockwise, calibration, evaluation, pipeline, recipe, refinement, workflow
 from twla_jax.errors import TwlaError
 from twla_jax.models.attention import can_fuse
 
@@ -59,6 +59,7 @@ ROWS = {
     "scales and norms frozen in refinement": Row(change={"refine": {"scale_rate": 0.0}}),
     "rotations learn in refinement": Row(change={"refine": {"rotation_rate": 5e-3}}),
     "refined with inputs at 4 bits": Row(change={"refine": {"activation_bits": 4}}),
+    "refined block by block first": Row(change={"refine": {"block_steps": 60}}),
     "refined on the quantisation's text alone": Row(narrow=True),
     "no sweeps of the codes (rounds 0)": Row(change={"weights": {"rounds": 0}}),
     "no rotation": Row(change={"rotation": {"start": "none"}}),
@@ -97,6 +98,9 @@ class Bench:
             return result
 
         model, figures = timed("quantise", lambda: self._quantise(settings)), None
+        if settings.refine.block_steps:
+            arguments = (self._teacher, self._drawn(settings), settings.refine)
+            model, _ = timed("blocks", lambda: blockwise.refine_blocks(model, *arguments, progress=False))
         if settings.refine.steps:
             text = self._calibration if row.narrow else self._refine_text
             seed = settings.calibration.seed + 1
@@ -113,11 +117,14 @@ class Bench:
     def _quantise(self, settings: recipe.Recipe) -> Any:
         wanted = dataclasses.replace(settings, refine=recipe.RefineRecipe())
         if self._shared[0] != wanted:
-            drawn = wanted.calibration
-            windows = calibration.sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed)
+            windows = self._drawn(wanted)
             model = _computing_in(self._teacher, jnp.float32)
             self._shared = wanted, pipeline.quantize(model, windows, wanted, progress=False)[0]
         return self._shared[1]
+
+    def _drawn(self, settings: recipe.Recipe) -> np.ndarray:
+        drawn = settings.calibration
+        return calibration.sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed)
 
     def _score(self, model: Any, bits: int) -> float:
         model = _computing_in(workflow.set_activation_bits(model, bits), jnp.dtype(self._options.dtype))

@@ -122,7 +122,7 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
     quantize = ["quantize", stories_model, folder, *options, "--json"]
     with monkeypatch.context() as patch:
         patch.setattr(refinement, "_SNAPSHOT_SECONDS", 0)
-        patch.setattr(refinement, "_harden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(refinement, "harden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert fails(capsys, *quantize)[1] == 130
     # What is finished is not done again.
     for module, name in ((self_calibration, "_sample_batch"), (pipeline, "_quantize_block")):

@@ -105,7 +105,7 @@ def test_the_first_batch_is_measured_before_and_after(student, teacher):
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 480])
 def test_rates_rise_to_their_peaks_and_fall_to_nothing(steps):
-    rates = [refinement._rates(REFINE, step, steps) for step in range(steps)]
+    rates = [refinement.rates_at(REFINE, step, steps) for step in range(steps)]
     codes = np.array([rate["codes"] for rate in rates])
     top = codes.argmax()
     assert codes[top] == REFINE.code_rate

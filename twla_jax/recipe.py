@@ -111,16 +111,19 @@ class ActivationRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefineRecipe:
-    """Settings of the end-to-end refinement that may follow the layer-wise quantisation.
+    """Settings of the refinement that may follow the layer-wise quantisation: block by block, then end to end.
 
     Attributes:
-      steps: optimisation steps, each on new windows; 0 leaves the model as it is.
+      steps: optimisation steps end to end, each on new windows; 0 leaves that out.
       batch: windows a step.
       code_rate: Adam's peak learning rate for the codes' latents, in units of α.
       scale_rate: the same for α, μ (relative to α) and norms (relative to themselves).
       rotation_rate: the same for the rotations' factors, on the manifold; 0 keeps them.
       activation_bits: that the linear inputs are quantised to while it learns; 16 for none.
       dtype: what the models compute in meanwhile; what is learned is float32.
+      block_steps: optimisation steps of each block before that, on the calibration windows; 0 leaves that out.
+      block_window: neighbouring blocks that learn together.
+      block_mix: share of windows that enter a block as the full-precision model has them.
     """
 
     steps: int = 0
@@ -130,6 +133,9 @@ class RefineRecipe:
     rotation_rate: float = 0.0
     activation_bits: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    block_steps: int = 0
+    block_window: int = 1
+    block_mix: float = 0.0
 
     def __post_init__(self):
         known = f"one of {ACTIVATION_BITS}"
@@ -138,6 +144,9 @@ class RefineRecipe:
         )
         _require(self.steps >= 0, "refine.steps", self.steps, "0 or more")
         _require(self.batch >= 1, "refine.batch", self.batch, "1 or more")
+        _require(self.block_steps >= 0, "refine.block_steps", self.block_steps, "0 or more")
+        _require(self.block_window >= 1, "refine.block_window", self.block_window, "1 or more")
+        _require(0 <= self.block_mix <= 1, "refine.block_mix", self.block_mix, "between 0 and 1")
         _require(self.code_rate >= 0, "refine.code_rate", self.code_rate, "0 or more")
         _require(self.scale_rate >= 0, "refine.scale_rate", self.scale_rate, "0 or more")
         _require(self.rotation_rate >= 0, "refine.rotation_rate", self.rotation_rate, "0 or more")
@@ -237,13 +246,10 @@ class Recipe:
     allocation: AllocationRecipe = dataclasses.field(default_factory=AllocationRecipe)
 
     def __post_init__(self):
-        wanted = "0: integers are not refined"
-        _require(
-            self.weights.quantizer == "ternary" or not self.refine.steps,
-            "refine.steps",
-            self.refine.steps,
-            wanted,
-        )
+        for key in ("steps", "block_steps"):
+            value = getattr(self.refine, key)
+            refinable = self.weights.quantizer == "ternary" or not value
+            _require(refinable, f"refine.{key}", value, "0: integers are not refined")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in nested dicts, ready for JSON; `from_dict` is its inverse."""

@@ -89,30 +89,30 @@ def refine(
     batches = windows[: steps * recipe.batch].reshape(steps, recipe.batch, -1)
     dtype = jnp.dtype(recipe.dtype)
     original = student
-    student, teacher = (_computing_in(model, dtype) for model in (student, teacher))
+    student, teacher = (computing_in(model, dtype) for model in (student, teacher))
     latents = init_latents(student, teacher)
     learns_rotations = recipe.rotation_rate > 0
     step = functools.partial(_step, bits=recipe.activation_bits, learns_rotations=learns_rotations)
-    state = _optimizer(_rates(recipe, 0, 1), learns_rotations).init(latents)
-    store = None if work_dir is None else _open_work_dir(Path(work_dir), student, windows, recipe)
+    state = optimizer(rates_at(recipe, 0, 1), learns_rotations).init(latents)
+    store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, recipe)
     losses: list[float] = []
     if store and (saved := store.load("state")):
         losses = saved.pop("losses").tolist()
-        latents, state = _unflatten((latents, state), saved)
+        latents, state = resume.unflatten((latents, state), saved)
     saved_at = time.perf_counter()
     with tqdm(total=steps, initial=len(losses), desc="refine", unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
-            rates = _rates(recipe, len(losses), steps)
+            rates = rates_at(recipe, len(losses), steps)
             latents, state, loss = step(latents, state, student, teacher, batch, rates)
             losses.append(float(loss))
             bar.update()
             bar.set_postfix(kl=f"{np.mean(losses[-20:]):.3f}")
             if store and time.perf_counter() - saved_at > _SNAPSHOT_SECONDS:
-                store.save("state", {**_flatten((latents, state)), "losses": np.asarray(losses)})
+                store.save("state", {**resume.flatten((latents, state)), "losses": np.asarray(losses)})
                 saved_at = time.perf_counter()
-    refined = _harden(student, latents)
+    refined = harden(student, latents)
     refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
-    _, _, loss = step(latents, state, student, teacher, batches[0], _rates(recipe, 0, 1))
+    _, _, loss = step(latents, state, student, teacher, batches[0], rates_at(recipe, 0, 1))
     first_batch = [losses[0], float(loss)]
     kept = first_batch[1] <= first_batch[0]
     if not kept:
@@ -127,7 +127,7 @@ def refine(
         "tokens": int(batches.size),
         "loss": [float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))],
         "first_batch": first_batch,
-        "flipped": _flipped(original, refined),
+        "flipped": flipped(original, refined),
         "kept": kept,
     }
     return (refined if kept else original), figures
@@ -194,11 +194,11 @@ def kl_divergence(
 )
 def _step(latents, state, student, teacher, tokens, rates, *, bits, learns_rotations):
     loss, gradient = jax.value_and_grad(lambda p: kl_divergence(student, teacher, p, tokens, bits))(latents)
-    updates, state = _optimizer(rates, learns_rotations).update(gradient, state, latents)
+    updates, state = optimizer(rates, learns_rotations).update(gradient, state, latents)
     return optax.apply_updates(latents, updates), state, loss
 
 
-def _rates(recipe: RefineRecipe, step: int, steps: int) -> dict[str, float]:
+def rates_at(recipe: RefineRecipe, step: int, steps: int) -> dict[str, float]:
     """Learning rates of one step: up in a line, then down to zero as a cosine; data, so that one program takes all."""
     warmup = math.ceil(_WARMUP * steps)
     falling = math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1))
@@ -207,7 +207,7 @@ def _rates(recipe: RefineRecipe, step: int, steps: int) -> dict[str, float]:
     return {name: share * peak for name, peak in peaks.items()}
 
 
-def _optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTransformation:
+def optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTransformation:
     """Adam with a learning rate for codes, one for all that is continuous, and one for rotations, on the manifold."""
 
     def labels(latents):
@@ -228,14 +228,14 @@ def _hidden(
     @jax.checkpoint
     def step(x, layer):
         block, here, window = layer
-        return _apply(block, here, bits)(x, positions, window), None
+        return apply(block, here, bits)(x, positions, window), None
 
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
     x, _ = jax.lax.scan(step, student.embed_tokens(tokens), (student.blocks, blocks, student.windows()))
     return student.norm(x) * (1 + latents["norm"]["g"]).astype(x.dtype)
 
 
-def _apply(block: Block, latents: Latents, bits: int) -> Block:
+def apply(block: Block, latents: Latents, bits: int) -> Block:
     """The block with the dense weights and the norms that `latents` stand for; changes it, which only a trace sees."""
     for name in _LINEARS:
         linear = getattr(block, name)
@@ -301,7 +301,7 @@ def _start(layer) -> Float[Array, "n m"]:
     return codes + jnp.clip(u - codes, -_MARGIN, _MARGIN)
 
 
-def _harden(student: Decoder, latents: Latents) -> Decoder:
+def harden(student: Decoder, latents: Latents) -> Decoder:
     """The student, on the host, with what the latents stand for in its own format."""
     for name in _LINEARS:
         linear, parts = getattr(student.blocks, name), latents[name]
@@ -327,7 +327,7 @@ def _harden(student: Decoder, latents: Latents) -> Decoder:
     return jax.tree.map(np.asarray, student)
 
 
-def _flipped(before: Decoder, after: Decoder) -> float:
+def flipped(before: Decoder, after: Decoder) -> float:
     """Share of codes that differ."""
     changed = total = 0
     for name in _LINEARS:
@@ -338,7 +338,8 @@ def _flipped(before: Decoder, after: Decoder) -> float:
     return changed / total
 
 
-def _computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
+def computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
+    """A copy on the device that computes in `dtype`, with the attention that trains fastest there."""
     copy = nnx.merge(*nnx.split(model))
     copy.dtype = dtype
     # Most of a step's time went into reading and writing the scores.
@@ -346,17 +347,9 @@ def _computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
     return jax.tree.map(jnp.asarray, copy)
 
 
-def _open_work_dir(
+def open_work_dir(
     folder: Path, student: Decoder, windows: np.ndarray, recipe: RefineRecipe
 ) -> resume.WorkDir:
+    """The folder that an interrupted refinement of this student, on these windows, left its state in."""
     arrays = map(np.asarray, [windows, *jax.tree.leaves(student)])
     return resume.WorkDir(folder, resume.fingerprint(dataclasses.asdict(recipe), arrays))
-
-
-def _flatten(tree: Any) -> dict[str, np.ndarray]:
-    return {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
-
-
-def _unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
-    leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [jnp.asarray(saved[str(index)]) for index in range(len(leaves))])

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from twla_jax.errors import TwlaError
@@ -112,3 +114,14 @@ def _from_bytes(array: np.ndarray) -> np.ndarray:
     import ml_dtypes
 
     return array.view(np.dtype(getattr(ml_dtypes, array.dtype.names[0])))
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """The leaves of a pytree by their place, as `WorkDir.save` takes them."""
+    return {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
+    """What `flatten` was given, on the device; `like` has its structure."""
+    leaves, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(structure, [jnp.asarray(saved[str(index)]) for index in range(len(leaves))])

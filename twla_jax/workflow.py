@@ -16,6 +16,7 @@ import numpy as np
 from twla_jax import (
     accounting,
     allocation,
+    blockwise,
     calibration,
     checkpoint,
     models,
@@ -150,7 +151,12 @@ def quantize_to_folder(
         quantised, layers = pipeline.quantize(
             model, windows, recipe, work_dir=work_dir, mesh=mesh, progress=progress
         )
-    refined = None
+    refined, refined_blocks = None, None
+    if recipe.refine.block_steps:
+        with phases("refine block by block"):
+            quantised, refined_blocks = blockwise.refine_blocks(
+                quantised, model, windows, recipe.refine, work_dir=work_dir / "blocks", progress=progress
+            )
     if recipe.refine.steps:
         with phases("refine"):
             quantised, refined = refinement.refine(
@@ -194,6 +200,7 @@ def quantize_to_folder(
             "sample": tokenizer.decode(sample),
         },
         "layers": layers,
+        "refine_blocks": refined_blocks,
         "refine": refined,
         **allocated,
         "seconds": phases.seconds,
