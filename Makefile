@@ -13,8 +13,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/package $(VENV)/smollm2
 	$(BIN)/twla demo $(DEMO)
 
+# Two processes: most of the time goes into compilation, which uses one core.
 test: $(VENV)/test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 # Kernels compiled for chips that this machine lacks; the compilers' own back ends would look for those.
 aot: $(VENV)/aot
