@@ -303,6 +303,7 @@ def _start(layer) -> Float[Array, "n m"]:
 
 def harden(student: Decoder, latents: Latents) -> Decoder:
     """The student, on the host, with what the latents stand for in its own format."""
+    student = nnx.merge(*nnx.split(student))  # the caller's own stays as it is
     for name in _LINEARS:
         linear, parts = getattr(student.blocks, name), latents[name]
         tensor = linear.kernel.get_value()
