@@ -71,11 +71,11 @@ def test_the_ablation_runs_and_refinement_shows(ablation, stories_model, texts, 
     text, results = str(texts / "calibration.txt"), tmp_path / "results.jsonl"
     options = ["--recipe", tmp_path / "quick.toml", "--calibration", text, "--refine-text", text]
     options += ["--corpus", texts / "evaluation.txt", "--windows", 4, "--seq-len", 64, "--max-windows", 4]
-    options += ["--steps", 120, "--seeds", 0, "--rows", "base", "no refinement", "--dtype", "float32"]
+    options += ["--steps", 40, "--seeds", 0, "--rows", "base", "no refinement", "--dtype", "float32"]
     ablation.main(list(map(str, [stories_model, "--results", results, *options])))
     base, plain = map(json.loads, results.read_text().splitlines())
     assert (base["row"], plain["row"]) == ("base", "no refinement")
-    assert base["refine"]["steps"] == 120
+    assert base["refine"]["steps"] == 40
     assert plain["refine"] is None
     assert base["A16"] < 0.9 * plain["A16"]
     assert f"| base | {base['A16']:.1f} | {base['A4']:.1f} | 0 |" in capsys.readouterr().out

@@ -138,9 +138,7 @@ def test_rotations_learn_on_the_manifold(student, teacher):
     before = factors(student)
     for rate in (0.0, 1e-2):
         recipe = dataclasses.replace(REFINE, rotation_rate=rate)
-        after = factors(
-            refinement.refine(student, teacher, np.tile(WINDOWS, (8, 1)), recipe, progress=False)[0]
-        )
+        after = factors(refinement.refine(student, teacher, WINDOWS[:8], recipe, progress=False)[0])
         for old, new in zip(before, after, strict=True):
             assert (np.abs(new - old).max() > 1e-3) == (rate > 0)
             product = np.swapaxes(new, -1, -2) @ new
