@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from twla_jax import accounting, checkpoint, cli, comparison, workflow
+from twla_jax.uniform import IntegerTensor
 
 QUICK = "[rotation]\nstart = 'none'\n[activations]\nclip_tokens = 64\n[weights]\ngroup_size = 32\n"
 
@@ -70,6 +71,26 @@ def test_a_folder_is_a_row_as_it_is(compared, capsys, tmp_path):
     reference = run(capsys, *arguments, *compared[1])["rows"]
     assert rows[1] == {**reference[2], "name": "mine"}
     assert checkpoint.is_checkpoint(tmp_path / "mine")
+
+
+def test_a_recipe_that_breaks_the_model_is_a_row_like_any_other(compared, capsys, monkeypatch, tmp_path):
+    arguments, _, folder = compared
+    whole = workflow.evaluate
+
+    def evaluate(model, **options):
+        found = whole(model, **options)
+        broken = isinstance(model.blocks.q.kernel.get_value(), IntegerTensor)
+        return {**found, "perplexity": 1e9} if broken else found
+
+    monkeypatch.setattr(workflow, "evaluate", evaluate)
+    rows = ["--recipes", str(folder / "integers.toml")]
+    assert run(capsys, *arguments, *rows, "--out", tmp_path / "out")["rows"][1]["name"] == "integers"
+    text = arguments[arguments.index("--calibration") + 1]
+    quantise = ["quantize", arguments[1], tmp_path / "alone", "--recipe", folder / "integers.toml"]
+    with pytest.raises(SystemExit, match="1"):
+        run(capsys, *quantise, "--calibration", text, "--windows", 4, "--seq-len", 64)
+    assert "is broken" in capsys.readouterr().err
+    assert not (tmp_path / "alone").exists()
 
 
 @pytest.mark.parametrize(

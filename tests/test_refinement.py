@@ -9,7 +9,17 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import models, pipeline, quantizers, refinement, resume, ternary, two_plane_latents
+from twla_jax import (
+    clip_training,
+    models,
+    pipeline,
+    quantizers,
+    refinement,
+    resume,
+    ternary,
+    two_plane_latents,
+)
+from twla_jax.activation import ActivationQuantizer, quantize_tokens
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
@@ -214,3 +224,39 @@ def test_latents_of_two_planes_stand_for_the_codes_they_start_from():
     slope = jax.grad(lambda u: two_plane_latents.dense(u, tensor, stored).sum())(jnp.where(u > 0, 9.0, u))
     unit = np.repeat(np.asarray(two_plane_latents.unit(tensor)), 16, axis=1)[:, :24]
     np.testing.assert_allclose(slope, np.where(np.asarray(u) > 0, 0, unit), rtol=1e-6)
+
+
+def test_clips_that_cut_off_too_much_learn_to_be_wider(student, teacher):
+    def clips(model):
+        inputs = (getattr(model.blocks, f"{site}_input").activation.get_value() for site in SITES)
+        return np.stack([quantizer.clips for quantizer in inputs]).astype(np.float32)
+
+    def narrow(leaf):
+        is_quantizer = isinstance(leaf, ActivationQuantizer)
+        return dataclasses.replace(leaf, clips=jnp.full_like(leaf.clips, 0.3)) if is_quantizer else leaf
+
+    narrowed = jax.tree.map(narrow, student, is_leaf=lambda leaf: isinstance(leaf, ActivationQuantizer))
+    settings = dataclasses.replace(REFINE, clip_steps=12, clip_rate=5e-2)
+    trained, figures = clip_training.train_clips(narrowed, teacher, WINDOWS, settings, progress=False)
+    assert figures["steps"] == 12
+    assert figures["first_batch"][1] < figures["first_batch"][0]
+    assert clips(trained)[..., 1].mean() > 0.35
+    np.testing.assert_array_equal(clips(trained)[..., [0, 2, 3]], clips(narrowed)[..., [0, 2, 3]])
+    weights = [jax.tree.leaves(nnx.state(model.blocks.q)) for model in (student, trained)]
+    jax.tree.map(np.testing.assert_array_equal, *weights)
+
+
+def test_a_clips_slope_is_that_of_the_quantised_value_between_two_roundings():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
+    quantizer = ActivationQuantizer(bits=jnp.int32(4), clips=jnp.full(4, 0.75, jnp.float16), enabled=True)
+
+    def value(offset):
+        return refinement._StraightThrough(quantizer, offset)(x).sum()
+
+    # With the codes held fixed, x̂ = s·(q − z) is linear in the clip; straight through, x/s moves against it, unless
+    # it is cut off (and by half where it ends on the last level).
+    codes, scale, zero_point = quantize_tokens(x, 15, 0.75)
+    free = jnp.round(x / scale) + zero_point
+    passes = jnp.where((free > 0) & (free < 15), 1, jnp.where(free == codes, 0.5, 0))
+    expected = (scale * (codes - zero_point) - passes * x).sum()
+    assert float(jax.grad(value)(jnp.float32(0))) == pytest.approx(float(expected), rel=1e-4)

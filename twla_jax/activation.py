@@ -1,7 +1,7 @@
 """Per-token activation quantisation: dynamic, asymmetric, with a clip fitted per input and bit-width."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +45,19 @@ def select_clip(clips: Float[Array, " 4"], bits: Int32[Array, ""]) -> Float[Arra
     return clips[jnp.clip(bits // 2 - 1, 0, len(BIT_CHOICES) - 1)].astype(jnp.float32)
 
 
-def fake_quantize(x: Float[Array, "*tokens m"], bits, clip) -> Float[Array, "*tokens m"]:
-    """Quantises each token (last axis) to `2**bits` levels and maps it back, in float32 inside, `x.dtype` outside."""
-    codes, scale, zero_point = quantize_tokens(x, 2.0**bits - 1, clip)
+def fake_quantize(
+    x: Float[Array, "*tokens m"], bits, clip, *, rounding: Callable[[jax.Array], jax.Array] = jnp.round
+) -> Float[Array, "*tokens m"]:
+    """Quantises each token (last axis) to `2**bits` levels and maps it back, in float32 inside, `x.dtype` outside.
+
+    `rounding` is what `x/s` goes through: `jnp.round`, or something that gradients pass.
+    """
+    codes, scale, zero_point = quantize_tokens(x, 2.0**bits - 1, clip, rounding=rounding)
     return (scale * (codes - zero_point)).astype(x.dtype)
 
 
 def quantize_tokens(
-    x: Float[Array, "*tokens m"], levels, clip
+    x: Float[Array, "*tokens m"], levels, clip, *, rounding: Callable[[jax.Array], jax.Array] = jnp.round
 ) -> tuple[Float[Array, "*tokens m"], Float[Array, "*tokens 1"], Float[Array, "*tokens 1"]]:
     """Codes, scale and zero point of each token, all float32, with `x̂ = s·(q − z)`.
 
@@ -64,7 +69,7 @@ def quantize_tokens(
     high = clip * values.max(-1, keepdims=True)
     scale = jnp.maximum((high - low) / levels, 1e-8)
     zero_point = jnp.round(-low / scale)
-    codes = jnp.clip(jnp.round(values / scale) + zero_point, 0, levels)
+    codes = jnp.clip(rounding(values / scale) + zero_point, 0, levels)
     return codes, scale, zero_point
 
 

@@ -88,7 +88,7 @@ def refine_blocks(
             bar.set_postfix(error=f"{after:.4f}")
             if store:
                 store.save("state", {**resume.flatten((blocks, x, exact)), "losses": np.stack(losses)})
-    refined = refinement.harden(student, {**blocks, "norm": latents["norm"]})
+    refined = refinement.harden(student, {**blocks, "norm": latents["norm"]}, recipe.activation_bits)
     refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
     figures = {
         "steps": steps,

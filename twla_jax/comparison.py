@@ -84,9 +84,8 @@ def compare_recipes(
         folder = entry if isinstance(entry, Path) else out / name
         if isinstance(entry, Recipe) and not folder.exists():
             with phases(f"{name}: quantise"):
-                workflow.quantize_to_folder(
-                    path, folder, entry, dtype=dtype, check_corpus=corpus, check_windows=1, progress=progress
-                )
+                checks = {"check_corpus": corpus, "check_windows": 1, "allow_broken": True}
+                workflow.quantize_to_folder(path, folder, entry, dtype=dtype, progress=progress, **checks)
         rows.append(_quantised(name, folder, score, activation_bits))
     result = {
         **environment(),

@@ -124,6 +124,9 @@ class RefineRecipe:
       block_steps: optimisation steps of each block before that, on the calibration windows; 0 leaves that out.
       block_window: neighbouring blocks that learn together.
       block_mix: share of windows that enter a block as the full-precision model has them.
+      clip_steps: optimisation steps, after all others, in which clips alone learn; 0 leaves that out.
+      clip_bits: of the linear inputs meanwhile; the clips that learn are those for so many bits.
+      clip_rate: Adam's peak learning rate for clips, relative to themselves.
     """
 
     steps: int = 0
@@ -136,12 +139,19 @@ class RefineRecipe:
     block_steps: int = 0
     block_window: int = 1
     block_mix: float = 0.0
+    clip_steps: int = 0
+    clip_bits: int = 4
+    clip_rate: float = 5e-3
 
     def __post_init__(self):
         known = f"one of {ACTIVATION_BITS}"
         _require(
             self.activation_bits in ACTIVATION_BITS, "refine.activation_bits", self.activation_bits, known
         )
+        narrow = ACTIVATION_BITS[:-1]
+        _require(self.clip_bits in narrow, "refine.clip_bits", self.clip_bits, f"one of {narrow}")
+        _require(self.clip_steps >= 0, "refine.clip_steps", self.clip_steps, "0 or more")
+        _require(self.clip_rate >= 0, "refine.clip_rate", self.clip_rate, "0 or more")
         _require(self.steps >= 0, "refine.steps", self.steps, "0 or more")
         _require(self.batch >= 1, "refine.batch", self.batch, "1 or more")
         _require(self.block_steps >= 0, "refine.block_steps", self.block_steps, "0 or more")

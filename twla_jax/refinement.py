@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
 from twla_jax import kotms, packing, resume, stiefel, ternary, two_plane_latents, two_planes
-from twla_jax.activation import OFF, ActivationQuantizer, with_bits
+from twla_jax.activation import BIT_CHOICES, OFF, ActivationQuantizer, fake_quantize, select_clip, with_bits
 from twla_jax.errors import TwlaError
 from twla_jax.models.attention import can_fuse
 from twla_jax.models.decoder import SITES, Block, Decoder
@@ -39,6 +40,7 @@ _LINEARS = {name: site for site, names in SITES.items() for name in names}
 _NORMS = ("input_norm", "post_norm")
 _MARGIN = 0.45  # from its code, at most, that a latent starts: on the code's side of the rounding boundary
 _REACH = 1.5  # latents beyond pass no gradient: their code is the outermost already
+_LEAST_CLIP = 0.1
 _LOSS_CHUNK = 256  # positions whose logits exist at the same time, per window
 _SNAPSHOT_SECONDS = 300
 _WARMUP = 0.1  # share of the steps over which learning rates rise; a good start is lost without
@@ -50,12 +52,20 @@ _log = logging.getLogger(__name__)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _StraightThrough:
-    """An activation quantiser that gradients pass as if it were not there."""
+    """An activation quantiser that gradients pass as if it were not there, save for those of its clip.
+
+    `clip_offset` is how much wider the range is than the quantiser's own, relative to that.
+    """
 
     quantizer: ActivationQuantizer
+    clip_offset: Float[Array, "*batch"] | None
 
     def __call__(self, x: Float[Array, "*tokens m"]) -> Float[Array, "*tokens m"]:
-        return x + jax.lax.stop_gradient(self.quantizer(x) - x)
+        fixed = jax.lax.stop_gradient(x)
+        if self.clip_offset is None:
+            return x + jax.lax.stop_gradient(self.quantizer(x) - x)
+        bits, clip = self.quantizer.bits, trained_clip(self.quantizer, self.clip_offset)
+        return x + (fake_quantize(fixed, bits, clip, rounding=_round_straight) - fixed)
 
 
 def refine(
@@ -90,17 +100,37 @@ def refine(
     dtype = jnp.dtype(recipe.dtype)
     original = student
     student, teacher = (computing_in(model, dtype) for model in (student, teacher))
-    latents = init_latents(student, teacher)
-    learns_rotations = recipe.rotation_rate > 0
-    step = functools.partial(_step, bits=recipe.activation_bits, learns_rotations=learns_rotations)
-    state = optimizer(rates_at(recipe, 0, 1), learns_rotations).init(latents)
     store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, recipe)
+    start = functools.partial(init_latents, student, teacher)
+    bits = recipe.activation_bits
+    return descend(
+        original, student, teacher, start, batches, recipe, bits=bits, store=store, progress=progress
+    )
+
+
+def descend(
+    original: Decoder,
+    student: Decoder,
+    teacher: Decoder,
+    start: Callable[[], Latents],
+    batches: Int32[np.ndarray, "steps b s"],
+    recipe: RefineRecipe,
+    *,
+    bits: int,
+    store: resume.WorkDir | None,
+    progress: bool,
+    label: str = "refine",
+) -> tuple[Decoder, dict[str, Any]]:
+    """What `refine` returns, from any latents of the student: what has none is left as it is."""
+    latents, steps, learns_rotations = start(), len(batches), recipe.rotation_rate > 0
+    step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
+    state = optimizer(rates_at(recipe, 0, 1), learns_rotations).init(latents)
     losses: list[float] = []
     if store and (saved := store.load("state")):
         losses = saved.pop("losses").tolist()
         latents, state = resume.unflatten((latents, state), saved)
     saved_at = time.perf_counter()
-    with tqdm(total=steps, initial=len(losses), desc="refine", unit="step", disable=not progress) as bar:
+    with tqdm(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
             rates = rates_at(recipe, len(losses), steps)
             latents, state, loss = step(latents, state, student, teacher, batch, rates)
@@ -110,7 +140,7 @@ def refine(
             if store and time.perf_counter() - saved_at > _SNAPSHOT_SECONDS:
                 store.save("state", {**resume.flatten((latents, state)), "losses": np.asarray(losses)})
                 saved_at = time.perf_counter()
-    refined = harden(student, latents)
+    refined = harden(student, latents, bits)
     refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
     _, _, loss = step(latents, state, student, teacher, batches[0], rates_at(recipe, 0, 1))
     first_batch = [losses[0], float(loss)]
@@ -203,17 +233,22 @@ def rates_at(recipe: RefineRecipe, step: int, steps: int) -> dict[str, float]:
     warmup = math.ceil(_WARMUP * steps)
     falling = math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1))
     share = min((step + 1) / warmup, (1 + falling) / 2)
-    peaks = {"codes": recipe.code_rate, "scales": recipe.scale_rate, "rotations": recipe.rotation_rate}
+    peaks = {
+        "codes": recipe.code_rate,
+        "scales": recipe.scale_rate,
+        "rotations": recipe.rotation_rate,
+        "clips": recipe.clip_rate,
+    }
     return {name: share * peak for name, peak in peaks.items()}
 
 
 def optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTransformation:
-    """Adam with a learning rate for codes, one for all that is continuous, and one for rotations, on the manifold."""
+    """Adam with a learning rate for codes, for scales and norms, for clips, and for rotations, on the manifold."""
 
     def labels(latents):
         return {name: {part: kinds.get(part, "scales") for part in parts} for name, parts in latents.items()}
 
-    kinds = {"u": "codes", "left": "rotations", "right": "rotations"}
+    kinds = {"u": "codes", "left": "rotations", "right": "rotations", "clip": "clips"}
     adam = {name: optax.adam(rate, b2=0.95) for name, rate in rates.items()}
     rotations = stiefel.riemannian(adam["rotations"]) if learns_rotations else optax.set_to_zero()
     return optax.partition({**adam, "rotations": rotations}, labels)
@@ -232,24 +267,32 @@ def _hidden(
 
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
     x, _ = jax.lax.scan(step, student.embed_tokens(tokens), (student.blocks, blocks, student.windows()))
-    return student.norm(x) * (1 + latents["norm"]["g"]).astype(x.dtype)
+    x = student.norm(x)
+    return x * (1 + latents["norm"]["g"]).astype(x.dtype) if "norm" in latents else x
 
 
 def apply(block: Block, latents: Latents, bits: int) -> Block:
-    """The block with the dense weights and the norms that `latents` stand for; changes it, which only a trace sees."""
-    for name in _LINEARS:
+    """The block with the weights, norms and inputs that `latents` stand for; changes it, which only a trace sees."""
+    for name in filter(latents.__contains__, _LINEARS):
         linear = getattr(block, name)
         linear.kernel = nnx.Param(_dense(linear.kernel.get_value(), latents[name]).T)
     for site in SITES:
-        transform = getattr(block, f"{site}_input")
-        if (factors := latents.get(f"{site}_input")) is not None:
-            transform.rotation = nnx.data(nnx.Param(kotms.KroneckerRotation(**factors)))
+        transform, parts = getattr(block, f"{site}_input"), latents.get(f"{site}_input", {})
+        if "left" in parts:
+            rotation = kotms.KroneckerRotation(parts["left"], parts["right"])
+            transform.rotation = nnx.data(nnx.Param(rotation))
         quantizer = with_bits(transform.activation.get_value(), bits)
-        transform.activation = nnx.data(nnx.Param(_StraightThrough(quantizer)))
-    for name in _NORMS:
+        transform.activation = nnx.data(nnx.Param(_StraightThrough(quantizer, parts.get("clip"))))
+    for name in filter(latents.__contains__, _NORMS):
         norm = getattr(block, name)
         norm.scale = nnx.Param(norm.scale.get_value().astype(jnp.float32) * (1 + latents[name]["g"]))
     return block
+
+
+def trained_clip(quantizer: ActivationQuantizer, offset: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """The clip at the quantiser's bits, so much wider relative to itself; at most 1, the whole range."""
+    clip = jnp.vectorize(select_clip, signature="(n),()->()")(quantizer.clips, quantizer.bits)
+    return jnp.clip(clip * (1 + offset), _LEAST_CLIP, 1)
 
 
 def scales(
@@ -274,6 +317,10 @@ def _dense(tensor: ternary.TernaryTensor, parts: dict[str, jax.Array]) -> Float[
 def _straight_through(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     passed = jnp.where(jnp.abs(u) < _REACH, u, jax.lax.stop_gradient(u))
     return passed + jax.lax.stop_gradient(_round(u) - passed)
+
+
+def _round_straight(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
 def _round(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -301,10 +348,10 @@ def _start(layer) -> Float[Array, "n m"]:
     return codes + jnp.clip(u - codes, -_MARGIN, _MARGIN)
 
 
-def harden(student: Decoder, latents: Latents) -> Decoder:
-    """The student, on the host, with what the latents stand for in its own format."""
+def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
+    """The student, on the host, with what the latents stand for in its own format; clips are those at `bits`."""
     student = nnx.merge(*nnx.split(student))  # the caller's own stays as it is
-    for name in _LINEARS:
+    for name in filter(latents.__contains__, _LINEARS):
         linear, parts = getattr(student.blocks, name), latents[name]
         tensor = linear.kernel.get_value()
         alpha, *residual_alpha, mu = scales(tensor, parts)
@@ -316,13 +363,18 @@ def harden(student: Decoder, latents: Latents) -> Decoder:
         hard = ternary.from_codes(first.astype(jnp.int8), alpha, mu, tensor.group_size, *residual)
         linear.kernel = nnx.Param(hard)
     for site in SITES:
-        if (factors := latents.get(f"{site}_input")) is not None:
-            stored = {side: factor.astype(jnp.float16) for side, factor in factors.items()}
-            getattr(student.blocks, f"{site}_input").rotation = nnx.data(
-                nnx.Param(kotms.KroneckerRotation(**stored))
-            )
-    for module, name in ((student.blocks, "input_norm"), (student.blocks, "post_norm"), (student, "norm")):
-        norm = getattr(module, name)
+        transform, parts = getattr(student.blocks, f"{site}_input"), latents.get(f"{site}_input", {})
+        if "left" in parts:
+            stored = (parts[side].astype(jnp.float16) for side in ("left", "right"))
+            transform.rotation = nnx.data(nnx.Param(kotms.KroneckerRotation(*stored)))
+        if "clip" in parts:
+            quantizer = transform.activation.get_value()
+            clip = trained_clip(with_bits(quantizer, bits), parts["clip"])
+            clips = quantizer.clips.at[..., BIT_CHOICES.index(bits)].set(clip.astype(quantizer.clips.dtype))
+            transform.activation = nnx.data(nnx.Param(dataclasses.replace(quantizer, clips=clips)))
+    modules = {"input_norm": student.blocks, "post_norm": student.blocks, "norm": student}
+    for name in filter(latents.__contains__, modules):
+        norm = getattr(modules[name], name)
         scale = norm.scale.get_value()
         norm.scale = nnx.Param((scale.astype(jnp.float32) * (1 + latents[name]["g"])).astype(scale.dtype))
     return jax.tree.map(np.asarray, student)

@@ -19,6 +19,7 @@ from twla_jax import (
     blockwise,
     calibration,
     checkpoint,
+    clip_training,
     models,
     pipeline,
     refinement,
@@ -99,6 +100,7 @@ def quantize_to_folder(
     check_corpus: str | None = None,
     check_windows: int = 8,
     check_bits: Sequence[int] = (),
+    allow_broken: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -112,6 +114,7 @@ def quantize_to_folder(
         known by name, else `pydoc`.
       check_windows: windows of that text, of the recipe's length.
       check_bits: activation bits to report the perplexity at; empty takes the recipe's.
+      allow_broken: keep a model that fails its check, as a baseline of few bits may.
     Returns:
       The report, as kept in `report.json`, with the folder's `accounting.account` under `size`.
     Raises:
@@ -151,7 +154,7 @@ def quantize_to_folder(
         quantised, layers = pipeline.quantize(
             model, windows, recipe, work_dir=work_dir, mesh=mesh, progress=progress
         )
-    refined, refined_blocks = None, None
+    refined, refined_blocks, trained_clips = None, None, None
     if recipe.refine.block_steps:
         with phases("refine block by block"):
             quantised, refined_blocks = blockwise.refine_blocks(
@@ -161,6 +164,12 @@ def quantize_to_folder(
         with phases("refine"):
             quantised, refined = refinement.refine(
                 quantised, model, more, recipe.refine, work_dir=work_dir / "refine", progress=progress
+            )
+    if recipe.refine.clip_steps:
+        with phases("train clips"):
+            seen = more if len(more) else windows
+            quantised, trained_clips = clip_training.train_clips(
+                quantised, model, seen, recipe.refine, work_dir=work_dir / "clips", progress=progress
             )
     del model
     with phases("evaluate the quantised model"):
@@ -181,7 +190,7 @@ def quantize_to_folder(
             mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
             perplexity[mixed] = score(quantised)["perplexity"]
     with phases("generate"):
-        sample = _check(quantised, full_precision["perplexity"], perplexity, check_tokens)
+        sample = _check(quantised, full_precision["perplexity"], perplexity, check_tokens, allow_broken)
     report = {
         **environment(),
         "model": describe_model(path),
@@ -202,6 +211,7 @@ def quantize_to_folder(
         "layers": layers,
         "refine_blocks": refined_blocks,
         "refine": refined,
+        "train_clips": trained_clips,
         **allocated,
         "seconds": phases.seconds,
         "peak_memory": peak_memory(),
@@ -318,7 +328,9 @@ def _sample_text(
     return self_calibration.SampledText(rows=rows, seed=drawn.seed, held_out=recipe.allocation.windows)
 
 
-def _check(model: Decoder, full: float, perplexity: dict[str, float], tokens: np.ndarray) -> np.ndarray:
+def _check(
+    model: Decoder, full: float, perplexity: dict[str, float], tokens: np.ndarray, allow_broken: bool
+) -> np.ndarray:
     """A sample of the model's text, once it is known to be one.
 
     Layer errors can all look fine while the model is broken. Two signs are certain: it predicts worse than a uniform
@@ -327,14 +339,14 @@ def _check(model: Decoder, full: float, perplexity: dict[str, float], tokens: np
     """
     limit = max(model.config.vocab_size, 2 * full)
     for bits, value in perplexity.items():
-        if not value <= limit:  # also when it is NaN
+        if not allow_broken and not value <= limit:  # also when it is NaN
             raise TwlaError(
                 f"the quantised model is broken: perplexity {value:.1f} at {bits}, full precision {full:.1f}"
             )
     sample = generate(
         model, tokens[None, :_CHECK_TOKENS], max_new_tokens=_CHECK_TOKENS, temperature=1.0, eos_token_ids=()
     )[0]
-    if len(set(sample.tolist())) == 1:
+    if not allow_broken and len(set(sample.tolist())) == 1:
         raise TwlaError(f"the quantised model is broken: it generates token {sample[0]} over and over")
     return sample
 
