@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from twla_jax import blockwise, calibration, evaluation, pipeline, recipe, refinement, workflow
+from twla_jax import blockwise, calibration, clip_training, evaluation, pipeline, recipe, refinement, workflow
 from twla_jax.errors import TwlaError
 from twla_jax.models.attention import can_fuse
 
@@ -59,6 +59,7 @@ ROWS = {
     "scales and norms frozen in refinement": Row(change={"refine": {"scale_rate": 0.0}}),
     "rotations learn in refinement": Row(change={"refine": {"rotation_rate": 5e-3}}),
     "refined with inputs at 4 bits": Row(change={"refine": {"activation_bits": 4}}),
+    "clips trained at 4 bits afterwards": Row(change={"refine": {"clip_steps": 40}}),
     "refined block by block first": Row(change={"refine": {"block_steps": 60}}),
     "refined on the quantisation's text alone": Row(narrow=True),
     "no sweeps of the codes (rounds 0)": Row(change={"weights": {"rounds": 0}}),
@@ -101,16 +102,19 @@ class Bench:
         if settings.refine.block_steps:
             arguments = (self._teacher, self._drawn(settings), settings.refine)
             model, _ = timed("blocks", lambda: blockwise.refine_blocks(model, *arguments, progress=False))
+        text = self._calibration if row.narrow else self._refine_text
+        count = max(settings.refine.steps, settings.refine.clip_steps) * settings.refine.batch
+        windows = calibration.sample_windows(
+            text, count, self._options.seq_len, settings.calibration.seed + 1
+        )
         if settings.refine.steps:
-            text = self._calibration if row.narrow else self._refine_text
-            seed = settings.calibration.seed + 1
-            windows = calibration.sample_windows(
-                text, settings.refine.steps * settings.refine.batch, self._options.seq_len, seed
-            )
             model, figures = timed(
                 "refine",
                 lambda: refinement.refine(model, self._teacher, windows, settings.refine, progress=False),
             )
+        if settings.refine.clip_steps:
+            arguments = (self._teacher, windows, settings.refine)
+            model, _ = timed("clips", lambda: clip_training.train_clips(model, *arguments, progress=False))
         scores = timed("evaluate", lambda: {f"A{bits}": self._score(model, bits) for bits in _BITS})
         return {**scores, "refine": figures, "seconds": seconds}
 
