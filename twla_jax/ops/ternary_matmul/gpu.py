@@ -1,5 +1,5 @@
-"""The ternary matmul on Hopper GPUs (Pallas Mosaic GPU): bf16 tokens here, few int8 tokens by `gpu_integer`, many by
-`gpu_prefill`.
+"""Packed weights on Hopper GPUs (Pallas Mosaic GPU): bf16 tokens here, and of ternary weights alone, few int8 tokens by
+`gpu_integer` and many by `gpu_prefill`.
 
 Tokens are the 16 rows of `mma.sync`, weight rows its columns; each warp unpacks its own weights in registers. K is
 split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added up there in a fixed
@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Float32
 from twla_jax.ops.ternary_matmul import gpu_integer, gpu_prefill
 from twla_jax.ops.ternary_matmul import tiles as tuning
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
-from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
 from twla_jax.ops.tokens import pad_columns
-from twla_jax.packing import PLANE, TILE
+from twla_jax.packing import PLANE
 
 _TOKENS = 16  # rows of mma.sync; those that are not there are neither read nor written
 _COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
@@ -40,9 +40,21 @@ def matmul(
         return gpu_prefill.matmul(x, sums, scale, zero_point, weight, out_dtype=out_dtype)
     if x.dtype == jnp.int8:
         return gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
-    t = len(x)
-    tiles = tuning.gpu_tiles(len(weight.codes), weight.tiles)
-    scale, zero_point = (jnp.pad(v, (0, -t % _TOKENS)) for v in (scale, zero_point))
+    return product(x, sums, weight, weight.bias, out_dtype=out_dtype)  # floats have no scale and no zero point
+
+
+def product(
+    x: Float[Array, "t m"],
+    sums: Float[Array, "t groups"],
+    weight: PackedWeight,
+    bias: Float32[Array, " rows"] | None = None,
+    *,
+    out_dtype,
+    tiles: tuning.GpuTiles | None = None,
+) -> Float[Array, "t rows"]:
+    """What `reference.product` computes, for bf16 x, and the bias added."""
+    t, planes = len(x), weight.planes
+    tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, planes)
     totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
     totals = jnp.pad(totals, ((0, -t % _TOKENS), (0, 0))).T
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
@@ -54,17 +66,18 @@ def matmul(
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
-        grid=(pl.cdiv(len(x), _TOKENS), len(weight.codes) // n),
-        grid_names=("tokens", "rows"),
+        # Blocks of the same rows run side by side, and only the first of them has its weights from memory.
+        grid=(len(weight.codes) // n, pl.cdiv(len(x), _TOKENS)),
+        grid_names=("rows", "tokens"),
         num_threads=groups,
         thread_name="warpgroup",
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
-            "scales_smem": plgpu.SMEM((groups, stages, 8, n), jnp.float16),
+            "scales_smem": plgpu.SMEM((groups, stages, 2 * planes, n), jnp.float16),
             "x_smem": plgpu.SMEM(
-                (groups, stages, _TOKENS, TILE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
+                (groups, stages, _TOKENS, planes * PLANE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
             ),
-            "totals_smem": plgpu.SMEM((groups, stages, 4, _TOKENS), totals.dtype),
+            "totals_smem": plgpu.SMEM((groups, stages, _total_rows(planes), _TOKENS), totals.dtype),
             "parts_smem": plgpu.SMEM((groups, _TOKENS, n), jnp.float32),
             "out_smem": plgpu.SMEM((_TOKENS, n), out_dtype),
             "filled": plgpu.Barrier(
@@ -73,21 +86,16 @@ def matmul(
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, totals, scale, zero_point)
+    )(weight.codes, weight.scales, x, totals, *([] if bias is None else [bias]))
     return y[:t]
 
 
 def _kernel(
     codes_gmem,
     scales_gmem,
-    row_sums_gmem,
-    bias_gmem,
     x_gmem,
     totals_gmem,
-    scale_gmem,
-    zero_point_gmem,
-    out_gmem,
-    *,
+    *bias_and_out_gmem,
     codes_smem,
     scales_smem,
     x_smem,
@@ -97,9 +105,10 @@ def _kernel(
     filled,
     added,
     tiles: tuning.GpuTiles,
-    weight: KernelWeight,
+    weight: PackedWeight,
 ):
-    n = tiles.rows
+    *bias_gmem, out_gmem = bias_and_out_gmem
+    n, planes = tiles.rows, weight.planes
     group = lax.axis_index("warpgroup")
     tokens = pl.ds(lax.axis_index("tokens") * _TOKENS, _TOKENS)
     rows = pl.ds(lax.axis_index("rows") * n, n)
@@ -124,10 +133,12 @@ def _kernel(
             plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
 
         copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem)
-        copy(x_gmem.at[tokens, pl.ds(tile * TILE, TILE)], x_smem)
+        copy(x_gmem.at[tokens, pl.ds(tile * planes * PLANE, planes * PLANE)], x_smem)
         if weight.grouped:
             copy(scales_gmem.at[tile, :, rows], scales_smem)
-            copy(totals_gmem.at[pl.ds(tile * 4, 4), tokens], totals_smem)
+            copy(totals_gmem.at[pl.ds(tile * planes, _total_rows(planes)), tokens], totals_smem)
+
+    zeros = plgpu.layout_cast(jnp.zeros((_TOKENS, n), jnp.float32), layout)
 
     for slot in range(tiles.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
@@ -136,28 +147,26 @@ def _kernel(
         slot = lax.rem(k, jnp.int32(tiles.stages))
         plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
         packed = plgpu.load(codes_smem.at[group, slot].T, layout=codes_layout)
-        for plane in range(4):
+        for plane in range(planes):
             x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)], layout=x_layout)
-            codes = unpack(packed, plane, n)
+            codes = unpack(packed, plane, n, bits=weight.bits, offset=weight.offset)
             if weight.grouped:
                 total = load_token(totals_smem.at[group, slot, plane])
-                # U = T + 1: an accumulator that starts at −Q ends at the sum over T.
-                centred = plgpu.mma(-total, x_plane, codes)
-                y += load_row(scales_smem.at[group, slot, plane]) * centred
-                y += load_row(scales_smem.at[group, slot, 4 + plane]) * total
+                alpha, mu = (load_row(scales_smem.at[group, slot, i]) for i in (plane, planes + plane))
+                acc = plgpu.mma(zeros, x_plane, codes)
+                y += alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
             else:
                 y = plgpu.mma(y, x_plane, codes)
         pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
         return y
 
-    start = plgpu.layout_cast(jnp.zeros((_TOKENS, n), jnp.float32), layout)
-    y = lax.fori_loop(0, steps, step, start)
+    y = lax.fori_loop(0, steps, step, zeros)
     if not weight.grouped:
-        # The first warpgroup takes off the tokens' sums for all.
+        # The first warpgroup adds the tokens' sums for all.
         total = load_token(totals_gmem.at[0, tokens])
         share = jnp.where(group == 0, total, jnp.zeros_like(total))
         alpha, mu = load_row(scales_gmem.at[0, 0, rows]), load_row(scales_gmem.at[0, 1, rows])
-        y = alpha * (y - share) + mu * share
+        y = alpha * y + mu * share
     parts_smem[group] = y
     plgpu.barrier_arrive(added)
 
@@ -167,13 +176,16 @@ def _kernel(
         parts = [
             plgpu.load(parts_smem.at[i], layout=layout, optimized=False) for i in range(tiles.warpgroups)
         ]
-        correction = load_token(zero_point_gmem.at[tokens]) * load_row(row_sums_gmem.at[rows])
-        total = functools.reduce(jnp.add, parts) - correction
-        out = load_token(scale_gmem.at[tokens]) * total + load_row(bias_gmem.at[rows])
+        out = functools.reduce(jnp.add, parts + [load_row(ref.at[rows]) for ref in bias_gmem])
         out_smem[...] = out.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tokens, rows])
         plgpu.wait_smem_to_gmem(0)
+
+
+def _total_rows(planes: int) -> int:
+    """Sums of so many planes are copied at a time: those of one are less than the 128 bytes that slots begin at."""
+    return max(2, planes)
 
 
 def _swizzled(itemsize: int):

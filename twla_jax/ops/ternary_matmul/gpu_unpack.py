@@ -1,8 +1,10 @@
-"""Two-bit codes to the operands of `mma.sync`, register by register.
+"""Packed codes to the operands of `mma.sync`, register by register.
 
 Mosaic GPU has no shifts on 8-bit vectors, so this is written against its registers: each holds four consecutive bytes
-of one weight row, whose plane i is `(w >> 2i) & 0x03030303`.
+of one weight row, whose plane i of two-bit codes is `(w >> 2i) & 0x03030303`.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,13 @@ from jaxtyping import Array
 from twla_jax.packing import PLANE
 
 
-def unpack(packed: jax.Array, plane: int, rows: int) -> jax.Array:
-    """`[PLANE, rows]` codes U in bf16, as the right operand of `plgpu.mma`, in `unpacked_order`.
+def unpack(packed: jax.Array, plane: int, rows: int, *, bits: int, offset: int) -> jax.Array:
+    """`[PLANE, rows]` codes less their offset in bf16, as the right operand of `plgpu.mma`, in `unpacked_order`.
 
     Args:
       packed: bytes in the layout `MMA_RHS(int8, m_warps=1)`.
+      bits: of a code: 2, 4 or 8.
+      offset: what stored codes are too large by; 128 for 8 bits.
     """
     layout = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=1)
 
@@ -30,7 +34,7 @@ def unpack(packed: jax.Array, plane: int, rows: int) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct((PLANE, rows), jnp.bfloat16, layout=layout),
     )
     def convert_registers(_, array):
-        registers = _to_bfloat16(array.registers, plane)
+        registers = _to_bfloat16(array.registers, plane, bits, offset)
         target = layout.to_mgpu()
         return mgpu.FragmentedArray(
             _registers=registers.reshape(target.registers_shape((PLANE, rows))),
@@ -81,20 +85,35 @@ def unpacked_order(x: Array) -> Array:
     return x.reshape(t, m // 16, 4, 2, 2).transpose(0, 1, 4, 2, 3).reshape(t, m)
 
 
-def _to_bfloat16(registers: np.ndarray, plane: int) -> np.ndarray:
+def _to_bfloat16(registers: np.ndarray, plane: int, bits: int, offset: int) -> np.ndarray:
     # Tiles of 32 columns become two of 16; of those, halves of 16 become wholes.
     source = registers.reshape(PLANE // 32, -1, 2)
     out = np.empty((PLANE // 16, source.shape[1], 2), dtype=object)
-    bf16 = ir.BF16Type.get()
-    pair = ir.VectorType.get((2,), bf16)
-    offset = vector.broadcast(pair, utils.c(128.0, bf16))
+    convert = _signed_bytes if bits == 8 else functools.partial(_small, bits=bits, offset=offset)
     for (tile, row, half), register in np.ndenumerate(source):
         for odd in range(2):
-            bits = arith.andi(_shifted(register, 8 * odd + 2 * plane), _word(0x00030003))
-            # 128 + U: the exponent of 128 with U in the last bits of its mantissa.
-            value = utils.bitcast(arith.ori(bits, _word(0x43004300)), pair)
-            out[2 * tile + half, row, odd] = arith.subf(value, offset)
+            out[2 * tile + half, row, odd] = convert(_shifted(register, 8 * odd + bits * plane))
     return out
+
+
+def _small(word: ir.Value, bits: int, offset: int) -> ir.Value:
+    """Two codes of less than 7 bits, in the lowest of each half: 128 + U, less 128 and the offset."""
+    bf16 = ir.BF16Type.get()
+    pair = ir.VectorType.get((2,), bf16)
+    # The exponent of 128 with U in the last bits of its mantissa.
+    raised = arith.ori(arith.andi(word, _word(0x00010001 * (2**bits - 1))), _word(0x43004300))
+    return arith.subf(utils.bitcast(raised, pair), vector.broadcast(pair, utils.c(128.0 + offset, bf16)))
+
+
+def _signed_bytes(word: ir.Value) -> ir.Value:
+    """Two codes of 8 bits less 128: the mantissa of 128 has room for seven bits; the top one, if it is 0, takes off
+    256 in place of 128.
+    """
+    pair = ir.VectorType.get((2,), ir.BF16Type.get())
+    raised = arith.ori(arith.andi(word, _word(0x007F007F)), _word(0x43004300))
+    # 128 and 256 differ in the lowest bit of the exponent, which lies where the top bit of a code does.
+    taken = arith.xori(arith.andi(word, _word(0x00800080)), _word(0x43804380))
+    return arith.subf(utils.bitcast(raised, pair), utils.bitcast(taken, pair))
 
 
 def _shifted(register: ir.Value, bits: int) -> ir.Value:

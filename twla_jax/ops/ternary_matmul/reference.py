@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from twla_jax import packing
-from twla_jax.ops.ternary_matmul.weight import KernelWeight, planes
-from twla_jax.ops.tokens import pad_columns
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
 
 
 def matmul(
@@ -18,10 +17,7 @@ def matmul(
     *,
     out_dtype,
 ) -> Float[Array, "t rows"]:
-    """`y = scale·(Σ_g α_g·(acc_g − Q_g) + μ_g·Q_g − zero_point·w) + bias`, with `acc_g = Σ_{k∈g} U_k·x_k`.
-
-    Q_g are the `sums` of x over a group and w the row sums of Ŵ. Integers are accumulated in int32, floats in float32.
-    A tile of 512 columns is unpacked at a time.
+    """`y = scale·(x Ŵᵀ − zero_point·w) + bias`, with w the row sums of Ŵ.
 
     Args:
       x: int8 codes, or floats; float32 is multiplied in true float32.
@@ -29,32 +25,45 @@ def matmul(
     Returns:
       `[t, rows]`, rows as stored, those past `weight.out_features` included.
     """
+    y = product(x, sums, weight)
+    return (scale[:, None] * (y - zero_point[:, None] * weight.row_sums) + weight.bias).astype(out_dtype)
+
+
+def product(
+    x: Float[Array, "t m"], sums: Float[Array, "t groups"], weight: PackedWeight
+) -> Float32[Array, "t rows"]:
+    """`x Ŵᵀ = Σ_g α_g·acc_g + μ_g·Q_g`, or `Σ_g α_g·(acc_g + μ_g·Q_g)`, with `acc_g = Σ_{k∈g} C_k·x_k`.
+
+    Q_g are the `sums` of x over a group. Integers are accumulated in int32, floats in float32. A tile is unpacked at a
+    time.
+    """
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    codes = weight.codes.reshape(-1, weight.tiles, packing.PLANE).swapaxes(0, 1)
-    tokens = pad_columns(x).reshape(len(x), weight.tiles, 4, packing.PLANE).transpose(1, 2, 0, 3)
-    totals = sums.reshape(len(x), weight.tiles, 4).transpose(1, 2, 0)
+    planes = weight.planes
+    groups = weight.tiles * planes
+    shifts = weight.bits * jnp.arange(planes, dtype=jnp.uint8)[:, None]
+    packed = weight.codes.reshape(-1, weight.tiles, packing.PLANE).swapaxes(0, 1)
+    tokens = jnp.pad(x, ((0, 0), (0, groups * packing.PLANE - x.shape[1])))
+    tokens = tokens.reshape(len(x), weight.tiles, planes, packing.PLANE).transpose(1, 2, 0, 3)
+    totals = sums[:, :groups].reshape(len(x), weight.tiles, planes).transpose(1, 2, 0)
 
-    def product(tile, x_tile):
-        unsigned = planes(tile).reshape(-1, 4, packing.PLANE).astype(x.dtype)
-        return jnp.einsum("gtk,ngk->gtn", x_tile, unsigned, precision=precision, preferred_element_type=exact)
+    def accumulate(tile, x_tile):
+        codes = ((tile[:, None] >> shifts) & (2**weight.bits - 1)).astype(x.dtype) - weight.offset
+        return jnp.einsum("gtk,ngk->gtn", x_tile, codes, precision=precision, preferred_element_type=exact)
 
     def grouped(y, operands):
         tile, x_tile, total, scales = operands
-        centred = (product(tile, x_tile) - total[..., None]).astype(jnp.float32)
-        alpha, mu = scales.astype(jnp.float32).reshape(2, 4, 1, -1)
-        return y + (alpha * centred + mu * total[..., None].astype(jnp.float32)).sum(0), None
+        acc, total = accumulate(tile, x_tile).astype(jnp.float32), total[..., None].astype(jnp.float32)
+        alpha, mu = scales.astype(jnp.float32).reshape(2, planes, 1, -1)
+        part = alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
+        return y + part.sum(0), None
 
     def single(acc, operands):
-        tile, x_tile, total = operands
-        return acc + (product(tile, x_tile) - total[..., None]).sum(0), None
+        return acc + accumulate(*operands).sum(0), None
 
     shape = (len(x), len(weight.codes))
     if weight.grouped:
-        y, _ = jax.lax.scan(grouped, jnp.zeros(shape), (codes, tokens, totals, weight.scales))
-    else:
-        centred, _ = jax.lax.scan(single, jnp.zeros(shape, exact), (codes, tokens, totals))
-        alpha, mu = weight.scales[0].astype(jnp.float32)
-        y = alpha * centred.astype(jnp.float32) + mu * sums.sum(-1, keepdims=True).astype(jnp.float32)
-    y = scale[:, None] * (y - zero_point[:, None] * weight.row_sums) + weight.bias
-    return y.astype(out_dtype)
+        return jax.lax.scan(grouped, jnp.zeros(shape), (packed, tokens, totals, weight.scales))[0]
+    acc, _ = jax.lax.scan(single, jnp.zeros(shape, exact), (packed, tokens))
+    alpha, mu = weight.scales[0].astype(jnp.float32)
+    return alpha * acc.astype(jnp.float32) + mu * sums.sum(-1, keepdims=True).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Tile sizes of the ternary matmul, by rule from the shape."""
+"""Tile sizes of the packed matmuls, by rule from the shape."""
 
 import dataclasses
 
@@ -9,21 +9,21 @@ _SHARED_MEMORY = 220 * 1024  # bytes a block of an H100 may take, less what barr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuTiles:
-    """Weight rows of a block, warpgroups that share its columns, and tiles of 512 columns each has under way."""
+    """Weight rows of a block, warpgroups that share its columns, and tiles each has under way."""
 
     rows: int
     warpgroups: int
     stages: int
 
 
-def gpu_tiles(rows: int, tiles: int) -> GpuTiles:
-    """Tiles for bf16 tokens and a matrix of `rows` by `512·tiles`."""
+def gpu_tiles(rows: int, tiles: int, planes: int) -> GpuTiles:
+    """Tiles for bf16 tokens and a matrix of `rows` by `128·planes·tiles`."""
     block = 128
     while block > 32 and rows // block < STREAMING_MULTIPROCESSORS:
         block //= 2
     warpgroups = min(2, tiles)
     # Codes, tokens, scales and sums of a slot; parts and output of a block.
-    slot = block * 128 + 16 * 512 * 2 + 8 * block * 2 + 16 * 4 * 4
+    slot = block * 128 + planes * (16 * 128 * 2 + 2 * block * 2) + max(2, planes) * 16 * 4
     left = _SHARED_MEMORY - (warpgroups + 1) * 16 * block * 4
     stages = min(4, -(-tiles // warpgroups), left // (slot * warpgroups))
     return GpuTiles(rows=block, warpgroups=warpgroups, stages=stages)

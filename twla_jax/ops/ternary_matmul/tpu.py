@@ -1,4 +1,4 @@
-"""The ternary matmul on TPUs (Pallas Mosaic TPU), for any number of tokens."""
+"""Packed weights on TPUs (Pallas Mosaic TPU), for any number of tokens."""
 
 import functools
 
@@ -10,9 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.ternary_matmul import tiles as tuning
-from twla_jax.ops.ternary_matmul.weight import KernelWeight
-from twla_jax.ops.tokens import pad_columns
-from twla_jax.packing import PLANE, TILE
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
+from twla_jax.packing import PLANE
 
 
 def matmul(
@@ -27,33 +26,47 @@ def matmul(
     interpret=False,
 ) -> Float[Array, "t rows"]:
     """What `reference.matmul` computes, for int8 or bf16 x."""
+    by_token, by_row = (scale, zero_point), (weight.row_sums, weight.bias)
+    return product(x, sums, weight, by_token, by_row, out_dtype=out_dtype, tiles=tiles, interpret=interpret)
+
+
+def product(
+    x: Float[Array, "t m"],
+    sums: Float[Array, "t groups"],
+    weight: PackedWeight,
+    by_token: tuple[jax.Array, ...] = (),
+    by_row: tuple[jax.Array, ...] = (),
+    *,
+    out_dtype,
+    tiles: tuning.TpuTiles | None = None,
+    interpret=False,
+) -> Float[Array, "t rows"]:
+    """What `reference.product` computes; with scales and zero points, row sums and biases, what `matmul` does."""
     tiles = tiles or tuning.tpu_tiles(len(x), len(weight.codes))
-    t = len(x)
-    padding = -t % tiles.tokens
-    x = jnp.pad(pad_columns(x), ((0, padding), (0, 0)))
-    # A token's four sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to four.
-    totals = jnp.pad(sums, ((0, padding), (0, 0))).reshape(len(x), weight.tiles, 4).swapaxes(0, 1)
-    scale, zero_point = (jnp.pad(v, (0, padding))[:, None] for v in (scale, zero_point))
+    t, planes = len(x), weight.planes
+    groups, padding = weight.tiles * planes, -t % tiles.tokens
+    x = jnp.pad(x, ((0, padding), (0, groups * PLANE - x.shape[1])))
+    # A token's sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to so few.
+    totals = jnp.pad(sums[:, :groups], ((0, padding), (0, 0)))
+    totals = totals.reshape(len(x), weight.tiles, planes).swapaxes(0, 1)
     parameters = weight.scales.shape[1]
     grid = (len(x) // tiles.tokens, len(weight.codes) // tiles.rows, weight.tiles)
     column = pl.BlockSpec((tiles.tokens, 1), lambda i, j, k: (i, 0))
     row = pl.BlockSpec((1, tiles.rows), lambda i, j, k: (0, j))
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     y = pl.pallas_call(
-        functools.partial(_kernel, tiles=weight.tiles, grouped=weight.grouped, operand=_operand(x.dtype)),
+        functools.partial(_kernel, weight=weight, operand=_operand(x.dtype)),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((tiles.tokens, TILE), lambda i, j, k: (i, k)),
-            pl.BlockSpec((1, tiles.tokens, 4), lambda i, j, k: (k, i, 0)),
-            column,
-            column,
+            pl.BlockSpec((tiles.tokens, planes * PLANE), lambda i, j, k: (i, k)),
+            pl.BlockSpec((1, tiles.tokens, planes), lambda i, j, k: (k, i, 0)),
             pl.BlockSpec((tiles.rows, PLANE), lambda i, j, k: (j, k)),
             pl.BlockSpec(
                 (1, parameters, tiles.rows),
                 lambda i, j, k: (k if weight.grouped else 0, 0, j),
             ),
-            row,
-            row,
+            *[column for _ in by_token],
+            *[row for _ in by_row],
         ],
         out_specs=pl.BlockSpec((tiles.tokens, tiles.rows), lambda i, j, k: (i, j)),
         out_shape=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
@@ -66,33 +79,16 @@ def matmul(
     )(
         x,
         totals,
-        scale,
-        zero_point,
         weight.codes,
         lax.bitcast_convert_type(weight.scales, jnp.int16),
-        weight.row_sums[None],
-        weight.bias[None],
+        *(jnp.pad(v, (0, padding))[:, None] for v in by_token),
+        *(v[None] for v in by_row),
     )
     return y[:t]
 
 
-def _kernel(
-    x_ref,
-    totals_ref,
-    scale_ref,
-    zero_point_ref,
-    codes_ref,
-    scales_ref,
-    row_sums_ref,
-    bias_ref,
-    out_ref,
-    acc_ref,
-    sum_ref,
-    *,
-    tiles: int,
-    grouped: bool,
-    operand,
-):
+def _kernel(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeight, operand):
+    *affine_refs, out_ref, acc_ref, sum_ref = refs
     k = pl.program_id(2)
 
     @pl.when(k == 0)
@@ -103,29 +99,43 @@ def _kernel(
     # Vectors of bytes have no shifts here; four rows lie in the bytes of one word.
     words = pltpu.bitcast(codes_ref[...], jnp.int32)
     exact = jnp.int32 if operand == jnp.int8 else jnp.float32
-    for plane in range(4):
-        unsigned = lax.shift_right_logical(words, jnp.int32(2 * plane)) & 0x03030303
-        codes = pltpu.bitcast(unsigned, jnp.int8).astype(operand)
+    planes = weight.planes
+    for plane in range(planes):
+        codes, offset = _unpack(words, plane, weight)
         x = x_ref[:, plane * PLANE : (plane + 1) * PLANE].astype(operand)
-        product = lax.dot_general(x, codes, (((1,), (1,)), ((), ())), preferred_element_type=exact)
+        acc = lax.dot_general(
+            x, codes.astype(operand), (((1,), (1,)), ((), ())), preferred_element_type=exact
+        )
         total = totals_ref[0, :, plane : plane + 1]
-        centred = product.astype(total.dtype) - total
-        if grouped:
+        acc = acc.astype(total.dtype) - offset * total
+        if weight.grouped:
             alpha = _float16_bits(scales_ref[0, plane : plane + 1])
-            mu = _float16_bits(scales_ref[0, 4 + plane : 5 + plane])
-            acc_ref[...] += alpha * centred.astype(jnp.float32) + mu * total.astype(jnp.float32)
+            mu = _float16_bits(scales_ref[0, planes + plane : planes + plane + 1])
+            acc, total = acc.astype(jnp.float32), total.astype(jnp.float32)
+            acc_ref[...] += alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
         else:
-            acc_ref[...] += centred
+            acc_ref[...] += acc
             sum_ref[...] += total
 
-    @pl.when(k == tiles - 1)
+    @pl.when(k == weight.tiles - 1)
     def _():
         y = acc_ref[...].astype(jnp.float32)
-        if not grouped:
+        if not weight.grouped:
             alpha, mu = _float16_bits(scales_ref[0, 0:1]), _float16_bits(scales_ref[0, 1:2])
             y = alpha * y + mu * sum_ref[...].astype(jnp.float32)
-        y = scale_ref[...] * (y - zero_point_ref[...] * row_sums_ref[...]) + bias_ref[...]
+        if affine_refs:
+            scale, zero_point, row_sums, bias = (ref[...] for ref in affine_refs)
+            y = scale * (y - zero_point * row_sums) + bias
         out_ref[...] = y.astype(out_ref.dtype)
+
+
+def _unpack(words: jax.Array, plane: int, weight: PackedWeight) -> tuple[jax.Array, int]:
+    """A plane's codes as int8, and what they are too large by."""
+    if weight.bits == 8:  # which int8 has no room for: it is 128 less that lies in its bytes
+        return pltpu.bitcast(words ^ jnp.int32(-0x7F7F7F80), jnp.int8), 0
+    mask = 0x01010101 * (2**weight.bits - 1)
+    unsigned = lax.shift_right_logical(words, jnp.int32(weight.bits * plane)) & mask
+    return pltpu.bitcast(unsigned, jnp.int8), weight.offset
 
 
 def _operand(dtype):

@@ -14,9 +14,52 @@ from twla_jax.ternary import TernaryTensor
 ROWS = 128  # rows are filled up to a multiple of this, which every tile of rows divides
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """What the weight-only kernels read: codes of `bits` bits, planar in tiles, and scales.
+
+    Byte c of a tile holds columns c, c + 128, …, lowest bits first: one of each of the tile's `planes`. A stored code
+    is `offset` above the one it stands for, C. Where `relative`, a weight is `α·(C + μ)`, elsewhere `α·C + μ`.
+    """
+
+    codes: UInt8[Array, "rows bytes"]
+    scales: Float16[Array, "tiles parameters rows"]
+    in_features: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        raise NotImplementedError
+
+    @property
+    def offset(self) -> int:
+        """What is added to a code to store it."""
+        raise NotImplementedError
+
+    @property
+    def relative(self) -> bool:
+        """Whether μ counts in steps of α."""
+        raise NotImplementedError
+
+    @property
+    def planes(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.bits
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of `128·planes` columns."""
+        return self.codes.shape[1] // packing.PLANE
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there is an (α, μ) for every 128 columns, not one a row."""
+        return self.scales.shape[1] == 2 * self.planes
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelWeight:
+class KernelWeight(PackedWeight):
     """One ternary matrix, or several that read the same input one below the other.
 
     Invariants: `codes` is planar in tiles of 512 columns as `packing.pack` makes them, but the last tile is whole.
@@ -25,22 +68,24 @@ class KernelWeight:
     `sum(splits)` rows and past `in_features` columns is zero.
     """
 
-    codes: UInt8[Array, "rows bytes"]
-    scales: Float16[Array, "tiles parameters rows"]
     row_sums: Float32[Array, " rows"]
     bias: Float32[Array, " rows"]
-    in_features: int = dataclasses.field(metadata={"static": True})
     splits: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
-    def tiles(self) -> int:
-        """Tiles of 512 columns."""
-        return self.codes.shape[1] // packing.PLANE
+    def bits(self) -> int:
+        """Of a trit as stored."""
+        return 2
 
     @property
-    def grouped(self) -> bool:
-        """Whether there is an (α, μ) for every 128 columns, not one a row."""
-        return self.scales.shape[1] == 8
+    def offset(self) -> int:
+        """`U = T + 1` is what is stored."""
+        return 1
+
+    @property
+    def relative(self) -> bool:
+        """μ is a weight, not a number of steps."""
+        return False
 
     @property
     def out_features(self) -> int:
@@ -89,11 +134,6 @@ def kernel_weight(
         in_features=m,
         splits=tuple(weight.shape[0] for weight in weights),
     )
-
-
-def planes(packed: UInt8[Array, "rows bytes"]) -> UInt8[Array, "rows columns"]:
-    """The codes `U = T + 1` of whole tiles."""
-    return packing.unpack(packed, 4 * packed.shape[1])
 
 
 def _whole_tiles(codes: jax.Array, m: int) -> jax.Array:

@@ -1,0 +1,52 @@
+"""`x Ŵᵀ` with integer weights that stay at four or eight bits."""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from twla_jax.ops.dispatch import Implementation, dispatch
+from twla_jax.ops.integer_matmul.weight import IntegerWeight
+from twla_jax.ops.ternary_matmul import gpu, reference, tpu
+from twla_jax.ops.tokens import group_sums
+
+
+def integer_matmul(
+    x: Float[Array, "*tokens m"],
+    weight: IntegerWeight,
+    *,
+    out_dtype=jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*tokens n"]:
+    """`x Ŵᵀ` for float tokens, with float32 sums: the weight-only kernels of `ternary_matmul` on longer codes.
+
+    Codes are exact in bf16; a group's scale and zero point meet its sum in float32.
+
+    Args:
+      x: floats, of which the kernels take bf16 alone; few tokens, as each block of them unpacks the weights anew.
+      weight: from `integer_weight`.
+      out_dtype: of the result.
+      implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
+        used, which is logged.
+    Returns:
+      `[*tokens, weight.out_features]`.
+    Raises:
+      TwlaError: the implementation asked for cannot be used.
+    """
+    values = x.reshape(-1, weight.in_features)
+    kernels = {
+        name: functools.partial(module.product, out_dtype=out_dtype)
+        for name, module in (("gpu", gpu), ("tpu", tpu))
+    }
+    reason = None if x.dtype == jnp.bfloat16 else f"activations are {x.dtype}, not bfloat16"
+    y = dispatch(
+        "integer_matmul",
+        implementation,
+        lambda *operands: reference.product(*operands).astype(out_dtype),
+        kernels,
+        dict.fromkeys(kernels, reason),
+        values,
+        group_sums(values),
+        weight,
+    )
+    return y[:, : weight.out_features].reshape(*x.shape[:-1], weight.out_features)

@@ -1,0 +1,96 @@
+"""Integer weights in the layout the kernels read, made once at load."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from twla_jax.errors import TwlaError
+from twla_jax.ops.ternary_matmul.weight import ROWS, PackedWeight
+from twla_jax.packing import PLANE
+from twla_jax.uniform import IntegerTensor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IntegerWeight(PackedWeight):
+    """A matrix `Ŵ = α·(C + μ)` of codes of 4 or 8 bits, with an (α, μ) for every 128 columns of a row.
+
+    Invariants: `codes` are those of the `IntegerTensor`, in tiles of two planes (4 bits) or one (8), and C is half of
+    their range less: what int8 and bf16 hold exactly. μ is an integer, too, what C is at a weight of zero, negated.
+    `scales[t, i]` and `scales[t, planes + i]` are α and μ of plane i of tile t. What lies past `out_features` rows and
+    `in_features` columns is zero.
+    """
+
+    width: int = dataclasses.field(metadata={"static": True})
+    out_features: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def bits(self) -> int:
+        """4 or 8."""
+        return self.width
+
+    @property
+    def offset(self) -> int:
+        """Half of the range of a code."""
+        return 2 ** (self.width - 1)
+
+    @property
+    def relative(self) -> bool:
+        """A zero point is a number of steps."""
+        return True
+
+
+def obstacle(tensor: IntegerTensor) -> str | None:
+    """Why `integer_weight` cannot take a tensor; None where it can."""
+    size = tensor.group_size
+    if size >= tensor.in_features or size % PLANE == 0:
+        return None
+    return f"group size {size}: kernels take a multiple of {PLANE}, or one group a row"
+
+
+def integer_weight(tensor: IntegerTensor) -> IntegerWeight:
+    """The same matrix in the layout of the kernels: 4 bits a code where they suffice, else 8.
+
+    Args:
+      tensor: without leading axes; the group size a multiple of 128, or one group a row.
+    Raises:
+      TwlaError: the group size is one that the kernels have no place for.
+    """
+    if reason := obstacle(tensor):
+        raise TwlaError(reason)
+    n, m = tensor.shape
+    width = 4 if tensor.bits <= 4 else 8
+    planes = 8 // width
+    tiles = -(-m // (planes * PLANE))
+    groups, padding = tiles * planes, -n % ROWS
+    codes = jnp.pad(jnp.asarray(tensor.codes), ((0, padding), (0, groups * PLANE - m)))
+    codes = codes.reshape(-1, tiles, planes, PLANE)
+    shifts = width * jnp.arange(planes, dtype=jnp.uint8)[:, None]
+    repeats = -(-min(tensor.group_size, m) // PLANE)
+
+    def by_plane(parameter):
+        each = jnp.repeat(parameter, repeats, axis=1)[:, :groups]
+        each = jnp.pad(each, ((0, padding), (0, groups - each.shape[1])))
+        return each.T.reshape(tiles, planes, -1)
+
+    mu = 2 ** (width - 1) - jnp.asarray(tensor.zero_point, jnp.float16)
+    return IntegerWeight(
+        codes=(codes << shifts).sum(2, dtype=jnp.uint8).reshape(len(codes), -1),
+        scales=jnp.concatenate([by_plane(jnp.asarray(tensor.scale)), by_plane(mu)], axis=1),
+        in_features=m,
+        width=width,
+        out_features=n,
+    )
+
+
+def integer_rows(weight: IntegerWeight, rows: Int[Array, "*shape"], dtype) -> Float[Array, "*shape m"]:
+    """Some rows of `Ŵ`, in `dtype`, as `uniform.take_rows` gives them: only these are unpacked."""
+    packed = weight.codes[rows].reshape(*rows.shape, weight.tiles, 1, PLANE)
+    shifts = weight.bits * jnp.arange(weight.planes, dtype=jnp.uint8)[:, None]
+    codes = ((packed >> shifts) & (2**weight.bits - 1)).astype(jnp.float32) - weight.offset
+    scales = jnp.moveaxis(weight.scales[:, :, rows], (0, 1), (-2, -1)).astype(jnp.float32)
+    alpha, mu = scales[..., : weight.planes, None], scales[..., weight.planes :, None]
+    values = (alpha * (codes + mu)).reshape(*rows.shape, -1)
+    return values[..., : weight.in_features].astype(dtype)
