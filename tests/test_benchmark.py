@@ -87,6 +87,22 @@ def test_the_command_prints_tables(capsys):
     assert "XLA reference" in out
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_head_of_fewer_bits_is_counted_as_such(bits):
+    rows = measure(
+        ["kernels", "decode"], "tiny", layers=1, context=8, steps=2, activation_bits=[8], embedding_bits=bits
+    )
+    plain, packed = rows["decode"]
+    assert (plain["name"], packed["name"]) == ("bf16", f"W1.58A8, head of {bits} bits")
+    n, m = 256, 512
+    size = n * m * bits // 8 + n * m // 128 * 4
+    product = rows["kernels"][-1]
+    assert product["name"] == f"head of {bits} bits, bf16"
+    assert product["bytes"] == size + 2 * m + 4 * n
+    blocks = shapes.random_decoder(SHAPES["tiny"], activation_bits=8, embedding_bits=bits).blocks[0]
+    assert packed["weight_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) + size
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -94,6 +110,7 @@ def test_the_command_prints_tables(capsys):
         ({"layers": 3}, "layers 3: tiny has 1 to 2"),
         ({"steps": 0}, "steps 0"),
         ({"activation_bits": (8, 5)}, "activation bits 5"),
+        ({"embedding_bits": 12}, "embedding.bits = 12"),
     ],
 )
 def test_what_cannot_be_measured_is_named(settings, named):

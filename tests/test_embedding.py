@@ -95,6 +95,23 @@ def test_a_model_prepared_for_inference_reads_them_too(tiny_config):
         np.testing.assert_allclose(prepared(TOKENS), quantised(TOKENS), atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (3, 0), (8, 128), (8, 0)])
+def test_a_model_prepared_for_inference_holds_packed_rows_and_no_floats(tiny_config, bits, group, tied):
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=tied)
+    recipe = EmbeddingRecipe(bits=bits, group_size=group)
+    quantised = quantize_embeddings(Decoder(config, rngs=nnx.Rngs(0)), recipe)
+    prepared = prepare_for_inference(jax.tree.map(jnp.asarray, quantised))
+    np.testing.assert_array_equal(prepared.embed_tokens(TOKENS), quantised.embed_tokens(TOKENS))
+    np.testing.assert_allclose(prepared(TOKENS), quantised(TOKENS), atol=1e-5)
+    # Rows and columns filled up to 128; a scale and a zero point of two bytes each for every 128 columns of a plane.
+    planes, rows = 2 if bits <= 4 else 1, -(-config.vocab_size // 128) * 128
+    tiles = -(-config.hidden_size // (128 * planes))
+    for part in (prepared.embed, prepared.head):
+        sizes = [leaf.nbytes for leaf in jax.tree.leaves(part)]
+        assert sizes == ([] if part is None else [rows * tiles * 128, rows * tiles * planes * 4])
+
+
 def test_a_folder_holds_it_at_its_bits(model, tmp_path):
     quantised = quantize_embeddings(model, EmbeddingRecipe(bits=4, group_size=16))
     checkpoint.save(quantised, None, tmp_path / "out", Recipe(), {})

@@ -22,6 +22,7 @@ def bench(
     steps: Annotated[int, argument("N")] = 64,
     layers: OptionalInt = None,
     activation_bits: Annotated[str, argument("BITS,…")] = "16,8,4",
+    embedding_bits: Annotated[int, argument("BITS")] = 16,
     kv_cache: Literal["bfloat16", "int8"] = "bfloat16",
     plot: Annotated[str | None, argument("FILE")] = None,
     json: bool = False,
@@ -37,6 +38,7 @@ def bench(
         steps: tokens to decode
         layers: blocks of the decoding model; all if not given
         activation_bits: of the decoding models; 16 also times kernels with bfloat16 activations
+        embedding_bits: of the ternary models' embedding and LM head, 2 to 8, or 16; below 16, kernels time the head, too
         kv_cache: what the decoding models keep keys and values in
         plot: image to draw a roofline of the kernels and products in
         json: print the figures as JSON, at the end
@@ -66,6 +68,7 @@ def bench(
         layers=layers,
         cache_dtype=kv_cache,
         activation_bits=numbers(activation_bits, int, "--activation-bits"),
+        embedding_bits=embedding_bits,
         on_row=show,
     )
     if plot:

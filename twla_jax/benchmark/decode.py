@@ -33,6 +33,7 @@ class DecodeSettings:
       steps: tokens a call makes, all in one loop on the device.
       cache_dtype: of the cache; None for bf16.
       activation_bits: of the quantised models.
+      embedding_bits: of their embedding and LM head; 16 for bf16.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -40,6 +41,7 @@ class DecodeSettings:
     steps: int = 64
     cache_dtype: Any = None
     activation_bits: tuple[int, ...] = (16, 8, 4)
+    embedding_bits: int = OFF
 
 
 def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dict[str, Any]]:
@@ -51,7 +53,8 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
             yield {"name": "bf16", "note": reason}
             continue
         before = _bytes_in_use()
-        model = shapes.random_decoder(config, activation_bits=bits)
+        embedding = OFF if bits is None else settings.embedding_bits
+        model = shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding)
         jax.block_until_ready(model)
         held = _block_bytes(model, before)
         for batch in settings.batches:
@@ -59,6 +62,7 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
                 taken = _step_seconds(model_at, batch, settings)
                 if bits is None:
                     bf16[batch] = taken
+                name += f", head of {embedding} bits" if embedding < OFF else ""
                 row = _row(name, model, batch, taken, settings) | held
                 yield row | ({"speedup_bf16": bf16[batch] / taken} if bits and batch in bf16 else {})
         del model, model_at

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from twla_jax.activation import OFF
 from twla_jax.benchmark import shapes, timing
 from twla_jax.models.config import DecoderConfig
+from twla_jax.ops.integer_matmul import integer_matmul
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
@@ -16,11 +18,17 @@ from twla_jax.ops.ternary_matmul import ternary_matmul
 Row = dict[str, Any]
 
 
-def decode_rows(config: DecoderConfig, batch: int, kinds: Sequence[str]) -> Iterator[Row]:
-    """Every matrix with `int8` codes, with what makes them, and with `bf16` activations; every `rotate_quantize`."""
+def decode_rows(
+    config: DecoderConfig, batch: int, kinds: Sequence[str], embedding_bits: int = OFF
+) -> Iterator[Row]:
+    """Every matrix with `int8` codes, with what makes them, and with `bf16` activations; every `rotate_quantize`.
+
+    Then the LM head, where it is of less than 16 bits.
+    """
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, batch)
-        make, size = functools.partial(shapes.weight, n=n, m=m), _bytes(shapes.weight, n, m)
+        make = functools.partial(shapes.weight, n=n, m=m)
+        size = _bytes(make)
         for label in kinds:
             x = shapes.tokens(jax.random.key(0), batch, m) if label == "int8" else _activations(batch, m)
             taken = timing.seconds_each(lambda w, x: ternary_matmul(x, w), make, size, x)
@@ -38,6 +46,25 @@ def decode_rows(config: DecoderConfig, batch: int, kinds: Sequence[str]) -> Iter
         row = _row(f"rotate_quantize {names}", m, m, batch, taken, size, {})
         yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
 
+    if embedding_bits < OFF:
+        yield _head_row(config.vocab_size, config.hidden_size, batch, embedding_bits)
+
+
+def _head_row(n: int, m: int, batch: int, bits: int) -> Row:
+    make = functools.partial(shapes.head, n=n, m=m, bits=bits)
+    size = _bytes(make)
+    product = functools.partial(integer_matmul, out_dtype=jnp.float32)
+    taken = timing.seconds_each(lambda w, x: product(x, w), make, size, _activations(batch, m))
+    return _row(
+        f"head of {bits} bits, bf16",
+        n,
+        m,
+        batch,
+        taken,
+        size + batch * (2 * m + 4 * n),
+        _xla(n, m, batch),
+    )
+
 
 def _whole_linear(weight, x, *, rotation):
     """Rotation and codes, too."""
@@ -51,7 +78,8 @@ def prefill_rows(config: DecoderConfig, tokens: int) -> Iterator[Row]:
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, tokens)
         x = shapes.tokens(jax.random.key(0), tokens, m)
-        make, size = functools.partial(shapes.weight, n=n, m=m), _bytes(shapes.weight, n, m)
+        make = functools.partial(shapes.weight, n=n, m=m)
+        size = _bytes(make)
         # Two operands will do: the products are bound by arithmetic.
         product = timing.seconds_each(lambda w, x: ternary_matmul(x, w), make, max(size, 150_000_000), x)
         whole = product + _rotation_seconds(m, n, tokens, None)
@@ -123,8 +151,8 @@ def _activations(t: int, m: int) -> jax.Array:
     return jax.random.normal(jax.random.key(3), (t, m), jnp.bfloat16)
 
 
-def _bytes(make, n: int, m: int) -> int:
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: make(jax.random.key(0), n, m)))
+def _bytes(make) -> int:
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: make(jax.random.key(0))))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 

@@ -12,6 +12,7 @@ from twla_jax import inference
 from twla_jax.activation import BIT_CHOICES, OFF
 from twla_jax.benchmark import decode, kernels, shapes, timing
 from twla_jax.errors import TwlaError
+from twla_jax.recipe import EmbeddingRecipe
 from twla_jax.report import environment
 
 Part = Literal["kernels", "prefill", "decode"]
@@ -29,6 +30,7 @@ def measure(
     layers: int | None = None,
     cache_dtype: Any = None,
     activation_bits: Sequence[int] = (16, 8, 4),
+    embedding_bits: int = OFF,
     on_row: Callable[[str, Mapping[str, Any]], None] = lambda part, row: None,
 ) -> dict[str, Any]:
     """Times on the device at hand, random weights, everything in one process.
@@ -42,6 +44,8 @@ def measure(
       layers: blocks of the decoding model; all of them if None.
       cache_dtype: of the decoding model's cache; None for bf16.
       activation_bits: of the decoding models; 16 also times the kernels' products with bf16 activations.
+      embedding_bits: of the ternary decoding models' embedding and LM head: 16, or 2 to 8, which also times the head
+        alone.
       on_row: called with the part and each row as it comes.
     Returns:
       JSON-ready: rows by part, `copy_bytes_per_second`, peaks of XLA's products, how it was timed, and what stood in.
@@ -59,12 +63,14 @@ def measure(
             raise TwlaError(f"{name} {value}: at least 1 is needed")
     if other := set(activation_bits) - {OFF, *BIT_CHOICES}:
         raise TwlaError(f"activation bits {min(other)}: must be 16, 8, 6, 4 or 2")
+    EmbeddingRecipe(bits=embedding_bits)  # which refuses bits that there are none of
     settings = decode.DecodeSettings(
         batches=tuple(batches),
         context=context,
         steps=steps,
         cache_dtype=cache_dtype,
         activation_bits=tuple(activation_bits),
+        embedding_bits=embedding_bits,
     )
     kinds = [
         kind
@@ -72,7 +78,9 @@ def measure(
         if used
     ]
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "kernels": lambda: (row for batch in batches for row in kernels.decode_rows(config, batch, kinds)),
+        "kernels": lambda: (
+            row for batch in batches for row in kernels.decode_rows(config, batch, kinds, embedding_bits)
+        ),
         "prefill": lambda: kernels.prefill_rows(config, tokens),
         "decode": lambda: decode.decode_rows(config, settings),
     }

@@ -13,12 +13,14 @@ from twla_jax.kotms import KroneckerRotation, factor_sizes
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.models.integer import prepare_for_inference
+from twla_jax.ops.integer_matmul import IntegerWeight, integer_weight
 from twla_jax.ops.rotate_quantize import KernelRotation, kernel_rotation
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 from twla_jax.packing import packed_width
 from twla_jax.stiefel import random_orthogonal
 from twla_jax.ternary import TernaryTensor
+from twla_jax.uniform import IntegerTensor
 
 _GROUP = 128
 
@@ -77,6 +79,25 @@ def weight(key: Array, n: int, m: int) -> KernelWeight:
     return kernel_weight([ternary_tensor(key, n, m)])
 
 
+def integer_tensor(key: Array, n: int, m: int, bits: int, size: float) -> IntegerTensor:
+    """Random codes, with the zero in their middle and a scale for every 128 columns, of weights of about this size."""
+    groups = (n, -(-m // _GROUP))
+    scale = size * 12**0.5 / 2**bits * jax.random.uniform(key, groups, minval=0.5, maxval=1.5)
+    return IntegerTensor(
+        codes=jax.random.bits(key, (n, m), jnp.uint8) >> (8 - bits),
+        scale=scale.astype(jnp.float16),
+        zero_point=jnp.full(groups, 2 ** (bits - 1), jnp.uint8),
+        in_features=m,
+        group_size=_GROUP,
+        bits=bits,
+    )
+
+
+def head(key: Array, n: int, m: int, bits: int) -> IntegerWeight:
+    """A random LM head in the kernels' layout."""
+    return integer_weight(integer_tensor(key, n, m, bits, m**-0.5))
+
+
 def tokens(key: Array, t: int, m: int) -> QuantizedTokens:
     """Random 8-bit codes."""
     codes = jax.random.randint(key, (t, m), -128, 128, jnp.int8)
@@ -100,13 +121,20 @@ def _factors(m: int, n: int) -> tuple[int, int]:
     return factor_sizes(m, n, "balanced")
 
 
-def random_decoder(config: DecoderConfig, *, activation_bits: int | None, seed: int = 0) -> Decoder:
+def random_decoder(
+    config: DecoderConfig, *, activation_bits: int | None, embedding_bits: int = OFF, seed: int = 0
+) -> Decoder:
     """A random model prepared for inference in bf16: ternary with such activations, or float where those are None.
+
+    Embedding and LM head are integers of `embedding_bits`, or floats where those are 16.
 
     One block is made and copied for every layer, so that no model ever exists unpacked.
     """
     model = random_model(
-        dataclasses.replace(config, num_layers=1), activation_bits=activation_bits, seed=seed
+        dataclasses.replace(config, num_layers=1),
+        activation_bits=activation_bits,
+        embedding_bits=embedding_bits,
+        seed=seed,
     )
     prepared = prepare_for_inference(model)
     copy = jax.jit(lambda block: jax.tree.map(jnp.copy, block))
@@ -117,17 +145,29 @@ def random_decoder(config: DecoderConfig, *, activation_bits: int | None, seed: 
     return prepared
 
 
-def random_model(config: DecoderConfig, *, activation_bits: int | None, seed: int = 0) -> Decoder:
+def random_model(
+    config: DecoderConfig, *, activation_bits: int | None, embedding_bits: int = OFF, seed: int = 0
+) -> Decoder:
     """A random model in bf16 as the quantiser or, without activation bits, as a file would give it."""
 
     def make():
         model = Decoder(config, rngs=nnx.Rngs(seed), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
         if activation_bits is not None:
             _quantize_randomly(model, activation_bits, jax.random.key(seed))
+        if embedding_bits < OFF:
+            _quantize_embeddings_randomly(model, embedding_bits, jax.random.key(seed))
         return model
 
     # In one program, which leaves out the float weights that ternary ones replace.
     return jax.jit(make)()
+
+
+def _quantize_embeddings_randomly(model: Decoder, bits: int, key: Array) -> None:
+    sizes = model.config.vocab_size, model.config.hidden_size
+    embed: Any = nnx.Param(integer_tensor(key, *sizes, bits, 0.02))
+    model.embed = embed
+    if model.head is not None:
+        model.head.kernel = nnx.Param(integer_tensor(key, *sizes, bits, sizes[1] ** -0.5))
 
 
 def _quantize_randomly(model: Decoder, bits: int, key: Array) -> None:

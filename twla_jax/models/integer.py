@@ -3,7 +3,8 @@
 Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`; for a
 single token both are one `quantized_linear`. Where an input's activations are not quantised, they are only rotated,
 and meet the same packed weights in bf16. A model that
-is not quantised gets the same form, with one dense product an input.
+is not quantised gets the same form, with one dense product an input. An embedding and an LM head of integers stay
+packed, too: `integer_matmul` makes the logits.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from twla_jax.activation import OFF, ActivationQuantizer, select_clip
 from twla_jax.errors import TwlaError
@@ -25,6 +26,7 @@ from twla_jax.models import tensor_parallel
 from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
 from twla_jax.models.kv_cache import KVCache, empty_layer
 from twla_jax.ops.dispatch import Implementation
+from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
@@ -62,15 +64,14 @@ class IntegerDecoder(Decoder):
 
     def __init__(self, model: Decoder, *, mesh: Mesh | None, implementation: Implementation | None):
         self.config, self.dtype, self.mesh = model.config, model.dtype, mesh
+        self.implementation: Implementation | None = implementation
         self.norm = model.norm
-        # Cast once, not at every step, which would write out and read again all of it.
-        self.embed = nnx.Param(_floats(model.embed.get_value(), model.dtype))
+        table = functools.partial(_table, dtype=model.dtype, mesh=mesh)
+        self.embed = nnx.Param(table(model.embed.get_value()))
         self.head = model.head
         if model.head is not None:
             self.head = nnx.merge(*nnx.split(model.head))
-            kernel = model.head.kernel.get_value()
-            floats = _floats(kernel, model.dtype)
-            self.head.kernel = nnx.Param(floats.T if isinstance(kernel, IntegerTensor) else floats)
+            self.head.kernel = nnx.Param(table(model.head.kernel.get_value(), columns=True))
         self.blocks = nnx.List(
             [
                 IntegerBlock(
@@ -79,6 +80,20 @@ class IntegerDecoder(Decoder):
                 for i in range(model.config.num_layers)
             ]
         )
+
+    def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The first block's input, in `dtype`; of packed rows, only the tokens' are unpacked."""
+        table = self.embed.get_value()
+        if isinstance(table, IntegerWeight):
+            return integer_rows(table, tokens, self.dtype)
+        return super().embed_tokens(tokens)
+
+    def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
+        """Logits from `hidden`'s output, accumulated and returned in float32."""
+        kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
+        if isinstance(kernel, IntegerWeight):
+            return integer_matmul(h, kernel, out_dtype=jnp.float32, implementation=self.implementation)
+        return super().logits(h)
 
     def through_blocks(self, step: Callable, carry: Any) -> Any:
         """The carry after `step(carry, (block, window, index))` of every block, in order."""
@@ -240,6 +255,7 @@ class IntegerBlock(Block):
 
 
 _kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations
+_integer_weight = jax.jit(integer_weight)
 
 
 def _layer(blocks: Block, index: int) -> Block:
@@ -254,9 +270,20 @@ def _device_layer(blocks: Block, index: jax.Array) -> Block:
     return jax.tree.map(lambda leaf: leaf[index], blocks)
 
 
-def _floats(matrix: jax.Array | IntegerTensor, dtype) -> jax.Array:
-    matrix = dequantize(matrix, jnp.float32) if isinstance(matrix, IntegerTensor) else matrix
-    return jnp.asarray(matrix, dtype)
+def _table(
+    matrix: jax.Array | IntegerTensor, *, dtype, mesh: Mesh | None, columns: bool = False
+) -> jax.Array | IntegerWeight:
+    """An embedding or LM head: packed integers where kernels take them, else floats, cast once.
+
+    A cast at every step would write out and read again all of it. Floats have a column a token in a head, integers
+    always a row.
+    """
+    if not isinstance(matrix, IntegerTensor):
+        return jnp.asarray(matrix, dtype)
+    if mesh is None and obstacle(matrix) is None:
+        return _integer_weight(matrix)
+    floats = jnp.asarray(dequantize(matrix, jnp.float32), dtype)
+    return floats.T if columns else floats
 
 
 def _nothing(x: jax.Array) -> jax.Array:

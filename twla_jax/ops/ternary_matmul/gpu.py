@@ -40,7 +40,9 @@ def matmul(
         return gpu_prefill.matmul(x, sums, scale, zero_point, weight, out_dtype=out_dtype)
     if x.dtype == jnp.int8:
         return gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
-    return product(x, sums, weight, weight.bias, out_dtype=out_dtype)  # floats have no scale and no zero point
+    return product(
+        x, sums, weight, weight.bias, out_dtype=out_dtype
+    )  # floats have no scale and no zero point
 
 
 def product(
