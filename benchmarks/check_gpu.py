@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from twla_jax.kotms import KroneckerRotation
+from twla_jax.ops.integer_matmul import integer_matmul, integer_weight
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 from twla_jax.packing import TILE
+from twla_jax.uniform import IntegerTensor
 
 TOKENS = 8
 
@@ -79,6 +81,46 @@ def check(implementation: str) -> None:
         np.testing.assert_array_equal(found.sums, group_sums(found.codes))
 
     check_one_token(implementation)
+    check_integers(implementation)
+
+
+def check_integers(implementation: str) -> None:
+    """Weights of 4 and 8 bits: sums of integers exact, everything else to 1e-4 of the largest value."""
+    product = functools.partial(integer_matmul, out_dtype=jnp.float32)
+    for t, n, m, size in ((1, 1000, 576, 128), (TOKENS, 4096, 4096, 128), (40, 1000, 1024, 1024)):
+        for bits in (4, 8):
+            for exact in (True, False):
+                keys = jax.random.split(jax.random.key(6), 3)
+                weight = integer_weight(random_integers(keys[0], n, m, bits, size, exact=exact))
+                x = (
+                    jax.random.randint(keys[1], (t, m), -8, 9)
+                    if exact
+                    else jax.random.normal(keys[2], (t, m))
+                )
+                x = x.astype(jnp.bfloat16)
+                found, expected = (
+                    product(x, weight, implementation=name) for name in (implementation, "xla")
+                )
+                np.testing.assert_allclose(
+                    found, expected, rtol=0, atol=0 if exact else 1e-4 * _largest(expected)
+                )
+
+
+def random_integers(
+    key: jax.Array, n: int, m: int, bits: int, size: int, *, exact: bool = False
+) -> IntegerTensor:
+    """Random codes, scales and zero points by groups of this size; `exact` makes the scales 1."""
+    keys = jax.random.split(key, 3)
+    groups = (n, -(-m // size))
+    scale = jnp.ones(groups) if exact else jax.random.uniform(keys[0], groups, minval=0.5, maxval=1.5)
+    return IntegerTensor(
+        codes=jax.random.randint(keys[1], (n, m), 0, 2**bits, jnp.int32).astype(jnp.uint8),
+        scale=scale.astype(jnp.float16),
+        zero_point=jax.random.randint(keys[2], groups, 0, 2**bits, jnp.int32).astype(jnp.uint8),
+        in_features=m,
+        group_size=size,
+        bits=bits,
+    )
 
 
 def check_one_token(implementation: str) -> None:

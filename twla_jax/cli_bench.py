@@ -38,7 +38,7 @@ def bench(
         steps: tokens to decode
         layers: blocks of the decoding model; all if not given
         activation_bits: of the decoding models; 16 also times kernels with bfloat16 activations
-        embedding_bits: of the ternary models' embedding and LM head, 2 to 8, or 16; below 16, kernels time the head, too
+        embedding_bits: of the ternary models' embedding and LM head, 2 to 8, or 16; below, kernels time it alone
         kv_cache: what the decoding models keep keys and values in
         plot: image to draw a roofline of the kernels and products in
         json: print the figures as JSON, at the end

@@ -16,13 +16,26 @@ from twla_jax.ops.ternary_matmul import ternary_matmul
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("target", "bits", "cache_dtype"),
-    [("h100", 8, None), ("h100", 8, jnp.int8), ("h100", None, None), ("v5e", 8, None)],
+    ("target", "bits", "cache_dtype", "embedding_bits"),
+    [
+        ("h100", 8, None, 16),
+        ("h100", 8, jnp.int8, 16),
+        ("h100", None, None, 16),
+        ("h100", 8, None, 8),
+        ("h100", 8, None, 4),
+        ("v5e", 8, None, 16),
+        ("v5e", 8, None, 8),
+        ("v5e", 8, None, 4),
+    ],
 )
-def test_a_step_copies_neither_cache_nor_weights(target, bits, cache_dtype, compile_for):
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_copies_neither_cache_nor_weights(
+    target, bits, cache_dtype, embedding_bits, tied, compile_for
+):
     # A head of 65 MB, and 21 MB of keys and values, which other layouts or types would copy.
     config = dataclasses.replace(SHAPES["tiny"], vocab_size=64000, num_kv_heads=8)
-    model = shapes.random_decoder(config, activation_bits=bits)
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    model = shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding_bits)
     cache = model.init_cache(1, 5120, cache_dtype)
 
     def loop(model, token, cache, key):
