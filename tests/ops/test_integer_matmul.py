@@ -42,6 +42,13 @@ def test_rows_are_those_of_the_tensor(n, m, size, bits):
     np.testing.assert_array_equal(found, take_rows(tensor, rows, jnp.float32))
 
 
+@pytest.mark.parametrize("rows", [3, [3], [[3]]])
+def test_a_single_row_keeps_its_axes(rows):
+    tensor, rows = matrix(64, 172, 128, 8), jnp.array(rows)
+    found = integer_rows(integer_weight(tensor), rows, jnp.bfloat16)
+    np.testing.assert_array_equal(found, take_rows(tensor, rows, jnp.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize(("n", "m", "size"), SHAPES)

@@ -87,10 +87,12 @@ def integer_weight(tensor: IntegerTensor) -> IntegerWeight:
 
 def integer_rows(weight: IntegerWeight, rows: Int[Array, "*shape"], dtype) -> Float[Array, "*shape m"]:
     """Some rows of `Ŵ`, in `dtype`, as `uniform.take_rows` gives them: only these are unpacked."""
-    packed = weight.codes[rows].reshape(*rows.shape, weight.tiles, 1, PLANE)
+    # For a single row, XLA on TPUs would first bring the whole matrix into another layout.
+    taken = jnp.pad(rows.reshape(-1), (0, 1 if rows.size == 1 else 0))
+    packed = weight.codes[taken].reshape(-1, weight.tiles, 1, PLANE)
     shifts = weight.bits * jnp.arange(weight.planes, dtype=jnp.uint8)[:, None]
     codes = ((packed >> shifts) & (2**weight.bits - 1)).astype(jnp.float32) - weight.offset
-    scales = jnp.moveaxis(weight.scales[:, :, rows], (0, 1), (-2, -1)).astype(jnp.float32)
+    scales = weight.scales[:, :, taken].transpose(2, 0, 1).astype(jnp.float32)
     alpha, mu = scales[..., : weight.planes, None], scales[..., weight.planes :, None]
-    values = (alpha * (codes + mu)).reshape(*rows.shape, -1)
-    return values[..., : weight.in_features].astype(dtype)
+    values = (alpha * (codes + mu)).reshape(len(taken), -1)[: rows.size, : weight.in_features]
+    return values.reshape(*rows.shape, -1).astype(dtype)
