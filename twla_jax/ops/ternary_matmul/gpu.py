@@ -1,9 +1,9 @@
 """Packed weights on Hopper GPUs (Pallas Mosaic GPU): bf16 tokens here, and of ternary weights alone, few int8 tokens by
 `gpu_integer` and many by `gpu_prefill`.
 
-Tokens are the 16 rows of `mma.sync`, weight rows its columns; each warp unpacks its own weights in registers. K is
-split between the warpgroups of a block, each with its own ring of tiles in shared memory, and added up there in a fixed
-order.
+Tokens are the 16 rows of `mma.sync`, weight rows its columns; tokens that are not there are neither read nor written.
+Each warp unpacks its own weights in registers. K is split between the warpgroups of a block, each with its own ring of
+tiles in shared memory, and added up there in a fixed order.
 """
 
 import functools
@@ -22,7 +22,6 @@ from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
 from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE
 
-_TOKENS = 16  # rows of mma.sync; those that are not there are neither read nor written
 _COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
 
 
@@ -57,19 +56,19 @@ def product(
     """What `reference.product` computes, for bf16 x, and the bias added."""
     t, planes = len(x), weight.planes
     tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, planes)
+    n, block, groups, stages = tiles.rows, tiles.tokens, tiles.warpgroups, tiles.stages
     totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
-    totals = jnp.pad(totals, ((0, -t % _TOKENS), (0, 0))).T
+    totals = jnp.pad(totals, ((0, -t % block), (0, 0))).T
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
     x = unpacked_order(x)
     kernel = functools.partial(_kernel, tiles=tiles, weight=weight)
-    n, groups, stages = tiles.rows, tiles.warpgroups, tiles.stages
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
         # Blocks of the same rows run side by side, and only the first of them has its weights from memory.
-        grid=(len(weight.codes) // n, pl.cdiv(len(x), _TOKENS)),
+        grid=(len(weight.codes) // n, pl.cdiv(len(x), block)),
         grid_names=("rows", "tokens"),
         num_threads=groups,
         thread_name="warpgroup",
@@ -77,11 +76,11 @@ def product(
             "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
             "scales_smem": plgpu.SMEM((groups, stages, 2 * planes, n), jnp.float16),
             "x_smem": plgpu.SMEM(
-                (groups, stages, _TOKENS, planes * PLANE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
+                (groups, stages, block, planes * PLANE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
             ),
-            "totals_smem": plgpu.SMEM((groups, stages, _total_rows(planes), _TOKENS), totals.dtype),
-            "parts_smem": plgpu.SMEM((groups, _TOKENS, n), jnp.float32),
-            "out_smem": plgpu.SMEM((_TOKENS, n), out_dtype),
+            "totals_smem": plgpu.SMEM((groups, stages, _total_rows(planes), block), totals.dtype),
+            "parts_smem": plgpu.SMEM((groups, block, n), jnp.float32),
+            "out_smem": plgpu.SMEM((block, n), out_dtype),
             "filled": plgpu.Barrier(
                 num_arrivals=_COPIES if weight.grouped else 2, num_barriers=groups * stages
             ),
@@ -110,9 +109,9 @@ def _kernel(
     weight: PackedWeight,
 ):
     *bias_gmem, out_gmem = bias_and_out_gmem
-    n, planes = tiles.rows, weight.planes
+    n, block, planes = tiles.rows, tiles.tokens, weight.planes
     group = lax.axis_index("warpgroup")
-    tokens = pl.ds(lax.axis_index("tokens") * _TOKENS, _TOKENS)
+    tokens = pl.ds(lax.axis_index("tokens") * block, block)
     rows = pl.ds(lax.axis_index("rows") * n, n)
     x_layout = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=1)
     codes_layout = plgpu.Layout.MMA_RHS(jnp.int8, m_warps=1)
@@ -121,11 +120,11 @@ def _kernel(
 
     def load_token(ref):
         value = plgpu.load(ref, layout=layout.reduce(1), optimized=False)
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (_TOKENS, n), (0,)), layout)
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, (block, n), (0,)), layout)
 
     def load_row(ref):
         value = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (_TOKENS, n), (1,)), layout)
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, (block, n), (1,)), layout)
 
     def fetch(step, slot):
         tile = step * tiles.warpgroups + group
@@ -140,7 +139,7 @@ def _kernel(
             copy(scales_gmem.at[tile, :, rows], scales_smem)
             copy(totals_gmem.at[pl.ds(tile * planes, _total_rows(planes)), tokens], totals_smem)
 
-    zeros = plgpu.layout_cast(jnp.zeros((_TOKENS, n), jnp.float32), layout)
+    zeros = plgpu.layout_cast(jnp.zeros((block, n), jnp.float32), layout)
 
     for slot in range(tiles.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))

@@ -9,9 +9,13 @@ _SHARED_MEMORY = 220 * 1024  # bytes a block of an H100 may take, less what barr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuTiles:
-    """Weight rows of a block, warpgroups that share its columns, and tiles each has under way."""
+    """Weight rows and tokens of a block, warpgroups that share its columns, and tiles each has under way.
+
+    Tokens are a multiple of the 16 that `mma.sync` takes: a block unpacks its weights once for all of them.
+    """
 
     rows: int
+    tokens: int
     warpgroups: int
     stages: int
 
@@ -26,7 +30,7 @@ def gpu_tiles(rows: int, tiles: int, planes: int) -> GpuTiles:
     slot = block * 128 + planes * (16 * 128 * 2 + 2 * block * 2) + max(2, planes) * 16 * 4
     left = _SHARED_MEMORY - (warpgroups + 1) * 16 * block * 4
     stages = min(4, -(-tiles // warpgroups), left // (slot * warpgroups))
-    return GpuTiles(rows=block, warpgroups=warpgroups, stages=stages)
+    return GpuTiles(rows=block, tokens=16, warpgroups=warpgroups, stages=stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
