@@ -55,7 +55,7 @@ def product(
 ) -> Float[Array, "t rows"]:
     """What `reference.product` computes, for bf16 x, and the bias added."""
     t, planes = len(x), weight.planes
-    tiles = tiles or tuning.gpu_tiles(len(weight.codes), weight.tiles, planes)
+    tiles = tiles or tuning.gpu_tiles(t, len(weight.codes), weight.tiles, planes)
     n, block, groups, stages = tiles.rows, tiles.tokens, tiles.warpgroups, tiles.stages
     totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
     totals = jnp.pad(totals, ((0, -t % block), (0, 0))).T

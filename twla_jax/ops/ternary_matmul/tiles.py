@@ -20,17 +20,24 @@ class GpuTiles:
     stages: int
 
 
-def gpu_tiles(rows: int, tiles: int, planes: int) -> GpuTiles:
-    """Tiles for bf16 tokens and a matrix of `rows` by `128·planes·tiles`."""
-    block = 128
+def gpu_tiles(tokens: int, rows: int, tiles: int, planes: int) -> GpuTiles:
+    """Tiles for so many bf16 tokens and a matrix of `rows` by `128·planes·tiles`.
+
+    Wide codes, of which the way from memory takes longest, are fastest in small blocks, several to a multiprocessor.
+    """
+    few, wide = 16, planes < 4
+    if wide and tokens > few:
+        few, block = (32 if tokens <= 32 else 64), 64
+    else:
+        block = 128
     while block > 32 and rows // block < STREAMING_MULTIPROCESSORS:
         block //= 2
-    warpgroups = min(2, tiles)
+    warpgroups = min(1 if wide else 2, tiles)
     # Codes, tokens, scales and sums of a slot; parts and output of a block.
-    slot = block * 128 + planes * (16 * 128 * 2 + 2 * block * 2) + max(2, planes) * 16 * 4
-    left = _SHARED_MEMORY - (warpgroups + 1) * 16 * block * 4
-    stages = min(4, -(-tiles // warpgroups), left // (slot * warpgroups))
-    return GpuTiles(rows=block, tokens=16, warpgroups=warpgroups, stages=stages)
+    slot = block * 128 + planes * (few * 128 * 2 + 2 * block * 2) + max(2, planes) * few * 4
+    left = _SHARED_MEMORY - (warpgroups + 1) * few * block * 4
+    stages = min(2 if wide else 4, -(-tiles // warpgroups), left // (slot * warpgroups))
+    return GpuTiles(rows=block, tokens=few, warpgroups=warpgroups, stages=stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
