@@ -3,7 +3,7 @@
 A cluster of blocks shares the positions of one key head; the warpgroups of its blocks go over tiles of 64 positions,
 each with its own ring in shared memory. Queries of a key head are the 16 rows of `mma.sync`. The new token's own key
 and value never pass through the cache: they are where the softmax of the first warpgroup begins, while its first tile
-is under way. Sums of the warpgroups meet in shared memory, those of the blocks in that of the cluster's first one.
+is under way. Sums of the warpgroups meet in shared memory, those of the blocks, a share of the features each, in one another's.
 """
 
 import functools
@@ -36,8 +36,8 @@ def obstacle(qkv: jax.Array, entries: jax.Array) -> str | None:
     _, _, kv_heads, size, d = entries.shape
     if qkv.dtype != jnp.bfloat16 or entries.dtype != jnp.bfloat16:
         return f"queries are {qkv.dtype} and the cache is {entries.dtype}, not bfloat16"
-    if d % 64 or d > 256:
-        return f"heads have {d} features, not 64, 128, 192 or 256"
+    if d % 64 or d > 192:
+        return f"heads have {d} features, not 64, 128 or 192"
     if (group := qkv.shape[1] // kv_heads - 2) > _ROWS:
         return f"{group} queries share a key head, more than {_ROWS}"
     # The copy engine swizzles 8 positions at once: it fills up what lies past the end, but cuts no such piece.
@@ -60,6 +60,7 @@ def decode_attention(
     heads = all_heads - 2 * kv_heads
     tiles = tiles or tuning.tiles(b * kv_heads, size, d)
     splits, groups, stages = tiles.splits, tiles.warpgroups, tiles.stages
+    chunks = d // _CHUNK // _receivers(splits, d)
     scratch = {
         "k_smem": plgpu.SMEM((groups, stages, KEYS, d), jnp.bfloat16, transforms=_swizzled(2)),
         "v_smem": plgpu.SMEM((groups, stages, KEYS, d), jnp.bfloat16, transforms=_swizzled(2)),
@@ -76,9 +77,11 @@ def decode_attention(
         }
     if splits > 1:
         scratch |= {
-            "splits_smem": plgpu.SMEM((splits, _ROWS, d), jnp.float32, transforms=_swizzled(4)),
+            "splits_smem": plgpu.SMEM(
+                (splits, chunks, _ROWS, _CHUNK), jnp.float32, transforms=_swizzled(4)
+            ),
             "split_sums_smem": plgpu.SMEM((splits, _ROWS, _CHUNK), jnp.float32, transforms=_swizzled(4)),
-            "gathered": plgpu.Barrier(num_arrivals=2 * splits),
+            "gathered": plgpu.Barrier(num_arrivals=(1 + chunks) * splits),
         }
     body = functools.partial(_kernel, tiles=tiles, heads=heads)
     cluster = {"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}
@@ -218,28 +221,41 @@ def _kernel(
     part = mixed / _spread(_of_sum(total), mixed.shape, 0, ACC), _of_sum(top + jnp.log2(total))
 
     def finish(part):
-        if tiles.splits > 1:
-            sums = _spread(part[1], (_ROWS, _CHUNK), 0, ACC)
-            for value, ref in ((part[0], splits_smem), (sums, split_sums_smem)):
-                plgpu.async_store_smem(
-                    value, ref.at[split], gathered, cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False
-                )
-            pl.when(split == 0)(gather)
-        else:
-            _store(part[0], out_gmem.at[sequence, pl.ds(head * queries, queries)])
+        mixed, log_total = part
+        if tiles.splits == 1:
+            _store(mixed, out_gmem.at[sequence, pl.ds(head * queries, queries)])
+            return
 
-    def gather():
+        def send(value, ref, receiver):
+            plgpu.async_store_smem(
+                value,
+                ref,
+                gathered,
+                cluster_idx=jnp.int32(receiver),
+                cluster_dim="split",
+                optimized=False,
+            )
+
+        receivers = _receivers(tiles.splits, d)
+        for i in range(d // _CHUNK):
+            chunk = mixed[:, i * _CHUNK : (i + 1) * _CHUNK]
+            send(chunk, splits_smem.at[split, i // receivers], i % receivers)
+        for i in range(receivers):
+            send(_spread(log_total, (_ROWS, _CHUNK), 0, ACC), split_sums_smem.at[split], i)
+        pl.when(split < receivers)(functools.partial(gather, receivers))
+
+    def gather(receivers):
         plgpu.barrier_wait(gathered)
-        sums = [plgpu.load(split_sums_smem.at[i], layout=ACC, optimized=False) for i in range(tiles.splits)]
-        weights = _weights(sums)[0]
-        chunks = []
-        for at in range(0, d, _CHUNK):
-            values = [
-                plgpu.load(splits_smem.at[i, :, pl.ds(at, _CHUNK)], layout=ACC, optimized=False)
-                for i in range(tiles.splits)
-            ]
-            chunks.append(sum(w * value for w, value in zip(weights, values, strict=True)))
-        _store(jnp.concatenate(chunks, axis=1), out_gmem.at[sequence, pl.ds(head * queries, queries)])
+
+        def load(ref):
+            return [plgpu.load(ref(i), layout=ACC, optimized=False) for i in range(tiles.splits)]
+
+        weights, _ = _weights(load(lambda i: split_sums_smem.at[i]))
+        for j in range(splits_smem.shape[1]):
+            chunks = load(lambda i, j=j: splits_smem.at[i, j])
+            mixed = sum(w * chunk for w, chunk in zip(weights, chunks, strict=True))
+            columns = pl.ds((j * receivers + split) * _CHUNK, _CHUNK)
+            _store(mixed, out_gmem.at[sequence, pl.ds(head * queries, queries), columns])
 
     if tiles.warpgroups == 1:
         finish(part)
@@ -260,6 +276,11 @@ def _kernel(
             for i, w in enumerate(weights)
         )
         finish((mixed, log_total))
+
+
+def _receivers(splits: int, d: int) -> int:
+    """The blocks of a cluster that each add up a part of the features."""
+    return math.gcd(splits, d // _CHUNK)
 
 
 def _weights(sums):

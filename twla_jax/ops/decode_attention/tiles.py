@@ -21,13 +21,13 @@ class Tiles:
 def tiles(heads: int, size: int, head_dim: int) -> Tiles:
     """Tiles for so many key heads, of all sequences together, and a cache with room for `size` positions.
 
-    Splits are added while every block has a multiprocessor for itself. Not measured yet.
+    Blocks are added while each has a multiprocessor for itself, then a second warpgroup. Not measured yet.
     """
     most = -(-size // KEYS)
     splits = 1
     while 2 * splits <= min(_CLUSTER, most) and 2 * splits * heads <= STREAMING_MULTIPROCESSORS:
         splits *= 2
-    warpgroups = 2 if most >= 2 * splits else 1
     slot = 2 * KEYS * head_dim * 2
+    warpgroups = 2 if most > splits and 2 * slot <= _RING else 1
     stages = min(4, -(-most // (splits * warpgroups)), _RING // (slot * warpgroups))
-    return Tiles(splits=splits, warpgroups=warpgroups, stages=max(1, stages))
+    return Tiles(splits=splits, warpgroups=warpgroups, stages=stages)
