@@ -138,10 +138,25 @@ class Block(nnx.Module):
         self, h: Float[Array, "b t d"], positions: Positions
     ) -> tuple[Float[Array, "b t heads hd"], Float[Array, "b t kv hd"], Float[Array, "b t kv hd"]]:
         """Queries, keys and values; queries and keys normed where the family does so, and turned to their positions."""
+        q, k, v = self.heads(h)
+        return rope.rotate(q, positions.cos, positions.sin), rope.rotate(k, positions.cos, positions.sin), v
+
+    def heads(
+        self, h: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t heads hd"], Float[Array, "b t kv hd"], Float[Array, "b t kv hd"]]:
+        """Queries, keys and values as `project` turns them."""
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in self.qkv(h))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rope.rotate(q, positions.cos, positions.sin), rope.rotate(k, positions.cos, positions.sin), v
+        return q, k, v
+
+    def decode(
+        self, h: Float[Array, "b t d"], layer: LayerKV, positions: Positions, window: Int32[Array, ""]
+    ) -> tuple[Float[Array, "b t heads_d"], LayerKV]:
+        """Attention of tokens that follow those in the cache, and the cache with them added."""
+        q, k, v = self.project(h, positions)
+        layer = write(layer, k, v, positions.query[0])
+        return attention(q, layer, positions, window), layer
 
     def qkv(self, h: Float[Array, "b t d"]) -> tuple[Float[Array, "b t _"], ...]:
         """What the q, k and v linears make of h, which went through `qkv_input`."""
@@ -218,7 +233,7 @@ class Decoder(nnx.Module):
         def step(carry, layer):
             x, cache = carry
             block, window, index = layer
-            x, entries = _decode_block(block, x, cache.layer(index), positions, window, cache.length)
+            x, entries = _decode_block(block, x, cache.layer(index), positions, window)
             # The whole cache is carried, not scanned over, so that a donated one is updated in place.
             return (x, cache.with_layer(index, entries)), None
 
@@ -287,8 +302,8 @@ def _apply_block(block: Block, x: jax.Array, positions: Positions, window: jax.A
 
 @jax.jit
 def _decode_block(
-    block: Block, x: jax.Array, entries: LayerKV, positions: Positions, window: jax.Array, length: jax.Array
+    block: Block, x: jax.Array, layer: LayerKV, positions: Positions, window: jax.Array
 ) -> tuple[jax.Array, LayerKV]:
-    q, k, v = block.project(block.qkv_input(block.input_norm(x)), positions)
-    entries = write(entries, k, v, length)
-    return block.finish(x, attention(q, entries, positions, window)), entries
+    h = block.qkv_input(block.input_norm(x))
+    mixed, layer = block.decode(h, layer, positions, window)
+    return block.finish(x, mixed), layer

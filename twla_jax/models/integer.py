@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from twla_jax.activation import OFF, ActivationQuantizer, select_clip
 from twla_jax.errors import TwlaError
 from twla_jax.kotms import rotate
 from twla_jax.models import tensor_parallel
+from twla_jax.models.attention import Positions
 from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
-from twla_jax.models.kv_cache import KVCache, empty_layer
+from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer
+from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
 from twla_jax.ops.quantized_linear import quantized_linear
@@ -236,6 +238,25 @@ class IntegerBlock(Block):
         self.o, self.down = linear(*SITES["o"]), linear(*SITES["down"])
         self.q_norm, self.k_norm, self.head_dim = block.q_norm, block.k_norm, block.head_dim
         self.fused = block.fused
+        self.mesh, self.implementation = mesh, implementation
+
+    def decode(
+        self,
+        h: QuantizedTokens | SingleToken | Float[Array, "b t d"],
+        layer: LayerKV,
+        positions: Positions,
+        window: Int32[Array, ""],
+    ) -> tuple[Float[Array, "b t heads_d"], LayerKV]:
+        """As `Block.decode`; for a single token it is one op."""
+        if len(positions.query) > 1 or self.mesh is not None:
+            return super().decode(h, layer, positions, window)
+        if self.q_norm is None:
+            qkv = self.qkv_linear(h)  # as it is: XLA would copy its parts to put them together again
+            qkv = qkv.reshape(len(qkv), -1, self.head_dim)
+        else:
+            qkv = jnp.concatenate(self.heads(h), axis=2)[:, 0]
+        mixed, layer = decode_attention(qkv, layer, positions, window, implementation=self.implementation)
+        return mixed[:, None], layer
 
     def qkv(
         self, h: QuantizedTokens | SingleToken | Float[Array, "b t d"]

@@ -1,0 +1,5 @@
+"""Attention of one new token a sequence: rotary positions, the write into the cache, and the mix of the values."""
+
+from twla_jax.ops.decode_attention.api import decode_attention
+
+__all__ = ["decode_attention"]

@@ -1,0 +1,45 @@
+"""From the queries, keys and values of one new token a sequence to its mix of the values so far."""
+
+from jaxtyping import Array, Float, Int32
+
+from twla_jax.models.attention import Positions
+from twla_jax.models.kv_cache import LayerKV
+from twla_jax.ops.decode_attention import gpu, reference
+from twla_jax.ops.dispatch import Implementation, dispatch
+
+
+def decode_attention(
+    qkv: Float[Array, "b all_heads d"],
+    layer: LayerKV,
+    positions: Positions,
+    window: Int32[Array, ""],
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "b heads_d"], LayerKV]:
+    """Turns queries and keys to their position, adds keys and values to the cache there, and attends to it.
+
+    A Hopper GPU does it all in one kernel, for bf16 queries and cache, and writes a donated cache in place.
+
+    Args:
+      qkv: heads of queries, of keys and of values, not yet turned.
+      layer: a cache with room for another position.
+      positions: that of the token, those of the cache's entries, and the token's angles.
+      window: how many positions attention reaches back, the token's own included.
+      implementation: None lets the platform decide; `gpu` means the kernel where it can take these operands.
+    Returns:
+      The mix of the values, in `qkv.dtype`, and the cache with the token.
+    Raises:
+      TwlaError: there is no implementation of this name.
+    """
+    reason = gpu.obstacle(qkv, layer)
+    operands = (qkv, layer, positions, window)
+    if implementation in ("xla", "tpu") or (implementation == "gpu" and reason):
+        return reference.decode_attention(*operands)
+    return dispatch(
+        "decode_attention",
+        implementation,
+        reference.decode_attention,
+        {"gpu": gpu.decode_attention},
+        {"gpu": reason},
+        *operands,
+    )

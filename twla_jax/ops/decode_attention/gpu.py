@@ -3,7 +3,8 @@
 A cluster of blocks shares the positions of one key head; the warpgroups of its blocks go over tiles of 64 positions,
 each with its own ring in shared memory. Queries of a key head are the 16 rows of `mma.sync`. The new token's own key
 and value never pass through the cache: they are where the softmax of the first warpgroup begins, while its first tile
-is under way. Sums of the warpgroups meet in shared memory, those of the blocks, a share of the features each, in one another's.
+is under way. Sums of the warpgroups meet in shared memory; those of the blocks do so in the cluster's, where each block
+adds up a share of the features.
 """
 
 import functools
@@ -17,8 +18,10 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, BFloat16, Int32
 
+from twla_jax.models.attention import Positions
+from twla_jax.models.kv_cache import LayerKV
 from twla_jax.ops.decode_attention import tiles as tuning
 from twla_jax.ops.decode_attention.tiles import KEYS
 
@@ -31,32 +34,30 @@ LHS, RHS, ACC = (
 )
 
 
-def obstacle(qkv: jax.Array, entries: jax.Array) -> str | None:
+def obstacle(qkv: jax.Array, layer: LayerKV) -> str | None:
     """Why the kernel cannot take such operands, or None."""
-    _, _, kv_heads, size, d = entries.shape
-    if qkv.dtype != jnp.bfloat16 or entries.dtype != jnp.bfloat16:
-        return f"queries are {qkv.dtype} and the cache is {entries.dtype}, not bfloat16"
+    _, _, kv_heads, size, d = layer.entries.shape
+    if qkv.dtype != jnp.bfloat16 or layer.entries.dtype != jnp.bfloat16:
+        return f"queries are {qkv.dtype} and the cache is {layer.entries.dtype}, not bfloat16"
     if d % 64 or d > 192:
         return f"heads have {d} features, not 64, 128 or 192"
-    if (group := qkv.shape[1] // kv_heads - 2) > _ROWS:
-        return f"{group} queries share a key head, more than {_ROWS}"
+    if (queries := qkv.shape[1] // kv_heads - 2) > _ROWS:
+        return f"{queries} queries share a key head, more than {_ROWS}"
     # The copy engine swizzles 8 positions at once: it fills up what lies past the end, but cuts no such piece.
     return f"the cache has room for {size} positions, not a multiple of 8" if size % 8 else None
 
 
 def decode_attention(
     qkv: BFloat16[Array, "b all_heads d"],
-    entries: BFloat16[Array, "2 b kv s d"],
-    length: Int32[Array, ""],
-    cos: Float32[Array, " half"],
-    sin: Float32[Array, " half"],
+    layer: LayerKV,
+    positions: Positions,
     window: Int32[Array, ""],
     *,
     tiles: tuning.Tiles | None = None,
-) -> tuple[BFloat16[Array, "b heads_d"], BFloat16[Array, "2 b kv s d"]]:
-    """What `reference.decode_attention` computes, in bf16; `entries` are written in place where they may be."""
+) -> tuple[BFloat16[Array, "b heads_d"], LayerKV]:
+    """What `reference.decode_attention` computes, in bf16."""
     b, all_heads, d = qkv.shape
-    _, _, kv_heads, size, _ = entries.shape
+    _, _, kv_heads, size, _ = layer.entries.shape
     heads = all_heads - 2 * kv_heads
     tiles = tiles or tuning.tiles(b * kv_heads, size, d)
     splits, groups, stages = tiles.splits, tiles.warpgroups, tiles.stages
@@ -77,9 +78,7 @@ def decode_attention(
         }
     if splits > 1:
         scratch |= {
-            "splits_smem": plgpu.SMEM(
-                (splits, chunks, _ROWS, _CHUNK), jnp.float32, transforms=_swizzled(4)
-            ),
+            "splits_smem": plgpu.SMEM((splits, chunks, _ROWS, _CHUNK), jnp.float32, transforms=_swizzled(4)),
             "split_sums_smem": plgpu.SMEM((splits, _ROWS, _CHUNK), jnp.float32, transforms=_swizzled(4)),
             "gathered": plgpu.Barrier(num_arrivals=(1 + chunks) * splits),
         }
@@ -98,9 +97,11 @@ def decode_attention(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="decode_attention",
     )
-    cache = jax.new_ref(entries)
-    (mixed,) = kernel(cache, qkv, cos, sin, length.reshape(1), window.reshape(1))
-    return mixed.reshape(b, heads * d), jax.freeze(cache)
+    entries = jax.new_ref(layer.entries)
+    (mixed,) = kernel(
+        entries, qkv, positions.cos[0], positions.sin[0], positions.query[:1], window.reshape(1)
+    )
+    return mixed.reshape(b, heads * d), LayerKV(entries=jax.freeze(entries))
 
 
 def _kernel(
@@ -168,9 +169,7 @@ def _kernel(
             jnp.where(row == i, _spread(part, (_ROWS, half), 1, LHS), sofar)
             for part, sofar in zip(more, q, strict=True)
         )
-    v = plgpu.load(
-        qkv_gmem.at[sequence, heads + kv_heads + head], layout=ACC.reduce(0), optimized=False
-    )
+    v = plgpu.load(qkv_gmem.at[sequence, heads + kv_heads + head], layout=ACC.reduce(0), optimized=False)
 
     @pl.when(worker == 0)
     def _():

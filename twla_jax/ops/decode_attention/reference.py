@@ -1,0 +1,19 @@
+"""One new token's attention in plain XLA: runs everywhere, and what the kernel is held against."""
+
+from jaxtyping import Array, Float, Int32
+
+from twla_jax.models import rope
+from twla_jax.models.attention import Positions, attention
+from twla_jax.models.kv_cache import LayerKV, write
+
+
+def decode_attention(
+    qkv: Float[Array, "b all_heads d"], layer: LayerKV, positions: Positions, window: Int32[Array, ""]
+) -> tuple[Float[Array, "b heads_d"], LayerKV]:
+    """`rope.rotate`, `kv_cache.write` and `attention.attention`."""
+    kv_heads = layer.entries.shape[2]
+    heads = qkv.shape[1] - 2 * kv_heads
+    q, k, v = qkv[:, None, :heads], qkv[:, None, heads:-kv_heads], qkv[:, None, -kv_heads:]
+    q, k = (rope.rotate(x, positions.cos, positions.sin) for x in (q, k))
+    layer = write(layer, k, v, positions.query[0])
+    return attention(q, layer, positions, window)[:, 0], layer
