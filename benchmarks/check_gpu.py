@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from twla_jax.kotms import KroneckerRotation
+from twla_jax.models.attention import Positions
+from twla_jax.models.kv_cache import LayerKV
+from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul, integer_weight
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
@@ -140,6 +143,48 @@ def check_one_token(implementation: str) -> None:
         assert float(jnp.abs(found - expected).mean()) < 1e-3 * _largest(expected)
 
 
+def check_attention(implementation: str) -> None:
+    """A decode step's attention to 1e-2 of the largest value, which bf16 weights of the values cost."""
+    everywhere = np.iinfo(np.int32).max
+    # Sequences, heads, key heads, features of a head, room, filled positions, window; every shape has other splits.
+    for b, heads, kv_heads, d, size, length, window in (
+        (1, 32, 32, 128, 576, 512, everywhere),
+        (1, 32, 32, 128, 584, 583, everywhere),
+        (1, 32, 32, 128, 576, 0, everywhere),
+        (1, 32, 32, 128, 4096, 3000, 1000),
+        (8, 32, 32, 128, 576, 100, everywhere),
+        (1, 32, 8, 128, 1024, 1000, everywhere),
+        (1, 64, 8, 128, 8192, 8000, everywhere),
+        (2, 9, 3, 64, 576, 333, 64),
+        (1, 9, 3, 64, 64, 63, everywhere),
+    ):
+        keys = jax.random.split(jax.random.key(6), 3)
+        angle = jax.random.normal(keys[0], (1, d // 2))
+        arguments = (
+            jax.random.normal(keys[1], (b, heads + 2 * kv_heads, d), jnp.bfloat16),
+            LayerKV(entries=jax.random.normal(keys[2], (2, b, kv_heads, size, d), jnp.bfloat16)),
+            Positions(
+                query=jnp.full(1, length, jnp.int32),
+                key=jnp.arange(size),
+                cos=jnp.cos(angle),
+                sin=jnp.sin(angle),
+            ),
+            jnp.int32(window),
+        )
+        for scales in (None, (jnp.linspace(0.5, 1.5, d), jnp.linspace(1.5, 0.5, d))):
+            (found, cache), (expected, written) = (
+                jax.jit(
+                    functools.partial(decode_attention, norm_scales=scales, epsilon=1e-5, implementation=name)
+                )(*arguments)
+                for name in (implementation, "xla")
+            )
+            found, expected, cache, written = (
+                values.astype(jnp.float32) for values in (found, expected, cache.entries, written.entries)
+            )
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * _largest(expected))
+            np.testing.assert_allclose(cache, written, rtol=2**-7, atol=1e-6)
+
+
 def random_input(t: int, left: int, right: int):
     """Operands of `rotate_quantize` at 8 bits."""
     keys = jax.random.split(jax.random.key(1), 3)
@@ -158,4 +203,5 @@ def _largest(values: jax.Array) -> float:
 
 if __name__ == "__main__":
     check("gpu")
+    check_attention("gpu")
     print("equal to the reference")

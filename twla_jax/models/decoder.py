@@ -138,17 +138,10 @@ class Block(nnx.Module):
         self, h: Float[Array, "b t d"], positions: Positions
     ) -> tuple[Float[Array, "b t heads hd"], Float[Array, "b t kv hd"], Float[Array, "b t kv hd"]]:
         """Queries, keys and values; queries and keys normed where the family does so, and turned to their positions."""
-        q, k, v = self.heads(h)
-        return rope.rotate(q, positions.cos, positions.sin), rope.rotate(k, positions.cos, positions.sin), v
-
-    def heads(
-        self, h: Float[Array, "b t d"]
-    ) -> tuple[Float[Array, "b t heads hd"], Float[Array, "b t kv hd"], Float[Array, "b t kv hd"]]:
-        """Queries, keys and values as `project` turns them."""
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in self.qkv(h))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return rope.rotate(q, positions.cos, positions.sin), rope.rotate(k, positions.cos, positions.sin), v
 
     def decode(
         self, h: Float[Array, "b t d"], layer: LayerKV, positions: Positions, window: Int32[Array, ""]

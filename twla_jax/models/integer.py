@@ -250,12 +250,21 @@ class IntegerBlock(Block):
         """As `Block.decode`; for a single token it is one op."""
         if len(positions.query) > 1 or self.mesh is not None:
             return super().decode(h, layer, positions, window)
-        if self.q_norm is None:
-            qkv = self.qkv_linear(h)  # as it is: XLA would copy its parts to put them together again
-            qkv = qkv.reshape(len(qkv), -1, self.head_dim)
-        else:
-            qkv = jnp.concatenate(self.heads(h), axis=2)[:, 0]
-        mixed, layer = decode_attention(qkv, layer, positions, window, implementation=self.implementation)
+        qkv = self.qkv_linear(h)
+        qkv = qkv.reshape(len(qkv), -1, self.head_dim)
+        scales, epsilon = None, 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            scales = self.q_norm.scale.get_value(), self.k_norm.scale.get_value()
+            epsilon = self.q_norm.epsilon
+        mixed, layer = decode_attention(
+            qkv,
+            layer,
+            positions,
+            window,
+            norm_scales=scales,
+            epsilon=epsilon,
+            implementation=self.implementation,
+        )
         return mixed[:, None], layer
 
     def qkv(

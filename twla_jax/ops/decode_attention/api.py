@@ -1,5 +1,7 @@
 """From the queries, keys and values of one new token a sequence to its mix of the values so far."""
 
+import functools
+
 from jaxtyping import Array, Float, Int32
 
 from twla_jax.models.attention import Positions
@@ -14,17 +16,21 @@ def decode_attention(
     positions: Positions,
     window: Int32[Array, ""],
     *,
+    norm_scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None = None,
+    epsilon: float = 0.0,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "b heads_d"], LayerKV]:
-    """Turns queries and keys to their position, adds keys and values to the cache there, and attends to it.
+    """Norms queries and keys, turns them to their position, adds keys and values to the cache, and attends to it.
 
     A Hopper GPU does it all in one kernel, for bf16 queries and cache, and writes a donated cache in place.
 
     Args:
-      qkv: heads of queries, of keys and of values, not yet turned.
+      qkv: heads of queries, of keys and of values, neither normed nor turned.
       layer: a cache with room for another position.
       positions: that of the token, those of the cache's entries, and the token's angles.
       window: how many positions attention reaches back, the token's own included.
+      norm_scales: weights of an RMS norm of every query and of every key; None for no norm.
+      epsilon: what the norm adds to the mean square.
       implementation: None lets the platform decide; `gpu` means the kernel where it can take these operands.
     Returns:
       The mix of the values, in `qkv.dtype`, and the cache with the token.
@@ -32,14 +38,10 @@ def decode_attention(
       TwlaError: there is no implementation of this name.
     """
     reason = gpu.obstacle(qkv, layer)
-    operands = (qkv, layer, positions, window)
-    if implementation in ("xla", "tpu") or (implementation == "gpu" and reason):
-        return reference.decode_attention(*operands)
-    return dispatch(
-        "decode_attention",
-        implementation,
-        reference.decode_attention,
-        {"gpu": gpu.decode_attention},
-        {"gpu": reason},
-        *operands,
+    xla, kernel = (
+        functools.partial(op, epsilon=epsilon) for op in (reference.decode_attention, gpu.decode_attention)
     )
+    operands = (qkv, layer, positions, window, norm_scales)
+    if implementation in ("xla", "tpu") or (implementation == "gpu" and reason):
+        return xla(*operands)
+    return dispatch("decode_attention", implementation, xla, {"gpu": kernel}, {"gpu": reason}, *operands)

@@ -18,7 +18,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
-from jaxtyping import Array, BFloat16, Int32
+from jaxtyping import Array, BFloat16, Float, Int32
 
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV
@@ -52,7 +52,9 @@ def decode_attention(
     layer: LayerKV,
     positions: Positions,
     window: Int32[Array, ""],
+    norm_scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None = None,
     *,
+    epsilon: float = 0.0,
     tiles: tuning.Tiles | None = None,
 ) -> tuple[BFloat16[Array, "b heads_d"], LayerKV]:
     """What `reference.decode_attention` computes, in bf16."""
@@ -82,7 +84,7 @@ def decode_attention(
             "split_sums_smem": plgpu.SMEM((splits, _ROWS, _CHUNK), jnp.float32, transforms=_swizzled(4)),
             "gathered": plgpu.Barrier(num_arrivals=(1 + chunks) * splits),
         }
-    body = functools.partial(_kernel, tiles=tiles, heads=heads)
+    body = functools.partial(_kernel, tiles=tiles, heads=heads, epsilon=epsilon)
     cluster = {"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}
     kernel = pl.kernel(
         lambda *refs: pl.run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **scratch),
@@ -99,7 +101,13 @@ def decode_attention(
     )
     entries = jax.new_ref(layer.entries)
     (mixed,) = kernel(
-        entries, qkv, positions.cos[0], positions.sin[0], positions.query[:1], window.reshape(1)
+        entries,
+        qkv,
+        positions.cos[0],
+        positions.sin[0],
+        positions.query[:1],
+        window.reshape(1),
+        *(norm_scales or ()),
     )
     return mixed.reshape(b, heads * d), LayerKV(entries=jax.freeze(entries))
 
@@ -111,8 +119,7 @@ def _kernel(
     sin_gmem,
     length_gmem,
     window_gmem,
-    out_gmem,
-    *,
+    *refs,
     k_smem,
     v_smem,
     scores_smem,
@@ -126,7 +133,9 @@ def _kernel(
     gathered=None,
     tiles: tuning.Tiles,
     heads: int,
+    epsilon: float,
 ):
+    *norm_scales, out_gmem = refs
     _, _, kv_heads, _, d = entries_gmem.shape
     half, queries, stages = d // 2, heads // kv_heads, tiles.stages
     sequence, head = (op(lax.axis_index("head"), jnp.int32(kv_heads)) for op in (lax.div, lax.rem))
@@ -150,21 +159,31 @@ def _kernel(
     for slot in range(stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
 
-    def load_turned(row):
-        """The halves of a head, turned to its position."""
-        ends = [
-            plgpu.load(qkv_gmem.at[sequence, row, part], layout=LHS.reduce(0), optimized=False)
-            for part in (pl.ds(0, half), pl.ds(half, half))
-        ]
-        x, y = (end.astype(jnp.float32) for end in ends)
-        return (x * cos - y * sin).astype(jnp.bfloat16), (y * cos + x * sin).astype(jnp.bfloat16)
+    def load_halves(ref):
+        parts = pl.ds(0, half), pl.ds(half, half)
+        halves = [plgpu.load(ref.at[part], layout=LHS.reduce(0), optimized=False) for part in parts]
+        return [values.astype(jnp.float32) for values in halves]
 
     cos, sin = (plgpu.load(ref, layout=LHS.reduce(0), optimized=False) for ref in (cos_gmem, sin_gmem))
-    k = load_turned(heads + head)
-    q = tuple(_spread(part, (_ROWS, half), 1, LHS) for part in load_turned(head * queries))
+    scales = [load_halves(ref) for ref in norm_scales]
+
+    def load_turned(row, *scale):
+        """The halves of a head, normed if a scale is given, and turned to its position."""
+        x, y = load_halves(qkv_gmem.at[sequence, row])
+        for ends in scale:
+            factor = lax.rsqrt((jnp.sum(x * x) + jnp.sum(y * y)) / d + epsilon)
+            # Rounded in between, as the reference does.
+            x, y = (
+                (values * factor * end).astype(jnp.bfloat16).astype(jnp.float32)
+                for values, end in zip((x, y), ends, strict=True)
+            )
+        return (x * cos - y * sin).astype(jnp.bfloat16), (y * cos + x * sin).astype(jnp.bfloat16)
+
+    k = load_turned(heads + head, *scales[1:])
+    q = tuple(_spread(part, (_ROWS, half), 1, LHS) for part in load_turned(head * queries, *scales[:1]))
     row = plgpu.broadcasted_iota(jnp.int32, (_ROWS, half), 0, layout=LHS)
     for i in range(1, queries):
-        more = load_turned(head * queries + i)
+        more = load_turned(head * queries + i, *scales[:1])
         q = tuple(
             jnp.where(row == i, _spread(part, (_ROWS, half), 1, LHS), sofar)
             for part, sofar in zip(more, q, strict=True)

@@ -5,15 +5,24 @@ from jaxtyping import Array, Float, Int32
 from twla_jax.models import rope
 from twla_jax.models.attention import Positions, attention
 from twla_jax.models.kv_cache import LayerKV, write
+from twla_jax.ops.rotate_quantize import rms_norm
 
 
 def decode_attention(
-    qkv: Float[Array, "b all_heads d"], layer: LayerKV, positions: Positions, window: Int32[Array, ""]
+    qkv: Float[Array, "b all_heads d"],
+    layer: LayerKV,
+    positions: Positions,
+    window: Int32[Array, ""],
+    norm_scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None = None,
+    *,
+    epsilon: float = 0.0,
 ) -> tuple[Float[Array, "b heads_d"], LayerKV]:
-    """`rope.rotate`, `kv_cache.write` and `attention.attention`."""
+    """`rms_norm` if scales are given, `rope.rotate`, `kv_cache.write` and `attention.attention`."""
     kv_heads = layer.entries.shape[2]
     heads = qkv.shape[1] - 2 * kv_heads
     q, k, v = qkv[:, None, :heads], qkv[:, None, heads:-kv_heads], qkv[:, None, -kv_heads:]
+    if norm_scales is not None:
+        q, k = (rms_norm(x, scale, epsilon) for x, scale in zip((q, k), norm_scales, strict=True))
     q, k = (rope.rotate(x, positions.cos, positions.sin) for x in (q, k))
     layer = write(layer, k, v, positions.query[0])
     return attention(q, layer, positions, window)[:, 0], layer
