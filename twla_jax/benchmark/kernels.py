@@ -1,21 +1,29 @@
 """Each op alone, at the matrices of a shape: few tokens (decode) or many (prefill)."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from twla_jax import generation
 from twla_jax.activation import OFF
 from twla_jax.benchmark import shapes, timing
+from twla_jax.inference import has_kernels
+from twla_jax.models.attention import Positions
 from twla_jax.models.config import DecoderConfig
+from twla_jax.models.kv_cache import LayerKV
+from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
 
 Row = dict[str, Any]
+_CONTEXT = 512  # positions that attention sees
+_ROUNDS = 3  # over all caches
 
 
 def decode_rows(
@@ -23,7 +31,7 @@ def decode_rows(
 ) -> Iterator[Row]:
     """Every matrix with `int8` codes, with what makes them, and with `bf16` activations; every `rotate_quantize`.
 
-    Then the LM head, where it is of less than 16 bits.
+    Then attention, and the LM head where it is of less than 16 bits.
     """
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, batch)
@@ -45,9 +53,38 @@ def decode_rows(
         size = batch * (2 + 1) * m
         row = _row(f"rotate_quantize {names}", m, m, batch, taken, size, {})
         yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
-
+    taken, xla = (_attention_seconds(config, batch, implementation) for implementation in (None, "xla"))
+    size = 4 * batch * _CONTEXT * config.num_kv_heads * config.head_dim
+    width = config.num_heads * config.head_dim
+    row = _row(f"attention to {_CONTEXT}", width, 2 * _CONTEXT, batch, taken, size, {})
+    yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
     if embedding_bits < OFF:
         yield _head_row(config.vocab_size, config.hidden_size, batch, embedding_bits)
+
+
+def _attention_seconds(config: DecoderConfig, batch: int, implementation) -> float:
+    """Seconds of `decode_attention` at `_CONTEXT` filled positions, rotary angles and the write included."""
+    d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
+    shape = (2, batch, kv_heads, generation.cache_size(_CONTEXT + 1), d)
+    keys = jax.random.split(jax.random.key(0), 3)
+    angle = jax.random.normal(keys[0], (1, d // 2))
+    positions = Positions(
+        query=jnp.full(1, _CONTEXT), key=jnp.arange(shape[3]), cos=jnp.cos(angle), sin=jnp.sin(angle)
+    )
+    qkv = jax.random.normal(keys[1], (batch, heads + 2 * kv_heads, d), jnp.bfloat16)
+    copies = int(timing.ROTATED_BYTES / (2 * math.prod(shape))) + 1 if has_kernels() else 1
+    layers = [LayerKV(entries=jax.random.normal(keys[2], shape, jnp.bfloat16)) for _ in range(copies)]
+    op = jax.jit(functools.partial(decode_attention, implementation=implementation))
+
+    def run(layers, qkv, positions):
+        def step(_, carry):
+            return tuple(op(qkv, layer, positions, jnp.int32(2**30)) for _, layer in carry)
+
+        # In a loop, as tokens are generated: there caches are written in place.
+        start = tuple((jnp.zeros((batch, heads * d), qkv.dtype), layer) for layer in layers)
+        return jax.lax.fori_loop(0, _ROUNDS, step, start)
+
+    return timing.seconds(run, layers, qkv, positions) / (copies * _ROUNDS)
 
 
 def _head_row(n: int, m: int, batch: int, bits: int) -> Row:

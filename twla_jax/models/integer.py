@@ -238,11 +238,12 @@ class IntegerBlock(Block):
         self.o, self.down = linear(*SITES["o"]), linear(*SITES["down"])
         self.q_norm, self.k_norm, self.head_dim = block.q_norm, block.k_norm, block.head_dim
         self.fused = block.fused
-        self.mesh, self.implementation = mesh, implementation
+        self.mesh = mesh
+        self.implementation: Implementation | None = implementation
 
     def decode(
         self,
-        h: QuantizedTokens | SingleToken | Float[Array, "b t d"],
+        h: Any,  # what `qkv` takes
         layer: LayerKV,
         positions: Positions,
         window: Int32[Array, ""],

@@ -9,6 +9,7 @@ adds up a share of the features.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def decode_attention(
         }
     body = functools.partial(_kernel, tiles=tiles, heads=heads, epsilon=epsilon)
     cluster = {"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}
-    kernel = pl.kernel(
+    kernel: Any = pl.kernel(
         lambda *refs: pl.run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **scratch),
         out_type=(jax.ShapeDtypeStruct((b, heads, d), jnp.bfloat16),),
         mesh=plgpu.Mesh(
@@ -125,12 +126,12 @@ def _kernel(
     scores_smem,
     k_filled,
     v_filled,
-    parts_smem=None,
-    part_sums_smem=None,
-    added=None,
-    splits_smem=None,
-    split_sums_smem=None,
-    gathered=None,
+    parts_smem: Any = None,
+    part_sums_smem: Any = None,
+    added: Any = None,
+    splits_smem: Any = None,
+    split_sums_smem: Any = None,
+    gathered: Any = None,
     tiles: tuning.Tiles,
     heads: int,
     epsilon: float,
@@ -224,19 +225,19 @@ def _kernel(
         scores = plgpu.load(exchanged, layout=LHS, optimized=False) * factor
         scores = jnp.where(visible, scores, _LOWEST)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - _spread(new_top, scores.shape, 0, LHS))
+        weights = jnp.exp2(scores - _spread(new_top, (_ROWS, KEYS), 0, LHS))
         weights = jnp.where(visible, weights, 0.0)
         fade = jnp.exp2(top - new_top)
         total = total * fade + jnp.sum(weights, axis=1)
         plgpu.barrier_wait(v_filled.at[barrier])
         values = plgpu.load(v_smem.at[group, slot], layout=RHS)
         pl.when(k + stages < steps)(functools.partial(fetch, k + stages, slot))
-        mixed = mixed * _spread(_of_sum(fade), mixed.shape, 0, ACC)
+        mixed = mixed * _spread(_of_sum(fade), (_ROWS, d), 0, ACC)
         return new_top, total, plgpu.mma(mixed, weights.astype(jnp.bfloat16), values)
 
     top, total, mixed = lax.fori_loop(0, steps, step, (top, total, mixed))
     total = jnp.maximum(total, 1e-30)
-    part = mixed / _spread(_of_sum(total), mixed.shape, 0, ACC), _of_sum(top + jnp.log2(total))
+    part = mixed / _spread(_of_sum(total), (_ROWS, d), 0, ACC), _of_sum(top + jnp.log2(total))
 
     def finish(part):
         mixed, log_total = part
