@@ -21,13 +21,15 @@ class Tiles:
 def tiles(heads: int, size: int, head_dim: int) -> Tiles:
     """Tiles for so many key heads, of all sequences together, and a cache with room for `size` positions.
 
-    Blocks are added while each has a multiprocessor for itself, then a second warpgroup. Not measured yet.
+    Blocks are added up to half the multiprocessors of an H100: with more, the clusters of a head no longer all find
+    room at once, and the kernel takes twice as long. Then a second warpgroup where a block has work for it.
     """
     most = -(-size // KEYS)
     splits = 1
-    while 2 * splits <= min(_CLUSTER, most) and 2 * splits * heads <= STREAMING_MULTIPROCESSORS:
+    while 2 * splits <= min(_CLUSTER, most) and 2 * splits * heads <= STREAMING_MULTIPROCESSORS // 2:
         splits *= 2
     slot = 2 * KEYS * head_dim * 2
-    warpgroups = 2 if most > splits and 2 * slot <= _RING else 1
-    stages = min(4, -(-most // (splits * warpgroups)), _RING // (slot * warpgroups))
+    few_blocks = splits * heads <= STREAMING_MULTIPROCESSORS // 2
+    warpgroups = 2 if few_blocks and most >= 4 * splits and 2 * slot <= _RING else 1
+    stages = min(2, -(-most // (splits * warpgroups)), _RING // (slot * warpgroups))
     return Tiles(splits=splits, warpgroups=warpgroups, stages=stages)
