@@ -75,13 +75,15 @@ def check(implementation: str) -> None:
         values = jax.random.normal(key, (t, m), jnp.bfloat16)
         found, expected = (product(values, weight, implementation=name) for name in (implementation, "xla"))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * _largest(expected))
-    for t, left, right in ((TOKENS, 64, 64), (600, 64, 64), (TOKENS, 86, 128), (600, 86, 128)):
-        arguments = random_input(t, left, right)
-        found, expected = (
-            rotate_quantize(*arguments, implementation=name) for name in (implementation, "xla")
-        )
-        assert np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int)).max() <= 1
-        np.testing.assert_array_equal(found.sums, group_sums(found.codes))
+    for left, right, gated in ((64, 64, False), (86, 128, False), (86, 128, True), (32, 48, True)):
+        for t in (TOKENS, 600):
+            arguments = random_input(t, left, right, gated=gated)
+            found, expected = (
+                rotate_quantize(*arguments, gated=gated, implementation=name)
+                for name in (implementation, "xla")
+            )
+            assert np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int)).max() <= 1
+            np.testing.assert_array_equal(found.sums, group_sums(found.codes))
 
     check_one_token(implementation)
     check_integers(implementation)
@@ -128,7 +130,12 @@ def random_integers(
 
 def check_one_token(implementation: str) -> None:
     """A linear in one kernel; a few codes may differ by one level, which is a thousandth of the outputs' size."""
-    for left, right, n, norm in ((64, 64, 1024, True), (64, 64, 4096, False), (86, 128, 4096, False)):
+    for left, right, n, norm in (
+        (64, 64, 1024, True),
+        (64, 64, 4096, False),
+        (86, 128, 4096, False),
+        (32, 48, 640, False),
+    ):
         x, rotation, settings = random_input(1, left, right)
         weight = random_weight(jax.random.key(4), n, left * right)
         options = {"norm_scale": jnp.linspace(0.5, 1.5, left * right) if norm else None, "epsilon": 1e-5}
@@ -185,15 +192,16 @@ def check_attention(implementation: str) -> None:
             np.testing.assert_allclose(cache, written, rtol=2**-7, atol=1e-6)
 
 
-def random_input(t: int, left: int, right: int):
-    """Operands of `rotate_quantize` at 8 bits."""
+def random_input(t: int, left: int, right: int, *, gated: bool = False):
+    """Operands of `rotate_quantize` at 8 bits; twice as wide if gated."""
     keys = jax.random.split(jax.random.key(1), 3)
     factors = (
         jnp.linalg.qr(jax.random.normal(key, (size, size)))[0]
         for key, size in zip(keys, (left, right), strict=False)
     )
     rotation = kernel_rotation(KroneckerRotation(*factors), jnp.bfloat16)
-    x = (jax.random.normal(keys[2], (t, left * right)) + 0.3).astype(jnp.bfloat16)
+    width = left * right * (2 if gated else 1)
+    x = (jax.random.normal(keys[2], (t, width)) + 0.3).astype(jnp.bfloat16)
     return x, rotation, quantizer_settings(8, 0.9)
 
 

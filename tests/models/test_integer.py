@@ -46,6 +46,10 @@ def test_every_input_and_linear_computes_what_the_quantisers_own_does(quantised,
         for found, expected in zip(integer.qkv(integer.qkv_input(x)), block.qkv(h), strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-4)
         mixed = block.attend(h, positions, windows[i])
+        after = integer.o(integer.o_input(mixed), x)
+        hidden = integer.gate_up(integer.mlp_input(after))
+        expected = integer.down(integer.down_input(hidden), after)
+        np.testing.assert_array_equal(integer.finish(x, mixed), expected)
         y = block.o(block.o_input(mixed))
         np.testing.assert_allclose(integer.o(integer.o_input(mixed)), y, atol=1e-4)
         x = x + y

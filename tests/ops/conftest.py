@@ -1,11 +1,14 @@
 """Chips to compile for without having them."""
 
+import functools
 import importlib.util
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import SingleDeviceSharding
 
 TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
@@ -47,6 +50,24 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+
+@pytest.fixture
+def interpreted_gpu(monkeypatch):
+    """GPU kernels run on the CPU: memory, copies and barriers are simulated, layouts of registers left out."""
+
+    def mma(acc, a, b):
+        return acc + jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+
+    replaced = {
+        "kernel": functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()),
+        "mma": mma,
+        "load": lambda ref, **_: ref[...],
+        "layout_cast": lambda x, _: x,
+        "broadcasted_iota": lambda *args, **_: jax.lax.broadcasted_iota(*args),
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(plgpu, name, function)
 
 
 @pytest.fixture

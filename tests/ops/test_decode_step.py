@@ -53,13 +53,30 @@ def test_nothing_stands_between_the_two_kernels_of_a_linear(m, compile_for):
         tokens = rotate_quantize(x, rotation, quantizer_settings(4, 0.9), norm_scale=scale, epsilon=1e-5)
         return ternary_matmul(tokens, weight)
 
-    key = jax.random.key(0)
-    rotation = jax.eval_shape(lambda: shapes.rotation_for_kernels(key, m, m))
-    weight = jax.eval_shape(lambda: shapes.weight(key, 1024, m))
+    rotation, weight = linear_shapes(1024, m)
     x, scale = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 1, m), (m,)))
-    program = compile_for("h100", linear, x, rotation, weight, scale).as_text()
+    assert work(compile_for("h100", linear, x, rotation, weight, scale)) == ["custom-call"] * 2
+
+
+@pytest.mark.aot
+def test_a_gate_of_many_tokens_is_read_as_it_lies(compile_for):
+    def quantized(x, rotation):
+        return rotate_quantize(x, rotation, quantizer_settings(4, 0.9), gated=True)
+
+    rotation, _ = linear_shapes(4096, 11008)
+    x = jax.ShapeDtypeStruct((1, 64, 2 * 11008), jnp.bfloat16)
+    # The kernel, and what adds up the sums that it wrote.
+    assert work(compile_for("h100", quantized, x, rotation)) == ["custom-call", "fusion", "tuple"]
+
+
+def linear_shapes(n, m):
+    key = jax.random.key(0)
+    return jax.eval_shape(lambda: (shapes.rotation_for_kernels(key, m, n), shapes.weight(key, n, m)))
+
+
+def work(compiled):
+    program = compiled.as_text()
     operations = re.findall(r" = .*? ([\w-]+)\(", program[program.index("ENTRY") :])
-    work = [
+    return [
         name for name in operations if name not in ("parameter", "constant", "bitcast", "get-tuple-element")
     ]
-    assert work == ["custom-call", "custom-call"]

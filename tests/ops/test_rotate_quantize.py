@@ -61,15 +61,52 @@ def test_reference_is_the_method(dtype, bits):
     np.testing.assert_array_equal(normed.codes, again.codes)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_gate_is_silu_and_product_before_it(dtype):
+    rotation = kernel_rotation(rotation_of(6, 32), dtype)
+    gate, up = values(3, 192, dtype)[0], values(3, 192, dtype)[0][::-1]
+    op = functools.partial(
+        rotate_quantize, rotation=rotation, settings=quantizer_settings(8, CLIP), norm_scale=jnp.ones(192)
+    )
+    found, expected = op(jnp.concatenate([gate, up], axis=1), gated=True), op(jax.nn.silu(gate) * up)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("left", "right"), SIZES)
-def test_tpu_kernel_equals_the_reference(left, right, norm):
+def test_tpu_kernel_equals_the_reference(left, right, norm, gated):
+    arguments, options = kernel_operands(left, right, norm, gated)
+    expected = reference.rotate_quantize(*arguments, **options)
+    assert_close(tpu.rotate_quantize(*arguments, **options, interpret=True), expected)
+
+
+@pytest.mark.usefixtures("interpreted_gpu")
+@pytest.mark.parametrize(
+    ("left", "right", "norm", "gated"), [(24, 64, True, False), (20, 64, False, True), (32, 48, True, True)]
+)
+def test_gpu_kernel_equals_the_reference(left, right, norm, gated, monkeypatch):
+    monkeypatch.setattr(gpu, "_BLOCKS", 2)  # one has two of the tokens
+    (x, *arguments), options = kernel_operands(left, right, norm, gated)
+    found = gpu.rotate_quantize(x, *arguments, **options)
+    if gated:  # compiled for a CPU, which then leaves out some of the roundings
+        x = jax.jit(gpu.silu_product)(*jnp.split(x, 2, axis=-1))
+    assert_close(found, reference.rotate_quantize(x, *arguments, epsilon=1e-5))
+
+
+def test_the_gate_in_the_gpu_kernel_is_that_of_xla_bit_by_bit():
+    largest = jnp.finfo(jnp.bfloat16).max
+    gate = jnp.concatenate([jnp.linspace(-100, 100, 4001), jnp.array([-0.0, 1e-30, -largest, largest])])
+    gate, x = gate.astype(jnp.bfloat16), jnp.full(gate.shape, 0.3, jnp.bfloat16)
+    np.testing.assert_array_equal(gpu.silu_product(gate, x), jax.nn.silu(gate) * x)
+
+
+def kernel_operands(left, right, norm, gated):
     rotation = kernel_rotation(rotation_of(left, right), jnp.bfloat16)
-    x, scale = values(3, left * right)
+    _, scale = values(3, left * right)
+    x, _ = values(3, left * right * (2 if gated else 1))
     arguments = (x, rotation, quantizer_settings(8, CLIP), scale if norm else None)
-    expected = reference.rotate_quantize(*arguments, epsilon=1e-5)
-    found = tpu.rotate_quantize(*arguments, epsilon=1e-5, interpret=True)
-    assert_close(found, expected)
+    return arguments, {"epsilon": 1e-5, "gated": gated}
 
 
 def assert_close(found, expected):
@@ -98,9 +135,9 @@ def test_a_product_too_small_for_four_warps_runs_on_the_reference():
         rotate_quantize(*operands, implementation="gpu")
 
 
-def shapes(t, left, right, norm):
+def shapes(t, left, right, norm, gated=False):
     rotation = jax.eval_shape(lambda: kernel_rotation(rotation_of(left, right), jnp.bfloat16))
-    x = jax.ShapeDtypeStruct((t, left * right), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((t, left * right * (2 if gated else 1)), jnp.bfloat16)
     scale = jax.ShapeDtypeStruct((left * right,), jnp.float32)
     return x, rotation, jax.ShapeDtypeStruct((3,), jnp.float32), scale if norm else None
 
@@ -114,9 +151,17 @@ def test_tpu_kernel_compiles(target, left, right, norm, compile_for):
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("left", "right", "norm"), [(64, 64, True), (86, 128, False), (64, 128, True), (32, 48, False)]
+    ("left", "right", "norm", "gated"),
+    [
+        (64, 64, True, False),
+        (86, 128, False, False),
+        (86, 128, False, True),
+        (64, 128, True, False),
+        (32, 48, False, False),
+        (32, 48, False, True),
+    ],
 )
-def test_gpu_kernel_spills_nothing(left, right, norm, compile_for_h100):
-    function = functools.partial(gpu.rotate_quantize, epsilon=1e-5)
-    _, reports = compile_for_h100(function, *shapes(3, left, right, norm))
+def test_gpu_kernel_spills_nothing(left, right, norm, gated, compile_for_h100):
+    function = functools.partial(gpu.rotate_quantize, epsilon=1e-5, gated=gated)
+    _, reports = compile_for_h100(function, *shapes(64, left, right, norm, gated))
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]

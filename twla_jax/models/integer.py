@@ -30,7 +30,7 @@ from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
 from twla_jax.ops.quantized_linear import quantized_linear
-from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
+from twla_jax.ops.rotate_quantize import gate, kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
 from twla_jax.sharding import shardings
@@ -137,10 +137,15 @@ class KernelInput(nnx.Module):
         self.settings = nnx.data(None if settings is None else nnx.Param(settings))
         self.mesh, self.implementation = mesh, implementation
 
+    @property
+    def takes_gate(self) -> bool:
+        """Whether the op can begin a step earlier, with a gate's output and what it gates beside each other."""
+        return self.settings is not None and self.mesh is None
+
     def __call__(
-        self, x: Float[Array, "*tokens m"]
+        self, x: Float[Array, "*tokens width"], *, gated: bool = False
     ) -> QuantizedTokens | SingleToken | Float[Array, "*tokens m"]:
-        """What the linears read."""
+        """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
         rotation = None if self.rotation is None else self.rotation.get_value()
         if self.settings is None:
             x = x if self.norm is None else self.norm(x)
@@ -152,8 +157,9 @@ class KernelInput(nnx.Module):
             "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
         }
         if self.mesh is None and x.size == x.shape[-1]:
-            return SingleToken(x=x, settings=settings)
-        op = functools.partial(rotate_quantize, implementation=self.implementation, **settings)
+            # Every block of the kernel for a single token would compute the gate anew, longer than one pass takes.
+            return SingleToken(x=gate(x) if gated else x, settings=settings)
+        op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
         return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
 
 
@@ -282,7 +288,10 @@ class IntegerBlock(Block):
     def finish(self, x: Float[Array, "b t d"], mixed: Float[Array, "b t heads_d"]) -> Float[Array, "b t d"]:
         """As `Block.finish`; each residual is added where its linear ends."""
         x = self.o(self.o_input(mixed), x)
-        return self.down(self.down_input(self.gate_up(self.mlp_input(x))), x)
+        h = self.mlp_input(x)
+        if self.down_input.takes_gate:  # both outputs as they lie, without a pass between the two linears
+            return self.down(self.down_input(self.gate_up_linear(h), gated=True), x)
+        return self.down(self.down_input(self.gate_up(h)), x)
 
 
 _kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations

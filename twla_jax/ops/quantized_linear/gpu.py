@@ -77,7 +77,7 @@ def quantized_linear(
         scratch_types={
             "left_smem": plgpu.SMEM((rows, rows), x.dtype, transforms=rotation_kernel.swizzled(rows)),
             "right_smem": plgpu.SMEM((r, r), x.dtype, transforms=rotation_kernel.swizzled(r)),
-            "token_smem": plgpu.SMEM((rows, r), x.dtype, transforms=rotation_kernel.swizzled(r)),
+            "token_smem": rotation_kernel.token_memory(rows, r, x.dtype),
             "turned_smem": plgpu.SMEM((r, rows), x.dtype, transforms=rotation_kernel.swizzled(rows)),
             "x_smem": plgpu.SMEM((rows, r), jnp.int8),
             "scalars_smem": plgpu.SMEM((2,), jnp.float32),
@@ -95,7 +95,7 @@ def quantized_linear(
         weight.scales,
         weight.row_sums,
         weight.bias,
-        layout.as_matrices(x, rotation)[0],
+        layout.parts(x, rotation)[0, 0],
         rotation.left,
         rotation.right_transposed,
         settings,
@@ -142,7 +142,8 @@ def _kernel(
 
     @pl.when(group == 0)
     def _():
-        for source, target in ((x_gmem, token_smem), (right_gmem, right_smem), (left_gmem, left_smem)):
+        rotation_kernel.fetch(x_gmem, token_smem, token_filled)
+        for source, target in ((right_gmem, right_smem), (left_gmem, left_smem)):
             plgpu.copy_gmem_to_smem(source, target, token_filled)
 
     def fetch(step, slot):

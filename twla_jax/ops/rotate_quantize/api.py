@@ -23,12 +23,13 @@ def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | fl
 
 
 def rotate_quantize(
-    x: Float[Array, "*tokens m"],
+    x: Float[Array, "*tokens width"],
     rotation: KernelRotation | None,
     settings: Float32[Array, " 3"],
     *,
     norm_scale: Float[Array, " m"] | None = None,
     epsilon: float = 0.0,
+    gated: bool = False,
     implementation: Implementation | None = None,
 ) -> QuantizedTokens:
     """An RMS norm if there is a `norm_scale`, the rotation if there is one, and the tokens' codes with their sums.
@@ -37,22 +38,26 @@ def rotate_quantize(
     codes differ by one.
 
     Args:
+      x: as wide as the rotation, or, if `gated`, twice as wide.
       settings: from `quantizer_settings`.
       norm_scale: the norm's weights.
       epsilon: what the norm adds to the mean square.
+      gated: the tokens are the outputs of an MLP's gate and, after them, those of its up linear; `silu(gate) · up`,
+        each step rounded to `x.dtype`, takes their place before anything else.
       implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
         used, which is logged.
     Raises:
       TwlaError: the implementation asked for cannot be used.
     """
     lead = x.shape[:-1]
+    options = {"epsilon": epsilon, "gated": gated}
     tokens = dispatch(
         "rotate_quantize",
         implementation,
-        functools.partial(reference.rotate_quantize, epsilon=epsilon),
+        functools.partial(reference.rotate_quantize, **options),
         {
-            "gpu": functools.partial(gpu.rotate_quantize, epsilon=epsilon),
-            "tpu": functools.partial(tpu.rotate_quantize, epsilon=epsilon),
+            "gpu": functools.partial(gpu.rotate_quantize, **options),
+            "tpu": functools.partial(tpu.rotate_quantize, **options),
         },
         {"gpu": gpu.obstacle(x.dtype, rotation), "tpu": tpu.obstacle(x.dtype, rotation)},
         x.reshape(-1, x.shape[-1]),
@@ -61,7 +66,7 @@ def rotate_quantize(
         norm_scale,
     )
     return QuantizedTokens(
-        codes=tokens.codes.reshape(x.shape),
+        codes=tokens.codes.reshape(*lead, -1),
         scale=tokens.scale.reshape(lead),
         zero_point=tokens.zero_point.reshape(lead),
         sums=tokens.sums.reshape(*lead, -1),

@@ -1,7 +1,8 @@
 """Norm, rotation and quantiser on Hopper GPUs (Pallas Mosaic GPU): a block goes from token to token.
 
 The rotation is two products on the tensor cores, `Yᵀ = Rᵀ Xᵀ` and `Z = L Y`; written so, every operand lies in shared
-memory as it comes, and the factors stay there for all tokens of a block.
+memory as it comes, and the factors stay there for all tokens of a block. A token's matrix is copied as it lies in
+memory, too: what L is filled up with, the copy engine adds as rows of zeros.
 """
 
 import functools
@@ -38,12 +39,13 @@ def obstacle(dtype, rotation: KernelRotation | None) -> str | None:
 
 
 def rotate_quantize(
-    x: Float[Array, "t m"],
+    x: Float[Array, "t width"],
     rotation: KernelRotation,
     settings: Float32[Array, " 3"],
     norm_scale: Float[Array, " m"] | None,
     *,
     epsilon: float,
+    gated: bool = False,
 ) -> QuantizedTokens:
     """What `reference.rotate_quantize` computes, for bf16 x."""
     t, size = len(x), rotation.size
@@ -52,7 +54,9 @@ def rotate_quantize(
     norm = () if norm_scale is None else (layout.as_matrices(norm_scale[None], rotation)[0],)
     blocks = min(t, _BLOCKS)
     codes, scale, zero_point, sums = plgpu.kernel(
-        functools.partial(_kernel, t=t, blocks=blocks, size=size, epsilon=epsilon if norm else None),
+        functools.partial(
+            _kernel, t=t, blocks=blocks, size=size, epsilon=epsilon if norm else None, gated=gated
+        ),
         out_type=(
             jax.ShapeDtypeStruct((t, size, r), jnp.int8),
             jax.ShapeDtypeStruct((t,), jnp.float32),
@@ -64,16 +68,15 @@ def rotate_quantize(
         scratch_types={
             "left_smem": plgpu.SMEM((rows, rows), x.dtype, transforms=swizzled(rows)),
             "right_smem": plgpu.SMEM((r, r), x.dtype, transforms=swizzled(r)),
-            "x_smem": plgpu.SMEM((rows, r), x.dtype, transforms=swizzled(r)),
-            "y_smem": plgpu.SMEM((r, rows), x.dtype, transforms=swizzled(rows)),
+            "x_smem": token_memory(rows, r, x.dtype),
+            "gate_or_y_smem": gate_or_turned_memory(rows, r, x.dtype),
             "codes_smem": plgpu.SMEM((rows, r), jnp.int8),
-            "sums_smem": plgpu.SMEM((chunks, rows), jnp.int32),
             "factors_filled": plgpu.Barrier(num_arrivals=2),
-            "filled": plgpu.Barrier(),
+            "filled": plgpu.Barrier(num_arrivals=2 if gated else 1),
         },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=compiler_params(gated),
     )(
-        layout.as_matrices(x, rotation),
+        layout.parts(x, rotation),
         rotation.left,
         rotation.right_transposed,
         settings,
@@ -91,19 +94,29 @@ def _kernel(
     left_smem,
     right_smem,
     x_smem,
-    y_smem,
+    gate_or_y_smem,
     codes_smem,
-    sums_smem,
     factors_filled,
     filled,
     t: int,
     blocks: int,
     size: int,
     epsilon: float | None,
+    gated: bool,
 ):
     *norm, codes_gmem, scale_gmem, zero_point_gmem, sums_gmem = refs
+    gate_smem, y_smem = gate_or_y_smem
     block = lax.axis_index("block")
-    plgpu.copy_gmem_to_smem(x_gmem.at[block], x_smem, filled)
+
+    def fetch_gate(token):
+        if gated:
+            fetch(x_gmem.at[token, 0], gate_smem, filled)
+
+    def fetch_x(token):
+        fetch(x_gmem.at[token, int(gated)], x_smem, filled)
+
+    fetch_gate(block)
+    fetch_x(block)
     plgpu.copy_gmem_to_smem(right_gmem, right_smem, factors_filled)
     plgpu.copy_gmem_to_smem(left_gmem, left_smem, factors_filled)
     norm = load_norm(norm, x_smem.shape, epsilon)
@@ -112,26 +125,65 @@ def _kernel(
     @pl.loop(0, lax.div(t - block + blocks - 1, blocks))
     def _(step):
         token = block + step * blocks
+        after = token + blocks
         plgpu.barrier_wait(filled)
+        if gated:
+            apply_gate(gate_smem, x_smem)
         turn_right(x_smem, right_smem, y_smem, norm, size=size)
-
-        @pl.when(token + blocks < t)
-        def _():
-            plgpu.copy_gmem_to_smem(x_gmem.at[token + blocks], x_smem, filled)
-
-        codes, scale, zero_point = quantize(turn_left(y_smem, left_smem), settings_gmem, size=size)
+        pl.when(after < t)(lambda: fetch_x(after))
+        z = turn_left(y_smem, left_smem)
+        if gated:
+            plgpu.commit_smem()  # Yᵀ has been read by all before the next gate overwrites it
+        pl.when(after < t)(lambda: fetch_gate(after))
+        codes, scale, zero_point = quantize(z, settings_gmem, size=size)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the token before
-        width = x_smem.shape[1] // len(sums_smem)
-        for i in range(len(sums_smem)):
-            sums_smem[i] = jnp.sum(codes[:, i * width : (i + 1) * width], axis=1)
+        width = layout.chunk(x_smem.shape[1])
+        for i in range(x_smem.shape[1] // width):
+            # Not by way of shared memory, of which two blocks of 96×128 have all but some hundred bytes.
+            sums_gmem[token, i] = jnp.sum(codes[:, i * width : (i + 1) * width], axis=1)
         codes_smem[...] = codes.astype(jnp.int8)
         scale_gmem[token] = scale
         zero_point_gmem[token] = zero_point
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(codes_smem.at[:size], codes_gmem.at[token])
-        plgpu.copy_smem_to_gmem(sums_smem, sums_gmem.at[token])
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def compiler_params(gated: bool):
+    """With a gate, whose exponential is rounded to bf16 anyway, the fast exponential."""
+    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=gated)
+
+
+def token_memory(rows: int, r: int, dtype):
+    """Shared memory for a token's matrix: one tile high, which the copy engine fills up past the last row."""
+    return plgpu.SMEM((rows, r), dtype, transforms=swizzled(r, rows))
+
+
+def gate_or_turned_memory(rows: int, r: int, dtype):
+    """Shared memory for a gate and, once that is used up, for `Yᵀ`."""
+    return plgpu.RefUnion(
+        token_memory(rows, r, dtype), plgpu.SMEM((r, rows), dtype, transforms=swizzled(rows))
+    )
+
+
+def fetch(matrix_gmem, smem, filled) -> None:
+    """Starts the copy of a token's matrix; rows past its last become zeros."""
+    plgpu.copy_gmem_to_smem(matrix_gmem.at[pl.ds(jnp.int32(0), smem.shape[0])], smem, filled)
+
+
+def apply_gate(gate_smem, x_smem) -> None:
+    """`silu(gate) · x` in the place of x; gate_smem is free after that."""
+    kind = _layouts(*x_smem.shape)[2]
+    x_smem[...] = silu_product(*(plgpu.load(ref, layout=kind) for ref in (gate_smem, x_smem)))
+
+
+def silu_product(gate: jax.Array, x: jax.Array) -> jax.Array:
+    """`silu(gate) · x`, rounded to bf16 after every step, as XLA does it."""
+    divisor = 1 + jnp.exp(-gate.astype(jnp.float32)).astype(gate.dtype)
+    # A division takes many instructions, this takes two, and of such divisors it is the same once it is rounded.
+    sigmoid = lax.square(lax.rsqrt(divisor.astype(jnp.float32))).astype(gate.dtype)
+    return gate * sigmoid * x
 
 
 def load_norm(norm, shape: tuple[int, int], epsilon: float | None):
@@ -191,8 +243,11 @@ def _layouts(m: int, n: int):
     return tuple(kind(jnp.bfloat16, m_warps=warps) for kind in kinds)
 
 
-def swizzled(columns: int):
-    """Transforms of 16-bit matrices with so many columns, a multiple of 16, for shared memory without conflicts."""
+def swizzled(columns: int, rows: int = 8):
+    """Transforms of 16-bit matrices with so many columns, a multiple of 16, for shared memory without conflicts.
+
+    `rows` are those of a tile, a multiple of 8.
+    """
     swizzle = next(size for size in (128, 64, 32) if 2 * columns % size == 0)
-    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((rows, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
     return (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]

@@ -16,6 +16,11 @@ def as_matrices(x: Float[Array, "t m"], rotation: KernelRotation) -> Float[Array
     return jnp.pad(x, ((0, 0), (0, rows * r - x.shape[1]))).reshape(len(x), rows, r)
 
 
+def parts(x: Float[Array, "t width"], rotation: KernelRotation) -> Float[Array, "t parts l r"]:
+    """Each token as `mat(x)`, or as its two matrices where a gate stands before what it gates; nothing is copied."""
+    return x.reshape(len(x), -1, rotation.size, len(rotation.right_transposed))
+
+
 def chunk(r: int) -> int:
     """The columns of `mat(x)` that one sum of codes goes over: a group of 128 begins and ends between such chunks."""
     return math.gcd(r, PLANE)

@@ -1,5 +1,6 @@
 """Norm, rotation and quantiser in plain XLA: runs everywhere, and what the kernels are held against."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
@@ -10,14 +11,20 @@ from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
 
 def rotate_quantize(
-    x: Float[Array, "t m"],
+    x: Float[Array, "t width"],
     rotation: KernelRotation | None,
     settings: Float32[Array, " 3"],
     norm_scale: Float[Array, " m"] | None,
     *,
     epsilon: float,
+    gated: bool = False,
 ) -> QuantizedTokens:
-    """`kotms.rotate` (unless None) and `activation.quantize_tokens`, after an RMS norm if `norm_scale` is given."""
+    """`kotms.rotate` (unless None) and `activation.quantize_tokens`, after an RMS norm if `norm_scale` is given.
+
+    Before all that stands `silu(gate) · x` if the tokens are `gated`.
+    """
+    if gated:
+        x = gate(x)
     if norm_scale is not None:
         x = rms_norm(x, norm_scale, epsilon)
     if rotation is not None:
@@ -28,6 +35,12 @@ def rotate_quantize(
     return QuantizedTokens(
         codes=signed, scale=scale[:, 0], zero_point=zero_point[:, 0] - half, sums=group_sums(signed)
     )
+
+
+def gate(x: Float[Array, "*tokens 2m"]) -> Float[Array, "*tokens m"]:
+    """`silu` of the first half of each token, times the second."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(first) * second
 
 
 def rms_norm(

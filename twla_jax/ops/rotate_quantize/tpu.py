@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.rotate_quantize import layout
+from twla_jax.ops.rotate_quantize.reference import gate
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.tokens import QuantizedTokens
 
@@ -24,15 +25,17 @@ def obstacle(dtype, rotation: KernelRotation | None) -> str | None:
 
 
 def rotate_quantize(
-    x: Float[Array, "t m"],
+    x: Float[Array, "t width"],
     rotation: KernelRotation,
     settings: Float32[Array, " 3"],
     norm_scale: Float[Array, " m"] | None,
     *,
     epsilon: float,
+    gated: bool = False,
     interpret=False,
 ) -> QuantizedTokens:
-    """What `reference.rotate_quantize` computes, for bf16 x."""
+    """What `reference.rotate_quantize` computes, for bf16 x; a gate is XLA's."""
+    x = gate(x) if gated else x
     t = len(x)
     x = jnp.pad(layout.as_matrices(x, rotation), ((0, -t % _TOKENS), (0, 0), (0, 0)))
     _, rows, r = x.shape
