@@ -64,6 +64,8 @@ ROWS = {
     "refined on the quantisation's text alone": Row(narrow=True),
     "no sweeps of the codes (rounds 0)": Row(change={"weights": {"rounds": 0}}),
     "no rotation": Row(change={"rotation": {"start": "none"}}),
+    "range of inputs in the rotations' loss, 0.1": Row(change={"rotation": {"range_weight": 0.1}}),
+    "range of inputs in the rotations' loss, 1": Row(change={"rotation": {"range_weight": 1.0}}),
     "no propagation": Row(change={"weights": {"propagation": 0.0}}),
     "neither propagation nor error compensation": Row(
         change={"weights": {"propagation": 0.0, "compensate": False}}

@@ -1,6 +1,7 @@
 """The rotation keeps what the model computes, and the fit makes weights tri-modal."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -53,6 +54,28 @@ def test_the_fit_lowers_the_loss(weight, start, retraction):
     for factor in (rotation.left, rotation.right):
         error = np.asarray(factor, np.float64).T @ np.asarray(factor, np.float64) - np.eye(factor.shape[0])
         assert np.abs(error).max() < 2e-3  # float16 rounding of an orthogonal matrix
+
+
+def test_a_fit_that_looks_at_the_input_narrows_its_range(weight):
+    outliers = jnp.ones(L * R).at[jnp.array([3, 17])].set(30.0)
+    sample = jax.random.normal(jax.random.key(3), (64, L * R)) * outliers
+
+    def ranges(rotation):
+        x = np.asarray(rotation(sample), np.float64)
+        return np.log((np.ptp(x, axis=-1) ** 2 / (x**2).mean(-1)).mean())
+
+    plain, aware = (
+        kotms.fit_rotation(
+            weight,
+            jax.random.key(1),
+            sample if share else None,
+            recipe=RotationRecipe(steps=60, range_weight=share),
+            sizes=(L, R),
+        )[0]
+        for share in (0.0, 1.0)
+    )
+    assert ranges(aware) < ranges(plain) - 0.1
+    assert float(kotms.log_range(aware(sample))) == pytest.approx(ranges(aware), rel=1e-5)
 
 
 def test_loss_is_the_published_likelihood():

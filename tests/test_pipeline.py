@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import kotms, models, pipeline, stream, ternary
+from twla_jax import kotms, models, pipeline, rotation_fitting, stream, ternary
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
@@ -122,6 +122,16 @@ def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_pat
     assert figures["sites"] == quantised[1]["sites"]
 
 
+def test_rotations_may_look_at_the_inputs(model, quantised):
+    aware = dataclasses.replace(RECIPE, rotation=dataclasses.replace(RECIPE.rotation, range_weight=1.0))
+    result, figures = pipeline.quantize(model, WINDOWS, aware, progress=False)
+    for site in figures["sites"]:
+        before, after = site["rotation_loss"]
+        assert after < before
+    before, after = (each.blocks.down_input.rotation.get_value().left for each in (quantised[0], result))
+    assert np.abs(np.asarray(before, np.float32) - np.asarray(after, np.float32)).max() > 1e-3
+
+
 def test_work_on_other_settings_is_refused(model, tmp_path):
     (tmp_path / "work").mkdir()
     pipeline._open_work_dir(tmp_path / "work", model, WINDOWS, RECIPE)
@@ -193,7 +203,7 @@ def test_propagation_brings_outputs_nearer_to_full_precision(stories):
 
 
 def test_another_seed_compiles_nothing_anew(model, quantised):
-    compiled = pipeline._fit_chunk._cache_size(), pipeline._quantize_site._cache_size()
+    compiled = rotation_fitting._fit_chunk._cache_size(), pipeline._quantize_site._cache_size()
     assert min(compiled) > 0
     seeded = dataclasses.replace(
         RECIPE,
@@ -201,6 +211,6 @@ def test_another_seed_compiles_nothing_anew(model, quantised):
         calibration=dataclasses.replace(RECIPE.calibration, seed=5),
     )
     other, _ = pipeline.quantize(model, WINDOWS, seeded, progress=False)
-    assert compiled == (pipeline._fit_chunk._cache_size(), pipeline._quantize_site._cache_size())
+    assert compiled == (rotation_fitting._fit_chunk._cache_size(), pipeline._quantize_site._cache_size())
     assert jax.tree.structure(other) == jax.tree.structure(quantised[0])
     assert any((a != b).any() for a, b in zip(leaves(other), leaves(quantised[0]), strict=True))

@@ -85,14 +85,27 @@ def tri_modal_loss(
     return constant - log_mixture.mean() + balance * jnp.square(responsibilities - 1 / 3).sum()
 
 
+def log_range(x: Float[Array, "c m"]) -> Float[Array, ""]:
+    """Logarithm of the mean over tokens of `(max − min)² / mean x²`: a quantiser's noise, relative to its input."""
+    squares = jnp.square(x).mean(-1) + 1e-12
+    return jnp.log((jnp.square(x.max(-1) - x.min(-1)) / squares).mean())
+
+
 @functools.partial(jax.jit, static_argnames=("recipe", "sizes"))
 def fit_rotation(
-    weight: Float[Array, "n m"], key: jax.Array, *, recipe: RotationRecipe, sizes: tuple[int, int]
+    weight: Float[Array, "n m"],
+    key: jax.Array,
+    sample: Float[Array, "c m"] | None = None,
+    *,
+    recipe: RotationRecipe,
+    sizes: tuple[int, int],
 ) -> tuple[KroneckerRotation, Float[Array, " 2"]]:
     """Fits the rotation shared by all rows of `weight` (every linear that reads this input, stacked).
 
     Adam on the product of two Stiefel manifolds, `recipe.steps` steps from a random orthogonal start (or the identity).
 
+    Args:
+      sample: tokens of the input, whose range counts with `recipe.range_weight`; None looks at the weights alone.
     Returns:
       The rotation with float16 factors, and the loss before and after.
     """
@@ -108,7 +121,10 @@ def fit_rotation(
     optimizer = stiefel.riemannian(optax.adam(recipe.learning_rate), stiefel.RETRACTIONS[recipe.retraction])
 
     def loss(factors):
-        return tri_modal_loss(rotate(weight, *factors), sigma=recipe.sigma, balance=recipe.balance)
+        shape = tri_modal_loss(rotate(weight, *factors), sigma=recipe.sigma, balance=recipe.balance)
+        if sample is None:
+            return shape
+        return shape + recipe.range_weight * log_range(rotate(sample, *factors))
 
     def step(carry, _):
         factors, state = carry

@@ -5,7 +5,6 @@ Every kernel of a block becomes a packed tensor, every input of its linears gets
 is kept is the residual stream, on the device where it fits and on the host where not.
 """
 
-import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
-from twla_jax import compensation, kotms, quantizers, resume, sharding, ternary
+from twla_jax import compensation, kotms, quantizers, resume, rotation_fitting, sharding, ternary
 from twla_jax.activation import OFF, ActivationQuantizer, fit_clips
 from twla_jax.embedding import quantize_embeddings
 from twla_jax.errors import TwlaError
@@ -28,7 +27,8 @@ from twla_jax.models.decoder import SITES, Block, Decoder, Positions
 from twla_jax.recipe import Recipe
 from twla_jax.stream import ResidualStream
 
-_ROTATION_WEIGHTS = 2**23  # weights whose rotations are fitted at the same time
+_RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotated input is measured on
+_RANGE_TOKENS = 256  # of these
 _SNAPSHOT_SECONDS = 60  # between two copies of the residual stream to the working folder
 
 
@@ -61,7 +61,8 @@ def quantize(
     check_vocabulary(windows, model.config.vocab_size)
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, recipe)
     start = time.perf_counter()
-    rotations, losses = _fit_rotations(model, recipe, store, progress)
+    samples = _sample_inputs(model, windows, mesh) if recipe.rotation.looks_at_inputs else {}
+    rotations, losses = rotation_fitting.fit_rotations(model, samples, recipe.rotation, store, progress)
     fitted = time.perf_counter()
     layers = _quantize_blocks(model, windows, rotations, recipe, store, mesh, progress)
     figures = [
@@ -97,63 +98,35 @@ def _open_work_dir(folder: Path, model: Decoder, windows: np.ndarray, recipe: Re
 _FIGURES = ("output_error", "weight_error", "damping")
 
 
-def _fit_rotations(
-    model: Decoder, recipe: Recipe, store: resume.WorkDir | None, progress: bool
-) -> tuple[dict[str, KroneckerRotation], dict[str, np.ndarray]]:
-    """For every site the rotations of all blocks, stacked, on the host; and their losses `[layers, 2]`."""
-    rotations, losses = {}, {}
-    saved: Any
-    if recipe.rotation.start == "none":
-        return rotations, losses
-    layers = model.config.num_layers
-    with tqdm(total=len(SITES) * layers, desc="rotations", unit="input", disable=not progress) as bar:
-        for index, (site, names) in enumerate(SITES.items()):
-            saved = store.load(f"rotation-{site}") if store else None
-            if saved is None:
-                saved = _fit_site(model, names, jax.random.key(recipe.rotation.seed + index), recipe, bar)
-                if store:
-                    store.save(f"rotation-{site}", saved)
-            else:
-                bar.update(layers)
-            rotations[site] = KroneckerRotation(saved["left"], saved["right"])
-            losses[site] = saved["losses"]
-    return rotations, losses
-
-
-def _fit_site(
-    model: Decoder, names: tuple[str, ...], key: jax.Array, recipe: Recipe, bar: tqdm
+def _sample_inputs(
+    model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None
 ) -> dict[str, np.ndarray]:
-    kernels = [getattr(model.blocks, name).kernel.get_value() for name in names]
-    layers, m, _ = kernels[0].shape
-    n = sum(kernel.shape[-1] for kernel in kernels)
-    sizes = kotms.factor_sizes(m, n, recipe.rotation.factors)
-    keys = jax.random.split(key, layers)
-    # Equal chunks, so that all of them share one compilation.
-    fitting = (
-        size for size in range(layers, 1, -1) if layers % size == 0 and size * n * m <= _ROTATION_WEIGHTS
-    )
-    chunk = next(fitting, 1)
-    settings = dataclasses.replace(recipe.rotation, seed=0)  # which is in the keys, and need not compile anew
-    parts = []
-    for start in range(0, layers, chunk):
-        here = slice(start, start + chunk)
-        rotation, loss = _fit_chunk(
-            tuple(jnp.asarray(kernel[here]) for kernel in kernels), keys[here], settings, sizes
-        )
-        parts.append(
-            {
-                k: np.asarray(v)
-                for k, v in (("left", rotation.left), ("right", rotation.right), ("losses", loss))
-            }
-        )
-        bar.update(chunk)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _fit_chunk(kernels, keys, recipe, sizes):
-    rows = jnp.concatenate([jnp.swapaxes(kernel, -1, -2) for kernel in kernels], axis=-2)
-    return jax.vmap(functools.partial(kotms.fit_rotation, recipe=recipe, sizes=sizes))(rows, keys)
+    """For every site `[layers, c, m]`: some tokens of its input in the full-precision model."""
+    stream = ResidualStream(model, windows[:_RANGE_WINDOWS], mesh)
+    stream.start()
+    stride, reach = max(1, stream.tokens // _RANGE_TOKENS), model.windows()
+    samples: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    for index in range(model.config.num_layers):
+        block = _place(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks), mesh)
+        for site in SITES:
+            parts = []
+            for batch, real in stream.batches():
+                batch["x"], batch["mixed"], _, part, _ = advance(
+                    block,
+                    batch["x"],
+                    batch["mixed"],
+                    real,
+                    None,
+                    stream.positions,
+                    reach[index],
+                    site=site,
+                    stride=stride,
+                )
+                parts.append(np.asarray(part))
+            samples[site].append(np.concatenate(parts))
+        for batch, _ in stream.batches():
+            batch["x"] = finish(block, batch["x"])
+    return {site: np.stack(parts) for site, parts in samples.items()}
 
 
 def _quantize_blocks(

@@ -67,6 +67,8 @@ class RotationRecipe:
       learning_rate: Adam's, on the Stiefel manifold.
       sigma: width of the three Gaussians, relative to the row's mean magnitude.
       balance: weight of the term that keeps the three modes equally full.
+      range_weight: weight of the logarithm of the input's squared range, relative to its mean square: what an
+        activation quantiser of given bits adds to the input as noise. 0 looks at the weights alone (the paper).
       retraction: how a step returns to the manifold.
       seed: of the random start.
     """
@@ -77,6 +79,7 @@ class RotationRecipe:
     learning_rate: float = 1e-2
     sigma: float = 0.25
     balance: float = 0.1
+    range_weight: float = 0.0
     retraction: Literal["polar", "cayley", "qr"] = "polar"
     seed: int = 0
 
@@ -85,6 +88,12 @@ class RotationRecipe:
         _require(self.learning_rate > 0, "rotation.learning_rate", self.learning_rate, "above 0")
         _require(self.sigma > 0, "rotation.sigma", self.sigma, "above 0")
         _require(self.balance >= 0, "rotation.balance", self.balance, "0 or more")
+        _require(self.range_weight >= 0, "rotation.range_weight", self.range_weight, "0 or more")
+
+    @property
+    def looks_at_inputs(self) -> bool:
+        """Whether the fit needs samples of the inputs, and not the weights alone."""
+        return self.range_weight > 0 and self.start != "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
