@@ -87,12 +87,20 @@ def integer_weight(tensor: IntegerTensor) -> IntegerWeight:
 
 def integer_rows(weight: IntegerWeight, rows: Int[Array, "*shape"], dtype) -> Float[Array, "*shape m"]:
     """Some rows of `Ŵ`, in `dtype`, as `uniform.take_rows` gives them: only these are unpacked."""
-    # For a single row, XLA on TPUs would first bring the whole matrix into another layout.
-    taken = jnp.pad(rows.reshape(-1), (0, 1 if rows.size == 1 else 0))
-    packed = weight.codes[taken].reshape(-1, weight.tiles, 1, PLANE)
+    flat = rows.reshape(-1)
+    values = jax.lax.platform_dependent(weight, flat, tpu=_two_rows_at_least, default=_rows)
+    return values.reshape(*rows.shape, -1).astype(dtype)
+
+
+def _two_rows_at_least(weight: IntegerWeight, rows: Int[Array, " t"]) -> Float[Array, "t m"]:
+    """For a single row, XLA on TPUs would first bring the whole matrix into another layout."""
+    return _rows(weight, jnp.pad(rows, (0, 1 if rows.size == 1 else 0)))[: rows.size]
+
+
+def _rows(weight: IntegerWeight, rows: Int[Array, " t"]) -> Float[Array, "t m"]:
+    packed = weight.codes[rows].reshape(-1, weight.tiles, 1, PLANE)
     shifts = weight.bits * jnp.arange(weight.planes, dtype=jnp.uint8)[:, None]
     codes = ((packed >> shifts) & (2**weight.bits - 1)).astype(jnp.float32) - weight.offset
-    scales = weight.scales[:, :, taken].transpose(2, 0, 1).astype(jnp.float32)
+    scales = weight.scales[:, :, rows].transpose(2, 0, 1).astype(jnp.float32)
     alpha, mu = scales[..., : weight.planes, None], scales[..., weight.planes :, None]
-    values = (alpha * (codes + mu)).reshape(len(taken), -1)[: rows.size, : weight.in_features]
-    return values.reshape(*rows.shape, -1).astype(dtype)
+    return (alpha * (codes + mu)).reshape(len(rows), -1)[:, : weight.in_features]
