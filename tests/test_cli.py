@@ -117,7 +117,7 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
     stories_model, text, tmp_path, capsys, monkeypatch
 ):
     folder, recipe = tmp_path / "out", tmp_path / "quick.toml"
-    recipe.write_text(QUICK + "[refine]\nsteps = 2\nbatch = 2\ndtype = 'float32'\n")
+    recipe.write_text(QUICK + "[refine]\nsteps = 2\nbatch = 2\ndtype = 'float32'\nclip_steps = 1\n")
     options = ["--recipe", recipe, "--calibration", "self", "--check-corpus", text, *SMALL]
     quantize = ["quantize", stories_model, folder, *options, "--json"]
     with monkeypatch.context() as patch:
@@ -130,7 +130,8 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
     step, steps = refinement._step, []
     monkeypatch.setattr(refinement, "_step", lambda *a, **k: steps.append(0) or step(*a, **k))
     report = json.loads(run(capsys, *quantize).out)
-    assert len(steps) == 1  # which measures the result
+    assert len(steps) == 1 + 1 + 1  # which measure the result, train clips, and measure that
+    assert report["train_clips"]["steps"] == 1
     assert report["calibration"]["source"] == "self"
     assert report["calibration"]["sampled_windows"] == 4 + 4 + 8
     assert report["calibration"]["tokens"] == 4 * 64
