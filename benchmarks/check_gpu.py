@@ -147,21 +147,24 @@ def check_one_token(implementation: str) -> None:
         assert float(jnp.abs(found - expected).mean()) < 1e-3 * _largest(expected)
 
 
-def check_attention(implementation: str) -> None:
+_EVERYWHERE = np.iinfo(np.int32).max
+# Sequences, heads, key heads, features of a head, room, filled positions, window; every shape has other splits.
+ATTENTION = (
+    (2, 9, 3, 64, 576, 333, 64),
+    (1, 9, 3, 64, 64, 63, _EVERYWHERE),
+    (1, 32, 32, 128, 576, 512, _EVERYWHERE),
+    (1, 32, 32, 128, 584, 583, _EVERYWHERE),
+    (1, 32, 32, 128, 576, 0, _EVERYWHERE),
+    (1, 32, 32, 128, 4096, 3000, 1000),
+    (8, 32, 32, 128, 576, 100, _EVERYWHERE),
+    (1, 32, 8, 128, 1024, 1000, _EVERYWHERE),
+    (1, 64, 8, 128, 8192, 8000, _EVERYWHERE),
+)
+
+
+def check_attention(implementation: str, cases=ATTENTION) -> None:
     """A decode step's attention to 1e-2 of the largest value, which bf16 weights of the values cost."""
-    everywhere = np.iinfo(np.int32).max
-    # Sequences, heads, key heads, features of a head, room, filled positions, window; every shape has other splits.
-    for b, heads, kv_heads, d, size, length, window in (
-        (1, 32, 32, 128, 576, 512, everywhere),
-        (1, 32, 32, 128, 584, 583, everywhere),
-        (1, 32, 32, 128, 576, 0, everywhere),
-        (1, 32, 32, 128, 4096, 3000, 1000),
-        (8, 32, 32, 128, 576, 100, everywhere),
-        (1, 32, 8, 128, 1024, 1000, everywhere),
-        (1, 64, 8, 128, 8192, 8000, everywhere),
-        (2, 9, 3, 64, 576, 333, 64),
-        (1, 9, 3, 64, 64, 63, everywhere),
-    ):
+    for b, heads, kv_heads, d, size, length, window in cases:
         keys = jax.random.split(jax.random.key(6), 3)
         angle = jax.random.normal(keys[0], (1, d // 2))
         arguments = (

@@ -32,8 +32,9 @@ def ablation():
 
 def test_check_tells_right_from_wrong(monkeypatch):
     check_gpu = script("check_gpu")
-    for check in check_gpu.CHECKS:
+    for check in (check_gpu.check, check_gpu.check_one_token, check_gpu.check_integers):
         check("xla")
+    check_gpu.check_attention("xla", check_gpu.ATTENTION[:2])
     from twla_jax.ops.ternary_matmul import tpu
 
     monkeypatch.setattr(

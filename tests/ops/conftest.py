@@ -52,6 +52,12 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+def pytest_runtest_setup(item):
+    """Skips before a test has built what it would compile."""
+    if item.get_closest_marker("aot") and not any(map(_installed, ("libtpu", "jax_plugins.xla_cuda13"))):
+        pytest.skip("no compilers are installed: pip install '.[aot]'")
+
+
 @pytest.fixture
 def interpreted_gpu(monkeypatch):
     """GPU kernels run on the CPU: memory, copies and barriers are simulated, layouts of registers left out."""

@@ -1,6 +1,7 @@
 """A decode step and its parts together, compiled for chips that are not there."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -32,10 +33,7 @@ from twla_jax.ops.ternary_matmul import ternary_matmul
 def test_a_step_copies_neither_cache_nor_weights(
     target, bits, cache_dtype, embedding_bits, tied, compile_for
 ):
-    # A head of 65 MB, and 21 MB of keys and values, which other layouts or types would copy.
-    config = dataclasses.replace(SHAPES["tiny"], vocab_size=64000, num_kv_heads=8)
-    config = dataclasses.replace(config, tie_word_embeddings=tied)
-    model = shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding_bits)
+    model = decoder(bits, embedding_bits, tied)
     cache = model.init_cache(1, 5120, cache_dtype)
 
     def loop(model, token, cache, key):
@@ -69,6 +67,14 @@ def test_a_gate_of_many_tokens_is_read_as_it_lies(compile_for):
     x = jax.ShapeDtypeStruct((1, 64, 2 * 11008), jnp.bfloat16)
     # The kernel, and what adds up the sums that it wrote.
     assert work(compile_for("h100", quantized, x, rotation)) == ["custom-call", "fusion", "tuple"]
+
+
+@functools.cache
+def decoder(bits, embedding_bits, tied):
+    # A head of 65 MB, and beside it 21 MB of keys and values, which other layouts or types would copy.
+    config = dataclasses.replace(SHAPES["tiny"], vocab_size=64000, num_kv_heads=8)
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    return shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding_bits)
 
 
 def linear_shapes(n, m):
