@@ -49,14 +49,12 @@ def train_clips(
     if work_dir is not None:
         store = refinement.open_work_dir(Path(work_dir), student, batches, recipe)
 
-    def start() -> refinement.Latents:
-        return {f"{site}_input": {"clip": jnp.zeros(student.config.num_layers)} for site in SITES}
-
+    latents = {f"{site}_input": {"clip": jnp.zeros(student.config.num_layers)} for site in SITES}
     return refinement.descend(
         original,
         student,
         teacher,
-        start,
+        latents,
         batches,
         recipe,
         bits=recipe.clip_bits,

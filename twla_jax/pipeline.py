@@ -109,24 +109,24 @@ def _sample_inputs(
     for index in range(model.config.num_layers):
         block = _place(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks), mesh)
         for site in SITES:
-            parts = []
-            for batch, real in stream.batches():
-                batch["x"], batch["mixed"], _, part, _ = advance(
-                    block,
-                    batch["x"],
-                    batch["mixed"],
-                    real,
-                    None,
-                    stream.positions,
-                    reach[index],
-                    site=site,
-                    stride=stride,
-                )
-                parts.append(np.asarray(part))
-            samples[site].append(np.concatenate(parts))
+            samples[site].append(np.asarray(sample_site(block, stream, reach[index], site, stride)))
         for batch, _ in stream.batches():
             batch["x"] = finish(block, batch["x"])
     return {site: np.stack(parts) for site, parts in samples.items()}
+
+
+def sample_site(
+    block: Block, stream: ResidualStream, reach: Int32[Array, ""], site: str, stride: int
+) -> Float[Array, "c m"]:
+    """Moves the stream up to the input of `site`; returns every `stride`-th token of that input, float32."""
+    samples = []
+    for batch, real in stream.batches():
+        here = (stream.positions, reach)
+        batch["x"], batch["mixed"], _, sample, _ = advance(
+            block, batch["x"], batch["mixed"], real, None, *here, site=site, stride=stride
+        )
+        samples.append(sample)
+    return jnp.concatenate(samples)
 
 
 def _quantize_blocks(

@@ -16,7 +16,6 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ _LINEARS = {name: site for site, names in SITES.items() for name in names}
 _NORMS = ("input_norm", "post_norm")
 _MARGIN = 0.45  # from its code, at most, that a latent starts: on the code's side of the rounding boundary
 _REACH = 1.5  # latents beyond pass no gradient: their code is the outermost already
-_LEAST_CLIP = 0.1
+_LEAST_CLIP = 0.1  # that one may learn
 _LOSS_CHUNK = 256  # positions whose logits exist at the same time, per window
 _SNAPSHOT_SECONDS = 300
 _WARMUP = 0.1  # share of the steps over which learning rates rise; a good start is lost without
@@ -101,10 +100,9 @@ def refine(
     original = student
     student, teacher = (computing_in(model, dtype) for model in (student, teacher))
     store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, recipe)
-    start = functools.partial(init_latents, student, teacher)
-    bits = recipe.activation_bits
+    latents, bits = init_latents(student, teacher), recipe.activation_bits
     return descend(
-        original, student, teacher, start, batches, recipe, bits=bits, store=store, progress=progress
+        original, student, teacher, latents, batches, recipe, bits=bits, store=store, progress=progress
     )
 
 
@@ -112,7 +110,7 @@ def descend(
     original: Decoder,
     student: Decoder,
     teacher: Decoder,
-    start: Callable[[], Latents],
+    latents: Latents,
     batches: Int32[np.ndarray, "steps b s"],
     recipe: RefineRecipe,
     *,
@@ -121,8 +119,8 @@ def descend(
     progress: bool,
     label: str = "refine",
 ) -> tuple[Decoder, dict[str, Any]]:
-    """What `refine` returns, from any latents of the student: what has none is left as it is."""
-    latents, steps, learns_rotations = start(), len(batches), recipe.rotation_rate > 0
+    """What `refine` returns, from any latents of the student, which are donated: what has none is left as it is."""
+    steps, learns_rotations = len(batches), recipe.rotation_rate > 0
     step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
     state = optimizer(rates_at(recipe, 0, 1), learns_rotations).init(latents)
     losses: list[float] = []

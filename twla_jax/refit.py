@@ -17,7 +17,7 @@ from twla_jax import ternary
 from twla_jax.activation import BIT_CHOICES, ActivationQuantizer, fit_clips
 from twla_jax.kotms import KroneckerRotation
 from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.pipeline import advance, finish
+from twla_jax.pipeline import finish, sample_site
 from twla_jax.sites import set_quantizer, with_input_clips
 from twla_jax.stream import ResidualStream
 from twla_jax.ternary import TernaryTensor
@@ -46,27 +46,14 @@ def refit_clips(
     for index in tqdm(range(model.config.num_layers), desc="clips", unit="block", disable=not progress):
         block = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), model.blocks)
         for site, names in SITES.items():
-            samples = []
-            for batch, real in stream.batches():
-                batch["x"], batch["mixed"], _, sample, _ = advance(
-                    block,
-                    batch["x"],
-                    batch["mixed"],
-                    real,
-                    None,
-                    stream.positions,
-                    reach[index],
-                    site=site,
-                    stride=stride,
-                )
-                samples.append(sample)
+            sample = sample_site(block, stream, reach[index], site, stride)
             transform = getattr(block, f"{site}_input")
             rotation, quantizer = transform.rotation, transform.activation.get_value()
             fitted = _refit(
                 quantizer,
                 None if rotation is None else rotation.get_value(),
                 tuple(getattr(block, name).kernel.get_value() for name in names),
-                jnp.concatenate(samples),
+                sample,
                 candidates=candidates,
             )
             set_quantizer(block, site, dataclasses.replace(quantizer, clips=fitted))
