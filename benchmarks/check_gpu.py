@@ -27,7 +27,7 @@ TOKENS = 8
 def random_weight(
     key: jax.Array, n: int, m: int, *, exact: bool = False, grouped: bool = True
 ) -> KernelWeight:
-    """A matrix with an (α, μ) for every 128 columns, or for a row if not `grouped`.
+    """A matrix with an (α, μ) for every 128 columns, or for a row if not `grouped`; both are 64ths, up to 63 of them.
 
     `exact` makes both 1, and the product a sum of integers.
     """
@@ -35,11 +35,12 @@ def random_weight(
     tiles = -(-m // TILE)
     unsigned = jax.random.randint(keys[0], (n, tiles * TILE // 4, 4), 0, 3, jnp.uint8)
     shape = (tiles, 8, n) if grouped else (1, 2, n)
-    scales = jax.random.normal(keys[1], shape).astype(jnp.float16)
+    scales = (jax.random.randint(keys[1], shape, -63, 64) / 64).astype(jnp.float16)
     return KernelWeight(
         codes=(unsigned << jnp.array([0, 2, 4, 6], jnp.uint8)).sum(-1, dtype=jnp.uint8),
         scales=jnp.ones_like(scales) if exact else scales,
         row_sums=jax.random.normal(keys[2], (n,)),
+        resolution=jnp.full(n, 1.0 if exact else 64.0),
         bias=jnp.zeros(n),
         in_features=m,
         splits=(n,),

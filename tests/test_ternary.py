@@ -130,3 +130,26 @@ def test_dequantize_applies_each_groups_scale(m, group_size):
     np.testing.assert_allclose(
         ternary.packed_matmul(jnp.asarray(x), one), x @ expected[0].T, rtol=1e-4, atol=1e-4
     )
+
+
+def test_whole_steps_fit_int8_lie_near_and_stay():
+    rng = np.random.default_rng(0)
+    alpha = rng.uniform(0.5, 1.5, (4096, 32)) * np.exp(rng.normal(size=(4096, 1)))
+    mu = alpha * rng.normal(size=alpha.shape) * 0.2
+    near = ternary.in_whole_steps(jnp.asarray(alpha), jnp.asarray(mu), 128)
+    stored = [np.asarray(part).astype(np.float16).astype(np.float64) for part in near]
+    step = np.asarray(ternary.row_steps(*map(jnp.asarray, stored)), np.float64)[:, None]
+    largest = (np.abs(alpha) + np.abs(mu)).max(axis=1, keepdims=True)
+    for part, exact in zip(stored, (alpha, mu), strict=True):
+        np.testing.assert_array_equal(part / step, np.round(part / step))
+        assert (np.abs(part - exact) <= 0.0045 * largest).all()
+    assert (np.abs(stored[0]) + np.abs(stored[1]) <= 127 * step).all()
+    again = ternary.in_whole_steps(*map(jnp.asarray, stored), 128)
+    np.testing.assert_array_equal(np.asarray(again), stored)
+
+
+@pytest.mark.parametrize(("groups", "group_size"), [(1, 128), (4, 32)])
+def test_scales_that_no_kernel_adds_up_stay(groups, group_size):
+    alpha, mu = jnp.linspace(0.1, 0.2, groups)[None], jnp.linspace(0.03, 0.04, groups)[None]
+    near = ternary.in_whole_steps(alpha, mu, group_size)
+    np.testing.assert_array_equal(near, (alpha, mu))

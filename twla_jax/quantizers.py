@@ -79,8 +79,9 @@ class OnePlane:
         return codes, tuple(map(_float16, scales))
 
     def pack(self, codes, scales, group_size):
-        """One packed plane."""
+        """One packed plane, in steps that let integers add up across groups."""
         alpha, mu = scales
+        alpha, mu = ternary.in_whole_steps(alpha, mu, group_size)
         return ternary.from_codes(codes.astype(jnp.int8), alpha, mu, group_size)
 
 

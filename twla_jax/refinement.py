@@ -358,6 +358,7 @@ def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
             residual = (second.astype(jnp.int8), *residual_alpha)
         else:
             first, residual = _round(parts["u"]), ()
+            alpha, mu = ternary.in_whole_steps(alpha, mu, tensor.group_size)
         hard = ternary.from_codes(first.astype(jnp.int8), alpha, mu, tensor.group_size, *residual)
         linear.kernel = nnx.Param(hard)
     for site in SITES:

@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float16, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Float16, Float32, Int8, UInt8
 
 from twla_jax import packing
 from twla_jax.uniform import IntegerTensor, per_column
 
 RATIO_STEPS = 200  # of α₂/α₁ to 1: a byte reaches 1.275, so that a refined α₂ may pass α₁
 _HIGHEST = jax.lax.Precision.HIGHEST
+_SMALLEST_STEP = 2.0**-21  # float16 holds eight times less, and so every multiple of steps of 4 bits
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +116,44 @@ def from_codes(
         in_features=codes.shape[-1],
         group_size=group_size,
     )
+
+
+def in_whole_steps(
+    alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"], group_size: int
+) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"]]:
+    """α and μ rounded to whole numbers of their row's step; as they are where kernels add up no groups."""
+    if alpha.shape[-1] == 1 or group_size % packing.PLANE:
+        return alpha, mu
+    step = row_steps(alpha, mu)[..., None]
+    return jnp.round(alpha / step) * step, jnp.round(mu / step) * step
+
+
+def row_steps(
+    alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"]
+) -> Float32[Array, "*rows"]:
+    """A step for each row in which its weights `±α + μ`, α and μ rounded, are whole numbers from −127 to 127.
+
+    Such weights add up in integers across groups. Rounding moves α and μ by less than 0.45 % of the row's largest
+    |α| + |μ|, far below the error of three levels. Steps have 4 bits, so that float16 holds 7 bits of them. Of α and
+    μ that are rounded already, it is the step to which they were.
+    """
+    alpha, mu = alpha.astype(jnp.float32), mu.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(alpha) + jnp.abs(mu), axis=-1)
+    # One less than int8 holds, as two are rounded.
+    mantissa, exponent = jnp.frexp(jnp.maximum(largest / 126, _SMALLEST_STEP))
+    sixteenths = jnp.ceil(16 * mantissa)
+
+    def off(step):
+        parts = jnp.stack([alpha, mu]) / step[..., None]
+        error = jnp.max(jnp.abs(parts - jnp.round(parts)), axis=(0, -1))
+        return jnp.where(largest < 127.01 * step, error, jnp.inf)
+
+    # By rounding, a row's largest may have crossed to the step before or after.
+    below = jnp.where(sixteenths > 8, sixteenths - 1, 7.5)
+    above = jnp.where(sixteenths < 16, sixteenths + 1, 18)
+    steps = jnp.stack([jnp.ldexp(each / 16, exponent) for each in (sixteenths, below, above)])
+    exact = jax.vmap(off)(steps) < 1e-3
+    return jnp.where(exact.any(0), jnp.take_along_axis(steps, exact.argmax(0)[None], 0)[0], steps[0])
 
 
 def nearest_ratio(

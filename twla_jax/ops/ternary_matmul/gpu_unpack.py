@@ -14,7 +14,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from twla_jax.packing import PLANE
 
@@ -73,6 +73,43 @@ def unpack_rows(
         return mgpu.FragmentedArray(_registers=out, _layout=array.layout, _is_signed=True)
 
     return convert_registers(packed), 1 << place  # pyright: ignore[reportCallIssue]
+
+
+def unpack_weights(
+    packed: jax.Array, plane: int, alpha: Int32[Array, " rows"], mu: Int32[Array, " rows"]
+) -> jax.Array:
+    """`[rows, PLANE]` weights `α·(U − 1) + μ` in int8, as the left operand of `plgpu.wgmma`.
+
+    Four codes are multiplied at once: none carries into the next, as the weights, raised by 128, fit their bytes.
+
+    Args:
+      packed: bytes in the layout `WGMMA_8BIT`.
+      alpha: such that no weight leaves int8, in the layout `WGMMA_8BIT.reduce(1)`; as is mu.
+    """
+    layout = plgpu.Layout.WGMMA_8BIT
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, layout.reduce(1), layout.reduce(1)),
+        return_type=plgpu.ShapeDtypeStruct(packed.shape, jnp.int8, layout=layout),
+    )
+    def convert_registers(_, array, alpha, lowest):
+        i32 = ir.IntegerType.get_signless(32)
+        factors, offsets = (
+            [utils.bitcast(register, i32) for register in part.registers.flat] for part in (alpha, lowest)
+        )
+        offsets = [arith.muli(offset, _word(0x01010101)) for offset in offsets]
+        # A thread has two rows, which alternate.
+        registers = array.registers.reshape(-1, 2)
+        out = np.empty_like(registers)
+        for (column, row), register in np.ndenumerate(registers):
+            codes = arith.andi(_shifted(register, 2 * plane), _word(0x03030303))
+            raised = arith.addi(arith.muli(codes, factors[row]), offsets[row])
+            out[column, row] = utils.bitcast(arith.xori(raised, _word(0x80808080)), register.type)
+        return mgpu.FragmentedArray(
+            _registers=out.reshape(array.registers.shape), _layout=array.layout, _is_signed=True
+        )
+
+    return convert_registers(packed, alpha, mu - alpha + 128)  # pyright: ignore[reportCallIssue]
 
 
 def unpacked_order(x: Array) -> Array:

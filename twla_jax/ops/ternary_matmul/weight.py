@@ -9,7 +9,7 @@ from jaxtyping import Array, Float16, Float32, UInt8
 
 from twla_jax import packing
 from twla_jax.errors import TwlaError
-from twla_jax.ternary import TernaryTensor
+from twla_jax.ternary import TernaryTensor, row_steps
 
 ROWS = 128  # rows are filled up to a multiple of this, which every tile of rows divides
 
@@ -66,9 +66,13 @@ class KernelWeight(PackedWeight):
     `scales[t, i]` and `scales[t, 4 + i]` are α and μ of plane i of tile t, which are 128 columns of one group; where
     a row is a single group, `scales` is `[1, 2, rows]`. `row_sums[r] = Σ_k Ŵ[r, k]`. What lies past the first
     `sum(splits)` rows and past `in_features` columns is zero.
+
+    Where there are several groups, `resolution` steps of a row make 1. In whole numbers of them, as the quantisers
+    round α and μ, every weight is −127 to 127, and integers add up across groups.
     """
 
     row_sums: Float32[Array, " rows"]
+    resolution: Float32[Array, " rows"]
     bias: Float32[Array, " rows"]
     splits: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
@@ -123,13 +127,16 @@ def kernel_weight(
     whole = _whole_tiles(codes, m)
     tiles = whole.shape[1] // packing.PLANE
     if single:
+        resolution = jnp.ones(rows)
         scales = jnp.stack([alpha[:, 0], mu[:, 0]])[None]
     else:
+        resolution = 1 / row_steps(alpha, mu)
         scales = jnp.concatenate([_by_plane(p, size // packing.PLANE, tiles) for p in (alpha, mu)], axis=1)
     return KernelWeight(
         codes=jnp.pad(whole, ((0, padding), (0, 0))),
         scales=jnp.pad(scales, ((0, 0), (0, 0), (0, padding))),
         row_sums=jnp.pad(_row_sums(codes, alpha, mu, m, size), (0, padding)),
+        resolution=jnp.pad(resolution, (0, padding), constant_values=1.0),
         bias=jnp.pad(bias, (0, padding)),
         in_features=m,
         splits=tuple(weight.shape[0] for weight in weights),
