@@ -1,4 +1,4 @@
-"""Attention of one new token: against float64, interpreted on the CPU, and compiled for an H100."""
+"""Attention of one new token: against float64, and compiled for an H100."""
 
 import functools
 import re
@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV, empty_layer
-from twla_jax.ops.decode_attention import decode_attention, gpu, reference, tiles
+from twla_jax.ops.decode_attention import decode_attention, gpu, reference
 
 ALL = np.iinfo(np.int32).max
 EPSILON = 1e-5
@@ -85,39 +83,7 @@ def test_reference(case, norm):
     check(reference.decode_attention, norm=norm, case=case, dtype=jnp.float32, tolerance=1e-5)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The kernel on the CPU: memory, copies and barriers simulated, without what is written against registers."""
-
-    def mma(acc, a, b):
-        return acc + jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-
-    def store(y, out):
-        out[...] = y[: out.shape[0]].astype(out.dtype)
-
-    monkeypatch.setattr(pl, "kernel", functools.partial(pl.kernel, interpret=plgpu.InterpretGPUParams()))
-    monkeypatch.setattr(plgpu, "mma", mma)
-    monkeypatch.setattr(plgpu, "load", lambda ref, **_: ref[...])
-    monkeypatch.setattr(plgpu, "layout_cast", lambda x, _: x)
-    monkeypatch.setattr(plgpu, "broadcasted_iota", lambda *args, **_: jax.lax.broadcasted_iota(*args))
-    monkeypatch.setattr(gpu, "_store", store)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    ("case", "norm", "warpgroups", "stages"),
-    [(CASES[0], False, 1, 2), (CASES[1], True, 2, 1), (CASES[2], False, 2, 1), (CASES[4], True, 2, 2)],
-)
-def test_gpu_kernel_of_one_block_a_head(case, norm, warpgroups, stages):
-    op = functools.partial(
-        gpu.decode_attention, tiles=tiles.Tiles(splits=1, warpgroups=warpgroups, stages=stages)
-    )
-    check(op, norm=norm, case=case)
-
-
-@pytest.mark.parametrize(
-    ("d", "size", "dtype"), [(64, 60, jnp.bfloat16), (80, 64, jnp.bfloat16), (64, 64, jnp.int8)]
-)
+@pytest.mark.parametrize(("d", "size", "dtype"), [(80, 64, jnp.bfloat16), (64, 64, jnp.int8)])
 def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype):
     qkv, _, positions, window, _ = operands(1, 2, 2, d, size, 9, ALL)
     layer = empty_layer((2, 1, 2, size, d), dtype)
@@ -157,6 +123,6 @@ def test_it_is_one_kernel_between_two_linears(compile_for):
     qkv, *rest = jax.eval_shape(lambda: operands(1, 32, 32, 128, 576, 512, ALL))[:4]
     qkv = jax.ShapeDtypeStruct((1, 1, qkv.size), qkv.dtype)
     program = compile_for("h100", attend, qkv, *rest).as_text()
-    found = re.findall(r" = .*? ([\w-]+)\(", program[program.index("ENTRY") :])
+    found = re.findall(r"^ .*? = .*? ([\w-]+)\(", program[program.index("ENTRY") :], re.MULTILINE)
     idle = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple")
     assert sorted(name for name in found if name not in idle) == ["custom-call", "fusion"]

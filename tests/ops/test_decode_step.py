@@ -84,7 +84,7 @@ def linear_shapes(n, m):
 
 def work(compiled):
     program = compiled.as_text()
-    operations = re.findall(r" = .*? ([\w-]+)\(", program[program.index("ENTRY") :])
+    operations = re.findall(r"^ .*? = .*? ([\w-]+)\(", program[program.index("ENTRY") :], re.MULTILINE)
     return [
         name for name in operations if name not in ("parameter", "constant", "bitcast", "get-tuple-element")
     ]

@@ -67,6 +67,6 @@ def test_a_single_token_takes_one_kernel(m, compile_for):
         )
 
     program = compile_for("h100", linear, *operands(1, m, 1024, make=jax.eval_shape)).as_text()
-    found = re.findall(r" = .*? ([\w-]+)\(", program[program.index("ENTRY") :])
+    found = re.findall(r"^ .*? = .*? ([\w-]+)\(", program[program.index("ENTRY") :], re.MULTILINE)
     work = [name for name in found if name not in ("parameter", "constant", "bitcast", "get-tuple-element")]
     assert work == ["custom-call"]

@@ -157,7 +157,6 @@ class KernelInput(nnx.Module):
             "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
         }
         if self.mesh is None and x.size == x.shape[-1]:
-            # Every block of the kernel for a single token would compute the gate anew, longer than one pass takes.
             return SingleToken(x=gate(x) if gated else x, settings=settings)
         op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
         return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
@@ -192,13 +191,23 @@ class KernelLinear(nnx.Module):
         self,
         x: QuantizedTokens | SingleToken | Float[Array, "*tokens m"],
         residual: Float[Array, "*tokens n"] | None = None,
+        *,
+        gated: bool = False,
     ) -> Float[Array, "*tokens n"]:
-        """`x Ŵᵀ + b`, rounded to the model's type, and the residual added."""
+        """`x Ŵᵀ + b`, rounded to the model's type, and the residual added; or, of two, `silu(first) · second`."""
         weight = self.weight.get_value()
         if isinstance(x, SingleToken) and isinstance(weight, KernelWeight) and self.second_plane is None:
-            options = {"out_dtype": self.dtype, "implementation": self.implementation}
-            return quantized_linear(x.x, weight=weight, residual=residual, **x.settings, **options)
+            return quantized_linear(
+                x.x,
+                weight=weight,
+                residual=residual,
+                gated=gated,
+                out_dtype=self.dtype,
+                implementation=self.implementation,
+                **x.settings,
+            )
         y = self._outputs(x.quantized(self.implementation) if isinstance(x, SingleToken) else x, weight)
+        y = gate(y) if gated else y
         return y if residual is None else residual + y
 
     def _outputs(self, x: QuantizedTokens | Float[Array, "*tokens m"], weight: Any) -> jax.Array:
@@ -289,6 +298,8 @@ class IntegerBlock(Block):
         """As `Block.finish`; each residual is added where its linear ends."""
         x = self.o(self.o_input(mixed), x)
         h = self.mlp_input(x)
+        if isinstance(h, SingleToken):
+            return self.down(self.down_input(self.gate_up_linear(h, gated=True)), x)
         if self.down_input.takes_gate:  # both outputs as they lie, without a pass between the two linears
             return self.down(self.down_input(self.gate_up_linear(h), gated=True), x)
         return self.down(self.down_input(self.gate_up(h)), x)

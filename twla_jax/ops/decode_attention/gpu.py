@@ -1,10 +1,9 @@
 """Attention of one new token in one kernel on Hopper GPUs (Pallas Mosaic GPU), bound by the cache's way from memory.
 
-A cluster of blocks shares the positions of one key head; the warpgroups of its blocks go over tiles of 64 positions,
-each with its own ring in shared memory. Queries of a key head are the 16 rows of `mma.sync`. The new token's own key
-and value never pass through the cache: they are where the softmax of the first warpgroup begins, while its first tile
-is under way. Sums of the warpgroups meet in shared memory; those of the blocks do so in the cluster's, where each block
-adds up a share of the features.
+Thread by thread: so few queries meet a key that tensor cores, and what has to be waited for around them, bring nothing.
+A warp reads some positions of a key head at once, 16 bytes of a key or value a thread, on their way before the queries
+are there. The warps of a block, and the blocks of a cluster, share the positions; each has a softmax of its own, which
+meet in shared memory. The new token's own key and value never pass through the cache: the first warp begins with them.
 """
 
 import functools
@@ -15,37 +14,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV
+from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention import tiles as tuning
-from twla_jax.ops.decode_attention.tiles import KEYS
+from twla_jax.ops.decode_attention.tiles import LOADS
+from twla_jax.ops.gpu_threads import Real, Word
 
-_ROWS = 16  # of `mma.sync`, all four warps' together: they share its columns
 _LOWEST = -1e30  # in place of −∞, whose difference from itself is no number
-_CHUNK = 32  # columns that four warps have at least
-LHS, RHS, ACC = (
-    kind(jnp.bfloat16, m_warps=1)
-    for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
-)
+_COUNT = 8  # features of a thread
 
 
 def obstacle(qkv: jax.Array, layer: LayerKV) -> str | None:
     """Why the kernel cannot take such operands, or None."""
-    _, _, kv_heads, size, d = layer.entries.shape
+    d = layer.entries.shape[-1]
     if qkv.dtype != jnp.bfloat16 or layer.entries.dtype != jnp.bfloat16:
         return f"queries are {qkv.dtype} and the cache is {layer.entries.dtype}, not bfloat16"
-    if d % 64 or d > 192:
-        return f"heads have {d} features, not 64, 128 or 192"
-    if (queries := qkv.shape[1] // kv_heads - 2) > _ROWS:
-        return f"{queries} queries share a key head, more than {_ROWS}"
-    # The copy engine swizzles 8 positions at once: it fills up what lies past the end, but cuts no such piece.
-    return f"the cache has room for {size} positions, not a multiple of 8" if size % 8 else None
+    return f"heads have {d} features, not 64, 128 or 256" if d not in (64, 128, 256) else None
 
 
 def decode_attention(
@@ -62,38 +51,19 @@ def decode_attention(
     b, all_heads, d = qkv.shape
     _, _, kv_heads, size, _ = layer.entries.shape
     heads = all_heads - 2 * kv_heads
-    tiles = tiles or tuning.tiles(b * kv_heads, size, d)
-    splits, groups, stages = tiles.splits, tiles.warpgroups, tiles.stages
-    chunks = d // _CHUNK // _receivers(splits, d)
-    scratch = {
-        "k_smem": plgpu.SMEM((groups, stages, KEYS, d), jnp.bfloat16, transforms=_swizzled(2)),
-        "v_smem": plgpu.SMEM((groups, stages, KEYS, d), jnp.bfloat16, transforms=_swizzled(2)),
-        # 8 more columns than there are scores, so that rows lie in different banks.
-        "scores_smem": plgpu.SMEM((groups, _ROWS, KEYS + 8), jnp.float32),
-        "k_filled": plgpu.Barrier(num_barriers=groups * stages),
-        "v_filled": plgpu.Barrier(num_barriers=groups * stages),
-    }
-    if groups > 1:
-        scratch |= {
-            "parts_smem": plgpu.SMEM((groups, _ROWS, d), jnp.float32),
-            "part_sums_smem": plgpu.SMEM((groups, _ROWS), jnp.float32),
-            "added": plgpu.Barrier(num_arrivals=groups),
-        }
-    if splits > 1:
-        scratch |= {
-            "splits_smem": plgpu.SMEM((splits, chunks, _ROWS, _CHUNK), jnp.float32, transforms=_swizzled(4)),
-            "split_sums_smem": plgpu.SMEM((splits, _ROWS, _CHUNK), jnp.float32, transforms=_swizzled(4)),
-            "gathered": plgpu.Barrier(num_arrivals=(1 + chunks) * splits),
-        }
-    body = functools.partial(_kernel, tiles=tiles, heads=heads, epsilon=epsilon)
+    tiles = tiles or tuning.tiles(b * heads, heads // kv_heads, size, d)
+    each, splits = tiles.queries, tiles.splits
+    shape = _Shape(d=d, heads=heads, kv_heads=kv_heads, tiles=tiles)
     cluster = {"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}
+    scratch = {"parts_smem": plgpu.SMEM((tiles.warps + 1, each, d + 2), jnp.float32)}
+    body = functools.partial(_kernel, shape=shape, epsilon=epsilon)
     kernel: Any = pl.kernel(
         lambda *refs: pl.run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **scratch),
         out_type=(jax.ShapeDtypeStruct((b, heads, d), jnp.bfloat16),),
         mesh=plgpu.Mesh(
-            grid=(b * kv_heads,),
+            grid=(b * heads // each,),
             grid_names=("head",),
-            num_threads=groups,
+            num_threads=tiles.warps // 4,
             thread_name="warpgroup",
             **cluster,
         ),
@@ -113,6 +83,18 @@ def decode_attention(
     return mixed.reshape(b, heads * d), LayerKV(entries=jax.freeze(entries))
 
 
+class _Shape:
+    """Features and heads, and how they are split up."""
+
+    def __init__(self, *, d: int, heads: int, kv_heads: int, tiles: tuning.Tiles):
+        self.d, self.heads, self.kv_heads = d, heads, kv_heads
+        self.queries, self.warps, self.splits = tiles.queries, tiles.warps, tiles.splits
+        self.workers = self.warps * self.splits
+        self.lanes = d // _COUNT  # that share a position
+        self.rows = threads.WARP // self.lanes  # positions that are read at once
+        self.chunk = LOADS * self.rows  # positions under way
+
+
 def _kernel(
     entries_gmem,
     qkv_gmem,
@@ -121,221 +103,353 @@ def _kernel(
     length_gmem,
     window_gmem,
     *refs,
-    k_smem,
-    v_smem,
-    scores_smem,
-    k_filled,
-    v_filled,
-    parts_smem: Any = None,
-    part_sums_smem: Any = None,
-    added: Any = None,
-    splits_smem: Any = None,
-    split_sums_smem: Any = None,
-    gathered: Any = None,
-    tiles: tuning.Tiles,
-    heads: int,
+    parts_smem,
+    shape: _Shape,
     epsilon: float,
 ):
     *norm_scales, out_gmem = refs
-    _, _, kv_heads, _, d = entries_gmem.shape
-    half, queries, stages = d // 2, heads // kv_heads, tiles.stages
-    sequence, head = (op(lax.axis_index("head"), jnp.int32(kv_heads)) for op in (lax.div, lax.rem))
-    group = lax.axis_index("warpgroup")
-    split = lax.axis_index("split") if tiles.splits > 1 else jnp.int32(0)
-    worker, workers = split * tiles.warpgroups + group, tiles.splits * tiles.warpgroups
+    of_sequence = shape.heads // shape.queries
+    sequence, first_head = (op(lax.axis_index("head"), jnp.int32(of_sequence)) for op in (lax.div, lax.rem))
+    first_head *= shape.queries
+    kv_head = lax.div(first_head, jnp.int32(shape.heads // shape.kv_heads))
+    split = lax.axis_index("split") if shape.splits > 1 else jnp.int32(0)
     length = length_gmem[0]
     start = jnp.maximum(length + 1 - window_gmem[0], 0)
-    first = lax.div(start, KEYS) + worker
-    steps = jnp.maximum(lax.div(lax.div(length + KEYS - 1, KEYS) - first + workers - 1, workers), 0)
-
-    def fetch(step, slot):
-        positions = pl.ds((first + step * workers) * KEYS, KEYS)
-        for i, (ring, filled) in enumerate(((k_smem, k_filled), (v_smem, v_filled))):
-            plgpu.copy_gmem_to_smem(
-                entries_gmem.at[i, sequence, head, positions],
-                ring.at[group, slot],
-                filled.at[group * stages + slot],
-            )
-
-    for slot in range(stages):
-        pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
-
-    def load_halves(ref):
-        parts = pl.ds(0, half), pl.ds(half, half)
-        halves = [plgpu.load(ref.at[part], layout=LHS.reduce(0), optimized=False) for part in parts]
-        return [values.astype(jnp.float32) for values in halves]
-
-    cos, sin = (plgpu.load(ref, layout=LHS.reduce(0), optimized=False) for ref in (cos_gmem, sin_gmem))
-    scales = [load_halves(ref) for ref in norm_scales]
-
-    def load_turned(row, *scale):
-        """The halves of a head, normed if a scale is given, and turned to its position."""
-        x, y = load_halves(qkv_gmem.at[sequence, row])
-        for ends in scale:
-            factor = lax.rsqrt((jnp.sum(x * x) + jnp.sum(y * y)) / d + epsilon)
-            # Rounded in between, as the reference does.
-            x, y = (
-                (values * factor * end).astype(jnp.bfloat16).astype(jnp.float32)
-                for values, end in zip((x, y), ends, strict=True)
-            )
-        return (x * cos - y * sin).astype(jnp.bfloat16), (y * cos + x * sin).astype(jnp.bfloat16)
-
-    k = load_turned(heads + head, *scales[1:])
-    q = tuple(_spread(part, (_ROWS, half), 1, LHS) for part in load_turned(head * queries, *scales[:1]))
-    row = plgpu.broadcasted_iota(jnp.int32, (_ROWS, half), 0, layout=LHS)
-    for i in range(1, queries):
-        more = load_turned(head * queries + i, *scales[:1])
-        q = tuple(
-            jnp.where(row == i, _spread(part, (_ROWS, half), 1, LHS), sofar)
-            for part, sofar in zip(more, q, strict=True)
-        )
-    v = plgpu.load(qkv_gmem.at[sequence, heads + kv_heads + head], layout=ACC.reduce(0), optimized=False)
-
-    @pl.when(worker == 0)
-    def _():
-        of_head = entries_gmem.at[:, sequence, head, length]
-        of_head.at[0, pl.ds(0, half)][...] = k[0]
-        of_head.at[0, pl.ds(half, half)][...] = k[1]
-        of_head.at[1][...] = v
-
-    factor = d**-0.5 * math.log2(math.e)
-    own = sum(
-        jnp.sum(a.astype(jnp.float32) * _spread(b.astype(jnp.float32), (_ROWS, half), 1, LHS), axis=1)
-        for a, b in zip(q, k, strict=True)
+    first = lax.div(start, shape.chunk)
+    workers = shape.workers
+    steps = jnp.maximum(
+        lax.div(lax.div(length + shape.chunk - 1, shape.chunk) - first + workers - 1, workers), 0
     )
-    mine = worker == 0
-    top = jnp.where(mine, own * factor, _LOWEST)
-    total = plgpu.layout_cast(jnp.where(mine, jnp.ones_like(own), 0.0), LHS.reduce(1))
-    mixed = jnp.where(mine, _spread(v.astype(jnp.float32), (_ROWS, d), 1, ACC), 0.0)
-    column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, KEYS), 1, layout=LHS)
-    zero = plgpu.layout_cast(jnp.zeros((_ROWS, KEYS), jnp.float32), ACC)
-    # Scores are the left operand of the next product, which every warp has whole, so that it needs no other for
-    # their maximum and sum.
-    exchanged = scores_smem.at[group, :, pl.ds(0, KEYS)]
+    k_gmem, v_gmem = (entries_gmem.at[i, sequence, kv_head] for i in range(2))
+    place = (split, first, start, length)
 
-    def step(k, carry):
-        top, total, mixed = carry
-        slot = lax.rem(k, jnp.int32(stages))
-        barrier = group * stages + slot
-        plgpu.barrier_wait(k_filled.at[barrier])
-        keys = plgpu.load(k_smem.at[group, slot].T, layout=RHS)
-        exchanged[...] = plgpu.mma(plgpu.mma(zero, q[0], keys[:half]), q[1], keys[half:])
-        position = (first + k * workers) * KEYS + column
-        visible = (position < length) & (position >= start)
-        scores = plgpu.load(exchanged, layout=LHS, optimized=False) * factor
-        scores = jnp.where(visible, scores, _LOWEST)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - _spread(new_top, (_ROWS, KEYS), 0, LHS))
-        weights = jnp.where(visible, weights, 0.0)
-        fade = jnp.exp2(top - new_top)
-        total = total * fade + jnp.sum(weights, axis=1)
-        plgpu.barrier_wait(v_filled.at[barrier])
-        values = plgpu.load(v_smem.at[group, slot], layout=RHS)
-        pl.when(k + stages < steps)(functools.partial(fetch, k + stages, slot))
-        mixed = mixed * _spread(_of_sum(fade), (_ROWS, d), 0, ACC)
-        return new_top, total, plgpu.mma(mixed, weights.astype(jnp.bfloat16), values)
+    def fetch(step):
+        return _fetch(k_gmem, v_gmem, step, *place, shape=shape)
 
-    top, total, mixed = lax.fori_loop(0, steps, step, (top, total, mixed))
-    total = jnp.maximum(total, 1e-30)
-    part = mixed / _spread(_of_sum(total), (_ROWS, d), 0, ACC), _of_sum(top + jnp.log2(total))
+    entries = fetch(jnp.int32(0))
+    q, k, v = _turn(
+        [qkv_gmem.at[sequence, first_head + i] for i in range(shape.queries)],
+        [qkv_gmem.at[sequence, row + kv_head] for row in (shape.heads, shape.heads + shape.kv_heads)],
+        cos_gmem,
+        sin_gmem,
+        norm_scales,
+        shape=shape,
+        epsilon=epsilon,
+    )
+    _write(k, v, k_gmem, v_gmem, first_head, *place, shape=shape)
 
-    def finish(part):
-        mixed, log_total = part
-        if tiles.splits == 1:
-            _store(mixed, out_gmem.at[sequence, pl.ds(head * queries, queries)])
+    def step(i, carry):
+        state, entries = carry
+        state = _attend(state, q, entries, i, *place, shape=shape)
+        return state, fetch(i + 1)
+
+    state, _ = lax.fori_loop(0, steps, step, (_begin(q, k, v, split, shape=shape), entries))
+    _finish(state, parts_smem, out_gmem.at[sequence], first_head, split, shape=shape)
+
+
+class _Lane:
+    """A thread's place: the first of its features, and which of the positions read at once it has."""
+
+    def __init__(self, shape: _Shape, split: Word):
+        me = threads.thread()
+        self.warp, lane = me // threads.WARP, me & (threads.WARP - 1)
+        self.row, self.feature = lane // shape.lanes, (lane & (shape.lanes - 1)) * _COUNT
+        self.lane = lane
+        self.worker = split * shape.warps + self.warp
+        self.shape = shape
+
+    def position(self, step: Word, first: Word, i: int) -> Word:
+        """Of load i of a step."""
+        shape = self.shape
+        chunk = first + step * shape.workers + self.worker
+        return chunk * shape.chunk + (self.row + i * shape.rows)
+
+    def over_features(self, value: Real) -> Real:
+        """The sum over the threads of a position."""
+        for i in range(self.shape.lanes.bit_length() - 1):
+            value = value + threads.shuffle(value, 1 << i)
+        return value
+
+    def over_rows(self, value: Real, combine) -> Real:
+        """All positions' values combined."""
+        for i in range(self.shape.rows.bit_length() - 1):
+            value = combine(value, threads.shuffle(value, self.shape.lanes << i))
+        return value
+
+
+def _words(count: int, dtype):
+    return plgpu.ShapeDtypeStruct((128 * count,), dtype, layout=threads.per_thread(count))
+
+
+_SPLAT = plgpu.Layout.WG_SPLAT
+
+
+def _fetch(k_gmem, v_gmem, step, split, first, start, length, *, shape: _Shape) -> jax.Array:
+    """Starts the way of a warp's next keys and values to its threads."""
+    count = 2 * LOADS * _COUNT // 2
+
+    @threads.on_threads(
+        arg_types=(*[_SPLAT] * 5, plgpu.RefType(), plgpu.RefType()), return_type=_words(count, jnp.int32)
+    )
+    def load(_, step, split, first, start, length, *refs):
+        step, split, first, start, length = map(threads.splat_word, (step, split, first, start, length))
+        me, found = _Lane(shape, split), []
+        for ref in refs:
+            for i in range(LOADS):
+                position = me.position(step, first, i)
+                seen = threads.both(position >= start, position < length)
+                offset = (position * shape.d + me.feature) * 2
+                found += threads.load_global(ref, offset, 4, condition=seen)
+        return threads.as_array(found)
+
+    return load(step, split, first, start, length, k_gmem, v_gmem)
+
+
+def _turn(q_gmem, kv_gmem, cos_gmem, sin_gmem, norm_scales, *, shape: _Shape, epsilon: float):
+    """A thread's features of queries, normed and turned to their position, of the key likewise, and of the value."""
+    count = shape.queries
+    refs = [*q_gmem, *kv_gmem, cos_gmem, sin_gmem, *norm_scales]
+
+    @threads.on_threads(
+        arg_types=(plgpu.RefType(),) * len(refs),
+        return_type=(
+            _words(count * _COUNT, jnp.float32),
+            _words(_COUNT, jnp.float32),
+            _words(_COUNT, jnp.float32),
+        ),
+    )
+    def turn(_, *refs):
+        me, half = _Lane(shape, threads.word(0)), shape.d // 2
+        of_half = threads.select(me.feature >= half, me.feature - half, me.feature)
+        vectors = [_load(ref, me.feature) for ref in refs[: count + 2]]
+        cos, sin = (_load(ref, of_half) for ref in refs[count + 2 : count + 4])
+        scales = [_load(ref, me.feature) for ref in refs[count + 4 :]]
+        # The first half of the features is turned against the second, and the second towards the first.
+        sign = threads.select(me.feature >= half, threads.real(1.0), threads.real(-1.0))
+        turned = []
+        for i, vector in enumerate(vectors[:-1]):
+            if scales:
+                squares = functools.reduce(Real.__add__, [each * each for each in vector])
+                factor = threads.reciprocal_root(me.over_features(squares) * (1 / shape.d) + epsilon)
+                scale = scales[i == count]
+                # Rounded in between, as the reference does.
+                vector = [(each * factor * s).to_bfloat16() for each, s in zip(vector, scale, strict=True)]
+            others = [threads.shuffle(each, shape.lanes // 2) for each in vector]
+            turned.append(
+                [
+                    (each * c + other * (s * sign)).to_bfloat16()
+                    for each, other, c, s in zip(vector, others, cos, sin, strict=True)
+                ]
+            )
+        q = [each for vector in turned[:count] for each in vector]
+        return threads.as_array(q), threads.as_array(turned[count]), threads.as_array(vectors[-1])
+
+    return turn(*refs)
+
+
+def _load(ref: ir.Value, index: Word) -> list[Real]:
+    """Eight numbers from an index on, of float32 or bf16."""
+    if threads.bits(ref) == 32:
+        words = [word for i in (0, 4) for word in threads.load_global(ref, (index + i) * 4, 4)]
+        return [word.real() for word in words]
+    pairs = threads.load_global(ref, index * 2, 4)
+    return [half for pair in pairs for half in threads.unpack_bfloat16(pair)]
+
+
+def _reals(array) -> list[list[Real]]:
+    """Eights of what `as_array` was given."""
+    values = [Real(each) for each in threads.from_array(array)]
+    return [values[i : i + _COUNT] for i in range(0, len(values), _COUNT)]
+
+
+def _write(k, v, k_gmem, v_gmem, first_head, split, first, start, length, *, shape: _Shape) -> None:
+    """The key and the value into the cache, by the first of the warps that have a share of their head."""
+    eight = threads.per_thread(_COUNT)
+    del first, start
+
+    @threads.on_threads(arg_types=(eight, eight, *[_SPLAT] * 3, plgpu.RefType(), plgpu.RefType()))
+    def write(_, k, v, first_head, split, length, *refs):
+        me, length = _Lane(shape, threads.splat_word(split)), threads.splat_word(length)
+        of_kv_head = threads.splat_word(first_head) % (shape.heads // shape.kv_heads)
+        mine = threads.both(me.worker.equals(0), of_kv_head.equals(0), me.row.equals(0))
+        with threads.when(mine):
+            for ref, vector in zip(refs, (k, v), strict=True):
+                (values,) = _reals(vector)
+                pairs = [threads.pack_bfloat16(*values[i : i + 2]) for i in range(0, _COUNT, 2)]
+                threads.store_global_words(ref, (length * shape.d + me.feature) * 2, pairs)
+
+    write(k, v, first_head, split, length, k_gmem, v_gmem)
+
+
+def _begin(q, k, v, split, *, shape: _Shape) -> jax.Array:
+    """For each query, the largest score so far, the sum, and the mix of values: of the new token, or of nothing."""
+    eight = threads.per_thread(_COUNT)
+    count = shape.queries * (2 + _COUNT)
+
+    @threads.on_threads(
+        arg_types=(threads.per_thread(shape.queries * _COUNT), eight, eight, _SPLAT),
+        return_type=_words(count, jnp.float32),
+    )
+    def begin(_, q, k, v, split):
+        me = _Lane(shape, threads.splat_word(split))
+        (k,), (v,) = _reals(k), _reals(v)
+        mine = me.worker.equals(0)
+        # Sums go over the positions that are read at once; the new one's counts once.
+        once = threads.both(mine, me.row.equals(0))
+        zero, out = threads.real(0.0), []
+        for query in _reals(q):
+            score = me.over_features(_dot(query, k)) * _factor(shape)
+            out += [
+                threads.select(mine, score, threads.real(_LOWEST)),
+                threads.select(once, threads.real(1.0), zero),
+                *[threads.select(once, each, zero) for each in v],
+            ]
+        return threads.as_array(out)
+
+    return begin(q, k, v, split)
+
+
+def _factor(shape: _Shape) -> float:
+    return shape.d**-0.5 * math.log2(math.e)
+
+
+def _dot(a: list[Real], b: list[Real]) -> Real:
+    total = a[0] * b[0]
+    for one, other in zip(a[1:], b[1:], strict=True):
+        total = one.times_plus(other, total)
+    return total
+
+
+def _attend(state, q, entries, step, split, first, start, length, *, shape: _Shape) -> jax.Array:
+    """The state with the positions of a step."""
+    counts = [each.shape[0] // 128 for each in (state, q, entries)]
+
+    @threads.on_threads(
+        arg_types=(*[threads.per_thread(n) for n in counts], *[_SPLAT] * 5),
+        return_type=_words(counts[0], jnp.float32),
+    )
+    def attend(_, state, q, entries, step, split, first, start, length):
+        step, split, first, start, length = map(threads.splat_word, (step, split, first, start, length))
+        me = _Lane(shape, split)
+        words = [Word(each) for each in threads.from_array(entries)]
+        fours = [words[i : i + 4] for i in range(0, len(words), 4)]
+        keys, values = fours[:LOADS], fours[LOADS:]
+        positions = [me.position(step, first, i) for i in range(LOADS)]
+        seen = [threads.both(each >= start, each < length) for each in positions]
+        before = [Real(each) for each in threads.from_array(state)]
+        out = []
+        queries, scores = _reals(q), []
+        for key, yes in zip(keys, seen, strict=True):
+            k = [half for pair in key for half in threads.unpack_bfloat16(pair)]
+            row = [me.over_features(_dot(query, k)) * _factor(shape) for query in queries]
+            scores.append([threads.select(yes, score, threads.real(_LOWEST)) for score in row])
+        for j in range(shape.queries):
+            top, total, *mixed = before[j * (2 + _COUNT) : (j + 1) * (2 + _COUNT)]
+            mine = [row[j] for row in scores]
+            new_top = me.over_rows(functools.reduce(Real.most, mine), Real.most).most(top)
+            fade = threads.power_of_two(top - new_top)
+            weights = [
+                threads.select(yes, threads.power_of_two(score - new_top), threads.real(0.0))
+                for score, yes in zip(mine, seen, strict=True)
+            ]
+            out.append([new_top, functools.reduce(Real.__add__, weights, total * fade)])
+            out[-1] += [each * fade for each in mixed]
+            for row, weight in zip(scores, weights, strict=True):
+                row[j] = weight
+        for value, row in zip(values, scores, strict=True):
+            v = [half for pair in value for half in threads.unpack_bfloat16(pair)]
+            for query, weight in zip(out, row, strict=True):
+                query[2:] = [
+                    each.times_plus(weight, so_far) for each, so_far in zip(v, query[2:], strict=True)
+                ]
+        return threads.as_array([each for query in out for each in query])
+
+    return attend(state, q, entries, step, split, first, start, length)
+
+
+def _finish(state, parts_smem, out_gmem, first_head, split, *, shape: _Shape) -> None:
+    """The mix of all warps' and blocks' parts, each weighed by its share of the sum of the softmax."""
+    count, block = state.shape[0] // 128, shape.warps * threads.WARP
+    width, outputs = shape.d + 2, shape.queries * shape.d
+
+    @threads.on_threads(
+        arg_types=(threads.per_thread(count), _SPLAT, _SPLAT, plgpu.RefType(), plgpu.RefType())
+    )
+    def write(_, state, first_head, split, parts, out):
+        split = threads.splat_word(split)
+        me, at = _Lane(shape, split), threads.address(parts)
+        values = [Real(each) for each in threads.from_array(state)]
+        for j in range(shape.queries):
+            top, *sums = values[j * (2 + _COUNT) : (j + 1) * (2 + _COUNT)]
+            sums = [me.over_rows(each, Real.__add__) for each in sums]
+            to = at + (me.warp * shape.queries + j) * (4 * width)
+            with threads.when(me.row.equals(0)):
+                for i, each in enumerate(sums[1:]):
+                    threads.store(to + me.feature * 4, each, offset=8 + 4 * i)
+            with threads.when(me.lane.equals(0)):
+                threads.store(to, top)
+                threads.store(to, sums[0], offset=4)
+        threads.barrier(block)
+
+        def place(index: Word, of: Word | int) -> tuple[Word, Word]:
+            """Where a part's largest score and sum are for an output, and where its number is."""
+            to = at + (threads.word(0) + of) * (4 * width * shape.queries)
+            to = to + (index // shape.d) * (4 * width)
+            return to, to + (index % shape.d) * 4 + 8
+
+        def combine(parts: list[tuple[Real, Real, Real]]) -> tuple[Real, Real, Real]:
+            top = functools.reduce(Real.most, [part[0] for part in parts])
+            shares = [threads.power_of_two(part[0] - top) for part in parts]
+            total, mixed = (_dot([part[i] for part in parts], shares) for i in (1, 2))
+            return top, total, mixed
+
+        def each_output(limit: int, act) -> None:
+            for i in range(-(-limit // block)):
+                index = threads.thread() + i * block
+                with threads.when(index < limit):
+                    act(index)
+
+        def of_warps(index: Word) -> tuple[Real, Real, Real]:
+            found = []
+            for warp in range(shape.warps):
+                of_query, number = place(index, warp)
+                found.append(
+                    (
+                        *[threads.load(of_query, offset=4 * i)[0].real() for i in range(2)],
+                        threads.load(number)[0].real(),
+                    )
+                )
+            return combine(found)
+
+        def store_output(index: Word, result: tuple[Real, Real, Real]) -> None:
+            _, total, mixed = result
+            threads.store_real(out, threads.splat_word(first_head) * shape.d + index, mixed / total)
+
+        if shape.splits == 1:
+            each_output(outputs, lambda index: store_output(index, of_warps(index)))
             return
 
-        def send(value, ref, receiver):
-            plgpu.async_store_smem(
-                value,
-                ref,
-                gathered,
-                cluster_idx=jnp.int32(receiver),
-                cluster_dim="split",
-                optimized=False,
-            )
+        def keep(index: Word) -> None:
+            top, total, mixed = of_warps(index)
+            of_query, number = place(index, shape.warps)
+            threads.store(number, mixed)
+            with threads.when((index % shape.d).equals(0)):
+                threads.store(of_query, top)
+                threads.store(of_query, total, offset=4)
 
-        receivers = _receivers(tiles.splits, d)
-        for i in range(d // _CHUNK):
-            chunk = mixed[:, i * _CHUNK : (i + 1) * _CHUNK]
-            send(chunk, splits_smem.at[split, i // receivers], i % receivers)
-        for i in range(receivers):
-            send(_spread(log_total, (_ROWS, _CHUNK), 0, ACC), split_sums_smem.at[split], i)
-        pl.when(split < receivers)(functools.partial(gather, receivers))
+        each_output(outputs, keep)
+        threads.cluster_barrier()
 
-    def gather(receivers):
-        plgpu.barrier_wait(gathered)
+        def of_blocks(index: Word) -> None:
+            index = split * (outputs // shape.splits) + index
+            of_query, number = place(index, shape.warps)
+            found = []
+            for block in range(shape.splits):
+                there = [threads.address_of_block(each, block) for each in (of_query, of_query + 4, number)]
+                found.append(tuple(threads.load_of_block(each) for each in there))
+            store_output(index, combine(found))
 
-        def load(ref):
-            return [plgpu.load(ref(i), layout=ACC, optimized=False) for i in range(tiles.splits)]
+        each_output(outputs // shape.splits, of_blocks)
+        threads.cluster_barrier()  # no block may end while another reads
 
-        weights, _ = _weights(load(lambda i: split_sums_smem.at[i]))
-        for j in range(splits_smem.shape[1]):
-            chunks = load(lambda i, j=j: splits_smem.at[i, j])
-            mixed = sum(w * chunk for w, chunk in zip(weights, chunks, strict=True))
-            columns = pl.ds((j * receivers + split) * _CHUNK, _CHUNK)
-            _store(mixed, out_gmem.at[sequence, pl.ds(head * queries, queries), columns])
-
-    if tiles.warpgroups == 1:
-        finish(part)
-        return
-    parts_smem[group], part_sums_smem[group] = part
-    plgpu.barrier_arrive(added)
-
-    @pl.when(group == 0)
-    def _():
-        plgpu.barrier_wait(added)
-        rows = ACC.reduce(1)
-        sums = [
-            plgpu.load(part_sums_smem.at[i], layout=rows, optimized=False) for i in range(tiles.warpgroups)
-        ]
-        weights, log_total = _weights(sums)
-        mixed = sum(
-            _spread(w, (_ROWS, d), 0, ACC) * plgpu.load(parts_smem.at[i], layout=ACC, optimized=False)
-            for i, w in enumerate(weights)
-        )
-        finish((mixed, log_total))
-
-
-def _receivers(splits: int, d: int) -> int:
-    """The blocks of a cluster that each add up a part of the features."""
-    return math.gcd(splits, d // _CHUNK)
-
-
-def _weights(sums):
-    """Shares of the parts whose sums' base-2 logarithms are given, and the logarithm of the whole sum."""
-    top = functools.reduce(jnp.maximum, sums)
-    shares = [jnp.exp2(part - top) for part in sums]
-    total = functools.reduce(jnp.add, shares)
-    return [share / total for share in shares], top + jnp.log2(total)
-
-
-def _spread(x, shape: tuple[int, int], axis: int, layout):
-    """A vector along `axis` of a matrix."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (axis,)), layout)
-
-
-def _of_sum(x):
-    """A value for each query, as the sums of a product have them."""
-    return plgpu.layout_cast(x, ACC.reduce(1))
-
-
-def _store(y, out_gmem) -> None:
-    """Writes as many rows as there are queries."""
-    queries = out_gmem.shape[0]
-
-    @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType()))
-    def put_registers(_, y, out):
-        def put(value, position):
-            row, column = position
-            with utils.when(arith.cmpi(arith.CmpIPredicate.ult, row, utils.c(queries, ir.IndexType.get()))):
-                memref.store(value, out, [row, column])
-
-        y.foreach(put)
-
-    put_registers(y.astype(out_gmem.dtype), out_gmem)  # pyright: ignore[reportCallIssue]
-
-
-def _swizzled(itemsize: int):
-    tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore[reportAbstractUsage]
-    return (tiling, plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
+    write(state, first_head, split, parts_smem, out_gmem)

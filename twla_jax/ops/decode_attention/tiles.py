@@ -4,32 +4,36 @@ import dataclasses
 
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 
-KEYS = 64  # of a tile
+LOADS = 8  # of keys and of values, of 16 bytes each, that a thread has under way
+_QUERIES = 4  # of a warp, at most: what a thread has registers for
 _CLUSTER = 8  # blocks of a cluster, at most
-_RING = 128 * 1024  # bytes of a block's keys and values under way, at most
+_STEPS = 4  # of a warp, from which on another block is worth what it costs to start a cluster
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Blocks that share a key head's positions, warpgroups of each, and tiles that a warpgroup has under way."""
+    """Queries of a block, which share a key head; its warps, which share the positions; and blocks that do so, too."""
 
+    queries: int
+    warps: int
     splits: int
-    warpgroups: int
-    stages: int
 
 
-def tiles(heads: int, size: int, head_dim: int) -> Tiles:
-    """Tiles for so many key heads, of all sequences together, and a cache with room for `size` positions.
+def tiles(heads: int, shared: int, size: int, head_dim: int) -> Tiles:
+    """Tiles for `heads` of all sequences, of which `shared` have a key head, and a cache with room for `size`.
 
-    Blocks are added up to half the multiprocessors of an H100: with more, the clusters of a head no longer all find
-    room at once, and the kernel takes twice as long. Then a second warpgroup where a block has work for it.
+    Where there is a multiprocessor of an H100 for every head, it reads keys that several share anew, from the L2 cache.
     """
-    most = -(-size // KEYS)
-    splits = 1
-    while 2 * splits <= min(_CLUSTER, most) and 2 * splits * heads <= STREAMING_MULTIPROCESSORS // 2:
+    if heads <= STREAMING_MULTIPROCESSORS:
+        queries, warps = 1, 16
+    else:
+        queries, warps = max(n for n in range(1, _QUERIES + 1) if shared % n == 0), 8
+    splits, blocks = 1, heads // queries
+    positions = warps * LOADS * 32 * 8 // head_dim  # that a block reads at once
+    while (
+        2 * splits <= _CLUSTER
+        and 2 * splits * blocks <= STREAMING_MULTIPROCESSORS
+        and size > _STEPS * splits * positions
+    ):
         splits *= 2
-    slot = 2 * KEYS * head_dim * 2
-    few_blocks = splits * heads <= STREAMING_MULTIPROCESSORS // 2
-    warpgroups = 2 if few_blocks and most >= 4 * splits and 2 * slot <= _RING else 1
-    stages = min(2, -(-most // (splits * warpgroups)), _RING // (slot * warpgroups))
-    return Tiles(splits=splits, warpgroups=warpgroups, stages=stages)
+    return Tiles(queries=queries, warps=warps, splits=splits)

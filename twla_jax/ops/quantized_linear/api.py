@@ -20,6 +20,7 @@ def quantized_linear(
     norm_scale: Float[Array, " m"] | None = None,
     epsilon: float = 0.0,
     residual: Float[Array, "*tokens n"] | None = None,
+    gated: bool = False,
     out_dtype=jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*tokens n"]:
@@ -33,21 +34,21 @@ def quantized_linear(
       norm_scale: weights of an RMS norm before the rotation; None for no norm.
       epsilon: what the norm adds to the mean square.
       residual: in `out_dtype`.
+      gated: the weight is two matrices of one size, and their outputs become `silu(first) · second`, half as many.
       implementation: as the two ops take it.
     Raises:
       TwlaError: the implementation asked for cannot be used.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    n = weight.out_features
+    n = weight.out_features // (2 if gated else 1)
     added = None if residual is None else residual.reshape(-1, n)
-    two_ops = functools.partial(
-        reference.quantized_linear, epsilon=epsilon, out_dtype=out_dtype, implementation=implementation
-    )
+    options = {"epsilon": epsilon, "gated": gated, "out_dtype": out_dtype}
+    two_ops = functools.partial(reference.quantized_linear, implementation=implementation, **options)
     operands = (tokens, rotation, settings, weight, norm_scale, added)
-    reason = gpu.obstacle(tokens, rotation, weight)
+    reason = gpu.obstacle(tokens, rotation, weight, gated=gated)
     if implementation in ("xla", "tpu") or reason:
         y = two_ops(*operands)
     else:
-        fused = functools.partial(gpu.quantized_linear, epsilon=epsilon, out_dtype=out_dtype)
+        fused = functools.partial(gpu.quantized_linear, **options)
         y = dispatch("quantized_linear", implementation, two_ops, {"gpu": fused}, {}, *operands)
     return y.reshape(*x.shape[:-1], n)

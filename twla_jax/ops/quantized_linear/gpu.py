@@ -1,8 +1,9 @@
 """Norm, rotation, codes and product of a single token in one kernel on Hopper GPUs (Pallas Mosaic GPU).
 
 A single token's rotation takes one multiprocessor longer to wait for than to compute, and a kernel of its own as long
-again to start. So every block computes it for itself, while its first tiles of weights come from memory, and goes on
-from the codes as `ternary_matmul`'s kernel does.
+again to start. So every block computes it for itself, while its weights come from memory: where they fit, all that
+a multiprocessor has to multiply is under way from the beginning. Warpgroups share the columns, each with its own ring
+of tiles, and their sums meet in shared memory.
 """
 
 import functools
@@ -14,29 +15,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
+from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.gpu_threads import Real
+from twla_jax.ops.quantized_linear import gpu_products as products
+from twla_jax.ops.quantized_linear import gpu_token as turning
 from twla_jax.ops.quantized_linear import tiles as tuning
-from twla_jax.ops.rotate_quantize import gpu as rotation_kernel
-from twla_jax.ops.rotate_quantize import layout
+from twla_jax.ops.quantized_linear.gpu_products import Flat, Rows
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
-from twla_jax.ops.ternary_matmul.gpu_integer import ACC, RHS, ROWS, SWIZZLED, multiply, spread_row, store
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.packing import PLANE, TILE
 
-_COLUMNS = 8  # that `mma.sync` has at least; all of them are the one token
 
-
-def obstacle(x, rotation: KernelRotation | None, weight: KernelWeight) -> str | None:
+def obstacle(x, rotation: KernelRotation | None, weight: KernelWeight, *, gated: bool = False) -> str | None:
     """Why the kernel cannot take such operands, or None."""
-    if reason := rotation_kernel.obstacle(x.dtype, rotation):
-        return reason
-    assert rotation is not None
+    if rotation is None:
+        return "there is no rotation"
+    if x.dtype != jnp.bfloat16:
+        return f"activations are {x.dtype}, not bfloat16"
     if len(x) != 1:
         return f"there are {len(x)} tokens, not one"
-    if len(rotation.left) * len(rotation.right_transposed) < weight.tiles * TILE:
-        return (
-            f"{rotation.size}×{len(rotation.right_transposed)} activations do not fill whole tiles of {TILE}"
-        )
-    return None
+    if gated and len(weight.splits) != 2:
+        return f"a gate and what it gates are two matrices, not {len(weight.splits)}"
+    try:
+        _, tiles = _plan(rotation, weight, gated)
+    except ValueError as error:
+        return str(error)
+    return turning.obstacle(turning.shape(rotation, tiles.warpgroups))
 
 
 def quantized_linear(
@@ -49,45 +53,50 @@ def quantized_linear(
     *,
     epsilon: float,
     out_dtype,
+    gated: bool = False,
     tiles: tuning.Tiles | None = None,
 ) -> Float[Array, "1 n"]:
     """What `reference.quantized_linear` computes, for one token in bf16."""
-    rows, r = len(rotation.left), len(rotation.right_transposed)
-    tiles = tiles or tuning.tiles(len(weight.codes), weight.tiles)
-    groups, stages = tiles.warpgroups, tiles.stages
-    norm = () if norm_scale is None else (layout.as_matrices(norm_scale[None], rotation)[0],)
-    added = (
-        ()
-        if residual is None
-        else (jnp.pad(residual, ((0, 0), (0, len(weight.codes) - residual.shape[1])))[0],)
-    )
+    rows, chosen = _plan(rotation, weight, gated)
+    if tiles is not None:
+        rows, chosen = Rows(tiles.rows, rows.parts), tiles
+    groups, stages = chosen.warpgroups, chosen.stages
+    shape, flat = turning.shape(rotation, groups), Flat(len(rotation.right_transposed))
+    n = weight.out_features // rows.parts
+    norm = () if norm_scale is None else (norm_scale,)
+    added = () if residual is None else (residual[0],)
     y = plgpu.kernel(
         functools.partial(
             _kernel,
-            tiles=tiles,
+            rows=rows,
+            shape=shape,
             weight=weight,
-            size=rotation.size,
             epsilon=epsilon if norm else None,
         ),
-        out_type=jax.ShapeDtypeStruct((1, len(weight.codes)), out_dtype),
-        grid=(len(weight.codes) // ROWS,),
+        out_type=jax.ShapeDtypeStruct((n,), out_dtype),
+        grid=(pl.cdiv(n, rows.each),),
         grid_names=("rows",),
         num_threads=groups,
         thread_name="warpgroup",
         scratch_types={
-            "left_smem": plgpu.SMEM((rows, rows), x.dtype, transforms=rotation_kernel.swizzled(rows)),
-            "right_smem": plgpu.SMEM((r, r), x.dtype, transforms=rotation_kernel.swizzled(r)),
-            "token_smem": rotation_kernel.token_memory(rows, r, x.dtype),
-            "turned_smem": plgpu.SMEM((r, rows), x.dtype, transforms=rotation_kernel.swizzled(rows)),
-            "x_smem": plgpu.SMEM((rows, r), jnp.int8),
-            "scalars_smem": plgpu.SMEM((2,), jnp.float32),
-            "codes_smem": plgpu.SMEM((groups, stages, ROWS, PLANE), jnp.uint8, transforms=SWIZZLED),
-            "scales_smem": plgpu.SMEM((groups, stages, 8, ROWS), jnp.float16),
-            "parts_smem": plgpu.SMEM((groups, ROWS, _COLUMNS), jnp.float32),
-            "token_filled": plgpu.Barrier(num_arrivals=3),
-            "token_ready": plgpu.Barrier(),
-            "filled": plgpu.Barrier(num_arrivals=2 if weight.grouped else 1, num_barriers=groups * stages),
-            "added": plgpu.Barrier(num_arrivals=groups),
+            "codes_smem": plgpu.SMEM(
+                (groups, stages, rows.count, PLANE), jnp.uint8, transforms=products.SWIZZLED
+            ),
+            "scales_smem": plgpu.SMEM((groups, stages, rows.parts, 8, rows.each), jnp.float16),
+            # The token is used up when its codes are written, and L when sums are.
+            "token_or_x_smem": plgpu.RefUnion(
+                turning.token_memory(shape, x.dtype), plgpu.SMEM((flat.size(weight.tiles * TILE),), jnp.int8)
+            ),
+            "table_smem": plgpu.SMEM((weight.tiles + 1, products.COLUMNS), jnp.int32),
+            "left_or_parts_smem": plgpu.RefUnion(
+                turning.left_memory(shape, x.dtype),
+                plgpu.SMEM((groups, rows.shares * rows.count), jnp.float32),
+            ),
+            "filled": plgpu.Barrier(
+                num_arrivals=(2 if weight.grouped else 1) * rows.parts, num_barriers=groups * stages
+            ),
+            "right_smem": turning.right_memory(shape, x.dtype),
+            "warps_smem": turning.warps_memory(shape),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(
@@ -95,14 +104,28 @@ def quantized_linear(
         weight.scales,
         weight.row_sums,
         weight.bias,
-        layout.parts(x, rotation)[0, 0],
+        x[0],
         rotation.left,
         rotation.right_transposed,
         settings,
         *norm,
         *added,
     )
-    return y[:, : weight.out_features]
+    return y[None]
+
+
+def _plan(rotation: KernelRotation, weight: KernelWeight, gated: bool) -> tuple[Rows, tuning.Tiles]:
+    parts = 2 if gated else 1
+    shape, flat = turning.shape(rotation, 4), Flat(len(rotation.right_transposed))
+    other = (
+        max(2 * shape.rows * shape.columns, flat.size(weight.tiles * TILE))
+        + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_ROWS * 4)
+        + 2 * shape.columns * shape.columns
+        + 4 * products.COLUMNS * (weight.tiles + 1)
+        + 1024  # for what is small
+    )
+    tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, other)
+    return Rows(tiles.rows, parts), tiles
 
 
 def _kernel(
@@ -115,92 +138,132 @@ def _kernel(
     right_gmem,
     settings_gmem,
     *refs,
-    left_smem,
-    right_smem,
-    token_smem,
-    turned_smem,
-    x_smem,
-    scalars_smem,
     codes_smem,
     scales_smem,
-    parts_smem,
-    token_filled,
-    token_ready,
+    token_or_x_smem,
+    table_smem,
+    left_or_parts_smem,
+    right_smem,
+    warps_smem,
     filled,
-    added,
-    tiles: tuning.Tiles,
+    rows: Rows,
+    shape: turning.Shape,
     weight: KernelWeight,
-    size: int,
     epsilon: float | None,
 ):
     *optional, out_gmem = refs
+    token_smem, x_smem = token_or_x_smem
+    left_smem, parts_smem = left_or_parts_smem
     norm, residual = optional[: epsilon is not None], optional[epsilon is not None :]
+    groups, stages = codes_smem.shape[:2]
+    n = out_gmem.shape[0]
     group = lax.axis_index("warpgroup")
-    first_row = lax.axis_index("rows") * ROWS
-    rows = pl.ds(first_row, ROWS)
-    steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
-
-    @pl.when(group == 0)
-    def _():
-        rotation_kernel.fetch(x_gmem, token_smem, token_filled)
-        for source, target in ((right_gmem, right_smem), (left_gmem, left_smem)):
-            plgpu.copy_gmem_to_smem(source, target, token_filled)
+    first_row = lax.axis_index("rows") * rows.each
+    steps = lax.div(weight.tiles - group + groups - 1, groups)
 
     def fetch(step, slot):
-        tile = step * tiles.warpgroups + group
-        barrier = filled.at[group * tiles.stages + slot]
-        plgpu.copy_gmem_to_smem(
-            codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem.at[group, slot], barrier
-        )
-        if weight.grouped:
-            plgpu.copy_gmem_to_smem(scales_gmem.at[tile, :, rows], scales_smem.at[group, slot], barrier)
+        tile = step * groups + group
+        barrier = filled.at[group * stages + slot]
+        for part in range(rows.parts):
+            source = pl.ds(part * n + first_row, rows.each)
+            target = codes_smem.at[group, slot, pl.ds(part * rows.each, rows.each)]
+            plgpu.copy_gmem_to_smem(codes_gmem.at[source, pl.ds(tile * PLANE, PLANE)], target, barrier)
+            if weight.grouped:
+                plgpu.copy_gmem_to_smem(
+                    scales_gmem.at[tile, :, source], scales_smem.at[group, slot, part], barrier
+                )
 
-    for slot in range(tiles.stages):
-        pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
-
-    @pl.when(group == 0)
-    def _():
-        weights = rotation_kernel.load_norm(norm, token_smem.shape, epsilon)
-        plgpu.barrier_wait(token_filled)
-        rotation_kernel.turn_right(token_smem, right_smem, turned_smem, weights, size=size)
-        z = rotation_kernel.turn_left(turned_smem, left_smem)
-        codes, scale, zero_point = rotation_kernel.quantize(z, settings_gmem, size=size)
-        x_smem[...] = codes.astype(jnp.int8)
-        scalars_smem[0] = scale
-        scalars_smem[1] = zero_point
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(token_ready)
-
-    plgpu.barrier_wait(token_ready)
-    flat = x_smem.reshape(x_smem.shape[0] * x_smem.shape[1])
-
-    def load_tokens(slot, k, plane):
-        start = (k * tiles.warpgroups + group) * TILE + plane * PLANE
-        column = plgpu.load(flat.at[pl.ds(start, PLANE)], layout=RHS.reduce(1), optimized=False)
-        return plgpu.layout_cast(lax.broadcast_in_dim(column, (PLANE, _COLUMNS), (0,)), RHS)
-
-    parts_smem[group] = multiply(
-        load_tokens,
-        codes_smem.at[group],
-        scales_smem.at[group],
-        lambda i: scales_gmem.at[0, i, rows],
-        lambda slot: filled.at[group * tiles.stages + slot],
-        fetch,
-        steps,
-        stages=tiles.stages,
-        tokens=_COLUMNS,
-        grouped=weight.grouped,
+    # The token before the weights, behind which it would queue up.
+    words, settings = turning.fetch(
+        x_gmem, left_gmem, right_gmem, norm[0] if norm else None, settings_gmem, shape=shape
     )
-    plgpu.barrier_arrive(added)
+    of_rows = _fetch_rows((row_sums_gmem, bias_gmem, *residual), first_row, n, rows=rows)
+    for slot in range(stages):
+        pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
+    turning.load(words, token_smem, left_smem, right_smem, warps_smem, shape=shape, epsilon=epsilon)
+    z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
+    scale, zero_point = turning.quantize(z, settings, x_smem, table_smem, warps_smem, shape=shape)
 
-    @pl.when(group == 0)
-    def _():
-        row_sums, bias = (spread_row(ref.at[rows], _COLUMNS) for ref in (row_sums_gmem, bias_gmem))
-        more = [spread_row(ref.at[rows], _COLUMNS) for ref in residual]
-        plgpu.barrier_wait(added)
-        parts = [plgpu.load(parts_smem.at[i], layout=ACC, optimized=False) for i in range(tiles.warpgroups)]
-        total = functools.reduce(jnp.add, parts) - scalars_smem[1] * row_sums
-        y = (scalars_smem[0] * total + bias).astype(out_gmem.dtype)
-        for each in more:  # rounded before, as two ops would
-            y = (y.astype(jnp.float32) + each).astype(out_gmem.dtype)
-        store(y, out_gmem, jnp.int32(0), first_row)
+    def step(k, sums):
+        slot = lax.rem(k, jnp.int32(stages))
+        plgpu.barrier_wait(filled.at[group * stages + slot])
+        sums = products.add_tile(
+            sums,
+            codes_smem.at[group, slot],
+            scales_smem.at[group, slot] if weight.grouped else None,
+            x_smem,
+            table_smem,
+            k * groups + group,
+            rows=rows,
+            flat=Flat(shape.r),
+        )
+        if stages * groups < weight.tiles:
+            pl.when(k + stages < steps)(functools.partial(fetch, k + stages, slot))
+        return sums
+
+    sums = lax.fori_loop(0, steps, step, products.start(rows))
+    of_all = None if weight.grouped else scales_gmem
+    products.write_sums(sums, parts_smem.at[group], of_all, first_row, rows=rows)
+    _finish(parts_smem, scale, zero_point, first_row, of_rows, out_gmem, rows=rows)
+
+
+def _fetch_rows(refs, first_row, n: int, *, rows: Rows) -> jax.Array:
+    """For the row of each thread, and then for that of the second part, what `refs` have, `[all rows]`."""
+    count = rows.parts * len(refs)
+
+    @threads.on_threads(
+        arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)),
+        return_type=plgpu.ShapeDtypeStruct((128 * count,), jnp.float32, layout=threads.per_thread(count)),
+    )
+    def start(_, first_row, *refs):
+        row = (threads.splat_word(first_row) + threads.thread()).least(n - 1)
+        return threads.as_array(
+            [threads.load_real(ref, row + part * n) for part in range(rows.parts) for ref in refs]
+        )
+
+    return start(first_row, *refs)
+
+
+def _finish(parts_smem, scale, zero_point, first_row, of_rows, out_gmem, *, rows: Rows) -> None:
+    """Adds up what warpgroups have, and scales and writes it, each row by a thread; waits for the block before."""
+    groups, n = parts_smem.shape[0], out_gmem.shape[0]
+
+    @threads.on_threads(
+        arg_types=(
+            *[plgpu.Layout.WG_SPLAT] * 3,
+            threads.per_thread(of_rows.shape[0] // 128),
+            *[plgpu.RefType()] * 2,
+        )
+    )
+    def write(_, scale, zero_point, first_row, of_rows, parts, out):
+        scale, zero_point = threads.splat_real(scale), threads.splat_real(zero_point)
+        first, row = threads.splat_word(first_row), threads.thread()
+        more = [Real(each) for each in threads.from_array(of_rows)]
+        of_part = len(more) // rows.parts
+        threads.barrier(128 * groups)
+
+        def total(part: int) -> Real:
+            row_sum, bias = more[of_part * part : of_part * part + 2]
+            at = threads.address(parts) + (row + part * rows.each) * 4
+            shares = [
+                threads.load(at, offset=4 * rows.count * i)[0].real() for i in range(rows.shares * groups)
+            ]
+            return scale * (functools.reduce(Real.__add__, shares) - zero_point * row_sum) + bias
+
+        with threads.when(threads.both(row < rows.each, first + row < n)):
+            y = total(0)
+            if rows.parts == 2:
+                y = _gated(y, total(1))
+            for residual in more[2:of_part]:  # rounded before, as two ops would
+                y = threads.rounded(y, out) + residual
+            threads.store_real(out, first + row, y)
+
+    write(scale, zero_point, first_row, of_rows, parts_smem, out_gmem)
+
+
+def _gated(gate: Real, up: Real) -> Real:
+    """`silu(gate) · up`, rounded to bf16 after every step, as XLA does it."""
+    gate, up = gate.to_bfloat16(), up.to_bfloat16()
+    small = threads.exponential(threads.real(0.0) - gate).to_bfloat16()
+    sigmoid = (threads.real(1.0) / (small + 1.0).to_bfloat16()).to_bfloat16()
+    return (gate * sigmoid).to_bfloat16() * up

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.dispatch import Implementation
-from twla_jax.ops.rotate_quantize import KernelRotation, rotate_quantize
+from twla_jax.ops.rotate_quantize import KernelRotation, gate, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
 
 
@@ -16,12 +16,14 @@ def quantized_linear(
     residual: Float[Array, "t n"] | None,
     *,
     epsilon: float,
+    gated: bool,
     out_dtype,
     implementation: Implementation | None,
 ) -> Float[Array, "t n"]:
-    """Norm, rotation and codes, then the product, then the residual in the product's type."""
+    """Norm, rotation and codes, then the product, its gate, and the residual in the product's type."""
     tokens = rotate_quantize(
         x, rotation, settings, norm_scale=norm_scale, epsilon=epsilon, implementation=implementation
     )
     y = ternary_matmul(tokens, weight, out_dtype=out_dtype, implementation=implementation)
+    y = gate(y) if gated else y
     return y if residual is None else residual + y

@@ -3,20 +3,42 @@
 import dataclasses
 
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
+from twla_jax.packing import PLANE
+
+_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor of an H100 share
+MOST_ROWS = (
+    256  # of a block: of what the copy engine takes at once, and of what four warps have registers for
+)
+_LEAST_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Warpgroups that share a block's columns, and tiles of 512 columns each has under way."""
+    """Rows of a block in each part of the matrix, warpgroups that share its columns, and tiles each has under way."""
 
+    rows: int
     warpgroups: int
     stages: int
 
 
-def tiles(rows: int, columns: int) -> Tiles:
-    """Tiles for a matrix of `rows` by `512·columns`: what an H100 is fastest with at 4096 to 22016 rows.
+def tiles(rows: int, parts: int, columns: int, other: int) -> Tiles:
+    """Tiles for `parts` matrices of `rows` each by `512·columns`, beside `other` bytes of shared memory.
 
-    A third tile under way is worth more than a fourth, with which fewer blocks share a multiprocessor.
+    One block for each multiprocessor, if its rows are not too many, so that all are done at once; with all its weights
+    under way from the beginning, if they fit. Else there are two to each.
+
+    Raises:
+      ValueError: there is no room for a single tile.
     """
-    warpgroups = min(columns, 1 if rows // 64 >= STREAMING_MULTIPROCESSORS else 2)
-    return Tiles(warpgroups=warpgroups, stages=min(3, -(-columns // warpgroups)))
+    waves = 1
+    while (each := 8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves))) * parts > MOST_ROWS:
+        waves += 1
+    each = max(each, _LEAST_ROWS // parts)
+    resident = min(waves, 2)
+    warpgroups = min(4 // resident, columns)
+    slot = parts * each * (PLANE + 16)
+    room = (_MEMORY // resident - other) // (slot * warpgroups)
+    if room < 1:
+        raise ValueError(f"{other} bytes leave no room for tiles of {slot}")
+    stages = min(room, -(-columns // warpgroups))
+    return Tiles(rows=each, warpgroups=warpgroups, stages=stages)

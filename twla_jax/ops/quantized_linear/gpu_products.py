@@ -1,0 +1,279 @@
+"""Tiles of two-bit codes times one token, on `mma.sync`, thread by thread (Mosaic GPU).
+
+The token is the right operand's columns, several times: column p of eight has the codes that meet plane p of a tile,
+and zeros elsewhere. So the sums of a tile's four groups come out apart, next to each other, and codes can stay where
+they lie in their bytes, 4, 16 and 64 times too large. The other four columns carry the groups' sums of the token's
+codes, which μ is multiplied by as α is by the first four.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
+
+from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.gpu_threads import Real, Word
+from twla_jax.packing import PLANE, TILE
+
+WARPS = 4  # of a warpgroup
+UNIT = 16  # rows of an `mma.sync`
+COLUMNS = 8
+ACC = plgpu.Layout.MMA_ACC(jnp.int8)
+SWIZZLED = (
+    plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A block's rows: `each` of one matrix, a multiple of 8, and as many of a second below it if there are two parts.
+
+    Units of 16 rows go to the warps of a warpgroup in turn; where there are but two, a unit's two warps share its
+    columns.
+    """
+
+    each: int
+    parts: int
+
+    @property
+    def count(self) -> int:
+        """Of all parts."""
+        return self.each * self.parts
+
+    @property
+    def units(self) -> int:
+        """Of 16 rows, the last one perhaps of 8."""
+        return -(-self.count // UNIT)
+
+    @property
+    def of_warp(self) -> int:
+        """Units of a warp, at most."""
+        return -(-self.units // WARPS)
+
+    @property
+    def shares(self) -> int:
+        """Warps that share a unit."""
+        return 2 if self.units <= 2 else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """Where a token's codes lie in shared memory: 16 bytes are left out after every `run`, against bank conflicts."""
+
+    r: int
+
+    @property
+    def run(self) -> int:
+        """Codes that lie next to each other."""
+        return 128 if self.r % 128 == 0 else 64
+
+    def size(self, count: int) -> int:
+        """Bytes of so many codes, whole runs, and what is left out."""
+        return count + 16 * (count // self.run)
+
+    def place(self, index: Word) -> Word:
+        """Where a code's byte is."""
+        return index + (index // self.run) * 16
+
+
+def start(rows: Rows) -> jax.Array:
+    """Sums to begin with: a value for each of a warp's rows and each column."""
+    return plgpu.layout_cast(jnp.zeros((WARPS * UNIT * rows.of_warp, COLUMNS), jnp.float32), ACC)
+
+
+def add_tile(
+    sums, codes_smem, scales_smem, token_smem, table_smem, tile, *, rows: Rows, flat: Flat
+) -> jax.Array:
+    """Sums with a tile's products added.
+
+    Args:
+      sums: as `start` makes them.
+      codes_smem: `[rows, PLANE]` bytes, `SWIZZLED`.
+      scales_smem: `[parts, 8, rows]` float16, (α, μ) of the tile's planes; None if a row has but one pair.
+      token_smem: the token's codes, as `flat` says, all tiles'.
+      table_smem: `[tiles + 1, 8]` int32: see `write_table`.
+      tile: which of them it is.
+    """
+    rows_have_groups = scales_smem is not None
+    refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if rows_have_groups else 2)]
+
+    @threads.on_threads(
+        arg_types=(ACC, plgpu.Layout.WG_SPLAT, *refs),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=ACC),
+    )
+    def add(_, sums, tile, codes, token, table, *scales):
+        values, me, tile = _unpack(sums), _Lane(rows), threads.splat_word(tile)
+        tokens = _load_token(me, threads.address(token), _zeros(table), tile, flat)
+        begin = threads.address(table) + tile * (4 * COLUMNS)
+        if rows.shares > 1:
+            begin = threads.select(me.share.equals(0), begin, _zeros(table))
+        begin = threads.load(begin + me.pair * 8, 2)
+        for i in range(rows.of_warp):
+            products = _multiply(me, threads.address(codes), tokens, [*begin, *begin], i)
+            for index, product in enumerate(products):
+                half, column = divmod(index, 2)
+                if scales:
+                    at = me.scale(i, half) + (me.pair * 2 + column) * rows.each
+                    scale = threads.load_half(threads.address(scales[0]) + at * 2)
+                    values[i][index] = product.converted().times_plus(scale, values[i][index])
+                else:
+                    values[i][index] = values[i][index] + product.converted()
+        return _pack(values, sums)
+
+    operands = [codes_smem, token_smem, table_smem, *([scales_smem] if rows_have_groups else [])]
+    return add(sums, tile, *operands)
+
+
+def write_table(token: Word, table: ir.Value, flat: Flat, count: int) -> None:
+    """Eight numbers a tile, from a token's codes, which the products' columns begin with; after the last, zeros.
+
+    `U = T + 1` is what is stored, so column p, that multiplies it with codes q, begins with `-4ᵖ Σ q`; the column 4
+    after it has `Σ q`. `count` threads share the work, and are to be waited for.
+    """
+    me, first = threads.thread(), threads.address(table)
+    chunks = (threads.shape(table)[0] - 1) * TILE // 16
+    for i in range(-(-chunks // count)):
+        chunk = me + i * count
+        at = token + flat.place(chunk.least(chunks - 1) * 16)
+        total = threads.word(0)
+        for each in threads.load(at, 4):
+            total = threads.sum_of_bytes(each, total)
+        for distance in (1, 2, 4):
+            total = total + threads.shuffle(total, distance)
+        group = chunk // 8
+        with threads.when(threads.both((chunk & 7).equals(0), chunk < chunks)):
+            at = first + (group // 4) * (4 * COLUMNS) + (group & 3) * 4
+            threads.store(at, threads.word(0) - (total << (group & 3) * 2))
+            threads.store(at, total, offset=16)
+    with threads.when(me < COLUMNS):
+        threads.store(_zeros(table) + me * 4, threads.word(0))
+
+
+def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows) -> None:
+    """A warpgroup's sums, columns added up, into `parts_smem` `[shares, rows]` float32.
+
+    Where a row has one pair (α, μ), `scales_gmem` `[1, 2, all rows]` has it, and the row is `first_row` and more;
+    None elsewhere.
+    """
+    refs = [plgpu.RefType()] * (1 + (scales_gmem is not None))
+
+    @threads.on_threads(arg_types=(ACC, plgpu.Layout.WG_SPLAT, *refs))
+    def write(_, sums, first_row, parts, scales=None):
+        registers = _unpack(sums)
+        me = _Lane(rows)
+        first = threads.splat_word(first_row)
+        small = me.pair.equals(1)
+        weights = [
+            threads.select(small, threads.real(one), threads.real(other))
+            for one, other in ((1 / 16, 1.0), (1 / 64, 1 / 4))
+        ]
+        last = me.pair >= 2
+        weights = [threads.select(last, threads.real(1.0), weight) for weight in weights]
+        for i in range(rows.of_warp):
+            for half in range(2):
+                pair = registers[i][2 * half : 2 * half + 2]
+                total = pair[0] * weights[0] + pair[1] * weights[1]
+                row = me.row(i, half)
+                if scales is not None:
+                    all_rows = threads.shape(scales)[-1]
+                    at = first + row.least(rows.count - 1)
+                    kind = threads.select(last, threads.word(1), threads.word(0))
+                    total = total * threads.load_real(scales, at + kind * all_rows)
+                for distance in (1, 2):
+                    total = total + threads.shuffle(total, distance)
+                with threads.when(threads.both(me.pair.equals(0), row < rows.count)):
+                    threads.store(threads.address(parts) + (row + me.share * rows.count) * 4, total)
+
+    operands = [parts_smem] + ([] if scales_gmem is None else [scales_gmem])
+    write(sums, first_row, *operands)
+
+
+class _Lane:
+    """A thread's place in its warpgroup, and in the fragments of `mma.sync`."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        me = threads.thread()
+        self.lane = me & (threads.WARP - 1)
+        warp = (me // threads.WARP) & (WARPS - 1)
+        self.unit, self.share = (warp & 1, warp // 2) if rows.shares > 1 else (warp, threads.word(0))
+        self.group, self.pair = self.lane // 4, self.lane & 3
+
+    def eight(self, i: int, half: Word | int) -> Word:
+        """Which eight rows of the block; of those past its last, the last ones."""
+        return ((self.unit + WARPS * i) * 2 + half).least(self.rows.count // 8 - 1)
+
+    def row(self, i: int, half: int) -> Word:
+        """The row of the block whose sums this thread has; may be past the last."""
+        return (self.unit + WARPS * i) * UNIT + 8 * half + self.group
+
+    def scale(self, i: int, half: int) -> Word:
+        """Where this row's α of the first plane is in `[parts, 8, each]`."""
+        row = self.eight(i, half) * 8 + self.group
+        if self.rows.parts == 1:
+            return row
+        before = threads.select(row >= self.rows.each, threads.word(7 * self.rows.each), threads.word(0))
+        return row + before
+
+
+def _multiply(me: _Lane, codes: Word, tokens: list[list[Word]], begin: list[Word], i: int) -> list[Word]:
+    """Sums of a warp's unit i, four a thread, over its share of a tile's columns."""
+    within = me.lane & 7
+    first = codes + me.eight(i, (me.lane // 8) & 1) * (8 * PLANE) + within * PLANE
+    chunk = (within ^ (me.lane // 16)) << 4  # the copy engine swizzled chunks of 16 bytes
+    # Two sums, as a product waits for the one before that adds to the same.
+    sums = [begin, [threads.word(0)] * 4]
+    for j in range(4 // me.rows.shares):
+        packed = threads.load_matrices(first + (chunk ^ ((me.share * 2 + j) << 5)))
+        for plane in range(4):
+            unsigned = [each & (0x03030303 << 2 * plane) for each in packed]
+            sums[plane % 2] = threads.multiply_bytes(
+                unsigned, tokens[plane][2 * j : 2 * j + 2], sums[plane % 2]
+            )
+    return [one + other for one, other in zip(*sums, strict=True)]
+
+
+def _load_token(me: _Lane, token: Word, zeros: Word, tile: Word, flat: Flat) -> list[list[Word]]:
+    """For each plane, the right operands of a warp's share of the columns."""
+    here = token + tile * flat.size(TILE) + (me.lane // 8) * 16 + me.share * flat.size(PLANE // 2)
+    planes = []
+    for plane in range(4):
+        mine = (me.lane & (COLUMNS - 1)).equals(plane)
+        places = [here + flat.size(plane * PLANE + half * PLANE // 2) for half in range(2 // me.rows.shares)]
+        planes.append(
+            [each for at in places for each in threads.load_matrices(threads.select(mine, at, zeros))]
+        )
+    return planes
+
+
+def _zeros(table: ir.Value) -> Word:
+    """The address of the table's last eight numbers."""
+    tiles = threads.shape(table)[0] - 1
+    return threads.address(table) + tiles * 4 * COLUMNS
+
+
+def _unpack(sums: mgpu.FragmentedArray) -> list[list[Real]]:
+    """For each unit of a warp, two columns of one row and two of the row eight below."""
+    values = [
+        Real(vector.extract(each, dynamic_position=[], static_position=[column]))
+        for each in sums.registers.flat
+        for column in range(2)
+    ]
+    return [values[i : i + 4] for i in range(0, len(values), 4)]
+
+
+def _pack(values: list[list[Real]], like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    kind = ir.VectorType.get((2,), ir.F32Type.get())
+    registers = np.empty(like.registers.size, dtype=object)
+    flat = [value.value for unit in values for value in unit]
+    for i in range(len(registers)):
+        registers[i] = vector.from_elements(kind, flat[2 * i : 2 * i + 2])
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(like.registers.shape), _layout=like.layout, _is_signed=None
+    )
