@@ -3,6 +3,7 @@
 import functools
 import re
 
+import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV, empty_layer
-from twla_jax.ops.decode_attention import decode_attention, gpu, reference
+from twla_jax.ops.decode_attention import decode_attention, gpu, reference, tiles
 
 ALL = np.iinfo(np.int32).max
 EPSILON = 1e-5
@@ -81,6 +82,47 @@ def check(op, *, norm, case, dtype=jnp.bfloat16, tolerance=6e-3):
 def test_reference(case, norm):
     check(reference.decode_attention, norm=norm, case=case)
     check(reference.decode_attention, norm=norm, case=case, dtype=jnp.float32, tolerance=1e-5)
+
+
+def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
+    """The kernel, thread by thread."""
+    heads, (_, b, kv_heads, _, d) = qkv.shape[1] - 2 * layer.entries.shape[2], layer.entries.shape
+    shape = gpu._Shape(d=d, heads=heads, kv_heads=kv_heads, tiles=tiles)
+    entries, out = np.array(layer.entries), np.zeros((b, heads, d), qkv.dtype)
+    inputs = (
+        qkv,
+        positions.cos[0],
+        positions.sin[0],
+        positions.query[:1],
+        window.reshape(1),
+        *(norm_scales or ()),
+    )
+    refs = [emulated_threads.Global(np.array(each)) for each in inputs]
+    for block in range(b * heads // tiles.queries):
+        machine = emulated_threads.start(32 * tiles.warps, tiles.splits, head=block)
+        parts = machine.allocate((tiles.warps + 1, tiles.queries, d + 2), np.float32)
+        entries_ref, out_ref = emulated_threads.Global(entries), emulated_threads.Global(out)
+        gpu._kernel(entries_ref, *refs, out_ref, parts_smem=parts, shape=shape, epsilon=epsilon)
+    return out.reshape(b, heads * d), LayerKV(entries=jnp.asarray(entries))
+
+
+@pytest.mark.parametrize(
+    ("case", "norm", "queries", "warps", "splits"),
+    [
+        (CASES[0], False, 1, 8, 1),
+        (CASES[1], True, 2, 8, 2),
+        (CASES[2], False, 4, 8, 1),
+        (CASES[2], True, 1, 16, 1),
+        (CASES[3], False, 3, 4, 4),
+        (CASES[4], True, 1, 4, 1),
+        (CASES[5], True, 1, 8, 2),
+        ((1, 2, 1, 256, 300, 290, ALL), True, 2, 4, 1),
+    ],
+)
+def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeypatch):
+    emulated_threads.emulate(monkeypatch, gpu)
+    chosen = tiles.Tiles(queries=queries, warps=warps, splits=splits)
+    check(functools.partial(emulated, tiles=chosen), norm=norm, case=case)
 
 
 @pytest.mark.parametrize(("d", "size", "dtype"), [(80, 64, jnp.bfloat16), (64, 64, jnp.int8)])

@@ -1,17 +1,23 @@
 """A linear in one op: equal to its two ops, and one kernel where there is one."""
 
+import dataclasses
 import functools
 import re
 
+import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from twla_jax import ternary
 from twla_jax.benchmark import shapes
-from twla_jax.ops.quantized_linear import gpu, quantized_linear
-from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
-from twla_jax.ops.ternary_matmul import ternary_matmul
+from twla_jax.kotms import KroneckerRotation
+from twla_jax.ops.quantized_linear import gpu, gpu_products, gpu_token, quantized_linear, reference, tiles
+from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
+from twla_jax.ops.ternary_matmul import kernel_weight, ternary_matmul
 
 SETTINGS = quantizer_settings(4, 0.9)
 
@@ -36,6 +42,81 @@ def test_it_is_its_two_ops_and_the_residual(t):
         x[None], rotation, SETTINGS, weight, norm_scale=scale, epsilon=1e-5, residual=residual[None]
     )
     np.testing.assert_array_equal(found[0], expected)
+
+
+def turned(token_smem, right_smem, left_smem, *, shape):
+    """What a warpgroup's products leave in its threads: `Zᵀ`, as `wgmma` has it in its registers."""
+    x, right, left = (
+        emulated_threads.unswizzled(ref).astype(np.float32) for ref in (token_smem, right_smem, left_smem)
+    )
+    y = (x @ right.T).astype(jnp.bfloat16).astype(np.float32)
+    z = (left @ y).astype(jnp.bfloat16).astype(np.float32)
+    thread = emulated_threads.machine.threads
+    line, share = gpu_token._place(shape)
+    row = share * (shape.rows // shape.shares) + thread % 4 * 2
+    column = line * 64 + thread // 32 % 4 * 16 + thread % 32 // 4
+    places = [
+        (row + 8 * j + v, column + 8 * h)
+        for j in range(shape.rows // shape.shares // 8)
+        for h in (0, 1)
+        for v in (0, 1)
+    ]
+    return emulated_threads.Values(emulated_threads.Real(z[place]) for place in places)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "size", "warpgroups", "rows", "stages", "kind"),
+    [
+        (1024, 256, 128, 2, 96, 1, "norm"),
+        (576, 96, 576, 2, 32, 1, "norm"),
+        (576, 128, 128, 2, 40, 1, "gated"),
+        (1536, 64, 128, 1, 32, 2, "residual"),
+        (2048, 24, 128, 4, 32, 1, "residual"),
+    ],
+)
+def test_gpu_kernel_thread_by_thread(m, n, size, warpgroups, rows, stages, kind, monkeypatch):
+    x, rotation, weight, scale, residual = operands(1, m, n, make=lambda make: jax.jit(make)())
+    rotation = permutation(rotation)  # exact in every order of additions, so that codes are the same ones
+    if size == m:
+        weight = ungrouped(n, m)
+    gated = kind == "gated"
+    if gated:
+        weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
+    arguments = (
+        x,
+        rotation,
+        SETTINGS,
+        weight,
+        None if kind == "residual" else scale.astype(jnp.float32) if m == 576 else scale,
+        residual if kind == "residual" else None,
+    )
+    # With a gate, outputs are rounded before it, and sigmoids may round differently.
+    dtype, tolerance = (jnp.bfloat16, 1e-2) if gated else (jnp.float32, 1e-5)
+    options = {"epsilon": 1e-5, "gated": gated, "out_dtype": dtype}
+    expected = jax.jit(functools.partial(reference.quantized_linear, implementation="xla", **options))(
+        *arguments
+    )
+    emulated_threads.emulate(monkeypatch, gpu, gpu_token, gpu_products)
+    emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
+    monkeypatch.setattr(gpu_token, "turn", turned)
+    chosen = tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages)
+    found = np.asarray(gpu.quantized_linear(*arguments, tiles=chosen, **options), np.float32)
+    expected = np.asarray(expected, np.float32)
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+def permutation(rotation):
+    rng = np.random.default_rng(0)
+    factors = (np.eye(len(factor))[rng.permutation(len(factor))] for factor in rotation.factors)
+    return kernel_rotation(KroneckerRotation(*map(jnp.asarray, factors)), jnp.bfloat16)
+
+
+def ungrouped(n, m):
+    """One (α, μ) a row."""
+    rng = np.random.default_rng(0)
+    alpha, mu = rng.normal(size=(2, n, 1))
+    codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
+    return jax.jit(lambda *parts: kernel_weight([ternary.from_codes(*parts, m)]))(codes, alpha, mu)
 
 
 @pytest.mark.aot

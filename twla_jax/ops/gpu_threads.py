@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
@@ -124,6 +126,11 @@ def shape(ref: ir.Value) -> list[int]:
     return list(ir.MemRefType(ref.type).shape)
 
 
+def readable(x: jax.Array) -> jax.Array:
+    """The array, in float32 unless it is of a type that can be read as it is."""
+    return x if x.dtype in (jnp.bfloat16, jnp.float32) else x.astype(jnp.float32)
+
+
 def word(value: int) -> Word:
     """A constant."""
     return Word(_value(value))
@@ -177,6 +184,11 @@ def per_thread(count: int):
     return plgpu.Layout.WG_STRIDED((128 * count,), vec_size=1)
 
 
+def values(count: int, dtype):
+    """What a function returns that returns `as_array` of so many."""
+    return plgpu.ShapeDtypeStruct((128 * count,), dtype, layout=per_thread(count))
+
+
 def as_array(values: Sequence["Word | Real"]) -> mgpu.FragmentedArray:
     """Values of a thread in the layout `per_thread`."""
     registers = np.empty(len(values), dtype=object)
@@ -187,9 +199,14 @@ def as_array(values: Sequence["Word | Real"]) -> mgpu.FragmentedArray:
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
-def from_array(array: mgpu.FragmentedArray) -> list[ir.Value]:
+def words(array: mgpu.FragmentedArray) -> list[Word]:
     """What `as_array` was given."""
-    return [vector.extract(each, dynamic_position=[], static_position=[0]) for each in array.registers.flat]
+    return [Word(each) for each in _registers(array)]
+
+
+def reals(array: mgpu.FragmentedArray) -> list[Real]:
+    """What `as_array` was given; or a thread's numbers of an array in another layout, register by register."""
+    return [Real(each) for each in _registers(array)]
 
 
 def barrier(count: int) -> None:
@@ -319,6 +336,13 @@ def unpack_bfloat16(pair: Word) -> tuple[Real, Real]:
     return (pair << 16).real(), (pair & 0xFFFF0000).real()
 
 
+def eight_reals(words: Sequence[Word]) -> list[Real]:
+    """Four words' bf16 halves, or eight words' float32."""
+    if len(words) == 8:
+        return [word.real() for word in words]
+    return [half for pair in words for half in unpack_bfloat16(pair)]
+
+
 def shuffle[T: (Real, Word)](value: T, distance: int) -> T:
     """The value of the lane whose number differs in the bit `distance`."""
     return type(value)(utils.shfl_bfly(value.value, distance))
@@ -366,6 +390,14 @@ def multiply_bytes(a: Sequence[Word], b: Sequence[Word], so_far: Sequence[Word])
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
     return _ptx_words(ptx, 4, *a, *b, *so_far, effects=False, convergent=True)
+
+
+def _registers(array: mgpu.FragmentedArray) -> list[ir.Value]:
+    return [
+        vector.extract(each, dynamic_position=[], static_position=[i])
+        for each in array.registers.flat
+        for i in range(ir.VectorType(each.type).shape[0])
+    ]
 
 
 def _ordered(bits: Word) -> Word:

@@ -78,7 +78,7 @@ def decode_attention(
         positions.sin[0],
         positions.query[:1],
         window.reshape(1),
-        *(norm_scales or ()),
+        *map(threads.readable, norm_scales or ()),
     )
     return mixed.reshape(b, heads * d), LayerKV(entries=jax.freeze(entries))
 
@@ -177,10 +177,6 @@ class _Lane:
         return value
 
 
-def _words(count: int, dtype):
-    return plgpu.ShapeDtypeStruct((128 * count,), dtype, layout=threads.per_thread(count))
-
-
 _SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -189,7 +185,8 @@ def _fetch(k_gmem, v_gmem, step, split, first, start, length, *, shape: _Shape) 
     count = 2 * LOADS * _COUNT // 2
 
     @threads.on_threads(
-        arg_types=(*[_SPLAT] * 5, plgpu.RefType(), plgpu.RefType()), return_type=_words(count, jnp.int32)
+        arg_types=(*[_SPLAT] * 5, plgpu.RefType(), plgpu.RefType()),
+        return_type=threads.values(count, jnp.int32),
     )
     def load(_, step, split, first, start, length, *refs):
         step, split, first, start, length = map(threads.splat_word, (step, split, first, start, length))
@@ -213,9 +210,9 @@ def _turn(q_gmem, kv_gmem, cos_gmem, sin_gmem, norm_scales, *, shape: _Shape, ep
     @threads.on_threads(
         arg_types=(plgpu.RefType(),) * len(refs),
         return_type=(
-            _words(count * _COUNT, jnp.float32),
-            _words(_COUNT, jnp.float32),
-            _words(_COUNT, jnp.float32),
+            threads.values(count * _COUNT, jnp.float32),
+            threads.values(_COUNT, jnp.float32),
+            threads.values(_COUNT, jnp.float32),
         ),
     )
     def turn(_, *refs):
@@ -249,16 +246,14 @@ def _turn(q_gmem, kv_gmem, cos_gmem, sin_gmem, norm_scales, *, shape: _Shape, ep
 
 def _load(ref: ir.Value, index: Word) -> list[Real]:
     """Eight numbers from an index on, of float32 or bf16."""
-    if threads.bits(ref) == 32:
-        words = [word for i in (0, 4) for word in threads.load_global(ref, (index + i) * 4, 4)]
-        return [word.real() for word in words]
-    pairs = threads.load_global(ref, index * 2, 4)
-    return [half for pair in pairs for half in threads.unpack_bfloat16(pair)]
+    size = threads.bits(ref) // 8
+    parts = [threads.load_global(ref, index * size + 16 * i, 4) for i in range(size // 2)]
+    return threads.eight_reals([word for part in parts for word in part])
 
 
 def _reals(array) -> list[list[Real]]:
     """Eights of what `as_array` was given."""
-    values = [Real(each) for each in threads.from_array(array)]
+    values = threads.reals(array)
     return [values[i : i + _COUNT] for i in range(0, len(values), _COUNT)]
 
 
@@ -288,7 +283,7 @@ def _begin(q, k, v, split, *, shape: _Shape) -> jax.Array:
 
     @threads.on_threads(
         arg_types=(threads.per_thread(shape.queries * _COUNT), eight, eight, _SPLAT),
-        return_type=_words(count, jnp.float32),
+        return_type=threads.values(count, jnp.float32),
     )
     def begin(_, q, k, v, split):
         me = _Lane(shape, threads.splat_word(split))
@@ -326,21 +321,21 @@ def _attend(state, q, entries, step, split, first, start, length, *, shape: _Sha
 
     @threads.on_threads(
         arg_types=(*[threads.per_thread(n) for n in counts], *[_SPLAT] * 5),
-        return_type=_words(counts[0], jnp.float32),
+        return_type=threads.values(counts[0], jnp.float32),
     )
     def attend(_, state, q, entries, step, split, first, start, length):
         step, split, first, start, length = map(threads.splat_word, (step, split, first, start, length))
         me = _Lane(shape, split)
-        words = [Word(each) for each in threads.from_array(entries)]
+        words = threads.words(entries)
         fours = [words[i : i + 4] for i in range(0, len(words), 4)]
         keys, values = fours[:LOADS], fours[LOADS:]
         positions = [me.position(step, first, i) for i in range(LOADS)]
         seen = [threads.both(each >= start, each < length) for each in positions]
-        before = [Real(each) for each in threads.from_array(state)]
+        before = threads.reals(state)
         out = []
         queries, scores = _reals(q), []
         for key, yes in zip(keys, seen, strict=True):
-            k = [half for pair in key for half in threads.unpack_bfloat16(pair)]
+            k = threads.eight_reals(key)
             row = [me.over_features(_dot(query, k)) * _factor(shape) for query in queries]
             scores.append([threads.select(yes, score, threads.real(_LOWEST)) for score in row])
         for j in range(shape.queries):
@@ -357,7 +352,7 @@ def _attend(state, q, entries, step, split, first, start, length, *, shape: _Sha
             for row, weight in zip(scores, weights, strict=True):
                 row[j] = weight
         for value, row in zip(values, scores, strict=True):
-            v = [half for pair in value for half in threads.unpack_bfloat16(pair)]
+            v = threads.eight_reals(value)
             for query, weight in zip(out, row, strict=True):
                 query[2:] = [
                     each.times_plus(weight, so_far) for each, so_far in zip(v, query[2:], strict=True)
@@ -378,7 +373,7 @@ def _finish(state, parts_smem, out_gmem, first_head, split, *, shape: _Shape) ->
     def write(_, state, first_head, split, parts, out):
         split = threads.splat_word(split)
         me, at = _Lane(shape, split), threads.address(parts)
-        values = [Real(each) for each in threads.from_array(state)]
+        values = threads.reals(state)
         for j in range(shape.queries):
             top, *sums = values[j * (2 + _COUNT) : (j + 1) * (2 + _COUNT)]
             sums = [me.over_rows(each, Real.__add__) for each in sums]

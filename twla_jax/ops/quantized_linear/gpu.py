@@ -63,8 +63,8 @@ def quantized_linear(
     groups, stages = chosen.warpgroups, chosen.stages
     shape, flat = turning.shape(rotation, groups), Flat(len(rotation.right_transposed))
     n = weight.out_features // rows.parts
-    norm = () if norm_scale is None else (norm_scale,)
-    added = () if residual is None else (residual[0],)
+    norm = () if norm_scale is None else (threads.readable(norm_scale),)
+    added = () if residual is None else (threads.readable(residual[0]),)
     y = plgpu.kernel(
         functools.partial(
             _kernel,
@@ -213,7 +213,7 @@ def _fetch_rows(refs, first_row, n: int, *, rows: Rows) -> jax.Array:
 
     @threads.on_threads(
         arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)),
-        return_type=plgpu.ShapeDtypeStruct((128 * count,), jnp.float32, layout=threads.per_thread(count)),
+        return_type=threads.values(count, jnp.float32),
     )
     def start(_, first_row, *refs):
         row = (threads.splat_word(first_row) + threads.thread()).least(n - 1)
@@ -238,7 +238,7 @@ def _finish(parts_smem, scale, zero_point, first_row, of_rows, out_gmem, *, rows
     def write(_, scale, zero_point, first_row, of_rows, parts, out):
         scale, zero_point = threads.splat_real(scale), threads.splat_real(zero_point)
         first, row = threads.splat_word(first_row), threads.thread()
-        more = [Real(each) for each in threads.from_array(of_rows)]
+        more = threads.reals(of_rows)
         of_part = len(more) // rows.parts
         threads.barrier(128 * groups)
 

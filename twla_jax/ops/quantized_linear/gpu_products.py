@@ -10,20 +10,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
 
 from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.gpu_threads import Real, Word
+from twla_jax.ops.gpu_threads import Word
 from twla_jax.packing import PLANE, TILE
 
 WARPS = 4  # of a warpgroup
 UNIT = 16  # rows of an `mma.sync`
 COLUMNS = 8
-ACC = plgpu.Layout.MMA_ACC(jnp.int8)
+_SUMS = 4  # of a thread for a unit: an `mma.sync` leaves it so many
 SWIZZLED = (
     plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
@@ -83,8 +80,13 @@ class Flat:
 
 
 def start(rows: Rows) -> jax.Array:
-    """Sums to begin with: a value for each of a warp's rows and each column."""
-    return plgpu.layout_cast(jnp.zeros((WARPS * UNIT * rows.of_warp, COLUMNS), jnp.float32), ACC)
+    """Sums to begin with: for each of a warp's units, two columns of one row, and two of the row eight below it."""
+
+    @threads.on_threads(return_type=threads.values(_SUMS * rows.of_warp, jnp.float32))
+    def zeros(_):
+        return threads.as_array([threads.real(0.0)] * (_SUMS * rows.of_warp))
+
+    return zeros()
 
 
 def add_tile(
@@ -100,33 +102,36 @@ def add_tile(
       table_smem: `[tiles + 1, 8]` int32: see `write_table`.
       tile: which of them it is.
     """
-    rows_have_groups = scales_smem is not None
-    refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if rows_have_groups else 2)]
+    count = _SUMS * rows.of_warp
+    grouped = scales_smem is not None
+    refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if grouped else 2)]
 
     @threads.on_threads(
-        arg_types=(ACC, plgpu.Layout.WG_SPLAT, *refs),
-        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=ACC),
+        arg_types=(threads.per_thread(count), plgpu.Layout.WG_SPLAT, *refs),
+        return_type=threads.values(count, jnp.float32),
     )
     def add(_, sums, tile, codes, token, table, *scales):
-        values, me, tile = _unpack(sums), _Lane(rows), threads.splat_word(tile)
+        before, me, tile = threads.reals(sums), _Lane(rows), threads.splat_word(tile)
         tokens = _load_token(me, threads.address(token), _zeros(table), tile, flat)
         begin = threads.address(table) + tile * (4 * COLUMNS)
         if rows.shares > 1:
             begin = threads.select(me.share.equals(0), begin, _zeros(table))
         begin = threads.load(begin + me.pair * 8, 2)
+        after = []
         for i in range(rows.of_warp):
             products = _multiply(me, threads.address(codes), tokens, [*begin, *begin], i)
             for index, product in enumerate(products):
                 half, column = divmod(index, 2)
-                if scales:
-                    at = me.scale(i, half) + (me.pair * 2 + column) * rows.each
-                    scale = threads.load_half(threads.address(scales[0]) + at * 2)
-                    values[i][index] = product.converted().times_plus(scale, values[i][index])
-                else:
-                    values[i][index] = values[i][index] + product.converted()
-        return _pack(values, sums)
+                value, so_far = product.converted(), before[len(after)]
+                if not scales:
+                    after.append(so_far + value)
+                    continue
+                at = me.scale(i, half) + (me.pair * 2 + column) * rows.each
+                scale = threads.load_half(threads.address(scales[0]) + at * 2)
+                after.append(value.times_plus(scale, so_far))
+        return threads.as_array(after)
 
-    operands = [codes_smem, token_smem, table_smem, *([scales_smem] if rows_have_groups else [])]
+    operands = [codes_smem, token_smem, table_smem, *([scales_smem] if grouped else [])]
     return add(sums, tile, *operands)
 
 
@@ -163,10 +168,9 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows) -> None:
     """
     refs = [plgpu.RefType()] * (1 + (scales_gmem is not None))
 
-    @threads.on_threads(arg_types=(ACC, plgpu.Layout.WG_SPLAT, *refs))
+    @threads.on_threads(arg_types=(threads.per_thread(_SUMS * rows.of_warp), plgpu.Layout.WG_SPLAT, *refs))
     def write(_, sums, first_row, parts, scales=None):
-        registers = _unpack(sums)
-        me = _Lane(rows)
+        values, me = threads.reals(sums), _Lane(rows)
         first = threads.splat_word(first_row)
         small = me.pair.equals(1)
         weights = [
@@ -177,8 +181,8 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows) -> None:
         weights = [threads.select(last, threads.real(1.0), weight) for weight in weights]
         for i in range(rows.of_warp):
             for half in range(2):
-                pair = registers[i][2 * half : 2 * half + 2]
-                total = pair[0] * weights[0] + pair[1] * weights[1]
+                first_column = _SUMS * i + 2 * half
+                total = values[first_column] * weights[0] + values[first_column + 1] * weights[1]
                 row = me.row(i, half)
                 if scales is not None:
                     all_rows = threads.shape(scales)[-1]
@@ -256,24 +260,3 @@ def _zeros(table: ir.Value) -> Word:
     """The address of the table's last eight numbers."""
     tiles = threads.shape(table)[0] - 1
     return threads.address(table) + tiles * 4 * COLUMNS
-
-
-def _unpack(sums: mgpu.FragmentedArray) -> list[list[Real]]:
-    """For each unit of a warp, two columns of one row and two of the row eight below."""
-    values = [
-        Real(vector.extract(each, dynamic_position=[], static_position=[column]))
-        for each in sums.registers.flat
-        for column in range(2)
-    ]
-    return [values[i : i + 4] for i in range(0, len(values), 4)]
-
-
-def _pack(values: list[list[Real]], like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    kind = ir.VectorType.get((2,), ir.F32Type.get())
-    registers = np.empty(like.registers.size, dtype=object)
-    flat = [value.value for unit in values for value in unit]
-    for i in range(len(registers)):
-        registers[i] = vector.from_elements(kind, flat[2 * i : 2 * i + 2])
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(like.registers.shape), _layout=like.layout, _is_signed=None
-    )

@@ -12,7 +12,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Real, Word
@@ -101,22 +100,30 @@ def fetch(
     Not by the copy engine, which would bring them in turn with the weights.
     """
     sources = [x_gmem, left_gmem, right_gmem, *([] if norm_gmem is None else [norm_gmem])]
-    words = 4 * sum(len(pieces) for pieces in _plan(shape, norm_gmem is not None))
+
+    def plan():
+        """Where to find how many words, of which array, and whether it has them."""
+        pieces = zip(sources, [*_pieces(shape), _pieces(shape)[0]], strict=False)
+        return [
+            (k, matrix, i, ref.dtype.itemsize // 2)
+            for k, (ref, of_ref) in enumerate(pieces)
+            for matrix, i in of_ref
+        ]
+
+    count = sum(4 * width for *_, width in plan())
 
     @threads.on_threads(
         arg_types=(plgpu.RefType(),) * (len(sources) + 1),
-        return_type=(
-            plgpu.ShapeDtypeStruct((128 * words,), jnp.int32, layout=threads.per_thread(words)),
-            plgpu.ShapeDtypeStruct((128 * 3,), jnp.float32, layout=threads.per_thread(3)),
-        ),
+        return_type=(threads.values(count, jnp.int32), threads.values(3, jnp.float32)),
     )
     def start(_, settings, *refs):
-        plan = _plan(shape, norm_gmem is not None)
         found = [
             word
-            for ref, pieces in zip(refs, plan, strict=True)
-            for matrix, i in pieces
-            for word in threads.load_global(ref, matrix.offset(i), 4, condition=matrix.real(i))
+            for k, matrix, i, width in plan()
+            for part in range(width)
+            for word in threads.load_global(
+                refs[k], matrix.offset(i) * width + 16 * part, 4, condition=matrix.real(i)
+            )
         ]
         values = [threads.load_global(settings, threads.word(4 * i))[0].real() for i in range(3)]
         return threads.as_array(found), threads.as_array(values)
@@ -138,14 +145,18 @@ def load(
         )
     )
     def copy(_, words, token, left, right, warps):
-        found = [Word(each) for each in threads.from_array(words)]
-        plan = _plan(shape, epsilon is not None)
-        x, *others = _split([found[i : i + 4] for i in range(0, len(found), 4)], [len(each) for each in plan])
-        for ref, fours, pieces in zip((left, right), others, plan[1:], strict=False):
-            _store(ref, fours, pieces)
+        found, fours = threads.words(words), []
+        for pieces in _pieces(shape):
+            fours.append([found[4 * i : 4 * i + 4] for i in range(len(pieces))])
+            found = found[4 * len(pieces) :]
         if epsilon is not None:
-            x = _normed(x, others[-1], threads.address(warps), shape, epsilon)
-        _store(token, x, plan[0])
+            each = len(found) // len(fours[0])
+            weights = [found[i : i + each] for i in range(0, len(found), each)]
+            fours[0] = _normed(fours[0], weights, threads.address(warps), shape, epsilon)
+        for ref, of_ref, pieces in zip((token, left, right), fours, _pieces(shape), strict=True):
+            for four, (matrix, i) in zip(of_ref, pieces, strict=True):
+                with threads.when(matrix.exists(i)):
+                    threads.store(threads.address(ref) + matrix.place(i), *four)
         threads.publish()
         threads.barrier(shape.threads)
 
@@ -190,38 +201,20 @@ class _Matrix:
         return tile * (8 * width) + (row % 8) * width + turned * 16
 
 
-def _plan(shape: Shape, norm: bool) -> list[list[tuple[_Matrix, int]]]:
-    """What a thread copies: of the token, L, Rᵀ and the norm's weights, the first piece's index and the matrix."""
-    token = _Matrix(shape.size, shape.r, shape.rows, shape.columns)
-    left = _Matrix(shape.rows, shape.rows, shape.rows, shape.rows)
-    right = _Matrix(shape.r, shape.r, shape.columns, shape.columns)
-    return [
-        [(matrix, i * shape.threads) for i in range(matrix.count(shape.threads))]
-        for matrix in (token, left, right, *([token] if norm else []))
-    ]
-
-
-def _split(values: list, counts: list[int]) -> list[list]:
-    parts = []
-    for count in counts:
-        parts.append(values[:count])
-        values = values[count:]
-    return parts
-
-
-def _store(ref: ir.Value, fours: list[list[Word]], pieces: list[tuple[_Matrix, int]]) -> None:
-    for four, (matrix, i) in zip(fours, pieces, strict=True):
-        with threads.when(matrix.exists(i)):
-            threads.store(threads.address(ref) + matrix.place(i), *four)
+def _pieces(shape: Shape) -> list[list[tuple[_Matrix, int]]]:
+    """What a thread copies of the token, of L and of Rᵀ: pieces by the index that its first thread has."""
+    matrices = (
+        _Matrix(shape.size, shape.r, shape.rows, shape.columns),
+        _Matrix(shape.rows, shape.rows, shape.rows, shape.rows),
+        _Matrix(shape.r, shape.r, shape.columns, shape.columns),
+    )
+    return [[(matrix, i * shape.threads) for i in range(matrix.count(shape.threads))] for matrix in matrices]
 
 
 def _normed(
     fours: list[list[Word]], scales: list[list[Word]], warps: Word, shape: Shape, epsilon: float
 ) -> list[list[Word]]:
-    values, weights = (
-        [[half for pair in four for half in threads.unpack_bfloat16(pair)] for four in each]
-        for each in (fours, scales)
-    )
+    values, weights = ([threads.eight_reals(each) for each in part] for part in (fours, scales))
     total = threads.real(0.0)
     for value in (value for piece in values for value in piece):
         total = value.times_plus(value, total)
@@ -293,7 +286,7 @@ def quantize(z, settings, codes_smem, table_smem, warps_smem, *, shape: Shape) -
         with threads.when((me & 31).equals(0)):
             threads.store(at + (me // 32) * 8, *ends)
         _write_zeros(threads.address(codes), table, shape, flat)
-        levels, clip, half = (Real(each) for each in threads.from_array(settings))
+        levels, clip, half = threads.reals(settings)
         threads.barrier(shape.threads)
         both = [
             each.real() for i in range(2 * shape.warpgroups) for each in threads.load(at, 4, offset=16 * i)
@@ -333,19 +326,19 @@ def _elements(z, line: Word, share: Word, shape: Shape) -> list[_Element]:
     regular = shape.r % flat.run == 0  # then one row begins where another does, so much further
     start = flat.place(first_row * shape.r + first_column)
     out = []
-    for i, pair in enumerate(z.registers.flat):
-        row, column = i // 2 * 8, i % 2 * 8
-        for v in range(2):
-            value = Real(vector.extract(pair, dynamic_position=[], static_position=[v]))
-            if regular:
-                place, offset = start, (row + v) * flat.size(shape.r) + column
-            else:
-                place, offset = flat.place((first_row + (row + v)) * shape.r + first_column + column), 0
-            inside = (shape.shares - 1) * width + row + 7 < shape.size and shape.columns == shape.r
-            real = None
-            if not inside:
-                real = threads.both(first_row + (row + v) < shape.size, first_column + column < shape.r)
-            out.append(_Element(value, place, offset, real))
+    for i, value in enumerate(
+        threads.reals(z)
+    ):  # pairs of neighbours in a column, one of them eight columns on
+        row, column = i // 4 * 8 + i % 2, i // 2 % 2 * 8
+        if regular:
+            place, offset = start, row * flat.size(shape.r) + column
+        else:
+            place, offset = flat.place((first_row + row) * shape.r + first_column + column), 0
+        last = (shape.shares - 1) * width + i // 4 * 8 + 7
+        real = None
+        if last >= shape.size or shape.columns != shape.r:
+            real = threads.both(first_row + row < shape.size, first_column + column < shape.r)
+        out.append(_Element(value, place, offset, real))
     return out
 
 
