@@ -3,6 +3,7 @@
 For times there is `twla bench`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -55,17 +56,28 @@ def random_tokens(key: jax.Array, t: int, m: int, *, exact: bool = False) -> Qua
     return QuantizedTokens(codes=codes, scale=scale, zero_point=zero_point, sums=group_sums(codes))
 
 
-def check(implementation: str) -> None:
+# Tokens, rows, columns, whether there are groups. Few tokens first; of many, a short last tile and 8 tokens cut, then
+# three blocks of rows, which clusters of two do not divide.
+PRODUCTS = (
+    (1, 1024, 4096, True),
+    (TOKENS, 1024, 4096, False),
+    (16, 128, 2048, True),
+    (100, 128, 576, True),
+    (100, 128, 576, False),
+    (300, 384, 4096, True),
+)
+# Factors' rows, whether there is a gate before.
+ROTATIONS = ((64, 64, False), (86, 128, False), (86, 128, True), (32, 48, True))
+
+
+def check(implementation: str, products=PRODUCTS, rotations=ROTATIONS) -> None:
     """Integer sums exact, everything else to 1e-4 of the largest value, at whole and at ragged shapes."""
     product = jax.jit(
         functools.partial(ternary_matmul, out_dtype=jnp.float32),
         static_argnames="implementation",
     )
     key = jax.random.key(0)
-    few = (1, 1024, 4096, True), (TOKENS, 1024, 4096, False), (16, 128, 2048, True)
-    # Of many tokens: a short last tile and 8 tokens cut; three blocks of rows, which clusters of two do not divide.
-    many = (100, 128, 576, True), (100, 128, 576, False), (300, 384, 4096, True)
-    for t, n, m, grouped in (*few, *many):
+    for t, n, m, grouped in products:
         for exact in (True, False):
             x = random_tokens(key, t, m, exact=exact)
             weight = random_weight(key, n, m, exact=exact, grouped=grouped)
@@ -76,7 +88,7 @@ def check(implementation: str) -> None:
         values = jax.random.normal(key, (t, m), jnp.bfloat16)
         found, expected = (product(values, weight, implementation=name) for name in (implementation, "xla"))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * _largest(expected))
-    for left, right, gated in ((64, 64, False), (86, 128, False), (86, 128, True), (32, 48, True)):
+    for left, right, gated in rotations:
         for t in (TOKENS, 600):
             arguments = random_input(t, left, right, gated=gated)
             found, expected = (
@@ -126,21 +138,42 @@ def random_integers(
     )
 
 
-def check_one_token(implementation: str) -> None:
+# Factors' rows, outputs, and what comes with the product.
+LINEARS = (
+    (64, 64, 1024, "norm"),
+    (64, 64, 4096, "residual"),
+    (64, 64, 2 * 11008, "gate"),
+    (86, 128, 4096, "residual"),
+    (32, 48, 640, "residual"),
+    (24, 24, 2 * 1536, "gate"),
+)
+
+
+def check_one_token(implementation: str, linears=LINEARS) -> None:
     """A linear in one kernel; a few codes may differ by one level, which is a thousandth of the outputs' size."""
-    for left, right, n, norm in (
-        (64, 64, 1024, True),
-        (64, 64, 4096, False),
-        (86, 128, 4096, False),
-        (32, 48, 640, False),
-    ):
+    for left, right, n, kind in linears:
         x, rotation, settings = random_input(1, left, right)
         weight = random_weight(jax.random.key(4), n, left * right)
-        options = {"norm_scale": jnp.linspace(0.5, 1.5, left * right) if norm else None, "epsilon": 1e-5}
-        residual = None if norm else 10 * jax.random.normal(jax.random.key(5), (1, n), jnp.bfloat16)
+        norm_scale = residual = None
+        if kind == "norm":
+            norm_scale = jnp.linspace(0.5, 1.5, left * right)
+        if kind == "residual":
+            residual = 10 * jax.random.normal(jax.random.key(5), (1, n), jnp.bfloat16)
+        gated = kind == "gate"
+        if gated:
+            weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
+        linear = jax.jit(
+            functools.partial(quantized_linear, epsilon=1e-5, gated=gated), static_argnames="implementation"
+        )
         found, expected = (
-            quantized_linear(
-                x, rotation, settings, weight, residual=residual, implementation=name, **options
+            linear(
+                x,
+                rotation,
+                settings,
+                weight,
+                norm_scale=norm_scale,
+                residual=residual,
+                implementation=name,
             ).astype(jnp.float32)
             for name in (implementation, "xla")
         )

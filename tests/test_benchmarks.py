@@ -32,8 +32,10 @@ def ablation():
 
 def test_check_tells_right_from_wrong(monkeypatch):
     check_gpu = script("check_gpu")
-    for check in (check_gpu.check, check_gpu.check_one_token, check_gpu.check_integers):
-        check("xla")
+    products, rotations = check_gpu.PRODUCTS[3:5], check_gpu.ROTATIONS[3:]
+    check_gpu.check("xla", products, rotations)
+    check_gpu.check_one_token("xla", check_gpu.LINEARS[4:])
+    check_gpu.check_integers("xla")
     check_gpu.check_attention("xla", check_gpu.ATTENTION[:2])
     from twla_jax.ops.ternary_matmul import tpu
 
@@ -41,7 +43,7 @@ def test_check_tells_right_from_wrong(monkeypatch):
         tpu, "matmul", lambda *args, **settings: reference.matmul(*args, **settings).at[0, 0].add(1)
     )
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        check_gpu.check("tpu")
+        check_gpu.check("tpu", products[:1], rotations)
 
 
 def test_perplexities_by_path_agree_where_there_are_no_kernels():

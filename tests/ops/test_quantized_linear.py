@@ -88,7 +88,7 @@ def test_gpu_kernel_thread_by_thread(m, n, size, warpgroups, rows, stages, kind,
         SETTINGS,
         weight,
         None if kind == "residual" else scale.astype(jnp.float32) if m == 576 else scale,
-        residual if kind == "residual" else None,
+        None if kind == "norm" else residual[:, : n // 2] if gated else residual,
     )
     # With a gate, outputs are rounded before it, and sigmoids may round differently.
     dtype, tolerance = (jnp.bfloat16, 1e-2) if gated else (jnp.float32, 1e-5)
@@ -127,16 +127,33 @@ def ungrouped(n, m):
         (4096, 4096, False, True),
         (11008, 4096, False, True),
         (8192, 1024, True, False),
+        (576, 960, True, False),
+        (1536, 576, False, True),
     ],
 )
 def test_gpu_kernel_spills_nothing(m, n, norm, residual, compile_for_h100):
     x, rotation, weight, scale, added = operands(1, m, n, make=jax.eval_shape)
     function = functools.partial(gpu.quantized_linear, epsilon=1e-5, out_dtype=jnp.bfloat16)
     settings = jax.ShapeDtypeStruct((3,), jnp.float32)
+    scale = jax.ShapeDtypeStruct(scale.shape, jnp.float32) if m == 576 else scale
     _, reports = compile_for_h100(
         function, x, rotation, settings, weight, scale if norm else None, added if residual else None
     )
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+
+
+def test_tiles_cover_every_row_once_and_fit():
+    for rows in (64, 576, 1536, 4096, 11008, 28672, 57344, 152064):
+        for parts in (1, 2):
+            for columns in (1, 2, 8, 16):
+                chosen = tiles.tiles(rows, parts, columns, 40_000)
+                assert chosen.rows % 8 == 0
+                assert chosen.rows <= 128 * chosen.warpgroups
+                assert chosen.rows * parts <= tiles.MOST_ROWS
+                used = chosen.warpgroups * chosen.stages * chosen.rows * parts * 144
+                assert used + 40_000 <= 226 * 1024
+    with pytest.raises(ValueError, match="leave no room"):
+        tiles.tiles(4096, 1, 8, 230_000)
 
 
 @pytest.mark.aot

@@ -177,7 +177,7 @@ def _kernel(
     words, settings = turning.fetch(
         x_gmem, left_gmem, right_gmem, norm[0] if norm else None, settings_gmem, shape=shape
     )
-    of_rows = _fetch_rows((row_sums_gmem, bias_gmem, *residual), first_row, n, rows=rows)
+    of_rows = _fetch_rows((row_sums_gmem, bias_gmem), residual, first_row, n, rows=rows)
     for slot in range(stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
     turning.load(words, token_smem, left_smem, right_smem, warps_smem, shape=shape, epsilon=epsilon)
@@ -207,9 +207,10 @@ def _kernel(
     _finish(parts_smem, scale, zero_point, first_row, of_rows, out_gmem, rows=rows)
 
 
-def _fetch_rows(refs, first_row, n: int, *, rows: Rows) -> jax.Array:
-    """For the row of each thread, and then for that of the second part, what `refs` have, `[all rows]`."""
-    count = rows.parts * len(refs)
+def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array:
+    """For the row of each thread, what `of_all` have, for that of the second part likewise, and the residual."""
+    refs = [*of_all, *residual]
+    count = rows.parts * len(of_all) + len(residual)
 
     @threads.on_threads(
         arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)),
@@ -217,9 +218,12 @@ def _fetch_rows(refs, first_row, n: int, *, rows: Rows) -> jax.Array:
     )
     def start(_, first_row, *refs):
         row = (threads.splat_word(first_row) + threads.thread()).least(n - 1)
-        return threads.as_array(
-            [threads.load_real(ref, row + part * n) for part in range(rows.parts) for ref in refs]
-        )
+        found = [
+            threads.load_real(ref, row + part * n)
+            for part in range(rows.parts)
+            for ref in refs[: len(of_all)]
+        ]
+        return threads.as_array(found + [threads.load_real(ref, row) for ref in refs[len(of_all) :]])
 
     return start(first_row, *refs)
 
@@ -239,11 +243,10 @@ def _finish(parts_smem, scale, zero_point, first_row, of_rows, out_gmem, *, rows
         scale, zero_point = threads.splat_real(scale), threads.splat_real(zero_point)
         first, row = threads.splat_word(first_row), threads.thread()
         more = threads.reals(of_rows)
-        of_part = len(more) // rows.parts
         threads.barrier(128 * groups)
 
         def total(part: int) -> Real:
-            row_sum, bias = more[of_part * part : of_part * part + 2]
+            row_sum, bias = more[2 * part : 2 * part + 2]
             at = threads.address(parts) + (row + part * rows.each) * 4
             shares = [
                 threads.load(at, offset=4 * rows.count * i)[0].real() for i in range(rows.shares * groups)
@@ -254,7 +257,7 @@ def _finish(parts_smem, scale, zero_point, first_row, of_rows, out_gmem, *, rows
             y = total(0)
             if rows.parts == 2:
                 y = _gated(y, total(1))
-            for residual in more[2:of_part]:  # rounded before, as two ops would
+            for residual in more[2 * rows.parts :]:  # rounded before, as two ops would
                 y = threads.rounded(y, out) + residual
             threads.store_real(out, first + row, y)
 

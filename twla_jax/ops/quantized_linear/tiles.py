@@ -1,6 +1,7 @@
 """Tile sizes of the one-kernel linear, by rule from the shape."""
 
 import dataclasses
+import itertools
 
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.packing import PLANE
@@ -30,12 +31,13 @@ def tiles(rows: int, parts: int, columns: int, other: int) -> Tiles:
     Raises:
       ValueError: there is no room for a single tile.
     """
-    waves = 1
-    while (each := 8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves))) * parts > MOST_ROWS:
-        waves += 1
+    for waves in itertools.count(1):
+        each = 8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves))
+        resident = min(waves, 2)
+        warpgroups = min(4 // resident, columns)
+        if each <= min(MOST_ROWS // parts, 128 * warpgroups):  # a thread finishes a row
+            break
     each = max(each, _LEAST_ROWS // parts)
-    resident = min(waves, 2)
-    warpgroups = min(4 // resident, columns)
     slot = parts * each * (PLANE + 16)
     room = (_MEMORY // resident - other) // (slot * warpgroups)
     if room < 1:
