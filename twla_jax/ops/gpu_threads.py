@@ -159,11 +159,6 @@ def thread() -> Word:
     return Word(arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x)))
 
 
-def as_word(index: ir.Value) -> Word:
-    """An index of Mosaic's."""
-    return Word(arith.index_cast(ir.IntegerType.get_signless(32), index))
-
-
 def splat_word(array: mgpu.FragmentedArray) -> Word:
     """The integer that all threads were given."""
     return Word(array.registers.flat[0])
