@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from twla_jax.devices import gpu_obstacle
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.integer import prepare_for_inference
@@ -16,13 +17,15 @@ REFERENCE = "the quantiser's own arithmetic"
 
 def has_kernels() -> bool:
     """Whether there are kernels for the default device."""
-    return jax.default_backend() in ("gpu", "tpu")
+    return jax.default_backend() in ("gpu", "tpu") and gpu_obstacle() is None
 
 
 def path() -> str:
     """What runs a prepared model's ops on the default device, in words."""
     platform = jax.default_backend()
-    return f"{platform} kernels" if has_kernels() else f"XLA reference: there are no kernels for {platform}"
+    if has_kernels():
+        return f"{platform} kernels"
+    return f"XLA reference: {gpu_obstacle() or f'there are no kernels for {platform}'}"
 
 
 def for_inference(model: Decoder, kernels: Kernels, *, dtype=None) -> tuple[Decoder, str]:

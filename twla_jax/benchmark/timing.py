@@ -9,14 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from twla_jax.inference import has_kernels
-
 ROTATED_BYTES = 250e6  # several times the largest L2 cache: so much must lie between two uses of a buffer
 
 
 def on_gpu() -> bool:
     """Whether kernels' times can be had from the NVIDIA profiling interface."""
     return jax.default_backend() == "gpu"
+
+
+def _measured() -> bool:
+    """A CPU's figures are no measurement of this kind, and are to be had soon."""
+    return jax.default_backend() != "cpu"
 
 
 def timer() -> str:
@@ -55,8 +58,7 @@ def seconds_each(
       make: an operand from a random key.
       size: bytes of one.
     """
-    # A CPU's figures are no measurement of this kind anyway.
-    copies = int(ROTATED_BYTES / size) + 1 if has_kernels() else 1
+    copies = int(ROTATED_BYTES / size) + 1 if _measured() else 1
     operands = [jax.jit(make)(jax.random.key(i)) for i in range(copies)]
     # Traced and lowered once, not for every copy.
     once = jax.jit(function)
@@ -66,14 +68,14 @@ def seconds_each(
 @functools.cache
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of `2 x` on a large array."""
-    x = jnp.ones(1 << (28 if has_kernels() else 22), jnp.float32)
+    x = jnp.ones(1 << (28 if _measured() else 22), jnp.float32)
     return 2 * x.nbytes / seconds(lambda x: 2 * x, x)
 
 
 @functools.cache
 def product_rate(dtype: str) -> float:
     """Operations a second of XLA's own large square product, bf16 or int8."""
-    size = 8192 if has_kernels() else 256
+    size = 8192 if _measured() else 256
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (size, size)) * 20 for key in keys)
     a, b = a.astype(dtype), b.astype(dtype)

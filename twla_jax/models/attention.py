@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from twla_jax.devices import compute_capability
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.kv_cache import LayerKV, dequantize
 
@@ -48,9 +49,9 @@ def fused_attention(
 
 
 def can_fuse(config: DecoderConfig, dtype) -> bool:
-    """Whether cuDNN's kernels take a model: on a GPU, in 16 bits, where attention reaches back all the way."""
+    """Whether cuDNN's kernels take a model: on a recent GPU, in 16 bits, where attention reaches back all the way."""
     narrow = jnp.dtype(dtype).itemsize == 2 and config.head_dim <= 128 and config.head_dim % 8 == 0
-    return narrow and config.sliding_window is None and jax.default_backend() == "gpu"
+    return narrow and config.sliding_window is None and (compute_capability() or (0, 0)) >= (8, 0)
 
 
 def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:

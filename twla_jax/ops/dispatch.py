@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 
+from twla_jax.devices import gpu_obstacle
 from twla_jax.errors import TwlaError
 
 Implementation = Literal["xla", "gpu", "tpu"]
@@ -30,12 +31,14 @@ def dispatch(
       implementation: None lets the platform decide, once it is known: every branch is traced, one is compiled.
       xla: the reference; runs everywhere.
       kernels: `gpu` and `tpu`, called with the same operands as the reference.
-      obstacles: why a kernel cannot take these operands; None, or no entry, where it can.
+      obstacles: why a kernel cannot take these operands; None, or no entry, where it can. GPUs that are not of the
+        kind that the kernels are for are an obstacle, too.
     Raises:
       TwlaError: the implementation asked for cannot take these operands, or there is none of this name.
     """
     if implementation == "xla":
         return xla(*operands)
+    obstacles = {**obstacles, "gpu": obstacles.get("gpu") or gpu_obstacle()}
     if implementation is not None:
         if implementation not in kernels:
             raise TwlaError(f"{op}: implementation {implementation!r} is none of xla, {', '.join(kernels)}")

@@ -1,0 +1,18 @@
+"""What the default device can do."""
+
+import jax
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the default device, if it is an NVIDIA GPU: (8, 0) for an A100, (9, 0) for an H100."""
+    if jax.default_backend() != "gpu":
+        return None
+    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
+    return (int(major), int(minor or 0)) if major.isdecimal() else None
+
+
+def gpu_obstacle() -> str | None:
+    """Why the default GPU cannot run kernels made for Hopper, or None; also None where there is no GPU."""
+    if jax.default_backend() != "gpu" or ((found := compute_capability()) is not None and found[0] == 9):
+        return None
+    return f"{jax.devices()[0].device_kind} is no Hopper GPU"
