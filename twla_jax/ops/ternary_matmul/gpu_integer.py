@@ -119,94 +119,53 @@ def _kernel(
     for slot in range(tiles.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
 
-    def load_plane(slot, _, plane):
-        return plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=RHS)
+    ones = plgpu.layout_cast(jnp.ones((ROWS, PLANE), jnp.int8), LHS)
+    zero = plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.int32), ACC)
 
-    parts_smem[group] = multiply(
-        load_plane,
-        codes_smem.at[group],
-        scales_smem.at[group],
-        lambda i: scales_gmem.at[0, i, rows],
-        lambda slot: filled.at[group * tiles.stages + slot],
-        fetch,
-        steps,
-        stages=tiles.stages,
-        tokens=n,
-        grouped=weight.grouped,
-    )
+    def step(k, carry):
+        y, totals = carry
+        slot = lax.rem(k, jnp.int32(tiles.stages))
+        plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
+        packed = plgpu.load(codes_smem.at[group, slot], layout=LHS)
+        for plane in range(4):
+            x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=RHS)
+            codes, factor = unpack_rows(packed, plane, exact=not weight.grouped)
+            # Every row of a product with ones is the tokens' sum of codes Q, which U = T + 1 and μ call for.
+            if weight.grouped:
+                total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
+                product = plgpu.mma(zero, codes, x_plane).astype(jnp.float32)
+                alpha, mu = (_spread_row(scales_smem.at[group, slot, i], n) for i in (plane, 4 + plane))
+                y += (alpha * (1 / factor)) * product + (mu - alpha) * total
+            else:
+                y, totals = plgpu.mma(y, codes, x_plane), plgpu.mma(totals, ones, x_plane)
+        pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
+        return y, totals
+
+    start = zero.astype(jnp.float32) if weight.grouped else zero
+    y, totals = lax.fori_loop(0, steps, step, (start, zero))
+    if not weight.grouped:
+        alpha, mu = (_spread_row(scales_gmem.at[0, i, rows], n) for i in (0, 1))
+        y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
+    parts_smem[group] = y
     plgpu.barrier_arrive(added)
 
     @pl.when(group == 0)
     def _():
         scale, zero_point = load_tokens(scale_gmem), load_tokens(zero_point_gmem)
-        row_sums, bias = (spread_row(ref.at[rows], n) for ref in (row_sums_gmem, bias_gmem))
+        row_sums, bias = (_spread_row(ref.at[rows], n) for ref in (row_sums_gmem, bias_gmem))
         plgpu.barrier_wait(added)
         parts = [plgpu.load(parts_smem.at[i], layout=ACC, optimized=False) for i in range(tiles.warpgroups)]
         total = functools.reduce(jnp.add, parts) - zero_point * row_sums
-        store((scale * total + bias).astype(out_gmem.dtype), out_gmem, first_token, first_row)
+        _store((scale * total + bias).astype(out_gmem.dtype), out_gmem, first_token, first_row)
 
 
-def multiply(
-    load_tokens,
-    codes_smem,
-    scales_smem,
-    row_scales,
-    filled,
-    fetch,
-    steps,
-    *,
-    stages: int,
-    tokens: int,
-    grouped: bool,
-) -> jax.Array:
-    """`Σ Ŵ q` of a warpgroup's tiles, float32 in the layout `ACC`, as its ring is filled and filled again.
-
-    Args:
-      load_tokens: from a slot, a step and a plane to tokens as the right operand of `mma.sync`.
-      codes_smem: the ring's codes, a tile a slot.
-      scales_smem: the ring's (α, μ), where they are `grouped`.
-      row_scales: from 0 and 1 to the rows' α and μ, where they are not.
-      filled: a slot's barrier.
-      fetch: starts a step's copies into a slot.
-      steps: tiles.
-    """
-    ones = plgpu.layout_cast(jnp.ones((ROWS, PLANE), jnp.int8), LHS)
-    zero = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.int32), ACC)
-
-    def step(k, carry):
-        y, totals = carry
-        slot = lax.rem(k, jnp.int32(stages))
-        plgpu.barrier_wait(filled(slot))
-        packed = plgpu.load(codes_smem.at[slot], layout=LHS)
-        for plane in range(4):
-            x_plane = load_tokens(slot, k, plane)
-            codes, factor = unpack_rows(packed, plane, exact=not grouped)
-            # Every row of a product with ones is the tokens' sum of codes Q, which U = T + 1 and μ call for.
-            if grouped:
-                total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
-                product = plgpu.mma(zero, codes, x_plane).astype(jnp.float32)
-                alpha, mu = (spread_row(scales_smem.at[slot, i], tokens) for i in (plane, 4 + plane))
-                y += (alpha * (1 / factor)) * product + (mu - alpha) * total
-            else:
-                y, totals = plgpu.mma(y, codes, x_plane), plgpu.mma(totals, ones, x_plane)
-        pl.when(k + stages < steps)(functools.partial(fetch, k + stages, slot))
-        return y, totals
-
-    start = zero.astype(jnp.float32) if grouped else zero
-    y, totals = lax.fori_loop(0, steps, step, (start, zero))
-    if not grouped:
-        alpha, mu = (spread_row(row_scales(i), tokens) for i in (0, 1))
-        y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
-    return y
-
-
-def spread_row(ref, tokens: int) -> jax.Array:
+def _spread_row(ref, tokens: int) -> jax.Array:
     """A value for each weight row, float32, beside each other for all tokens."""
     row = plgpu.load(ref, layout=ACC.reduce(1), optimized=False).astype(jnp.float32)
     return plgpu.layout_cast(lax.broadcast_in_dim(row, (ROWS, tokens), (0,)), ACC)
 
 
-def store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array) -> None:
+def _store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array) -> None:
     """Writes `yᵀ`, of which only the tokens that there are."""
     t = out_gmem.shape[0]
 
