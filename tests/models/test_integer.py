@@ -34,6 +34,25 @@ def quantised(stories):
     return twla_jax.quantize(model, text.astype(np.int32), RECIPE, progress=False)[0], text
 
 
+@jax.jit
+def side_by_side(integer, block, x, positions, window):
+    """What a prepared block's parts make of the same inputs as the block's own; its end at once and in parts; and y."""
+    h = block.qkv_input(block.input_norm(x))
+    pairs = [*zip(integer.qkv(integer.qkv_input(x)), block.qkv(h), strict=True)]
+    mixed = block.attend(h, positions, window)
+    after = integer.o(integer.o_input(mixed), x)
+    hidden = integer.gate_up(integer.mlp_input(after))
+    end = integer.finish(x, mixed), integer.down(integer.down_input(hidden), after)
+    y = block.o(block.o_input(mixed))
+    pairs.append((integer.o(integer.o_input(mixed)), y))
+    x = x + y
+    hidden = block.gate_up(block.mlp_input(block.post_norm(x)))
+    pairs.append((integer.gate_up(integer.mlp_input(x)), hidden))
+    y = block.down(block.down_input(hidden))
+    pairs.append((integer.down(integer.down_input(hidden)), y))
+    return pairs, end, x + y
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_every_input_and_linear_computes_what_the_quantisers_own_does(quantised, bits):
     model, text = quantised
@@ -42,22 +61,10 @@ def test_every_input_and_linear_computes_what_the_quantisers_own_does(quantised,
     x, positions, windows = model.embed_tokens(text), model.positions(text.shape[1]), model.windows()
     for i, integer in enumerate(prepared.blocks):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
-        h = block.qkv_input(block.input_norm(x))
-        for found, expected in zip(integer.qkv(integer.qkv_input(x)), block.qkv(h), strict=True):
+        pairs, end, x = side_by_side(integer, block, x, positions, windows[i])
+        for found, expected in pairs:
             np.testing.assert_allclose(found, expected, atol=1e-4)
-        mixed = block.attend(h, positions, windows[i])
-        after = integer.o(integer.o_input(mixed), x)
-        hidden = integer.gate_up(integer.mlp_input(after))
-        expected = integer.down(integer.down_input(hidden), after)
-        np.testing.assert_array_equal(integer.finish(x, mixed), expected)
-        y = block.o(block.o_input(mixed))
-        np.testing.assert_allclose(integer.o(integer.o_input(mixed)), y, atol=1e-4)
-        x = x + y
-        hidden = block.gate_up(block.mlp_input(block.post_norm(x)))
-        np.testing.assert_allclose(integer.gate_up(integer.mlp_input(x)), hidden, atol=1e-4)
-        y = block.down(block.down_input(hidden))
-        np.testing.assert_allclose(integer.down(integer.down_input(hidden)), y, atol=1e-4)
-        x = x + y
+        np.testing.assert_array_equal(*end)
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-2), (8, 1e-2), (16, 1e-4)])
@@ -112,7 +119,9 @@ def test_two_planes_are_two_products(tiny_config, bits, tolerance):
     tokens = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (2, 16)).astype(np.int32)
     model = twla_jax.quantize(Decoder(tiny_config, rngs=nnx.Rngs(0)), tokens, recipe, progress=False)[0]
     model = jax.tree.map(jnp.asarray, set_activation_bits(model, bits))
-    expected = model(tokens)
-    difference = np.abs(np.asarray(prepare_for_inference(model)(tokens) - expected))
+    found, expected = (
+        jax.jit(lambda model: model(tokens))(each) for each in (prepare_for_inference(model), model)
+    )
+    difference = np.abs(np.asarray(found - expected))
     # α₂ meets the kernels in float16; at 8 bits a code on the edge of two levels may fall the other way.
     assert np.median(difference) < tolerance * np.asarray(expected).std()
