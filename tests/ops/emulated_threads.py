@@ -1,7 +1,8 @@
 """`gpu_threads` on the CPU: every word is an array with a value for each thread, and all threads go in step.
 
 What one instruction does is modelled after the PTX manual, so that kernels written with such words can be held against
-their references without a GPU. Blocks of a cluster are rows of the arrays.
+their references without a GPU. Blocks of a cluster are rows of the arrays. Warps of a GPU do not go in step: none may
+touch shared memory that another has written, or write what another has touched, before both have met at a barrier.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 WARP = 32
+_SEVERAL = -2  # in place of a warp
 
 
 class Machine:
@@ -25,6 +27,9 @@ class Machine:
         self.memory = np.random.default_rng(0).integers(0, 256, (blocks, memory), np.uint8)
         self.used = 0
         self.masks = [np.ones(self.shape, bool)]
+        # Of every byte: how many barriers there had been when it was last read and written, and by which warp.
+        self.met = 0
+        self.reads, self.writes = (np.full((2, blocks, memory), -1) for _ in range(2))
 
     @property
     def blocks(self):
@@ -33,6 +38,27 @@ class Machine:
     @property
     def threads(self):
         return np.broadcast_to(np.arange(self.shape[1]), self.shape)
+
+    @property
+    def warps(self):
+        return self.blocks * self.shape[1] + self.threads // WARP
+
+    def check(self, blocks, places, *, writes, against):
+        """That what `against` noted since the last barrier, if anything, was by the same warp; and notes this."""
+        warps = np.broadcast_to(self.warps[self.masks[-1]][:, None], places.shape)
+        when, by = against[:, blocks, places]
+        assert not ((when == self.met) & (by != warps)).any(), "no barrier between two warps"
+        noted = self.writes if writes else self.reads
+        others = (noted[0, blocks, places] == self.met) & (noted[1, blocks, places] != warps)
+        assert not (others.any() and writes), "two warps write the same, with no barrier between them"
+        noted[0, blocks, places] = self.met
+        noted[1, blocks, places] = np.where(others, _SEVERAL, warps)
+
+    def read_by_all(self, ref):
+        """As products of whole warpgroups do."""
+        at, size = int(ref.start), math.prod(ref.shape) * ref.dtype.itemsize
+        assert (self.writes[0, :, at : at + size] < self.met).all()
+        self.reads[0, :, at : at + size], self.reads[1, :, at : at + size] = self.met, _SEVERAL
 
     def allocate(self, shape, dtype, *, swizzled=False):
         """A reference to shared memory."""
@@ -161,7 +187,20 @@ class Window:
         ]
 
 
-class Word:
+class _Number:
+    """What words and floats have in common: `_with` applies an operation to both sides."""
+
+    def __add__(self, other):
+        return self._with(np.add, other)
+
+    def __sub__(self, other):
+        return self._with(np.subtract, other)
+
+    def __mul__(self, other):
+        return self._with(np.multiply, other)
+
+
+class Word(_Number):
     def __init__(self, value):
         value = value.value if isinstance(value, Word) else np.asarray(value)
         if value.dtype != np.uint32:
@@ -172,15 +211,6 @@ class Word:
         other = other if isinstance(other, Word) else Word(other)
         with np.errstate(over="ignore"):
             return Word(operation(self.value, other.value))
-
-    def __add__(self, other):
-        return self._with(np.add, other)
-
-    def __sub__(self, other):
-        return self._with(np.subtract, other)
-
-    def __mul__(self, other):
-        return self._with(np.multiply, other)
 
     def __floordiv__(self, other):
         return self._with(np.floor_divide, other)
@@ -216,22 +246,13 @@ class Word:
         return Real(self.value.copy().view(np.int32).astype(np.float32))
 
 
-class Real:
+class Real(_Number):
     def __init__(self, value):
         self.value = machine.spread(np.asarray(value.value if isinstance(value, Real) else value, np.float32))
 
     def _with(self, operation, other):
         with np.errstate(all="ignore"):
             return Real(operation(self.value, Real(other).value))
-
-    def __add__(self, other):
-        return self._with(np.add, other)
-
-    def __sub__(self, other):
-        return self._with(np.subtract, other)
-
-    def __mul__(self, other):
-        return self._with(np.multiply, other)
 
     def __truediv__(self, other):
         return self._with(np.divide, other)
@@ -411,10 +432,11 @@ def thread():
 
 def barrier(count):
     assert count == machine.shape[1]
+    machine.met += 1
 
 
 def cluster_barrier():
-    pass
+    machine.met += 1
 
 
 def publish():
@@ -438,8 +460,9 @@ def _read(blocks, at, count):
     active = machine.masks[-1]
     assert (places[active] < machine.memory.shape[1]).all()
     assert (at.value[active] % min(count, 16) == 0).all()
-    places = np.where(active[..., None], places, 0)
-    return machine.memory[np.broadcast_to(blocks, machine.shape)[..., None], places]
+    blocks = np.broadcast_to(blocks, machine.shape)[..., None]
+    machine.check(blocks[active], places[active], writes=False, against=machine.writes)
+    return machine.memory[blocks, np.where(active[..., None], places, 0)]
 
 
 def _write(at, data):
@@ -447,7 +470,9 @@ def _write(at, data):
     count = data.shape[-1]
     assert (at.value[active] % count == 0).all()
     places = at.value.astype(np.int64)[active][:, None] + np.arange(count)
-    machine.memory[machine.blocks[active][:, None], places] = data[active]
+    blocks = machine.blocks[active][:, None]
+    machine.check(blocks, places, writes=True, against=machine.reads)
+    machine.memory[blocks, places] = data[active]
 
 
 def _as_words(data):

@@ -46,6 +46,8 @@ def test_it_is_its_two_ops_and_the_residual(t):
 
 def turned(token_smem, right_smem, left_smem, *, shape):
     """What a warpgroup's products leave in its threads: `Zᵀ`, as `wgmma` has it in its registers."""
+    for ref in (token_smem, right_smem, left_smem):
+        emulated_threads.machine.read_by_all(ref)
     x, right, left = (
         emulated_threads.unswizzled(ref).astype(np.float32) for ref in (token_smem, right_smem, left_smem)
     )
@@ -142,7 +144,7 @@ def test_gpu_kernel_spills_nothing(m, n, norm, residual, compile_for_h100):
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
 
 
-def test_tiles_cover_every_row_once_and_fit():
+def test_tiles_fit_memory_and_threads():
     for rows in (64, 576, 1536, 4096, 11008, 28672, 57344, 152064):
         for parts in (1, 2):
             for columns in (1, 2, 8, 16):

@@ -17,9 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
-on_threads: Any = (
-    plgpu.inline_mgpu
-)  # whose annotations speak of its functions as Mosaic sees them, not Pallas
+# Its annotations speak of functions as Mosaic sees them, not Pallas.
+on_threads: Any = plgpu.inline_mgpu
 WARP = 32
 _BARRIER = 15  # of 16; Mosaic takes 0 for a block, and one for each warpgroup after it
 

@@ -116,10 +116,10 @@ def quantized_linear(
 
 def _plan(rotation: KernelRotation, weight: KernelWeight, gated: bool) -> tuple[Rows, tuning.Tiles]:
     parts = 2 if gated else 1
-    shape, flat = turning.shape(rotation, 4), Flat(len(rotation.right_transposed))
+    shape, flat = turning.shape(rotation, tuning.WARPGROUPS), Flat(len(rotation.right_transposed))
     other = (
         max(2 * shape.rows * shape.columns, flat.size(weight.tiles * TILE))
-        + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_ROWS * 4)
+        + max(2 * shape.rows * shape.rows, 4 * tuning.WARPGROUPS * tuning.MOST_ROWS)
         + 2 * shape.columns * shape.columns
         + 4 * products.COLUMNS * (weight.tiles + 1)
         + 1024  # for what is small

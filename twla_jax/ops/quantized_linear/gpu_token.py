@@ -18,6 +18,7 @@ from twla_jax.ops.gpu_threads import Real, Word
 from twla_jax.ops.quantized_linear.gpu_products import Flat, write_table
 from twla_jax.ops.rotate_quantize.gpu import swizzled
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
+from twla_jax.packing import TILE
 
 _WGMMA_ROWS = 64
 WHOLE = 1.5 * 2**23  # floats of this size are whole numbers
@@ -221,8 +222,8 @@ def _normed(
     for distance in (1, 2, 4, 8, 16):
         total = total + threads.shuffle(total, distance)
     me = threads.thread()
-    with threads.when((me & 31).equals(0)):
-        threads.store(warps + (me // 32) * 4, total)
+    with threads.when((me & (threads.WARP - 1)).equals(0)):
+        threads.store(warps + (me // threads.WARP) * 4, total)
     threads.barrier(shape.threads)
     sums = [each.real() for i in range(shape.warpgroups) for each in threads.load(warps, 4, offset=16 * i)]
     mean = _tree(sums, Real.__add__) * (1 / (shape.size * shape.r))
@@ -283,11 +284,12 @@ def quantize(z, settings, codes_smem, table_smem, warps_smem, *, shape: Shape) -
             ]
             ends.append(over_warp(_tree(values, choose)))
         me, at = threads.thread(), threads.address(warps)
-        with threads.when((me & 31).equals(0)):
-            threads.store(at + (me // 32) * 8, *ends)
-        _write_zeros(threads.address(codes), table, shape, flat)
+        with threads.when((me & (threads.WARP - 1)).equals(0)):
+            threads.store(at + (me // threads.WARP) * 8, *ends)
         levels, clip, half = threads.reals(settings)
         threads.barrier(shape.threads)
+        # Not before: codes may take the place of the token, which other warpgroups turn until they come here.
+        _write_zeros(threads.address(codes), table, shape, flat)
         both = [
             each.real() for i in range(2 * shape.warpgroups) for each in threads.load(at, 4, offset=16 * i)
         ]
@@ -321,14 +323,13 @@ class _Element:
 def _elements(z, line: Word, share: Word, shape: Shape) -> list[_Element]:
     """A thread's numbers of its warpgroup's part of `Zᵀ`."""
     flat, width = Flat(shape.r), shape.rows // shape.shares
-    lane, warp = threads.thread() & 31, (threads.thread() // 32) & 3
+    lane, warp = threads.thread() & (threads.WARP - 1), (threads.thread() // threads.WARP) & 3
     first_column, first_row = line * _WGMMA_ROWS + warp * 16 + lane // 4, share * width + (lane & 3) * 2
     regular = shape.r % flat.run == 0  # then one row begins where another does, so much further
     start = flat.place(first_row * shape.r + first_column)
     out = []
-    for i, value in enumerate(
-        threads.reals(z)
-    ):  # pairs of neighbours in a column, one of them eight columns on
+    # Pairs of rows next to each other, one in a column and one eight columns on.
+    for i, value in enumerate(threads.reals(z)):
         row, column = i // 4 * 8 + i % 2, i // 2 % 2 * 8
         if regular:
             place, offset = start, row * flat.size(shape.r) + column
@@ -344,7 +345,7 @@ def _elements(z, line: Word, share: Word, shape: Shape) -> list[_Element]:
 
 def _write_zeros(codes: Word, table: ir.Value, shape: Shape, flat: Flat) -> None:
     """Codes past a token's last, up to the end of a tile."""
-    last = (threads.shape(table)[0] - 1) * 512
+    last = (threads.shape(table)[0] - 1) * TILE
     count = last - shape.size * shape.r
     me = threads.thread()
     for i in range(-(-count // (4 * shape.threads))):

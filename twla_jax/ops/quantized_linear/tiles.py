@@ -7,9 +7,8 @@ from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.packing import PLANE
 
 _MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor of an H100 share
-MOST_ROWS = (
-    256  # of a block: of what the copy engine takes at once, and of what four warps have registers for
-)
+MOST_ROWS = 256  # of a block: what the copy engine takes at once, and what four warps have registers for
+WARPGROUPS = 4  # of a multiprocessor's blocks, at most
 _LEAST_ROWS = 32
 
 
@@ -34,7 +33,7 @@ def tiles(rows: int, parts: int, columns: int, other: int) -> Tiles:
     for waves in itertools.count(1):
         each = 8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves))
         resident = min(waves, 2)
-        warpgroups = min(4 // resident, columns)
+        warpgroups = min(WARPGROUPS // resident, columns)
         if each <= min(MOST_ROWS // parts, 128 * warpgroups):  # a thread finishes a row
             break
     each = max(each, _LEAST_ROWS // parts)
