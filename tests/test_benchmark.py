@@ -91,16 +91,16 @@ def test_the_command_prints_tables(capsys):
 def test_a_head_of_fewer_bits_is_counted_as_such():
     bits = 4
     rows = measure(
-        ["kernels", "decode"], "tiny", layers=1, context=8, steps=2, activation_bits=[8], embedding_bits=bits
+        ["kernels", "decode"], "tiny", layers=1, context=8, steps=2, activation_bits=[16], embedding_bits=bits
     )
     plain, packed = rows["decode"]
-    assert (plain["name"], packed["name"]) == ("bf16", f"W1.58A8, head of {bits} bits")
+    assert (plain["name"], packed["name"]) == ("bf16", f"W1.58A16, head of {bits} bits")
     n, m = 256, 512
     size = n * m * bits // 8 + n * m // 128 * 4
     product = rows["kernels"][-1]
     assert product["name"] == f"head of {bits} bits, bf16"
     assert product["bytes"] == size + 2 * m + 4 * n
-    blocks = shapes.random_decoder(SHAPES["tiny"], activation_bits=8, embedding_bits=bits).blocks[0]
+    blocks = shapes.random_decoder(SHAPES["tiny"], activation_bits=16, embedding_bits=bits).blocks[0]
     assert packed["weight_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) + size
 
 
