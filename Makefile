@@ -13,9 +13,10 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/package $(VENV)/smollm2
 	$(BIN)/twla demo $(DEMO)
 
-# Two processes: most of the time goes into compilation, which uses one core.
+# Two processes and few optimisations: most of the time goes into compilation, which uses one core, of programs that
+# mostly run once or twice.
 test: $(VENV)/test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 # Kernels compiled for chips that this machine lacks; the compilers' own back ends would look for those.
 aot: $(VENV)/aot
