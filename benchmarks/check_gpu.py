@@ -99,10 +99,14 @@ def check(implementation: str, products=PRODUCTS, rotations=ROTATIONS) -> None:
             np.testing.assert_array_equal(found.sums, group_sums(found.codes))
 
 
-def check_integers(implementation: str) -> None:
+# Tokens, rows, columns, group size.
+INTEGERS = ((1, 1000, 576, 128), (TOKENS, 4096, 4096, 128), (40, 1000, 1024, 1024))
+
+
+def check_integers(implementation: str, products=INTEGERS) -> None:
     """Weights of 4 and 8 bits: sums of integers exact, everything else to 1e-4 of the largest value."""
     product = functools.partial(integer_matmul, out_dtype=jnp.float32)
-    for t, n, m, size in ((1, 1000, 576, 128), (TOKENS, 4096, 4096, 128), (40, 1000, 1024, 1024)):
+    for t, n, m, size in products:
         for bits in (4, 8):
             for exact in (True, False):
                 keys = jax.random.split(jax.random.key(6), 3)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import models
+from twla_jax import models, quantizers
 from twla_jax.errors import TwlaError
 from twla_jax.generation import generate
 from twla_jax.models.decoder import SITES, Decoder
@@ -114,11 +114,18 @@ def test_group_sizes_that_kernels_do_not_take_are_refused(tiny_ternary):
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 2e-2), (16, 2e-3)])
-def test_two_planes_are_two_products(tiny_config, bits, tolerance):
-    recipe = dataclasses.replace(RECIPE, weights=WeightRecipe(planes=2, rounds=1))
-    tokens = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (2, 16)).astype(np.int32)
-    model = twla_jax.quantize(Decoder(tiny_config, rngs=nnx.Rngs(0)), tokens, recipe, progress=False)[0]
-    model = jax.tree.map(jnp.asarray, set_activation_bits(model, bits))
+def test_two_planes_are_two_products(tiny_config, tiny_ternary, bits, tolerance):
+    rng, layers = np.random.default_rng(0), tiny_config.num_layers
+    levels = quantizers.quantizer(WeightRecipe(planes=2))
+    for name in (name for names in SITES.values() for name in names):
+        linear = getattr(tiny_ternary.blocks, name)
+        n, m = linear.kernel.get_value().shape[-2:]
+        alpha, mu = 0.1 * rng.uniform(0.5, 1, (2, layers, n, 1))
+        scales = (alpha, alpha * rng.uniform(0.2, 0.8, alpha.shape), mu / 4)
+        codes = jnp.asarray(rng.integers(-4, 5, (layers, n, m)))
+        linear.kernel = nnx.Param(levels.pack(codes, tuple(map(jnp.asarray, scales)), 128))
+    model = jax.tree.map(jnp.asarray, set_activation_bits(tiny_ternary, bits))
+    tokens = rng.integers(0, tiny_config.vocab_size, (2, 16)).astype(np.int32)
     found, expected = (
         jax.jit(lambda model: model(tokens))(each) for each in (prepare_for_inference(model), model)
     )
