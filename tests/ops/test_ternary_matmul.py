@@ -18,6 +18,7 @@ from twla_jax.ops.tokens import QuantizedTokens, group_sums
 # rows, columns, group size: whole tiles, a short last tile, a short last group, groups of two planes, one group a row.
 SHAPES = [(128, 1024, 128), (192, 576, 128), (130, 1000, 256), (64, 172, 128), (96, 576, 576)]
 TPUS = ["v5e", "v6e", "v7x"]
+packed = jax.jit(kernel_weight)  # whose steps would each be compiled for every shape
 
 
 def matrix(n, m, size, *, alpha=None, mu=None, seed=0):
@@ -65,7 +66,7 @@ def test_reference_is_the_product_with_the_dequantised_matrix(n, m, size, kind):
     weight = matrix(n, m, size)
     bias = jnp.asarray(np.random.default_rng(1).normal(size=n))
     x = activations(kind, 3, m)
-    y = ternary_matmul(x, kernel_weight([weight], [bias]), out_dtype=jnp.float32, implementation="xla")
+    y = ternary_matmul(x, packed([weight], [bias]), out_dtype=jnp.float32, implementation="xla")
     expected = dequantized(x) @ np.asarray(ternary.dequantize(weight), np.float64).T + bias
     np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
 
@@ -73,9 +74,9 @@ def test_reference_is_the_product_with_the_dequantised_matrix(n, m, size, kind):
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize(("n", "m", "size"), SHAPES)
 def test_tpu_kernel_equals_the_reference(n, m, size, kind):
-    weight = kernel_weight([matrix(n, m, size)])
+    weight = packed([matrix(n, m, size)])
     x = operands(activations(kind, 5, m))
-    expected = reference.matmul(*x, weight, out_dtype=jnp.float32)
+    expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*x, weight)
     y = tpu.matmul(*x, weight, out_dtype=jnp.float32, interpret=True)
     np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
 
@@ -88,7 +89,7 @@ def test_accumulators_are_exact(size):
     x = (x.codes, x.sums, jnp.ones(4), jnp.zeros(4))
     exact = np.asarray(x[0], np.int64) @ (np.asarray(ternary.dequantize(weight), np.int64)).T
     for implementation in (reference.matmul, functools.partial(tpu.matmul, interpret=True)):
-        y = implementation(*x, kernel_weight([weight]), out_dtype=jnp.float32)
+        y = implementation(*x, packed([weight]), out_dtype=jnp.float32)
         np.testing.assert_array_equal(y, exact)
 
 
@@ -107,8 +108,8 @@ def test_scales_of_every_size_survive_the_way_through_their_bits():
 def test_matrices_that_share_an_input_are_one_product():
     parts = [matrix(n, 576, 128, seed=n) for n in (64, 32, 32)]
     x = tokens(2, 576)
-    together = ternary_matmul(x, kernel_weight(parts), out_dtype=jnp.float32)
-    apart = [ternary_matmul(x, kernel_weight([part]), out_dtype=jnp.float32) for part in parts]
+    together = ternary_matmul(x, packed(parts), out_dtype=jnp.float32)
+    apart = [ternary_matmul(x, packed([part]), out_dtype=jnp.float32) for part in parts]
     np.testing.assert_allclose(together, jnp.concatenate(apart, axis=1), rtol=1e-6)
 
 
