@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 WARP = 32
-_SEVERAL = -2  # in place of a warp
+_SEVERAL = -2  # in place of a warp; and less, for several of one warpgroup
 
 
 class Machine:
@@ -52,13 +52,24 @@ class Machine:
         others = (noted[0, blocks, places] == self.met) & (noted[1, blocks, places] != warps)
         assert not (others.any() and writes), "two warps write the same, with no barrier between them"
         noted[0, blocks, places] = self.met
-        noted[1, blocks, places] = np.where(others, _SEVERAL, warps)
+        of_one = _warpgroup(noted[1, blocks, places]) == warps // 4
+        together = np.where(of_one, _SEVERAL - 1 - warps // 4, _SEVERAL)
+        noted[1, blocks, places] = np.where(others, together, warps)
 
     def read_by_all(self, ref):
         """As products of whole warpgroups do."""
         at, size = int(ref.start), math.prod(ref.shape) * ref.dtype.itemsize
         assert (self.writes[0, :, at : at + size] < self.met).all()
         self.reads[0, :, at : at + size], self.reads[1, :, at : at + size] = self.met, _SEVERAL
+
+    def copied(self, target, block, thread):
+        """A warpgroup may have a copy made to what it touched itself, as its warps wait for each other before."""
+        at = int(self.spread(target.start)[block, thread])
+        places = slice(at, at + math.prod(target.shape) * target.dtype.itemsize)
+        own = self.warps[block, thread] // 4
+        for noted in (self.reads, self.writes):
+            when, by = noted[:, block, places]
+            assert not ((when == self.met) & (_warpgroup(by) != own)).any(), "a warpgroup is not done with it"
 
     def allocate(self, shape, dtype, *, swizzled=False):
         """A reference to shared memory."""
@@ -72,6 +83,10 @@ class Machine:
 
 
 machine: Machine  # the one that a test made
+
+
+def _warpgroup(by):
+    return np.where(by >= 0, by // 4, np.where(by < _SEVERAL, _SEVERAL - 1 - by, -1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +139,7 @@ def copy(source, target, _):
                     rows = np.arange(len(data))[:, None]
                     data = data.reshape(len(data), 8, 16)[rows, np.arange(8) ^ rows % 8]
                 target.view(block, thread)[:] = data.reshape(-1)
+                machine.copied(target, block, thread)
 
 
 def unswizzled(ref, block=0):
