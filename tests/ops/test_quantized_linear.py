@@ -17,7 +17,7 @@ from twla_jax.benchmark import shapes
 from twla_jax.kotms import KroneckerRotation
 from twla_jax.ops.quantized_linear import gpu, gpu_products, gpu_token, quantized_linear, reference, tiles
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
-from twla_jax.ops.ternary_matmul import kernel_weight, ternary_matmul
+from twla_jax.ops.ternary_matmul import gpu_rows, kernel_weight, ternary_matmul
 
 SETTINGS = quantizer_settings(4, 0.9)
 
@@ -98,7 +98,7 @@ def test_gpu_kernel_thread_by_thread(m, n, size, warpgroups, rows, stages, kind,
     expected = jax.jit(functools.partial(reference.quantized_linear, implementation="xla", **options))(
         *arguments
     )
-    emulated_threads.emulate(monkeypatch, gpu, gpu_token, gpu_products)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_token, gpu_products, gpu_rows)
     emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
     monkeypatch.setattr(gpu_token, "turn", turned)
     chosen = tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages)
@@ -148,14 +148,16 @@ def test_tiles_fit_memory_and_threads():
     for rows in (64, 576, 1536, 4096, 11008, 28672, 57344, 152064):
         for parts in (1, 2):
             for columns in (1, 2, 8, 16):
-                chosen = tiles.tiles(rows, parts, columns, 40_000)
-                assert chosen.rows % 8 == 0
-                assert chosen.rows <= 128 * chosen.warpgroups
-                assert chosen.rows * parts <= tiles.MOST_ROWS
-                used = chosen.warpgroups * chosen.stages * chosen.rows * parts * 144
-                assert used + 40_000 <= 226 * 1024
+                for lines in (1, 2, 4):
+                    chosen = tiles.tiles(rows, parts, columns, lines, 40_000)
+                    assert chosen.rows % 8 == 0
+                    assert lines <= chosen.warpgroups <= tiles.MOST_WARPGROUPS
+                    assert chosen.rows <= 128 * chosen.warpgroups
+                    assert chosen.rows * parts <= tiles.MOST_ROWS
+                    used = chosen.warpgroups * chosen.stages * chosen.rows * parts * 144
+                    assert used + 40_000 <= 226 * 1024
     with pytest.raises(ValueError, match="leave no room"):
-        tiles.tiles(4096, 1, 8, 230_000)
+        tiles.tiles(4096, 1, 8, 2, 230_000)
 
 
 @pytest.mark.aot

@@ -20,8 +20,9 @@ from twla_jax.ops.gpu_threads import Real
 from twla_jax.ops.quantized_linear import gpu_products as products
 from twla_jax.ops.quantized_linear import gpu_token as turning
 from twla_jax.ops.quantized_linear import tiles as tuning
-from twla_jax.ops.quantized_linear.gpu_products import Flat, Rows
+from twla_jax.ops.quantized_linear.gpu_products import Flat
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
+from twla_jax.ops.ternary_matmul.gpu_rows import SWIZZLED, Rows
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.packing import PLANE, TILE
 
@@ -79,9 +80,7 @@ def quantized_linear(
         num_threads=groups,
         thread_name="warpgroup",
         scratch_types={
-            "codes_smem": plgpu.SMEM(
-                (groups, stages, rows.count, PLANE), jnp.uint8, transforms=products.SWIZZLED
-            ),
+            "codes_smem": plgpu.SMEM((groups, stages, rows.count, PLANE), jnp.uint8, transforms=SWIZZLED),
             "scales_smem": plgpu.SMEM((groups, stages, rows.parts, 8, rows.each), jnp.float16),
             # The token is used up when its codes are written, and L when sums are.
             "token_or_x_smem": plgpu.RefUnion(
@@ -116,15 +115,16 @@ def quantized_linear(
 
 def _plan(rotation: KernelRotation, weight: KernelWeight, gated: bool) -> tuple[Rows, tuning.Tiles]:
     parts = 2 if gated else 1
-    shape, flat = turning.shape(rotation, tuning.WARPGROUPS), Flat(len(rotation.right_transposed))
+    shape, flat = turning.shape(rotation, tuning.MOST_WARPGROUPS), Flat(len(rotation.right_transposed))
     other = (
         max(2 * shape.rows * shape.columns, flat.size(weight.tiles * TILE))
-        + max(2 * shape.rows * shape.rows, 4 * tuning.WARPGROUPS * tuning.MOST_ROWS)
+        + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_WARPGROUPS * tuning.MOST_ROWS)
         + 2 * shape.columns * shape.columns
         + 4 * products.COLUMNS * (weight.tiles + 1)
         + 1024  # for what is small
     )
-    tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, other)
+    lines = min(shape.lines, tuning.MOST_WARPGROUPS)
+    tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, lines, other)
     return Rows(tiles.rows, parts), tiles
 
 

@@ -15,48 +15,10 @@ from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Word
+from twla_jax.ops.ternary_matmul.gpu_rows import SUMS, SWIZZLED, Lane, Rows, plane_of
 from twla_jax.packing import PLANE, TILE
 
-WARPS = 4  # of a warpgroup
-UNIT = 16  # rows of an `mma.sync`
 COLUMNS = 8
-_SUMS = 4  # of a thread for a unit: an `mma.sync` leaves it so many
-SWIZZLED = (
-    plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A block's rows: `each` of one matrix, a multiple of 8, and as many of a second below it if there are two parts.
-
-    Units of 16 rows go to the warps of a warpgroup in turn; where there are but two, a unit's two warps share its
-    columns.
-    """
-
-    each: int
-    parts: int
-
-    @property
-    def count(self) -> int:
-        """Of all parts."""
-        return self.each * self.parts
-
-    @property
-    def units(self) -> int:
-        """Of 16 rows, the last one perhaps of 8."""
-        return -(-self.count // UNIT)
-
-    @property
-    def of_warp(self) -> int:
-        """Units of a warp, at most."""
-        return -(-self.units // WARPS)
-
-    @property
-    def shares(self) -> int:
-        """Warps that share a unit."""
-        return 2 if self.units <= 2 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +44,9 @@ class Flat:
 def start(rows: Rows) -> jax.Array:
     """Sums to begin with: for each of a warp's units, two columns of one row, and two of the row eight below it."""
 
-    @threads.on_threads(return_type=threads.values(_SUMS * rows.of_warp, jnp.float32))
+    @threads.on_threads(return_type=threads.values(SUMS * rows.of_warp, jnp.float32))
     def zeros(_):
-        return threads.as_array([threads.real(0.0)] * (_SUMS * rows.of_warp))
+        return threads.as_array([threads.real(0.0)] * (SUMS * rows.of_warp))
 
     return zeros()
 
@@ -102,7 +64,7 @@ def add_tile(
       table_smem: `[tiles + 1, 8]` int32: see `write_table`.
       tile: which of them it is.
     """
-    count = _SUMS * rows.of_warp
+    count = SUMS * rows.of_warp
     grouped = scales_smem is not None
     refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if grouped else 2)]
 
@@ -111,7 +73,7 @@ def add_tile(
         return_type=threads.values(count, jnp.float32),
     )
     def add(_, sums, tile, codes, token, table, *scales):
-        before, me, tile = threads.reals(sums), _Lane(rows), threads.splat_word(tile)
+        before, me, tile = threads.reals(sums), Lane(rows), threads.splat_word(tile)
         tokens = _load_token(me, threads.address(token), _zeros(table), tile, flat)
         begin = threads.address(table) + tile * (4 * COLUMNS)
         if rows.shares > 1:
@@ -168,9 +130,9 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows) -> None:
     """
     refs = [plgpu.RefType()] * (1 + (scales_gmem is not None))
 
-    @threads.on_threads(arg_types=(threads.per_thread(_SUMS * rows.of_warp), plgpu.Layout.WG_SPLAT, *refs))
+    @threads.on_threads(arg_types=(threads.per_thread(SUMS * rows.of_warp), plgpu.Layout.WG_SPLAT, *refs))
     def write(_, sums, first_row, parts, scales=None):
-        values, me = threads.reals(sums), _Lane(rows)
+        values, me = threads.reals(sums), Lane(rows)
         first = threads.splat_word(first_row)
         small = me.pair.equals(1)
         weights = [
@@ -181,12 +143,12 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows) -> None:
         weights = [threads.select(last, threads.real(1.0), weight) for weight in weights]
         for i in range(rows.of_warp):
             for half in range(2):
-                first_column = _SUMS * i + 2 * half
+                first_column = SUMS * i + 2 * half
                 total = values[first_column] * weights[0] + values[first_column + 1] * weights[1]
                 row = me.row(i, half)
                 if scales is not None:
                     all_rows = threads.shape(scales)[-1]
-                    at = first + row.least(rows.count - 1)
+                    at = (first + row.least(rows.count - 1)).least(all_rows - 1)
                     kind = threads.select(last, threads.word(1), threads.word(0))
                     total = total * threads.load_real(scales, at + kind * all_rows)
                 for distance in (1, 2):
@@ -198,52 +160,19 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows) -> None:
     write(sums, first_row, *operands)
 
 
-class _Lane:
-    """A thread's place in its warpgroup, and in the fragments of `mma.sync`."""
-
-    def __init__(self, rows: Rows):
-        self.rows = rows
-        me = threads.thread()
-        self.lane = me & (threads.WARP - 1)
-        warp = (me // threads.WARP) & (WARPS - 1)
-        self.unit, self.share = (warp & 1, warp // 2) if rows.shares > 1 else (warp, threads.word(0))
-        self.group, self.pair = self.lane // 4, self.lane & 3
-
-    def eight(self, i: int, half: Word | int) -> Word:
-        """Which eight rows of the block; of those past its last, the last ones."""
-        return ((self.unit + WARPS * i) * 2 + half).least(self.rows.count // 8 - 1)
-
-    def row(self, i: int, half: int) -> Word:
-        """The row of the block whose sums this thread has; may be past the last."""
-        return (self.unit + WARPS * i) * UNIT + 8 * half + self.group
-
-    def scale(self, i: int, half: int) -> Word:
-        """Where this row's α of the first plane is in `[parts, 8, each]`."""
-        row = self.eight(i, half) * 8 + self.group
-        if self.rows.parts == 1:
-            return row
-        before = threads.select(row >= self.rows.each, threads.word(7 * self.rows.each), threads.word(0))
-        return row + before
-
-
-def _multiply(me: _Lane, codes: Word, tokens: list[list[Word]], begin: list[Word], i: int) -> list[Word]:
+def _multiply(me: Lane, codes: Word, tokens: list[list[Word]], begin: list[Word], i: int) -> list[Word]:
     """Sums of a warp's unit i, four a thread, over its share of a tile's columns."""
-    within = me.lane & 7
-    first = codes + me.eight(i, (me.lane // 8) & 1) * (8 * PLANE) + within * PLANE
-    chunk = (within ^ (me.lane // 16)) << 4  # the copy engine swizzled chunks of 16 bytes
     # Two sums, as a product waits for the one before that adds to the same.
     sums = [begin, [threads.word(0)] * 4]
-    for j in range(4 // me.rows.shares):
-        packed = threads.load_matrices(first + (chunk ^ ((me.share * 2 + j) << 5)))
+    for j, packed in enumerate(me.codes(codes, i)):
         for plane in range(4):
-            unsigned = [each & (0x03030303 << 2 * plane) for each in packed]
             sums[plane % 2] = threads.multiply_bytes(
-                unsigned, tokens[plane][2 * j : 2 * j + 2], sums[plane % 2]
+                plane_of(packed, plane), tokens[plane][2 * j : 2 * j + 2], sums[plane % 2]
             )
     return [one + other for one, other in zip(*sums, strict=True)]
 
 
-def _load_token(me: _Lane, token: Word, zeros: Word, tile: Word, flat: Flat) -> list[list[Word]]:
+def _load_token(me: Lane, token: Word, zeros: Word, tile: Word, flat: Flat) -> list[list[Word]]:
     """For each plane, the right operands of a warp's share of the columns."""
     here = token + tile * flat.size(TILE) + (me.lane // 8) * 16 + me.share * flat.size(PLANE // 2)
     planes = []

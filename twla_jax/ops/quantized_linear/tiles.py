@@ -7,8 +7,12 @@ from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.packing import PLANE
 
 _MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor of an H100 share
+_UNDER_WAY = (
+    104 * 1024
+)  # of them, for weights that are under way: more would only stand in the way of the token
 MOST_ROWS = 256  # of a block: what the copy engine takes at once, and what four warps have registers for
-WARPGROUPS = 4  # of a multiprocessor's blocks, at most
+MOST_WARPGROUPS = 4  # of a block
+_WARPGROUPS = 2  # of a block whose token does not take more to turn
 _LEAST_ROWS = 32
 
 
@@ -21,25 +25,22 @@ class Tiles:
     stages: int
 
 
-def tiles(rows: int, parts: int, columns: int, other: int) -> Tiles:
+def tiles(rows: int, parts: int, columns: int, lines: int, other: int) -> Tiles:
     """Tiles for `parts` matrices of `rows` each by `512·columns`, beside `other` bytes of shared memory.
 
-    One block for each multiprocessor, if its rows are not too many, so that all are done at once; with all its weights
-    under way from the beginning, if they fit. Else there are two to each.
+    One block for each multiprocessor, if its rows are not too many, so that all are done at once; else there are two to
+    each. `lines` is how many warpgroups it takes at least to turn the token.
 
     Raises:
       ValueError: there is no room for a single tile.
     """
+    warpgroups = max(min(_WARPGROUPS, columns), lines)
     for waves in itertools.count(1):
-        each = 8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves))
         resident = min(waves, 2)
-        warpgroups = min(WARPGROUPS // resident, columns)
-        if each <= min(MOST_ROWS // parts, 128 * warpgroups):  # a thread finishes a row
-            break
-    each = max(each, _LEAST_ROWS // parts)
-    slot = parts * each * (PLANE + 16)
-    room = (_MEMORY // resident - other) // (slot * warpgroups)
-    if room < 1:
-        raise ValueError(f"{other} bytes leave no room for tiles of {slot}")
-    stages = min(room, -(-columns // warpgroups))
-    return Tiles(rows=each, warpgroups=warpgroups, stages=stages)
+        each = max(8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves)), _LEAST_ROWS // parts)
+        slot = parts * each * (PLANE + 16)
+        room = min(_MEMORY // resident - other, _UNDER_WAY // resident) // (slot * warpgroups)
+        if room > 0 and each <= min(MOST_ROWS // parts, 128 * warpgroups):  # a thread finishes a row
+            return Tiles(rows=each, warpgroups=warpgroups, stages=min(room, -(-columns // warpgroups)))
+        if room < 1 and each * parts == _LEAST_ROWS:
+            raise ValueError(f"{other} bytes leave no room for tiles of {slot}")

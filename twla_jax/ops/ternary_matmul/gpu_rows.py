@@ -1,0 +1,93 @@
+"""Rows of two-bit codes as the left operands of `mma.sync`, thread by thread (Mosaic GPU)."""
+
+import dataclasses
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.gpu_threads import Word
+from twla_jax.packing import PLANE
+
+WARPS = 4  # of a warpgroup
+UNIT = 16  # rows of an `mma.sync`
+SUMS = 4  # of a thread for a unit: an `mma.sync` leaves it so many
+SWIZZLED = (
+    plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A block's rows: `each` of one matrix, a multiple of 8, and as many of a second below it if there are two parts.
+
+    Units of 16 rows go to the warps of a warpgroup in turn; where there are but two, a unit's two warps share its
+    columns.
+    """
+
+    each: int
+    parts: int
+
+    @property
+    def count(self) -> int:
+        """Of all parts."""
+        return self.each * self.parts
+
+    @property
+    def units(self) -> int:
+        """Of 16 rows, the last one perhaps of 8."""
+        return -(-self.count // UNIT)
+
+    @property
+    def of_warp(self) -> int:
+        """Units of a warp, at most."""
+        return -(-self.units // WARPS)
+
+    @property
+    def shares(self) -> int:
+        """Warps that share a unit."""
+        return 2 if self.units <= 2 else 1
+
+
+class Lane:
+    """A thread's place in its warpgroup, and in the fragments of `mma.sync`."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        me = threads.thread()
+        self.lane = me & (threads.WARP - 1)
+        warp = (me // threads.WARP) & (WARPS - 1)
+        self.unit, self.share = (warp & 1, warp // 2) if rows.shares > 1 else (warp, threads.word(0))
+        self.group, self.pair = self.lane // 4, self.lane & 3
+
+    def eight(self, i: int, half: Word | int) -> Word:
+        """Which eight rows of the block; of those past its last, the last ones."""
+        return ((self.unit + WARPS * i) * 2 + half).least(self.rows.count // 8 - 1)
+
+    def row(self, i: int, half: int) -> Word:
+        """The row of the block whose sums this thread has; may be past the last."""
+        return (self.unit + WARPS * i) * UNIT + 8 * half + self.group
+
+    def scale(self, i: int, half: int) -> Word:
+        """Where this row's α of the first plane is in `[parts, 8, each]`."""
+        row = self.eight(i, half) * 8 + self.group
+        if self.rows.parts == 1:
+            return row
+        before = threads.select(row >= self.rows.each, threads.word(7 * self.rows.each), threads.word(0))
+        return row + before
+
+    def codes(self, at: Word, i: int) -> list[list[Word]]:
+        """The bytes of a warp's unit i, in its share of a tile: left operands of 32 columns each.
+
+        `at` is the address of the block's rows of a tile, as the copy engine leaves them `SWIZZLED`.
+        """
+        within = self.lane & 7
+        first = at + self.eight(i, (self.lane // 8) & 1) * (8 * PLANE) + within * PLANE
+        chunk = (within ^ (self.lane // 16)) << 4  # the copy engine swizzled chunks of 16 bytes
+        shares = range(4 // self.rows.shares)
+        return [threads.load_matrices(first + (chunk ^ ((self.share * 2 + j) << 5))) for j in shares]
+
+
+def plane_of(packed: list[Word], plane: int) -> list[Word]:
+    """A plane's codes where they lie in their bytes, `4 ** plane` times too large."""
+    return [each & (0x03030303 << 2 * plane) for each in packed]
