@@ -4,15 +4,27 @@ import functools
 import logging
 import types
 
+import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax import inference, ternary
 from twla_jax.errors import TwlaError
 from twla_jax.ops import dispatch
-from twla_jax.ops.ternary_matmul import gpu, kernel_weight, reference, ternary_matmul, tpu
+from twla_jax.ops.ternary_matmul import (
+    gpu,
+    gpu_few,
+    gpu_rows,
+    kernel_weight,
+    reference,
+    ternary_matmul,
+    tiles,
+    tpu,
+)
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
 # rows, columns, group size: whole tiles, a short last tile, a short last group, groups of two planes, one group a row.
@@ -91,6 +103,43 @@ def test_accumulators_are_exact(size):
     for implementation in (reference.matmul, functools.partial(tpu.matmul, interpret=True)):
         y = implementation(*x, packed([weight]), out_dtype=jnp.float32)
         np.testing.assert_array_equal(y, exact)
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "m", "size", "rows", "warpgroups", "slots"),
+    [
+        (1, 128, 1024, 128, 32, 2, 2),
+        (8, 128, 2000, 128, 88, 4, 4),
+        (3, 128, 1536, 128, 96, 1, 2),
+        (5, 128, 1040, 1040, 128, 2, 2),
+        (8, 128, 1536, 1536, 32, 2, 3),
+    ],
+)
+def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgroups, slots, monkeypatch):
+    weight = kernel_weight([matrix(n, m, size)], [jnp.linspace(-1, 1, n)])
+    codes, sums, scale, zero_point = operands(tokens(t, m))
+    expected = reference.matmul(codes, sums, scale, zero_point, weight, out_dtype=jnp.float32)
+    emulated_threads.emulate(monkeypatch, gpu_few, gpu_rows)
+    emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
+    chosen = tiles.FewTiles(rows=rows, warpgroups=warpgroups, slots=slots)
+    found = gpu_few.matmul(codes, scale, zero_point, weight, out_dtype=jnp.float32, tiles=chosen)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_tiles_of_few_tokens_fit_memory():
+    for t in (1, 2, 8):
+        for rows in (64, 576, 4096, 57344, 152064):
+            for columns in (1, 2, 8, 16):
+                chosen = tiles.few_tiles(t, rows, columns)
+                assert chosen.rows % 8 == 0
+                assert chosen.warpgroups <= chosen.slots <= columns
+                used = chosen.slots * chosen.rows * 144
+                used += max((t + 1) * (512 * columns + 16), 4 * chosen.warpgroups * t * chosen.rows)
+                assert used <= 226 * 1024
+    with pytest.raises(ValueError, match="8 tokens of 56 tiles leave no room"):
+        tiles.few_tiles(8, 4096, 56)
+    with pytest.raises(ValueError, match="22016 rows are neither few nor many"):
+        tiles.few_tiles(8, 22016, 8)
 
 
 def test_scales_of_every_size_survive_the_way_through_their_bits():
@@ -196,7 +245,15 @@ def test_tpu_kernel_compiles(target, t, n, m, size, dtype, compile_for):
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("t", "n", "m", "size"),
-    [(1, 4096, 4096, 128), (8, 22016, 4096, 4096), (16, 4096, 11008, 128), (24, 960, 576, 128)],
+    [
+        (1, 4096, 4096, 128),
+        (8, 22016, 4096, 128),
+        (8, 22016, 4096, 4096),
+        (8, 4096, 11008, 128),
+        (8, 57344, 8192, 128),
+        (16, 4096, 11008, 128),
+        (24, 960, 576, 128),
+    ],
 )
 def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, size, dtype, compile_for_h100):
     function = functools.partial(gpu.matmul, out_dtype=jnp.bfloat16)
