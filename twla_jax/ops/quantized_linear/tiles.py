@@ -1,7 +1,6 @@
 """Tile sizes of the one-kernel linear, by rule from the shape."""
 
 import dataclasses
-import itertools
 
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.packing import PLANE
@@ -35,7 +34,9 @@ def tiles(rows: int, parts: int, columns: int, lines: int, other: int) -> Tiles:
       ValueError: there is no room for a single tile.
     """
     warpgroups = max(min(_WARPGROUPS, columns), lines)
-    for waves in itertools.count(1):
+    waves = 0
+    while True:
+        waves += 1
         resident = min(waves, 2)
         each = max(8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves)), _LEAST_ROWS // parts)
         slot = parts * each * (PLANE + 16)
