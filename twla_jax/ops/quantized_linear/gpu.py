@@ -1,9 +1,9 @@
 """Norm, rotation, codes and product of a single token in one kernel on Hopper GPUs (Pallas Mosaic GPU).
 
 A single token's rotation takes one multiprocessor longer to wait for than to compute, and a kernel of its own as long
-again to start. So every block computes it for itself, while its weights come from memory: where they fit, all that
-a multiprocessor has to multiply is under way from the beginning. Warpgroups share the columns, each with its own ring
-of tiles, and their sums meet in shared memory.
+again to start. So every block computes it for itself, while its weights come from memory, as many of them under way as
+memory needs and no more. Warpgroups share the columns, each with its own ring of tiles, and their sums meet in shared
+memory.
 """
 
 import functools
