@@ -57,7 +57,8 @@ def random_tokens(key: jax.Array, t: int, m: int, *, exact: bool = False) -> Qua
 
 
 # Tokens, rows, columns, whether there are groups. Few tokens first; of many, a short last tile and 8 tokens cut, then
-# three blocks of rows, which clusters of two do not divide.
+# three blocks of rows, which clusters of two do not divide; at last, few tokens with more rows, for which there are
+# other kernels and tiles.
 PRODUCTS = (
     (1, 1024, 4096, True),
     (TOKENS, 1024, 4096, False),
@@ -65,6 +66,8 @@ PRODUCTS = (
     (100, 128, 576, True),
     (100, 128, 576, False),
     (300, 384, 4096, True),
+    (TOKENS, 8192, 1024, True),
+    (TOKENS, 32768, 1024, True),
 )
 # Factors' rows, whether there is a gate before.
 ROTATIONS = ((64, 64, False), (86, 128, False), (86, 128, True), (32, 48, True))

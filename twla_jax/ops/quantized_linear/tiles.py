@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
+from twla_jax.ops.ternary_matmul.tiles import MULTIPROCESSOR_MEMORY, STREAMING_MULTIPROCESSORS
 from twla_jax.packing import PLANE
 
 _MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor of an H100 share
@@ -40,7 +40,7 @@ def tiles(rows: int, parts: int, columns: int, lines: int, other: int) -> Tiles:
         resident = min(waves, 2)
         each = max(8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves)), _LEAST_ROWS // parts)
         slot = parts * each * (PLANE + 16)
-        room = min(_MEMORY // resident - other, _UNDER_WAY // resident) // (slot * warpgroups)
+        room = min(MULTIPROCESSOR_MEMORY // resident - other, _UNDER_WAY // resident) // (slot * warpgroups)
         if room > 0 and each <= min(MOST_ROWS // parts, 128 * warpgroups):  # a thread finishes a row
             return Tiles(rows=each, warpgroups=warpgroups, stages=min(room, -(-columns // warpgroups)))
         if room < 1 and each * parts == _LEAST_ROWS:

@@ -4,8 +4,9 @@ import dataclasses
 
 FEW_TOKENS = 32  # up to which int8 tokens are bound by the weights' way from memory
 STREAMING_MULTIPROCESSORS = 132  # of an H100
-_MULTIPROCESSOR_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor share
-_FEW_ROWS, _MANY_ROWS = 6144, 32768
+MULTIPROCESSOR_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor share
+_FEW_ROWS, _MANY_ROWS = 6144, 32768  # up to and from where `few_tiles` are faster than `integer_tiles`
+_ROWS_OF_MANY = 112  # of a block where there are many
 _SHARED_MEMORY = 220 * 1024  # bytes a block of an H100 may take, less what barriers need
 
 
@@ -84,16 +85,14 @@ def few_tiles(tokens: int, rows: int, tiles: int) -> FewTiles:
     """
     if _FEW_ROWS < rows < _MANY_ROWS:
         raise ValueError(f"{rows} rows are neither few nor many")
-    resident, groups = (1, 4) if rows <= _FEW_ROWS else (2, 2)
-    groups = min(groups, tiles)
-    blocks = STREAMING_MULTIPROCESSORS * (
-        1 if resident == 1 else -(-rows // (112 * STREAMING_MULTIPROCESSORS))
-    )
-    each = max(8 * -(-rows // (8 * blocks)), 32)
+    few = rows <= _FEW_ROWS
+    resident, groups = (1, min(4, tiles)) if few else (2, min(2, tiles))
+    waves = 1 if few else -(-rows // (_ROWS_OF_MANY * STREAMING_MULTIPROCESSORS))
+    each = max(8 * -(-rows // (8 * waves * STREAMING_MULTIPROCESSORS)), 32)
     parts = 4 * groups * (2 if each <= 32 else 1) * tokens * each
     other = max(parts, (tokens + 1) * token_bytes(tiles)) + 128 * tiles + 4096
-    slots = min((_MULTIPROCESSOR_MEMORY // resident - other) // (each * (128 + 16)), tiles)
-    if slots < (tiles if resident == 1 else groups):
+    slots = min((MULTIPROCESSOR_MEMORY // resident - other) // (each * (128 + 16)), tiles)
+    if slots < (tiles if few else groups):
         raise ValueError(f"{tokens} tokens of {tiles} tiles leave no room for weights")
     return FewTiles(rows=each, warpgroups=groups, slots=slots)
 
