@@ -1,0 +1,38 @@
+"""The emulator of a GPU's threads sees what would be a race on one."""
+
+import emulated_threads as threads
+import numpy as np
+import pytest
+
+
+def shared(count=256):
+    """A machine, a word of shared memory for every thread, and its address."""
+    ref = threads.start(count).allocate((count,), np.int32)
+    return ref, threads.address(ref) + threads.thread() * 4
+
+
+def test_what_another_warp_wrote_is_read_after_a_barrier():
+    ref, own = shared()
+    threads.store(own, threads.thread())
+    other = threads.address(ref) + (threads.thread() ^ threads.WARP) * 4
+    with pytest.raises(AssertionError, match="no barrier between two warps"):
+        threads.load(other)
+    threads.barrier(256)
+    np.testing.assert_array_equal(threads.load(other)[0].value[0], np.arange(256) ^ threads.WARP)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_copy_waits_for_other_warpgroups_and_not_for_its_own(reads):
+    ref, own = shared()
+    if reads:
+        threads.load(own)
+    else:
+        threads.store(own, threads.thread())
+    data = threads.Global(np.zeros(128, np.int32))[threads.Slice(0, 128)]
+    halves = [ref[threads.Slice(128 * half, 128)] for half in range(2)]
+    with threads.when(threads.thread() < 128):
+        threads.copy(data, halves[0], None)
+        with pytest.raises(AssertionError, match="a warpgroup is not done with it"):
+            threads.copy(data, halves[1], None)
+        threads.barrier(256)
+        threads.copy(data, halves[1], None)
