@@ -97,9 +97,10 @@ def _kernel(
 ):
     tokens_smem, parts_smem = tokens_or_parts_smem
     slots, groups = codes_smem.shape[0], parts_smem.shape[0] // rows.shares
+    count = 128 * groups
     group = lax.axis_index("warpgroup")
     first_row = lax.axis_index("rows") * rows.each
-    steps, own_slots = (lax.div(count - group + groups - 1, groups) for count in (weight.tiles, slots))
+    steps, own_slots = (lax.div(tiles - group + groups - 1, groups) for tiles in (weight.tiles, slots))
 
     def slot_of(step):
         """The warpgroup's slots are those of its first tiles."""
@@ -114,12 +115,12 @@ def _kernel(
             plgpu.copy_gmem_to_smem(scales_gmem.at[tile, :, mine], scales_smem.at[slot], filled.at[slot])
 
     # The tokens before the weights, behind which they would queue up.
-    words = _fetch_tokens(x_gmem, weight.tiles, 128 * groups)
-    ends = _fetch_ends(row_sums_gmem, bias_gmem, scale_gmem, zero_point_gmem, first_row, rows, 128 * groups)
+    words = _fetch_tokens(x_gmem, weight.tiles, count)
+    ends = _fetch_ends(row_sums_gmem, bias_gmem, scale_gmem, zero_point_gmem, first_row, rows, count)
     for i in range(-(-slots // groups)):
         pl.when(i < own_slots)(functools.partial(fetch, jnp.int32(i)))
-    _store_ends(ends, ends_smem, rows, 128 * groups)
-    _store_tokens(words, tokens_smem, sums_smem, weight.tiles, 128 * groups)
+    _store_ends(ends, ends_smem, rows, count)
+    _store_tokens(words, tokens_smem, sums_smem, weight.tiles, count)
 
     def step(k, sums):
         slot = slot_of(k)
@@ -132,8 +133,8 @@ def _kernel(
 
     sums = lax.fori_loop(0, steps, step, _start(rows, weight.grouped))
     of_all = None if weight.grouped else scales_gmem
-    _write_parts(sums, parts_smem, of_all, first_row, rows, 128 * groups)
-    _finish(parts_smem, ends_smem, first_row, out_gmem, rows, 128 * groups)
+    _write_parts(sums, parts_smem, of_all, first_row, rows, count)
+    _finish(parts_smem, ends_smem, first_row, out_gmem, rows, count)
 
 
 def _chunks(t: int, tiles: int, count: int) -> int:

@@ -20,6 +20,7 @@ from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array, Float, Float32, Int8
 
 from twla_jax.ops.ternary_matmul import tiles as tuning
+from twla_jax.ops.ternary_matmul.gpu_rows import SWIZZLED
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
@@ -29,10 +30,6 @@ ROWS = 64  # of a block: those of its warps' `mma.sync`
 
 LHS, RHS, ACC = (
     kind(jnp.int8) for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
-)
-SWIZZLED = (
-    plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
 
 

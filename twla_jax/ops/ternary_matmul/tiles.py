@@ -7,6 +7,7 @@ STREAMING_MULTIPROCESSORS = 132  # of an H100
 MULTIPROCESSOR_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor share
 _FEW_ROWS, _MANY_ROWS = 6144, 32768  # up to and from where `few_tiles` are faster than `integer_tiles`
 _ROWS_OF_MANY = 112  # of a block where there are many
+_MOST_SLOTS = 32  # each has a barrier, of which Mosaic GPU takes no more at once
 _SHARED_MEMORY = 220 * 1024  # bytes a block of an H100 may take, less what barriers need
 
 
@@ -91,7 +92,7 @@ def few_tiles(tokens: int, rows: int, tiles: int) -> FewTiles:
     each = max(8 * -(-rows // (8 * waves * STREAMING_MULTIPROCESSORS)), 32)
     parts = 4 * groups * (2 if each <= 32 else 1) * tokens * each
     other = max(parts, (tokens + 1) * token_bytes(tiles)) + 128 * tiles + 4096
-    slots = min((MULTIPROCESSOR_MEMORY // resident - other) // (each * (128 + 16)), tiles)
+    slots = min((MULTIPROCESSOR_MEMORY // resident - other) // (each * (128 + 16)), tiles, _MOST_SLOTS)
     if slots < (tiles if few else groups):
         raise ValueError(f"{tokens} tokens of {tiles} tiles leave no room for weights")
     return FewTiles(rows=each, warpgroups=groups, slots=slots)
