@@ -38,15 +38,15 @@ def decode_rows(
         make = functools.partial(shapes.weight, n=n, m=m)
         size = _bytes(make)
         for label in kinds:
-            x = shapes.tokens(jax.random.key(0), batch, m) if label == "int8" else _activations(batch, m)
-            taken = timing.seconds_each(lambda w, x: ternary_matmul(x, w), make, size, x)
+            tokens = shapes.tokens if label == "int8" else _activations
+            taken = timing.seconds_each(_product, _with_input(make, tokens, batch, m), size)
             yield _row(
                 f"{name}, {label}", n, m, batch, taken, size + batch * (_itemsize(label) * m + 2 * n), base
             )
         if "int8" in kinds:
-            x, rotation = _activations(batch, m), shapes.rotation_for_kernels(jax.random.key(2), m, n)
+            rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
             whole = functools.partial(_whole_linear, rotation=rotation)
-            taken = timing.seconds_each(whole, make, size, x)
+            taken = timing.seconds_each(whole, _with_input(make, _activations, batch, m), size)
             yield _row(f"{name}, from bf16 to int8", n, m, batch, taken, size + batch * (2 * m + 2 * n), base)
     for m, (n, names) in _inputs(config).items():
         taken, xla = (_rotation_seconds(m, n, batch, implementation) for implementation in (None, "xla"))
@@ -91,7 +91,8 @@ def _head_row(n: int, m: int, batch: int, bits: int) -> Row:
     make = functools.partial(shapes.head, n=n, m=m, bits=bits)
     size = _bytes(make)
     product = functools.partial(integer_matmul, out_dtype=jnp.float32)
-    taken = timing.seconds_each(lambda w, x: product(x, w), make, size, _activations(batch, m))
+    made = _with_input(make, _activations, batch, m)
+    taken = timing.seconds_each(lambda w, x: product(x, w), made, size)
     return _row(
         f"head of {bits} bits, bf16",
         n,
@@ -101,6 +102,15 @@ def _head_row(n: int, m: int, batch: int, bits: int) -> Row:
         size + batch * (2 * m + 4 * n),
         _xla(n, m, batch),
     )
+
+
+def _with_input(make, tokens, t: int, m: int):
+    """A weight and an input of its own from a key."""
+    return lambda key: (make(key), tokens(key, t, m))
+
+
+def _product(weight, x):
+    return ternary_matmul(x, weight)
 
 
 def _whole_linear(weight, x, *, rotation):
@@ -114,11 +124,10 @@ def prefill_rows(config: DecoderConfig, tokens: int) -> Iterator[Row]:
     work = 0
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, tokens)
-        x = shapes.tokens(jax.random.key(0), tokens, m)
         make = functools.partial(shapes.weight, n=n, m=m)
-        size = _bytes(make)
         # Two operands will do: the products are bound by arithmetic.
-        product = timing.seconds_each(lambda w, x: ternary_matmul(x, w), make, max(size, 150_000_000), x)
+        size = max(_bytes(make), 150_000_000)
+        product = timing.seconds_each(_product, _with_input(make, shapes.tokens, tokens, m), size)
         whole = product + _rotation_seconds(m, n, tokens, None)
         work += 2 * n * m * tokens
         for key, value in zip(total, (product, whole, base["bf16"], base["int8"]), strict=True):
@@ -161,10 +170,10 @@ def _xla(n: int, m: int, tokens: int) -> dict[str, float]:
 
     def measure(dtype):
         def make(key):
-            return jax.random.randint(key, (n, m), -127, 128, jnp.int8).astype(dtype)
+            sizes = ((n, m), (tokens, m))
+            return [jax.random.randint(key, size, -127, 128, jnp.int8).astype(dtype) for size in sizes]
 
-        x = jax.random.randint(jax.random.key(1), (tokens, m), -127, 128, jnp.int8).astype(dtype)
-        return timing.seconds_each(timing.dense_product, make, n * m * jnp.dtype(dtype).itemsize, x)
+        return timing.seconds_each(timing.dense_product, make, n * m * jnp.dtype(dtype).itemsize)
 
     return {"bf16": measure(jnp.bfloat16), "int8": measure(jnp.int8)}
 
@@ -173,7 +182,9 @@ def _xla(n: int, m: int, tokens: int) -> dict[str, float]:
 def _rotation_seconds(m: int, n: int, tokens: int, implementation) -> float:
     rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
     function = functools.partial(rotate_quantize, implementation=implementation)
-    return timing.seconds(function, _activations(tokens, m), rotation, quantizer_settings(8, 0.9))
+    return timing.seconds(
+        function, _activations(jax.random.key(3), tokens, m), rotation, quantizer_settings(8, 0.9)
+    )
 
 
 def _inputs(config: DecoderConfig) -> dict[int, tuple[int, str]]:
@@ -184,8 +195,8 @@ def _inputs(config: DecoderConfig) -> dict[int, tuple[int, str]]:
     return found
 
 
-def _activations(t: int, m: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(3), (t, m), jnp.bfloat16)
+def _activations(key: jax.Array, t: int, m: int) -> jax.Array:
+    return jax.random.normal(key, (t, m), jnp.bfloat16)
 
 
 def _bytes(make) -> int:

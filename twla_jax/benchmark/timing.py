@@ -49,20 +49,19 @@ def wall_seconds(function: Callable[..., Any], *arguments: Any, calls: int = 3) 
     return statistics.median(times)
 
 
-def seconds_each(
-    function: Callable[..., Any], make: Callable[[jax.Array], Any], size: int, *arguments: Any
-) -> float:
-    """`seconds` of `function(operand, *arguments)`, over so many operands that none stays in a cache.
+def seconds_each(function: Callable[..., Any], make: Callable[[jax.Array], Any], size: int) -> float:
+    """`seconds` of `function(*operands)`, over so many of them that none stays in a cache.
 
     Args:
-      make: an operand from a random key.
-      size: bytes of one.
+      make: operands from a random key. All of them are each call's own: what follows from a shared one alone, XLA would
+        compute once for all.
+      size: bytes of those that count.
     """
     copies = int(ROTATED_BYTES / size) + 1 if _measured() else 1
     operands = [jax.jit(make)(jax.random.key(i)) for i in range(copies)]
     # Traced and lowered once, not for every copy.
     once = jax.jit(function)
-    return seconds(lambda parts, *rest: [once(part, *rest) for part in parts], operands, *arguments) / copies
+    return seconds(lambda parts: [once(*part) for part in parts], operands) / copies
 
 
 @functools.cache
