@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 WARP = 32
+WHOLE = 1.5 * 2**23
 _SEVERAL = -2  # in place of a warp; and less, for several of one warpgroup
 
 
@@ -29,6 +30,7 @@ class Machine:
         self.masks = [np.ones(self.shape, bool)]
         # Of every byte: how many barriers there had been when it was last read and written, and by which warp.
         self.met = 0
+        self.begun = blocks == 1
         self.reads, self.writes = (np.full((2, blocks, memory), -1) for _ in range(2))
 
     @property
@@ -451,6 +453,14 @@ def barrier(count):
     machine.met += 1
 
 
+def cluster_arrive():
+    pass  # what is written before is not taken to be seen, as others may arrive later
+
+
+def cluster_wait():
+    machine.begun = True
+
+
 def cluster_barrier():
     machine.met += 1
 
@@ -481,12 +491,12 @@ def _read(blocks, at, count):
     return machine.memory[blocks, np.where(active[..., None], places, 0)]
 
 
-def _write(at, data):
+def _write(at, data, blocks=None):
     active = machine.masks[-1]
     count = data.shape[-1]
     assert (at.value[active] % count == 0).all()
     places = at.value.astype(np.int64)[active][:, None] + np.arange(count)
-    blocks = machine.blocks[active][:, None]
+    blocks = (machine.blocks if blocks is None else blocks)[active][:, None]
     machine.check(blocks, places, writes=True, against=machine.reads)
     machine.memory[blocks, places] = data[active]
 
@@ -642,6 +652,16 @@ def nearest(value):
     return Real(np.rint(value.value))
 
 
+def signed_bytes(word):
+    values = np.ascontiguousarray(word.value)[..., None].view(np.int8)
+    return [Real(values[..., i].astype(np.float32)) for i in range(4)]
+
+
+def pack_bytes(values):
+    parts = [each.value.astype(np.int8) for each in values]
+    return Word(np.stack(parts, -1).view(np.uint32)[..., 0])
+
+
 def sum_of_bytes(value, so_far=0):
     total = value.value[..., None].copy().view(np.int8).sum(-1, dtype=np.int64)
     return Word(so_far) + Word(total)
@@ -651,6 +671,7 @@ def address_of_block(at, block):
     return Word(at), block
 
 
-def load_of_block(there):
+def store_of_block(there, value, *, offset=0):
     at, block = there
-    return Real(_read(block, at, 4).view(np.float32)[..., 0])
+    assert machine.begun, "the other block may not have begun"
+    _write(at + offset, _as_bytes(value), block.value.astype(np.int64))

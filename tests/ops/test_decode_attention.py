@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twla_jax.models import kv_cache
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV, empty_layer
-from twla_jax.ops.decode_attention import decode_attention, gpu, reference, tiles
+from twla_jax.ops.decode_attention import decode_attention, gpu, gpu_finish, gpu_lanes, reference, tiles
 
 ALL = np.iinfo(np.int32).max
 EPSILON = 1e-5
@@ -87,8 +88,12 @@ def test_reference(case, norm):
 def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
     """The kernel, thread by thread."""
     heads, (_, b, kv_heads, _, d) = qkv.shape[1] - 2 * layer.entries.shape[2], layer.entries.shape
-    shape = gpu._Shape(d=d, heads=heads, kv_heads=kv_heads, tiles=tiles)
-    entries, out = np.array(layer.entries), np.zeros((b, heads, d), qkv.dtype)
+    quantized = layer.scales is not None
+    shape = gpu.Shape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, tiles=tiles)
+    cache, filled = jax.tree.map(np.array, layer), int(positions.query[0])
+    for each in jax.tree.leaves(cache):  # what is not filled may not come into the mix
+        each[:, :, :, filled:] = -128 if each.dtype == np.int8 else np.nan
+    out = np.zeros((b, heads, d), qkv.dtype)
     inputs = (
         qkv,
         positions.cos[0],
@@ -100,10 +105,17 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
     refs = [emulated_threads.Global(np.array(each)) for each in inputs]
     for block in range(b * heads // tiles.queries):
         machine = emulated_threads.start(32 * tiles.warps, tiles.splits, head=block)
-        parts = machine.allocate((tiles.warps + 1, tiles.queries, d + 2), np.float32)
-        entries_ref, out_ref = emulated_threads.Global(entries), emulated_threads.Global(out)
-        gpu._kernel(entries_ref, *refs, out_ref, parts_smem=parts, shape=shape, epsilon=epsilon)
-    return out.reshape(b, heads * d), LayerKV(entries=jnp.asarray(entries))
+        memory = {
+            "parts_smem": machine.allocate((tiles.warps, tiles.queries, d + 2), np.float32),
+            "of_blocks_smem": machine.allocate(
+                (tiles.splits, 3, tiles.queries * d // tiles.splits), np.float32
+            ),
+        }
+        of_cache = map(emulated_threads.Global, jax.tree.leaves(cache))
+        gpu._kernel(*of_cache, *refs, emulated_threads.Global(out), **memory, shape=shape, epsilon=epsilon)
+    for each, before in zip(jax.tree.leaves(cache), jax.tree.leaves(layer), strict=True):
+        each[:, :, :, filled + 1 :] = before[:, :, :, filled + 1 :]
+    return out.reshape(b, heads * d), cache
 
 
 @pytest.mark.parametrize(
@@ -120,12 +132,53 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
     ],
 )
 def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeypatch):
-    emulated_threads.emulate(monkeypatch, gpu)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_lanes, gpu_finish)
     chosen = tiles.Tiles(queries=queries, warps=warps, splits=splits)
     check(functools.partial(emulated, tiles=chosen), norm=norm, case=case)
 
 
-@pytest.mark.parametrize(("d", "size", "dtype"), [(80, 64, jnp.bfloat16), (64, 64, jnp.int8)])
+@pytest.mark.parametrize(
+    ("case", "norm", "queries", "warps", "splits"),
+    [
+        (CASES[0], True, 1, 4, 1),
+        (CASES[1], False, 2, 4, 2),
+        (CASES[2], True, 4, 8, 1),
+        (CASES[4], False, 1, 4, 1),
+        ((1, 2, 1, 256, 300, 290, ALL), False, 1, 4, 2),
+    ],
+)
+def test_gpu_kernel_on_an_int8_cache_thread_by_thread(case, norm, queries, warps, splits, monkeypatch):
+    qkv, floats, positions, window, scales = operands(*case)
+    key, value = floats.entries.swapaxes(2, 3)
+    layer = kv_cache.write(empty_layer(floats.entries.shape, jnp.int8), key, value, jnp.int32(0))
+    arguments = (qkv, layer, positions, window, scales if norm else None)
+    expected, written = reference.decode_attention(*arguments, epsilon=EPSILON)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_lanes, gpu_finish)
+    chosen = tiles.Tiles(queries=queries, warps=warps, splits=splits, loads=4)
+    found, cache = emulated(*arguments, epsilon=EPSILON, tiles=chosen)
+    expected = np.asarray(expected, float)
+    np.testing.assert_allclose(np.asarray(found, float), expected, atol=6e-3 * np.abs(expected).max())
+    codes, same = (np.asarray(each.entries, int) for each in (cache, written))
+    # The new key may lie on the edge between two bf16 numbers, or between two codes.
+    assert np.abs(codes - same).max() <= 1
+    assert (codes != same).mean() < 1e-3
+    np.testing.assert_allclose(cache.scales, written.scales, rtol=2**-7)
+
+
+@pytest.mark.parametrize("shared", [1, 3, 4, 8])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_clusters_of_a_launch_are_all_there_at_once(shared, d):
+    for kv_heads in (1, 3, 8, 32, 256):
+        heads = kv_heads * shared
+        for size in (64, 576, 1280, 8192):
+            chosen = tiles.tiles(heads, shared, size, d)
+            assert shared % chosen.queries == 0
+            assert d % chosen.splits == 0
+            if chosen.splits > 1:
+                assert heads // chosen.queries <= {2: 66, 4: 30, 8: 15}[chosen.splits]
+
+
+@pytest.mark.parametrize(("d", "size", "dtype"), [(80, 64, jnp.bfloat16), (64, 64, jnp.float32)])
 def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype):
     qkv, _, positions, window, _ = operands(1, 2, 2, d, size, 9, ALL)
     layer = empty_layer((2, 1, 2, size, d), dtype)
@@ -135,7 +188,7 @@ def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype)
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("norm", "dtype"), [(False, jnp.bfloat16), (True, jnp.bfloat16), (True, jnp.int8)])
 @pytest.mark.parametrize(
     "case",
     [
@@ -148,8 +201,10 @@ def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype)
         (1, 9, 3, 64, 64, 9, ALL),
     ],
 )
-def test_gpu_kernel_spills_nothing(case, norm, compile_for_h100):
-    shapes = jax.eval_shape(lambda: operands(*case))
+def test_gpu_kernel_spills_nothing(case, norm, dtype, compile_for_h100):
+    shapes = list(jax.eval_shape(lambda: operands(*case)))
+    if dtype == jnp.int8:
+        shapes[1] = jax.eval_shape(lambda: empty_layer(shapes[1].entries.shape, dtype))
     op = functools.partial(gpu.decode_attention, epsilon=EPSILON)
     _, reports = compile_for_h100(op, *shapes[:4], shapes[4] if norm else None)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]

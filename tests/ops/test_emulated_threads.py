@@ -36,3 +36,19 @@ def test_a_copy_waits_for_other_warpgroups_and_not_for_its_own(reads):
             threads.copy(data, halves[1], None)
         threads.barrier(256)
         threads.copy(data, halves[1], None)
+
+
+def test_another_block_is_written_to_once_it_has_begun_and_read_after_a_barrier():
+    ref = threads.start(32, 2).allocate((32,), np.float32)
+    own = threads.address(ref) + threads.thread() * 4
+    there = threads.address_of_block(own, threads.Word(1 - threads.machine.blocks))
+    value = threads.Real(threads.machine.blocks)
+    with pytest.raises(AssertionError, match="may not have begun"):
+        threads.store_of_block(there, value)
+    threads.cluster_arrive()
+    threads.cluster_wait()
+    threads.store_of_block(there, value)
+    with pytest.raises(AssertionError, match="no barrier between two warps"):
+        threads.load(own)
+    threads.cluster_barrier()
+    np.testing.assert_array_equal(threads.load(own)[0].real().value, [[1] * 32, [0] * 32])

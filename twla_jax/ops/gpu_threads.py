@@ -20,6 +20,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 # Its annotations speak of functions as Mosaic sees them, not Pallas.
 on_threads: Any = plgpu.inline_mgpu
 WARP = 32
+WHOLE = 1.5 * 2**23  # floats of this size are whole numbers, with their lowest byte's in two's complement
 _BARRIER = 15  # of 16; Mosaic takes 0 for a block, and one for each warpgroup after it
 
 
@@ -208,10 +209,20 @@ def barrier(count: int) -> None:
     utils.inline_ptx(f"bar.sync {_BARRIER}, {count};", has_side_effects=True, convergent=True)
 
 
+def cluster_arrive() -> None:
+    """Tells the cluster's blocks that this thread has come here, with all that it wrote to shared memory before."""
+    utils.inline_ptx("barrier.cluster.arrive.release.aligned;", has_side_effects=True, convergent=True)
+
+
+def cluster_wait() -> None:
+    """Waits until all threads of the cluster's blocks have arrived."""
+    utils.inline_ptx("barrier.cluster.wait.acquire.aligned;", has_side_effects=True, convergent=True)
+
+
 def cluster_barrier() -> None:
     """Waits for all threads of the cluster's blocks, and for what they wrote to shared memory."""
-    ptx = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
-    utils.inline_ptx(ptx, has_side_effects=True, convergent=True)
+    cluster_arrive()
+    cluster_wait()
 
 
 def publish() -> None:
@@ -235,14 +246,15 @@ def load(at: Word, count: int = 1, *, offset: int = 0) -> list[Word]:
     return _ptx_words(f"ld.shared{vector}.b32 {_list(count)}, [${count}+{offset}];", count, at)
 
 
-def address_of_block(at: Word, block: int) -> Word:
+def address_of_block(at: Word, block: Word) -> Word:
     """The same address in another block of the cluster."""
-    return _ptx_words("mapa.shared::cluster.u32 $0, $1, $2;", 1, at, word(block), effects=False)[0]
+    return _ptx_words("mapa.shared::cluster.u32 $0, $1, $2;", 1, at, block, effects=False)[0]
 
 
-def load_of_block(at: Word) -> Real:
-    """A float32 from such an address."""
-    return _ptx_real("ld.shared::cluster.f32 $0, [$1];", at, effects=True)
+def store_of_block(at: Word, value: Real, *, offset: int = 0) -> None:
+    """A float32 to such an address."""
+    ptx = f"st.shared::cluster.f32 [$1+{offset}], $0;"
+    utils.inline_ptx(ptx, value.value, at.value, has_side_effects=True)
 
 
 def load_half(at: Word) -> Real:
@@ -335,6 +347,24 @@ def eight_reals(words: Sequence[Word]) -> list[Real]:
     if len(words) == 8:
         return [word.real() for word in words]
     return [half for pair in words for half in unpack_bfloat16(pair)]
+
+
+def signed_bytes(word: Word) -> list[Real]:
+    """The four signed bytes."""
+    # Unsigned ones are the lowest bits of floats that are whole numbers.
+    unsigned, sign, size = word ^ 0x80808080, 2.0**23 + 128, 0x4B000000
+    parts = [
+        _ptx_words(f"prmt.b32 $0, $1, $2, 0x744{i};", 1, unsigned, size, effects=False) for i in range(4)
+    ]
+    return [part.real() - sign for (part,) in parts]
+
+
+def pack_bytes(values: Sequence[Real]) -> Word:
+    """Four whole numbers of −128 to 127, as signed bytes."""
+    first, *rest = ((each + WHOLE).word() & 0xFF for each in values)
+    for i, each in enumerate(rest, 1):
+        first = first + (each << 8 * i)
+    return first
 
 
 def shuffle[T: (Real, Word)](value: T, distance: int) -> T:

@@ -22,7 +22,8 @@ def decode_attention(
 ) -> tuple[Float[Array, "b heads_d"], LayerKV]:
     """Norms queries and keys, turns them to their position, adds keys and values to the cache, and attends to it.
 
-    A Hopper GPU does it all in one kernel, for bf16 queries and cache, and writes a donated cache in place.
+    A Hopper GPU does it all in one kernel, for bf16 queries and a cache of bf16 or int8, which if donated is written in
+    place.
 
     Args:
       qkv: heads of queries, of keys and of values, neither normed nor turned.

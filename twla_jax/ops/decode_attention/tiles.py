@@ -4,36 +4,49 @@ import dataclasses
 
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 
-LOADS = 8  # of keys and of values, of 16 bytes each, that a thread has under way
+_LOADS = 8  # of keys and of values, of 16 bytes each, that a thread has under way
 _QUERIES = 4  # of a warp, at most: what a thread has registers for
-_CLUSTER = 8  # blocks of a cluster, at most
-_STEPS = 4  # of a warp, from which on another block is worth what it costs to start a cluster
+_WARPS, _FEW_WARPS = 16, 8  # of a block; a warp of several queries, or of a cluster, has registers for eight
+# Blocks of a cluster, and clusters that an H100 has room for at once, a block to each multiprocessor: not all of its
+# groups of multiprocessors are divided by four.
+_CLUSTERS = {2: 66, 4: 30, 8: 15}
+_SOME_STEPS, _MANY_STEPS = 2, 8  # of a block alone, beyond which clusters of four, and others, are worth it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Queries of a block, which share a key head; its warps, which share the positions; and blocks that do so, too."""
+    """Queries of a block, which share a key head; its warps, which share the positions; and blocks that do so, too.
+
+    `loads` are those of keys, and of values, of 16 bytes each, that a thread has under way.
+    """
 
     queries: int
     warps: int
     splits: int
+    loads: int = _LOADS
 
 
-def tiles(heads: int, shared: int, size: int, head_dim: int) -> Tiles:
+def tiles(heads: int, shared: int, size: int, head_dim: int, *, quantized: bool = False) -> Tiles:
     """Tiles for `heads` of all sequences, of which `shared` have a key head, and a cache with room for `size`.
 
-    Where there is a multiprocessor of an H100 for every head, it reads keys that several share anew, from the L2 cache.
+    Where there is a multiprocessor of an H100 for every head, and the cache is short, it reads keys that several share
+    anew, from the L2 cache. A thread has twice as many features of int8 entries, and registers for half as many.
     """
-    if heads <= STREAMING_MULTIPROCESSORS:
-        queries, warps = 1, 16
-    else:
-        queries, warps = max(n for n in range(1, _QUERIES + 1) if shared % n == 0), 8
-    splits, blocks = 1, heads // queries
-    positions = warps * LOADS * 32 * 8 // head_dim  # that a block reads at once
-    while (
-        2 * splits <= _CLUSTER
-        and 2 * splits * blocks <= STREAMING_MULTIPROCESSORS
-        and size > _STEPS * splits * positions
-    ):
-        splits *= 2
-    return Tiles(queries=queries, warps=warps, splits=splits)
+    choices = [n for n in range(1, _QUERIES + 1) if shared % n == 0]
+    steps = -(-size // (_WARPS * _LOADS * 32 * 8 // head_dim))
+    queries, splits = _split(heads, choices, steps)
+    warps = _FEW_WARPS if quantized or splits > 1 or heads > STREAMING_MULTIPROCESSORS else _WARPS
+    loads = _LOADS // 2 if quantized else _LOADS
+    return Tiles(queries=queries, warps=warps, splits=splits, loads=loads)
+
+
+def _split(heads: int, choices: list[int], steps: int) -> tuple[int, int]:
+    """Queries of a block and blocks of a cluster; clusters where they are faster and all are there at once."""
+    if heads <= STREAMING_MULTIPROCESSORS and steps > _SOME_STEPS:
+        many = steps > _MANY_STEPS
+        for splits in (4, 2) if many else (4,):
+            for queries in choices:
+                blocks = heads // queries
+                if blocks <= _CLUSTERS[splits] and (many or queries <= 2):
+                    return queries, 8 if many and blocks <= _CLUSTERS[8] else splits
+    return next((n for n in choices if heads // n <= STREAMING_MULTIPROCESSORS), choices[-1]), 1

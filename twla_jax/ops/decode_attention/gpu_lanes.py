@@ -1,0 +1,336 @@
+"""What a warp does with the positions it reads, thread by thread (Mosaic GPU).
+
+A thread has the same few features of queries, of a key and of a value; the threads of a position are neighbours.
+Entries of int8 are turned into whole numbers, and their scales meet the score of a key and the weight of a value.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+
+from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.decode_attention.tiles import Tiles
+from twla_jax.ops.gpu_threads import Real, Word
+
+LOWEST = -1e30  # in place of −∞, whose difference from itself is no number
+_BYTES = 16  # of an entry, that a thread reads at once
+_SPLAT = plgpu.Layout.WG_SPLAT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Features and heads, how they are split up, and whether entries are int8."""
+
+    d: int
+    heads: int
+    kv_heads: int
+    quantized: bool
+    tiles: Tiles
+
+    @property
+    def count(self) -> int:
+        """Features of a thread."""
+        return _BYTES // (1 if self.quantized else 2)
+
+    @property
+    def lanes(self) -> int:
+        """Threads that share a position."""
+        return self.d // self.count
+
+    @property
+    def rows(self) -> int:
+        """Positions that a warp reads at once."""
+        return threads.WARP // self.lanes
+
+    @property
+    def chunk(self) -> int:
+        """Positions that a warp has under way."""
+        return self.tiles.loads * self.rows
+
+    @property
+    def workers(self) -> int:
+        """Warps that share the positions."""
+        return self.tiles.warps * self.tiles.splits
+
+    @property
+    def words(self) -> int:
+        """Of a thread, under way: keys and values, and the scales of both if there are any."""
+        return 2 * self.tiles.loads * (_BYTES // 4 + self.quantized)
+
+    @property
+    def state(self) -> int:
+        """Numbers of a thread: for each query the largest score, the sum, and the mix of values."""
+        return self.tiles.queries * (2 + self.count)
+
+
+class Lane:
+    """A thread's place: the first of its features, and which of the positions read at once it has."""
+
+    def __init__(self, shape: Shape, split: Word):
+        me = threads.thread()
+        self.warp, self.lane = me // threads.WARP, me & (threads.WARP - 1)
+        self.row, self.feature = self.lane // shape.lanes, (self.lane & (shape.lanes - 1)) * shape.count
+        self.worker = split * shape.tiles.warps + self.warp
+        self.shape = shape
+
+    def position(self, step: Word, i: int) -> Word:
+        """Of load i of a step."""
+        shape = self.shape
+        chunk = step * shape.workers + self.worker
+        return chunk * shape.chunk + (self.row + i * shape.rows)
+
+    def over_features(self, value: Real, combine: Callable[[Real, Real], Real]) -> Real:
+        """The values of a position's threads combined."""
+        for i in range(self.shape.lanes.bit_length() - 1):
+            value = combine(value, threads.shuffle(value, 1 << i))
+        return value
+
+    def over_rows(self, value: Real, combine: Callable[[Real, Real], Real]) -> Real:
+        """All positions' values combined."""
+        for i in range(self.shape.rows.bit_length() - 1):
+            value = combine(value, threads.shuffle(value, self.shape.lanes << i))
+        return value
+
+
+def fetch(cache, step, split, limits=(), *, shape: Shape) -> jax.Array:
+    """Starts the way of a warp's next keys and values to its threads.
+
+    Args:
+      cache: keys and values, and the scales of both if they are int8.
+      limits: from which position on and before which; none means all that there is room for.
+    """
+    room = cache[0].shape[0]
+
+    @threads.on_threads(
+        arg_types=(*[_SPLAT] * (2 + len(limits)), *[plgpu.RefType()] * len(cache)),
+        return_type=threads.values(shape.words, jnp.int32),
+    )
+    def load(_, *operands):
+        step, split, *ends = map(threads.splat_word, operands[: 2 + len(limits)])
+        me, found = Lane(shape, split), []
+        positions = [me.position(step, i) for i in range(shape.tiles.loads)]
+        if ends:
+            there = [threads.both(each >= ends[0], each < ends[1]) for each in positions]
+        else:
+            there = [each < room for each in positions]
+        for i, ref in enumerate(operands[2 + len(limits) :]):
+            for position, condition in zip(positions, there, strict=True):
+                offset, count = position * 4, 1
+                if i < 2:
+                    offset, count = (position * shape.d + me.feature) * (_BYTES // shape.count), _BYTES // 4
+                found += threads.load_global(ref, offset, count, condition=condition)
+        return threads.as_array(found)
+
+    return load(step, split, *limits, *cache)
+
+
+def turn(q_gmem, kv_gmem, cos_gmem, sin_gmem, norm_scales, *, shape: Shape, epsilon: float):
+    """A thread's features of queries, normed and turned to their position, and of what the cache gets.
+
+    That is the key, likewise, and the value; and, in whole numbers, both with their scales after them if it is int8.
+    """
+    count, queries = shape.count, shape.tiles.queries
+    refs = [*q_gmem, *kv_gmem, cos_gmem, sin_gmem, *norm_scales]
+
+    @threads.on_threads(
+        arg_types=(plgpu.RefType(),) * len(refs),
+        return_type=(
+            threads.values(queries * count, jnp.float32),
+            threads.values(2 * (count + shape.quantized), jnp.float32),
+        ),
+    )
+    def run(_, *refs):
+        me, half = Lane(shape, threads.word(0)), shape.d // 2
+        of_half = threads.select(me.feature >= half, me.feature - half, me.feature)
+        vectors = [_load(ref, me.feature, count) for ref in refs[: queries + 2]]
+        cos, sin = (_load(ref, of_half, count) for ref in refs[queries + 2 : queries + 4])
+        scales = [_load(ref, me.feature, count) for ref in refs[queries + 4 :]]
+        # The first half of the features is turned against the second, and the second towards the first.
+        sign = threads.select(me.feature >= half, threads.real(1.0), threads.real(-1.0))
+        turned = []
+        for i, vector in enumerate(vectors[:-1]):
+            if scales:
+                squares = functools.reduce(Real.__add__, [each * each for each in vector])
+                factor = threads.reciprocal_root(
+                    me.over_features(squares, Real.__add__) * (1 / shape.d) + epsilon
+                )
+                scale = scales[i == queries]
+                # Rounded in between, as the reference does.
+                vector = [(each * factor * s).to_bfloat16() for each, s in zip(vector, scale, strict=True)]
+            others = [threads.shuffle(each, shape.lanes // 2) for each in vector]
+            turned.append(
+                [
+                    (each * c + other * (s * sign)).to_bfloat16()
+                    for each, other, c, s in zip(vector, others, cos, sin, strict=True)
+                ]
+            )
+        *turned, key = turned
+        new, of_new = [key, vectors[-1]], []
+        if shape.quantized:
+            new, of_new = zip(*(_quantize(each, me) for each in new), strict=True)
+        return (
+            threads.as_array([each for vector in turned for each in vector]),
+            threads.as_array([*new[0], *new[1], *of_new]),
+        )
+
+    return run(*refs)
+
+
+def _load(ref: ir.Value, index: Word, count: int) -> list[Real]:
+    """So many numbers, a multiple of eight, from an index on, of float32 or bf16."""
+    size, values = threads.bits(ref) // 8, []
+    for first in range(0, count, 8):
+        parts = [threads.load_global(ref, (index + first) * size + 16 * i, 4) for i in range(size // 2)]
+        values += threads.eight_reals([word for part in parts for word in part])
+    return values
+
+
+def _quantize(values: list[Real], me: Lane) -> tuple[list[Real], Real]:
+    """Whole numbers of −127 to 127, and their scale."""
+    largest = functools.reduce(Real.most, [each.most(threads.real(0.0) - each) for each in values])
+    scale = me.over_features(largest, Real.most).most(1e-8) / 127.0
+    inverse = threads.real(1.0) / scale
+    # Among numbers as large as WHOLE, sums are rounded to whole ones.
+    return [each.times_plus(inverse, threads.WHOLE) - threads.WHOLE for each in values], scale
+
+
+def write(new, cache, first_head, split, length, *, shape: Shape) -> None:
+    """The key and the value into the cache, by the first of the warps that have a share of their head."""
+
+    @threads.on_threads(
+        arg_types=(threads.per_thread(new.shape[0] // 128), *[_SPLAT] * 3, *[plgpu.RefType()] * len(cache))
+    )
+    def run(_, new, first_head, split, length, *refs):
+        me, length = Lane(shape, threads.splat_word(split)), threads.splat_word(length)
+        of_kv_head = threads.splat_word(first_head) % (shape.heads // shape.kv_heads)
+        mine = threads.both(me.worker.equals(0), of_kv_head.equals(0), me.row.equals(0))
+        key, value, scales = _parts(new, shape)
+        with threads.when(mine):
+            for ref, vector in zip(refs, (key, value), strict=False):
+                if shape.quantized:
+                    packed = [threads.pack_bytes(vector[i : i + 4]) for i in range(0, shape.count, 4)]
+                else:
+                    packed = [threads.pack_bfloat16(*vector[i : i + 2]) for i in range(0, shape.count, 2)]
+                offset = (length * shape.d + me.feature) * (_BYTES // shape.count)
+                threads.store_global_words(ref, offset, packed)
+        if shape.quantized:
+            with threads.when(threads.both(mine, me.feature.equals(0))):
+                for ref, scale in zip(refs[2:], scales, strict=True):
+                    threads.store_real(ref, length, scale)
+
+    run(new, first_head, split, length, *cache)
+
+
+def _parts(new, shape: Shape) -> tuple[list[Real], list[Real], list[Real]]:
+    """Key, value and scales, of `turn`'s second result."""
+    values, count = threads.reals(new), shape.count
+    return values[:count], values[count : 2 * count], values[2 * count :]
+
+
+def begin(q, new, split, *, shape: Shape) -> jax.Array:
+    """For each query, the largest score so far, the sum, and the mix of values: of the new token, or of nothing."""
+
+    @threads.on_threads(
+        arg_types=(*[threads.per_thread(each.shape[0] // 128) for each in (q, new)], _SPLAT),
+        return_type=threads.values(shape.state, jnp.float32),
+    )
+    def run(_, q, new, split):
+        me = Lane(shape, threads.splat_word(split))
+        key, value, scales = _parts(new, shape)
+        if scales:
+            key, value = ([x * scale for x in of] for of, scale in zip((key, value), scales, strict=True))
+        mine = me.worker.equals(0)
+        # Sums go over the positions that are read at once; the new one's counts once.
+        once = threads.both(mine, me.row.equals(0))
+        zero, out = threads.real(0.0), []
+        for query in _queries(q, shape):
+            score = me.over_features(dot(query, key), Real.__add__) * _factor(shape)
+            out += [
+                threads.select(mine, score, threads.real(LOWEST)),
+                threads.select(once, threads.real(1.0), zero),
+                *[threads.select(once, each, zero) for each in value],
+            ]
+        return threads.as_array(out)
+
+    return run(q, new, split)
+
+
+def _queries(q, shape: Shape) -> list[list[Real]]:
+    values = threads.reals(q)
+    return [values[i : i + shape.count] for i in range(0, len(values), shape.count)]
+
+
+def _factor(shape: Shape) -> float:
+    return shape.d**-0.5 * math.log2(math.e)
+
+
+def dot(a: list[Real], b: list[Real]) -> Real:
+    """The sum of products."""
+    total = a[0] * b[0]
+    for one, other in zip(a[1:], b[1:], strict=True):
+        total = one.times_plus(other, total)
+    return total
+
+
+def attend(state, q, entries, step, split, limits, *, shape: Shape) -> jax.Array:
+    """The state with the positions of a step that are within the limits."""
+    arrays, loads, words = (state, q, entries), shape.tiles.loads, _BYTES // 4
+
+    @threads.on_threads(
+        arg_types=(*[threads.per_thread(each.shape[0] // 128) for each in arrays], *[_SPLAT] * 4),
+        return_type=threads.values(shape.state, jnp.float32),
+    )
+    def run(_, state, q, entries, step, split, start, end):
+        step, split, start, end = map(threads.splat_word, (step, split, start, end))
+        me, found, nothing = Lane(shape, split), threads.words(entries), threads.word(0)
+        positions = [me.position(step, i) for i in range(loads)]
+        seen = [threads.both(each >= start, each < end) for each in positions]
+        of_keys, of_values = (
+            [found[(kind * loads + i) * words :][:words] for i in range(loads)] for kind in range(2)
+        )
+        scales = found[2 * loads * words :]
+        queries, scores = _queries(q, shape), []
+        for i, (key, yes) in enumerate(zip(of_keys, seen, strict=True)):
+            k = _entry(key, shape)
+            factor = scales[i].real() * _factor(shape) if scales else _factor(shape)
+            row = [me.over_features(dot(query, k), Real.__add__) * factor for query in queries]
+            scores.append([threads.select(yes, score, threads.real(LOWEST)) for score in row])
+        before, out, size = threads.reals(state), [], 2 + shape.count
+        for j in range(len(queries)):
+            top, total, *mixed = before[j * size : (j + 1) * size]
+            mine = [row[j] for row in scores]
+            new_top = me.over_rows(functools.reduce(Real.most, mine), Real.most).most(top)
+            fade = threads.power_of_two(top - new_top)
+            weights = [
+                threads.select(yes, threads.power_of_two(score - new_top), threads.real(0.0))
+                for score, yes in zip(mine, seen, strict=True)
+            ]
+            out.append([new_top, functools.reduce(Real.__add__, weights, total * fade)])
+            out[-1] += [each * fade for each in mixed]
+            for row, weight in zip(scores, weights, strict=True):
+                row[j] = weight
+        for i, (value, yes) in enumerate(zip(of_values, seen, strict=True)):
+            # What lies past the last position may be anything, even no number.
+            v = _entry([threads.select(yes, each, nothing) for each in value], shape)
+            scale = threads.select(yes, scales[loads + i], nothing).real() if scales else 1.0
+            for query, weight in zip(out, scores[i], strict=True):
+                weight = weight * scale if scales else weight
+                query[2:] = [
+                    each.times_plus(weight, so_far) for each, so_far in zip(v, query[2:], strict=True)
+                ]
+        return threads.as_array([each for query in out for each in query])
+
+    return run(state, q, entries, step, split, *limits)
+
+
+def _entry(words: list[Word], shape: Shape) -> list[Real]:
+    """A thread's features of a key or value; of int8, whole numbers."""
+    if shape.quantized:
+        return [each for word in words for each in threads.signed_bytes(word)]
+    return threads.eight_reals(words)
