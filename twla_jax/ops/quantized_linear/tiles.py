@@ -13,6 +13,7 @@ MOST_ROWS = 256  # of a block: what the copy engine takes at once, and what four
 MOST_WARPGROUPS = 4  # of a block
 _WARPGROUPS = 2  # of a block whose token does not take more to turn
 _LEAST_ROWS = 32
+_LEAST_STAGES = 2  # where there is room: else nothing would be under way while a tile is multiplied
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,11 @@ def tiles(rows: int, parts: int, columns: int, lines: int, other: int) -> Tiles:
         resident = min(waves, 2)
         each = max(8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves)), _LEAST_ROWS // parts)
         slot = parts * each * (PLANE + 16)
-        room = min(MULTIPROCESSOR_MEMORY // resident - other, _UNDER_WAY // resident) // (slot * warpgroups)
+        room, under_way = (
+            memory // (slot * warpgroups)
+            for memory in (MULTIPROCESSOR_MEMORY // resident - other, _UNDER_WAY // resident)
+        )
+        room = min(room, max(under_way, _LEAST_STAGES))
         if room > 0 and each <= min(MOST_ROWS // parts, 128 * warpgroups):  # a thread finishes a row
             return Tiles(rows=each, warpgroups=warpgroups, stages=min(room, -(-columns // warpgroups)))
         if room < 1 and each * parts == _LEAST_ROWS:
