@@ -146,27 +146,31 @@ def random_integers(
     )
 
 
-# Factors' rows, outputs, and what comes with the product.
+# Tokens, factors' rows, outputs, and what comes with the product.
 LINEARS = (
-    (64, 64, 1024, "norm"),
-    (64, 64, 4096, "residual"),
-    (64, 64, 2 * 11008, "gate"),
-    (86, 128, 4096, "residual"),
-    (32, 48, 640, "residual"),
-    (24, 24, 2 * 1536, "gate"),
+    (1, 64, 64, 1024, "norm"),
+    (1, 64, 64, 4096, "residual"),
+    (1, 64, 64, 2 * 11008, "gate"),
+    (1, 86, 128, 4096, "residual"),
+    (2, 64, 64, 4096, "residual"),
+    (2, 86, 128, 4096, "residual"),
+    (3, 64, 64, 1024, "norm"),
+    (4, 64, 64, 2 * 11008, "gate"),
+    (1, 32, 48, 640, "residual"),
+    (3, 24, 24, 2 * 1536, "gate"),
 )
 
 
-def check_one_token(implementation: str, linears=LINEARS) -> None:
-    """A linear in one kernel; a few codes may differ by one level, which is a thousandth of the outputs' size."""
-    for left, right, n, kind in linears:
-        x, rotation, settings = random_input(1, left, right)
+def check_linears(implementation: str, linears=LINEARS) -> None:
+    """Linears in one kernel; a few codes may differ by one level, which is a thousandth of the outputs' size."""
+    for t, left, right, n, kind in linears:
+        x, rotation, settings = random_input(t, left, right)
         weight = random_weight(jax.random.key(4), n, left * right)
         norm_scale = residual = None
         if kind == "norm":
             norm_scale = jnp.linspace(0.5, 1.5, left * right)
         if kind == "residual":
-            residual = 10 * jax.random.normal(jax.random.key(5), (1, n), jnp.bfloat16)
+            residual = 10 * jax.random.normal(jax.random.key(5), (t, n), jnp.bfloat16)
         gated = kind == "gate"
         if gated:
             weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
@@ -254,7 +258,7 @@ def _largest(values: jax.Array) -> float:
     return float(jnp.abs(values).max())
 
 
-CHECKS = (check, check_one_token, check_integers, check_attention)
+CHECKS = (check, check_linears, check_integers, check_attention)
 
 if __name__ == "__main__":
     for each in CHECKS:

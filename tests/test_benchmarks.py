@@ -34,7 +34,7 @@ def test_check_tells_right_from_wrong(monkeypatch):
     check_gpu = script("check_gpu")
     products, rotations = check_gpu.PRODUCTS[3:5], check_gpu.ROTATIONS[3:]
     check_gpu.check("xla", products, rotations)
-    check_gpu.check_one_token("xla", check_gpu.LINEARS[4:])
+    check_gpu.check_linears("xla", check_gpu.LINEARS[-2:])
     check_gpu.check_integers("xla", check_gpu.INTEGERS[:1])
     check_gpu.check_attention("xla", check_gpu.ATTENTION[:2])
     from twla_jax.ops.ternary_matmul import tpu

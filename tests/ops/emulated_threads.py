@@ -610,6 +610,23 @@ def unpack_bfloat16(pair):
     return (pair << 16).real(), (pair & 0xFFFF0000).real()
 
 
+def bfloat16_pairs(array):
+    return array
+
+
+def least_bfloat16(one, other):
+    return _by_halves(Real.least, one, other)
+
+
+def most_bfloat16(one, other):
+    return _by_halves(Real.most, one, other)
+
+
+def _by_halves(choose, one, other):
+    halves = zip(unpack_bfloat16(one), unpack_bfloat16(other), strict=True)
+    return pack_bfloat16(*(choose(*pair) for pair in halves))
+
+
 def eight_reals(found):
     if len(found) == 8:
         return [each.real() for each in found]
@@ -619,6 +636,11 @@ def eight_reals(found):
 def shuffle(value, distance):
     lanes = value.value.reshape(-1, WARP)[:, np.arange(WARP) ^ distance]
     return type(value)(lanes.reshape(machine.shape))
+
+
+def of_lane(value, lane):
+    lanes = value.value.reshape(-1, WARP)[:, np.full(WARP, lane)]
+    return Real(lanes.reshape(machine.shape))
 
 
 def _over_warp(value, operation):

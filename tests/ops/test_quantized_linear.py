@@ -15,7 +15,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from twla_jax import ternary
 from twla_jax.benchmark import shapes
 from twla_jax.kotms import KroneckerRotation
-from twla_jax.ops.quantized_linear import gpu, gpu_products, gpu_token, quantized_linear, reference, tiles
+from twla_jax.ops.quantized_linear import (
+    gpu,
+    gpu_codes,
+    gpu_products,
+    gpu_several,
+    gpu_token,
+    quantized_linear,
+    reference,
+    tiles,
+)
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import gpu_rows, kernel_weight, ternary_matmul
 
@@ -45,39 +54,47 @@ def test_it_is_its_two_ops_and_the_residual(t):
 
 
 def turned(token_smem, right_smem, left_smem, *, shape):
-    """What a warpgroup's products leave in its threads: `Zᵀ`, as `wgmma` has it in its registers."""
+    """What a warpgroup's products leave in its threads: every `Zᵀ`, as `wgmma` has it in its registers."""
     for ref in (token_smem, right_smem, left_smem):
         emulated_threads.machine.read_by_all(ref)
-    x, right, left = (
+    tokens, right, left = (
         emulated_threads.unswizzled(ref).astype(np.float32) for ref in (token_smem, right_smem, left_smem)
     )
-    y = (x @ right.T).astype(jnp.bfloat16).astype(np.float32)
-    z = (left @ y).astype(jnp.bfloat16).astype(np.float32)
+
+    def pair(*values):
+        return emulated_threads.pack_bfloat16(*map(emulated_threads.Real, values))
+
     thread = emulated_threads.machine.threads
-    line, share = gpu_token._place(shape)
+    line, share = gpu_token.place(shape)
     row = share * (shape.rows // shape.shares) + thread % 4 * 2
     column = line * 64 + thread // 32 % 4 * 16 + thread % 32 // 4
-    places = [
-        (row + 8 * j + v, column + 8 * h)
-        for j in range(shape.rows // shape.shares // 8)
-        for h in (0, 1)
-        for v in (0, 1)
-    ]
-    return emulated_threads.Values(emulated_threads.Real(z[place]) for place in places)
+    places = [(row + 8 * j, column + 8 * h) for j in range(shape.rows // shape.shares // 8) for h in (0, 1)]
+    found = []
+    for x in np.split(tokens, shape.tokens):
+        y = (x @ right.T).astype(jnp.bfloat16).astype(np.float32)
+        z = (left @ y).astype(jnp.bfloat16).astype(np.float32)
+        found.append([pair(z[row, column], z[row + 1, column]) for row, column in places])
+    return found
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "size", "warpgroups", "rows", "stages", "kind"),
+    ("t", "m", "n", "size", "warpgroups", "rows", "stages", "kind"),
     [
-        (1024, 256, 128, 2, 96, 1, "norm"),
-        (576, 96, 576, 2, 32, 1, "norm"),
-        (576, 128, 128, 2, 40, 1, "gated"),
-        (1536, 64, 128, 1, 32, 2, "residual"),
-        (2048, 24, 128, 4, 32, 1, "residual"),
+        (1, 1024, 256, 128, 2, 96, 1, "norm"),
+        (1, 576, 96, 576, 2, 32, 1, "norm"),
+        (1, 576, 128, 128, 2, 40, 1, "gated"),
+        (1, 1536, 64, 128, 1, 32, 2, "residual"),
+        (1, 2048, 24, 128, 4, 32, 1, "residual"),
+        (2, 1024, 256, 128, 2, 96, 1, "norm"),
+        (3, 576, 96, 576, 2, 32, 1, "norm"),
+        (4, 576, 96, 576, 2, 96, 1, "norm"),
+        (2, 576, 128, 128, 2, 40, 1, "gated"),
+        (3, 1536, 64, 128, 1, 32, 2, "residual"),
+        (4, 2048, 24, 128, 4, 32, 1, "residual"),
     ],
 )
-def test_gpu_kernel_thread_by_thread(m, n, size, warpgroups, rows, stages, kind, monkeypatch):
-    x, rotation, weight, scale, residual = operands(1, m, n, make=lambda make: jax.jit(make)())
+def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, kind, monkeypatch):
+    x, rotation, weight, scale, residual = operands(t, m, n, make=lambda make: jax.jit(make)())
     rotation = permutation(rotation)  # exact in every order of additions, so that codes are the same ones
     if size == m:
         weight = ungrouped(n, m)
@@ -98,7 +115,7 @@ def test_gpu_kernel_thread_by_thread(m, n, size, warpgroups, rows, stages, kind,
     expected = jax.jit(functools.partial(reference.quantized_linear, implementation="xla", **options))(
         *arguments
     )
-    emulated_threads.emulate(monkeypatch, gpu, gpu_token, gpu_products, gpu_rows)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_token, gpu_codes, gpu_products, gpu_several, gpu_rows)
     emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
     monkeypatch.setattr(gpu_token, "turn", turned)
     chosen = tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages)
@@ -123,24 +140,36 @@ def ungrouped(n, m):
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("m", "n", "norm", "residual"),
+    ("t", "m", "n", "kind"),
     [
-        (4096, 12288, True, False),
-        (4096, 4096, False, True),
-        (11008, 4096, False, True),
-        (8192, 1024, True, False),
-        (576, 960, True, False),
-        (1536, 576, False, True),
+        (1, 4096, 12288, "norm"),
+        (1, 4096, 4096, "residual"),
+        (1, 11008, 4096, "residual"),
+        (1, 8192, 1024, "norm"),
+        (1, 576, 960, "norm"),
+        (1, 1536, 576, "residual"),
+        (2, 4096, 12288, "norm"),
+        (2, 4096, 4096, "residual"),
+        (2, 4096, 22016, "gated"),
+        (2, 11008, 4096, "residual"),
+        (2, 576, 960, "norm"),
+        (4, 4096, 12288, "norm"),
+        (4, 4096, 4096, "residual"),
+        (4, 4096, 22016, "gated"),
+        (4, 1536, 576, "residual"),
     ],
 )
-def test_gpu_kernel_spills_nothing(m, n, norm, residual, compile_for_h100):
-    x, rotation, weight, scale, added = operands(1, m, n, make=jax.eval_shape)
-    function = functools.partial(gpu.quantized_linear, epsilon=1e-5, out_dtype=jnp.bfloat16)
+def test_gpu_kernel_spills_nothing(t, m, n, kind, compile_for_h100):
+    x, rotation, weight, scale, added = operands(t, m, n, make=jax.eval_shape)
+    gated = kind == "gated"
+    if gated:
+        weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
+    assert gpu.obstacle(x, rotation, weight, gated=gated) is None
+    function = functools.partial(gpu.quantized_linear, epsilon=1e-5, gated=gated, out_dtype=jnp.bfloat16)
     settings = jax.ShapeDtypeStruct((3,), jnp.float32)
     scale = jax.ShapeDtypeStruct(scale.shape, jnp.float32) if m == 576 else scale
-    _, reports = compile_for_h100(
-        function, x, rotation, settings, weight, scale if norm else None, added if residual else None
-    )
+    norm, residual = (None, added) if kind == "residual" else (scale, None)
+    _, reports = compile_for_h100(function, x, rotation, settings, weight, norm, residual)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
 
 
@@ -161,14 +190,14 @@ def test_tiles_fit_memory_and_threads():
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("m", [4096, 5120])
-def test_a_single_token_takes_one_kernel(m, compile_for):
+@pytest.mark.parametrize(("t", "m"), [(1, 4096), (1, 5120), (2, 4096)])
+def test_a_few_tokens_take_one_kernel(t, m, compile_for):
     def linear(x, rotation, weight, scale, residual):
         return quantized_linear(
             x, rotation, SETTINGS, weight, norm_scale=scale, epsilon=1e-5, residual=residual
         )
 
-    program = compile_for("h100", linear, *operands(1, m, 1024, make=jax.eval_shape)).as_text()
+    program = compile_for("h100", linear, *operands(t, m, 1024, make=jax.eval_shape)).as_text()
     found = re.findall(r"^ .*? = .*? ([\w-]+)\(", program[program.index("ENTRY") :], re.MULTILINE)
     work = [name for name in found if name not in ("parameter", "constant", "bitcast", "get-tuple-element")]
     assert work == ["custom-call"]

@@ -1,10 +1,9 @@
 """A decoder in the form that runs fast: kernel-ready weights, one product an input, integers where it can.
 
 Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`; for a
-single token both are one `quantized_linear`. Where an input's activations are not quantised, they are only rotated,
-and meet the same packed weights in bf16. A model that
-is not quantised gets the same form, with one dense product an input. An embedding and an LM head of integers stay
-packed, too: `integer_matmul` makes the logits.
+token or a few both are one `quantized_linear`. Where an input's activations are not quantised, they are only rotated,
+and meet the same packed weights in bf16. A model that is not quantised gets the same form, with one dense product an
+input. An embedding and an LM head of integers stay packed, too: `integer_matmul` makes the logits.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer
 from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
-from twla_jax.ops.quantized_linear import quantized_linear
+from twla_jax.ops.quantized_linear import MOST_TOKENS, quantized_linear
 from twla_jax.ops.rotate_quantize import gate, kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
@@ -113,14 +112,14 @@ class IntegerDecoder(Decoder):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SingleToken:
-    """A token that its linear is yet to turn and quantise: `settings` are `quantized_linear`'s."""
+class FewTokens:
+    """Tokens that their linear is yet to turn and quantise: `settings` are `quantized_linear`'s."""
 
-    x: Float[Array, "*ones m"]
+    x: Float[Array, "*tokens m"]
     settings: dict[str, Any]
 
     def quantized(self, implementation: Implementation | None) -> QuantizedTokens:
-        """The token as two ops leave it between them."""
+        """The tokens as two ops leave them between them."""
         return rotate_quantize(self.x, implementation=implementation, **self.settings)
 
 
@@ -144,7 +143,7 @@ class KernelInput(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "*tokens width"], *, gated: bool = False
-    ) -> QuantizedTokens | SingleToken | Float[Array, "*tokens m"]:
+    ) -> QuantizedTokens | FewTokens | Float[Array, "*tokens m"]:
         """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
         rotation = None if self.rotation is None else self.rotation.get_value()
         if self.settings is None:
@@ -156,8 +155,8 @@ class KernelInput(nnx.Module):
             "norm_scale": None if self.norm is None else self.norm.scale.get_value(),
             "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
         }
-        if self.mesh is None and x.size == x.shape[-1]:
-            return SingleToken(x=gate(x) if gated else x, settings=settings)
+        if self.mesh is None and x.size <= MOST_TOKENS * x.shape[-1]:
+            return FewTokens(x=gate(x) if gated else x, settings=settings)
         op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
         return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
 
@@ -189,14 +188,14 @@ class KernelLinear(nnx.Module):
 
     def __call__(
         self,
-        x: QuantizedTokens | SingleToken | Float[Array, "*tokens m"],
+        x: QuantizedTokens | FewTokens | Float[Array, "*tokens m"],
         residual: Float[Array, "*tokens n"] | None = None,
         *,
         gated: bool = False,
     ) -> Float[Array, "*tokens n"]:
         """`x Ŵᵀ + b`, rounded to the model's type, and the residual added; or, of two, `silu(first) · second`."""
         weight = self.weight.get_value()
-        if isinstance(x, SingleToken) and isinstance(weight, KernelWeight) and self.second_plane is None:
+        if isinstance(x, FewTokens) and isinstance(weight, KernelWeight) and self.second_plane is None:
             return quantized_linear(
                 x.x,
                 weight=weight,
@@ -206,7 +205,7 @@ class KernelLinear(nnx.Module):
                 implementation=self.implementation,
                 **x.settings,
             )
-        y = self._outputs(x.quantized(self.implementation) if isinstance(x, SingleToken) else x, weight)
+        y = self._outputs(x.quantized(self.implementation) if isinstance(x, FewTokens) else x, weight)
         y = gate(y) if gated else y
         return y if residual is None else residual + y
 
@@ -226,7 +225,7 @@ class KernelLinear(nnx.Module):
         return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
 
     def parts(
-        self, x: QuantizedTokens | SingleToken | Float[Array, "*tokens m"]
+        self, x: QuantizedTokens | FewTokens | Float[Array, "*tokens m"]
     ) -> tuple[Float[Array, "*tokens _"], ...]:
         """The outputs of each linear."""
         y = self(x)
@@ -284,12 +283,12 @@ class IntegerBlock(Block):
         return mixed[:, None], layer
 
     def qkv(
-        self, h: QuantizedTokens | SingleToken | Float[Array, "b t d"]
+        self, h: QuantizedTokens | FewTokens | Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b t _"], ...]:
         """Queries, keys and values, one beside the other."""
         return self.qkv_linear.parts(h)
 
-    def gate_up(self, h: QuantizedTokens | SingleToken | Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:
+    def gate_up(self, h: QuantizedTokens | FewTokens | Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:
         """`silu(gate(h)) · up(h)`."""
         gate, up = self.gate_up_linear.parts(h)
         return jax.nn.silu(gate) * up
@@ -298,7 +297,7 @@ class IntegerBlock(Block):
         """As `Block.finish`; each residual is added where its linear ends."""
         x = self.o(self.o_input(mixed), x)
         h = self.mlp_input(x)
-        if isinstance(h, SingleToken):
+        if isinstance(h, FewTokens):
             return self.down(self.down_input(self.gate_up_linear(h, gated=True)), x)
         if self.down_input.takes_gate:  # both outputs as they lie, without a pass between the two linears
             return self.down(self.down_input(self.gate_up_linear(h), gated=True), x)

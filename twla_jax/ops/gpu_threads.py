@@ -204,6 +204,11 @@ def reals(array: mgpu.FragmentedArray) -> list[Real]:
     return [Real(each) for each in _registers(array)]
 
 
+def bfloat16_pairs(array: mgpu.FragmentedArray) -> list[Word]:
+    """A thread's bf16 numbers of an array, two by two as they lie in registers."""
+    return [Word(utils.bitcast(each, ir.IntegerType.get_signless(32))) for each in array.registers.flat]
+
+
 def barrier(count: int) -> None:
     """Waits for the first `count` threads of the block."""
     utils.inline_ptx(f"bar.sync {_BARRIER}, {count};", has_side_effects=True, convergent=True)
@@ -342,6 +347,16 @@ def unpack_bfloat16(pair: Word) -> tuple[Real, Real]:
     return (pair << 16).real(), (pair & 0xFFFF0000).real()
 
 
+def least_bfloat16(one: Word, other: Word) -> Word:
+    """Of both words' lower halves the smaller one, and of the upper ones."""
+    return _ptx_words("min.bf16x2 $0, $1, $2;", 1, one, other, effects=False)[0]
+
+
+def most_bfloat16(one: Word, other: Word) -> Word:
+    """Of both words' lower halves the larger one, and of the upper ones."""
+    return _ptx_words("max.bf16x2 $0, $1, $2;", 1, one, other, effects=False)[0]
+
+
 def eight_reals(words: Sequence[Word]) -> list[Real]:
     """Four words' bf16 halves, or eight words' float32."""
     if len(words) == 8:
@@ -370,6 +385,12 @@ def pack_bytes(values: Sequence[Real]) -> Word:
 def shuffle[T: (Real, Word)](value: T, distance: int) -> T:
     """The value of the lane whose number differs in the bit `distance`."""
     return type(value)(utils.shfl_bfly(value.value, distance))
+
+
+def of_lane(value: Real, lane: int) -> Real:
+    """The value of one lane, for all of its warp."""
+    ptx = f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;"
+    return _ptx_words(ptx, 1, value, convergent=True)[0].real()
 
 
 def warp_least(value: Real) -> Real:

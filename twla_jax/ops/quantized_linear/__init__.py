@@ -1,5 +1,6 @@
 """A quantised linear whole: norm, rotation, codes, product and residual."""
 
 from twla_jax.ops.quantized_linear.api import quantized_linear
+from twla_jax.ops.quantized_linear.gpu import MOST_TOKENS
 
-__all__ = ["quantized_linear"]
+__all__ = ["MOST_TOKENS", "quantized_linear"]

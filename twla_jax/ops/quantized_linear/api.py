@@ -26,8 +26,8 @@ def quantized_linear(
 ) -> Float[Array, "*tokens n"]:
     """`ternary_matmul(rotate_quantize(x), weight)`, rounded, and the residual added to it.
 
-    For a single token a Hopper GPU does it all in one kernel; everywhere else, and for more tokens, it is those two
-    ops.
+    For one token, and mostly for up to `MOST_TOKENS`, a Hopper GPU does it all in one kernel; everywhere else, and for
+    more tokens, it is those two ops.
 
     Args:
       settings: from `quantizer_settings`.

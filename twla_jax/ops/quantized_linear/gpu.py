@@ -1,9 +1,8 @@
-"""Norm, rotation, codes and product of a single token in one kernel on Hopper GPUs (Pallas Mosaic GPU).
+"""Norm, rotation, codes and product of a token or a few in one kernel on Hopper GPUs (Pallas Mosaic GPU).
 
-A single token's rotation takes one multiprocessor longer to wait for than to compute, and a kernel of its own as long
-again to start. So every block computes it for itself, while its weights come from memory, as many of them under way as
-memory needs and no more. Warpgroups share the columns, each with its own ring of tiles, and their sums meet in shared
-memory.
+A token's rotation takes one multiprocessor longer to wait for than to compute, and a kernel of its own as long again
+to start. So every block computes it for itself, while its weights come from memory, as many of them under way as memory
+needs and no more. Warpgroups share the columns, each with its own ring of tiles, and their sums meet in shared memory.
 """
 
 import functools
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Real
-from twla_jax.ops.quantized_linear import gpu_products as products
+from twla_jax.ops.quantized_linear import gpu_codes, gpu_products, gpu_several
 from twla_jax.ops.quantized_linear import gpu_token as turning
 from twla_jax.ops.quantized_linear import tiles as tuning
 from twla_jax.ops.quantized_linear.gpu_products import Flat
@@ -26,6 +25,8 @@ from twla_jax.ops.ternary_matmul.gpu_rows import SWIZZLED, Rows
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.packing import PLANE, TILE
 
+MOST_TOKENS = 4
+
 
 def obstacle(x, rotation: KernelRotation | None, weight: KernelWeight, *, gated: bool = False) -> str | None:
     """Why the kernel cannot take such operands, or None."""
@@ -33,40 +34,41 @@ def obstacle(x, rotation: KernelRotation | None, weight: KernelWeight, *, gated:
         return "there is no rotation"
     if x.dtype != jnp.bfloat16:
         return f"activations are {x.dtype}, not bfloat16"
-    if len(x) != 1:
-        return f"there are {len(x)} tokens, not one"
+    if len(x) > MOST_TOKENS:
+        return f"there are {len(x)} tokens, more than {MOST_TOKENS}"
     if gated and len(weight.splits) != 2:
         return f"a gate and what it gates are two matrices, not {len(weight.splits)}"
     try:
-        _, tiles = _plan(rotation, weight, gated)
+        _, tiles = _plan(len(x), rotation, weight, gated)
     except ValueError as error:
         return str(error)
-    return turning.obstacle(turning.shape(rotation, tiles.warpgroups))
+    return turning.obstacle(turning.shape(rotation, tiles.warpgroups, len(x)))
 
 
 def quantized_linear(
-    x: Float[Array, "1 m"],
+    x: Float[Array, "t m"],
     rotation: KernelRotation,
     settings: Float32[Array, " 3"],
     weight: KernelWeight,
     norm_scale: Float[Array, " m"] | None,
-    residual: Float[Array, "1 n"] | None,
+    residual: Float[Array, "t n"] | None,
     *,
     epsilon: float,
     out_dtype,
     gated: bool = False,
     tiles: tuning.Tiles | None = None,
-) -> Float[Array, "1 n"]:
-    """What `reference.quantized_linear` computes, for one token in bf16."""
-    rows, chosen = _plan(rotation, weight, gated)
+) -> Float[Array, "t n"]:
+    """What `reference.quantized_linear` computes, for a token in bf16 or up to `MOST_TOKENS`."""
+    t = len(x)
+    rows, chosen = _plan(t, rotation, weight, gated)
     if tiles is not None:
         rows, chosen = Rows(tiles.rows, rows.parts), tiles
     groups, stages = chosen.warpgroups, chosen.stages
-    shape, flat = turning.shape(rotation, groups), Flat(len(rotation.right_transposed))
+    shape, flat = turning.shape(rotation, groups, t), Flat(len(rotation.right_transposed))
     n = weight.out_features // rows.parts
     norm = () if norm_scale is None else (threads.readable(norm_scale),)
-    added = () if residual is None else (threads.readable(residual[0]),)
-    y = plgpu.kernel(
+    added = () if residual is None else (threads.readable(residual),)
+    return plgpu.kernel(
         functools.partial(
             _kernel,
             rows=rows,
@@ -74,7 +76,7 @@ def quantized_linear(
             weight=weight,
             epsilon=epsilon if norm else None,
         ),
-        out_type=jax.ShapeDtypeStruct((n,), out_dtype),
+        out_type=jax.ShapeDtypeStruct((t, n), out_dtype),
         grid=(pl.cdiv(n, rows.each),),
         grid_names=("rows",),
         num_threads=groups,
@@ -82,14 +84,15 @@ def quantized_linear(
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, rows.count, PLANE), jnp.uint8, transforms=SWIZZLED),
             "scales_smem": plgpu.SMEM((groups, stages, rows.parts, 8, rows.each), jnp.float16),
-            # The token is used up when its codes are written, and L when sums are.
+            # Tokens are used up when their codes are written, and L when sums are.
             "token_or_x_smem": plgpu.RefUnion(
-                turning.token_memory(shape, x.dtype), plgpu.SMEM((flat.size(weight.tiles * TILE),), jnp.int8)
+                turning.token_memory(shape, x.dtype),
+                plgpu.SMEM((t, flat.stride(weight.tiles * TILE)), jnp.int8),
             ),
-            "table_smem": plgpu.SMEM((weight.tiles + 1, products.COLUMNS), jnp.int32),
+            "table_smem": plgpu.SMEM((weight.tiles + 1, gpu_products.table_columns(t)), jnp.int32),
             "left_or_parts_smem": plgpu.RefUnion(
                 turning.left_memory(shape, x.dtype),
-                plgpu.SMEM((groups, rows.shares * rows.count), jnp.float32),
+                plgpu.SMEM((groups, rows.shares, t, rows.count), jnp.float32),
             ),
             "filled": plgpu.Barrier(
                 num_arrivals=(2 if weight.grouped else 1) * rows.parts, num_barriers=groups * stages
@@ -103,24 +106,23 @@ def quantized_linear(
         weight.scales,
         weight.row_sums,
         weight.bias,
-        x[0],
+        x,
         rotation.left,
         rotation.right_transposed,
         settings,
         *norm,
         *added,
     )
-    return y[None]
 
 
-def _plan(rotation: KernelRotation, weight: KernelWeight, gated: bool) -> tuple[Rows, tuning.Tiles]:
+def _plan(t: int, rotation: KernelRotation, weight: KernelWeight, gated: bool) -> tuple[Rows, tuning.Tiles]:
     parts = 2 if gated else 1
-    shape, flat = turning.shape(rotation, tuning.MOST_WARPGROUPS), Flat(len(rotation.right_transposed))
+    shape, flat = turning.shape(rotation, tuning.MOST_WARPGROUPS, t), Flat(len(rotation.right_transposed))
     other = (
-        max(2 * shape.rows * shape.columns, flat.size(weight.tiles * TILE))
-        + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_WARPGROUPS * tuning.MOST_ROWS)
+        t * max(2 * shape.rows * shape.columns, flat.stride(weight.tiles * TILE))
+        + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_WARPGROUPS * tuning.MOST_ROWS * t)
         + 2 * shape.columns * shape.columns
-        + 4 * products.COLUMNS * (weight.tiles + 1)
+        + 4 * gpu_products.table_columns(t) * (weight.tiles + 1)
         + 1024  # for what is small
     )
     lines = min(shape.lines, tuning.MOST_WARPGROUPS)
@@ -155,8 +157,9 @@ def _kernel(
     token_smem, x_smem = token_or_x_smem
     left_smem, parts_smem = left_or_parts_smem
     norm, residual = optional[: epsilon is not None], optional[epsilon is not None :]
+    products = gpu_products if shape.tokens == 1 else gpu_several
     groups, stages = codes_smem.shape[:2]
-    n = out_gmem.shape[0]
+    n = out_gmem.shape[1]
     group = lax.axis_index("warpgroup")
     first_row = lax.axis_index("rows") * rows.each
     steps = lax.div(weight.tiles - group + groups - 1, groups)
@@ -173,7 +176,7 @@ def _kernel(
                     scales_gmem.at[tile, :, source], scales_smem.at[group, slot, part], barrier
                 )
 
-    # The token before the weights, behind which it would queue up.
+    # The tokens before the weights, behind which they would queue up.
     words, settings = turning.fetch(
         x_gmem, left_gmem, right_gmem, norm[0] if norm else None, settings_gmem, shape=shape
     )
@@ -182,7 +185,7 @@ def _kernel(
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
     turning.load(words, token_smem, left_smem, right_smem, warps_smem, shape=shape, epsilon=epsilon)
     z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
-    scale, zero_point = turning.quantize(z, settings, x_smem, table_smem, warps_smem, shape=shape)
+    ends = gpu_codes.quantize(z, settings, x_smem, table_smem, warps_smem, shape=shape)
 
     def step(k, sums):
         slot = lax.rem(k, jnp.int32(stages))
@@ -201,16 +204,16 @@ def _kernel(
             pl.when(k + stages < steps)(functools.partial(fetch, k + stages, slot))
         return sums
 
-    sums = lax.fori_loop(0, steps, step, products.start(rows))
+    sums = lax.fori_loop(0, steps, step, products.start(rows, shape.tokens, weight.grouped))
     of_all = None if weight.grouped else scales_gmem
     products.write_sums(sums, parts_smem.at[group], of_all, first_row, rows=rows)
-    _finish(parts_smem, scale, zero_point, first_row, of_rows, out_gmem, rows=rows)
+    _finish(parts_smem, ends, first_row, of_rows, out_gmem, rows=rows)
 
 
 def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array:
-    """For the row of each thread, what `of_all` have, for that of the second part likewise, and the residual."""
+    """For the row of each thread, what `of_all` have, for that of the second part likewise, and tokens' residuals."""
     refs = [*of_all, *residual]
-    count = rows.parts * len(of_all) + len(residual)
+    count = rows.parts * len(of_all) + sum(ref.shape[0] for ref in residual)
 
     @threads.on_threads(
         arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)),
@@ -223,45 +226,51 @@ def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array
             for part in range(rows.parts)
             for ref in refs[: len(of_all)]
         ]
-        return threads.as_array(found + [threads.load_real(ref, row) for ref in refs[len(of_all) :]])
+        for ref in refs[len(of_all) :]:
+            found += [threads.load_real(ref, row + token * n) for token in range(threads.shape(ref)[0])]
+        return threads.as_array(found)
 
     return start(first_row, *refs)
 
 
-def _finish(parts_smem, scale, zero_point, first_row, of_rows, out_gmem, *, rows: Rows) -> None:
+def _finish(parts_smem, ends, first_row, of_rows, out_gmem, *, rows: Rows) -> None:
     """Adds up what warpgroups have, and scales and writes it, each row by a thread; waits for the block before."""
-    groups, n = parts_smem.shape[0], out_gmem.shape[0]
+    groups, (t, n) = parts_smem.shape[0], out_gmem.shape
 
     @threads.on_threads(
         arg_types=(
-            *[plgpu.Layout.WG_SPLAT] * 3,
+            *[plgpu.Layout.WG_SPLAT] * (2 * t + 1),
             threads.per_thread(of_rows.shape[0] // 128),
             *[plgpu.RefType()] * 2,
         )
     )
-    def write(_, scale, zero_point, first_row, of_rows, parts, out):
-        scale, zero_point = threads.splat_real(scale), threads.splat_real(zero_point)
+    def write(_, *arguments):
+        ends, (first_row, of_rows, parts, out) = arguments[: 2 * t], arguments[2 * t :]
+        ends = [threads.splat_real(each) for each in ends]
         first, row = threads.splat_word(first_row), threads.thread()
         more = threads.reals(of_rows)
+        residuals = more[2 * rows.parts :]
         threads.barrier(128 * groups)
 
-        def total(part: int) -> Real:
-            row_sum, bias = more[2 * part : 2 * part + 2]
+        def total(token: int, part: int) -> Real:
+            (scale, zero_point), (row_sum, bias) = ends[2 * token :][:2], more[2 * part :][:2]
             at = threads.address(parts) + (row + part * rows.each) * 4
             shares = [
-                threads.load(at, offset=4 * rows.count * i)[0].real() for i in range(rows.shares * groups)
+                threads.load(at, offset=4 * rows.count * (i * t + token))[0].real()
+                for i in range(rows.shares * groups)
             ]
             return scale * (functools.reduce(Real.__add__, shares) - zero_point * row_sum) + bias
 
         with threads.when(threads.both(row < rows.each, first + row < n)):
-            y = total(0)
-            if rows.parts == 2:
-                y = _gated(y, total(1))
-            for residual in more[2 * rows.parts :]:  # rounded before, as two ops would
-                y = threads.rounded(y, out) + residual
-            threads.store_real(out, first + row, y)
+            for token in range(t):
+                y = total(token, 0)
+                if rows.parts == 2:
+                    y = _gated(y, total(token, 1))
+                if residuals:  # rounded before, as two ops would
+                    y = threads.rounded(y, out) + residuals[token]
+                threads.store_real(out, first + row + token * n, y)
 
-    write(scale, zero_point, first_row, of_rows, parts_smem, out_gmem)
+    write(*(each for pair in ends for each in pair), first_row, of_rows, parts_smem, out_gmem)
 
 
 def _gated(gate: Real, up: Real) -> Real:

@@ -1,7 +1,8 @@
-"""A token's norm, rotation and codes on all threads of a block (Pallas Mosaic GPU), as fast as one can wait for them.
+"""Tokens' norm, rotation and codes on all threads of a block (Pallas Mosaic GPU), as fast as one can wait for them.
 
 The rotation is two products on the tensor cores: `Yᵀ = Rᵀ Xᵀ`, of which a warpgroup has 64 rows, and from its
-registers on `Zᵀ = Yᵀ Lᵀ`, of which warpgroups with the same rows take different columns.
+registers on `Zᵀ = Yᵀ Lᵀ`, of which warpgroups with the same rows take different columns. Whatever is waited for, all
+tokens wait for together.
 """
 
 import dataclasses
@@ -15,28 +16,27 @@ from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Real, Word
-from twla_jax.ops.quantized_linear.gpu_products import Flat, write_table
 from twla_jax.ops.rotate_quantize.gpu import swizzled
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
-from twla_jax.packing import TILE
 
-_WGMMA_ROWS = 64
-WHOLE = 1.5 * 2**23  # floats of this size are whole numbers
+WGMMA_ROWS = 64
+_SUMS = 95  # float32 of products under way, that a thread has registers for
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A token as a `size × r` matrix, filled up to `rows × columns`, on so many warpgroups."""
+    """Tokens as `size × r` matrices, each filled up to `rows × columns`, on so many warpgroups."""
 
     size: int
     r: int
     rows: int
     warpgroups: int
+    tokens: int
 
     @property
     def columns(self) -> int:
         """Of the filled up matrix."""
-        return -(-self.r // _WGMMA_ROWS) * _WGMMA_ROWS
+        return -(-self.r // WGMMA_ROWS) * WGMMA_ROWS
 
     @property
     def threads(self) -> int:
@@ -44,9 +44,14 @@ class Shape:
         return 128 * self.warpgroups
 
     @property
+    def warps(self) -> int:
+        """Of all warpgroups."""
+        return self.threads // threads.WARP
+
+    @property
     def lines(self) -> int:
         """Into how many of 64 rows `Yᵀ` is cut."""
-        return self.columns // _WGMMA_ROWS
+        return self.columns // WGMMA_ROWS
 
     @property
     def shares(self) -> int:
@@ -55,18 +60,18 @@ class Shape:
         return next(n for n in range(most, 0, -1) if self.rows % (8 * n) == 0)
 
 
-def shape(rotation: KernelRotation, warpgroups: int) -> Shape:
+def shape(rotation: KernelRotation, warpgroups: int, tokens: int) -> Shape:
     """How a rotation's tokens are shared between warpgroups."""
     r = len(rotation.right_transposed)
-    return Shape(size=rotation.size, r=r, rows=len(rotation.left), warpgroups=warpgroups)
+    return Shape(size=rotation.size, r=r, rows=len(rotation.left), warpgroups=warpgroups, tokens=tokens)
 
 
 def obstacle(shape: Shape) -> str | None:
-    """Why a token of such a shape cannot be turned, or None."""
+    """Why tokens of such a shape cannot be turned, or None."""
     if shape.r % 8:
         return f"the right factor has {shape.r} rows, not a multiple of 8"
     if shape.lines > shape.warpgroups:
-        return f"the right factor has {shape.r} rows, more than {_WGMMA_ROWS * shape.warpgroups}"
+        return f"the right factor has {shape.r} rows, more than {WGMMA_ROWS * shape.warpgroups}"
     # A thread's share of Yᵀ and Zᵀ, in registers.
     if shape.rows > 128:
         return f"the left factor has {shape.size} rows, more than 128"
@@ -74,8 +79,8 @@ def obstacle(shape: Shape) -> str | None:
 
 
 def token_memory(shape: Shape, dtype):
-    """Shared memory of the token."""
-    return plgpu.SMEM((shape.rows, shape.columns), dtype, transforms=swizzled(shape.columns))
+    """Shared memory of the tokens, one below the other."""
+    return plgpu.SMEM((shape.tokens * shape.rows, shape.columns), dtype, transforms=swizzled(shape.columns))
 
 
 def left_memory(shape: Shape, dtype):
@@ -89,18 +94,18 @@ def right_memory(shape: Shape, dtype):
 
 
 def warps_memory(shape: Shape):
-    """Shared memory of what warps tell each other: two numbers each."""
-    return plgpu.SMEM((2 * shape.threads // threads.WARP,), jnp.float32)
+    """Shared memory of what warps tell each other: two numbers each of a token."""
+    return plgpu.SMEM((2 * shape.warps * shape.tokens,), jnp.float32)
 
 
 def fetch(
     x_gmem, left_gmem, right_gmem, norm_gmem, settings_gmem, *, shape: Shape
 ) -> tuple[jax.Array, jax.Array]:
-    """Starts the way of a token, both factors and the norm's weights to the threads, for `load`; and the settings.
+    """Starts the way of the tokens, both factors and the norm's weights to the threads, for `load`; and the settings.
 
     Not by the copy engine, which would bring them in turn with the weights.
     """
-    sources = [x_gmem, left_gmem, right_gmem, *([] if norm_gmem is None else [norm_gmem])]
+    sources = [x_gmem] * shape.tokens + [left_gmem, right_gmem, *([] if norm_gmem is None else [norm_gmem])]
 
     def plan():
         """Where to find how many words, of which array, and whether it has them."""
@@ -135,8 +140,9 @@ def fetch(
 def load(
     words, token_smem, left_smem, right_smem, warps_smem, *, shape: Shape, epsilon: float | None
 ) -> None:
-    """What `fetch` found into shared memory, the token after an RMS norm if ε is not None. Waits for the block."""
+    """What `fetch` found into shared memory, tokens after an RMS norm if ε is not None. Waits for the block."""
     matrices = [token_smem, left_smem, right_smem]
+    t = shape.tokens
 
     @threads.on_threads(
         arg_types=(
@@ -153,8 +159,8 @@ def load(
         if epsilon is not None:
             each = len(found) // len(fours[0])
             weights = [found[i : i + each] for i in range(0, len(found), each)]
-            fours[0] = _normed(fours[0], weights, threads.address(warps), shape, epsilon)
-        for ref, of_ref, pieces in zip((token, left, right), fours, _pieces(shape), strict=True):
+            fours[:t] = _normed(fours[:t], weights, threads.address(warps), shape, epsilon)
+        for ref, of_ref, pieces in zip((*[token] * t, left, right), fours, _pieces(shape), strict=True):
             for four, (matrix, i) in zip(of_ref, pieces, strict=True):
                 with threads.when(matrix.exists(i)):
                     threads.store(threads.address(ref) + matrix.place(i), *four)
@@ -166,12 +172,16 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
-    """Rows and columns of a bf16 matrix that is copied, 16 bytes a thread at once, and what it is filled up to."""
+    """Rows and columns of a bf16 matrix that is copied, 16 bytes a thread at once, and what it is filled up to.
+
+    There are `before` others like it before it, and above it in shared memory.
+    """
 
     rows: int
     columns: int
     whole_rows: int
     whole_columns: int
+    before: int = 0
 
     def count(self, threads: int) -> int:
         return -(-self.whole_rows * self.whole_columns // (8 * threads))
@@ -190,7 +200,7 @@ class _Matrix:
 
     def offset(self, i: int) -> Word:
         row, chunk = self._chunk(i)
-        return (row * self.columns + chunk * 8) * 2
+        return (row * self.columns + chunk * 8 + self.before * self.rows * self.columns) * 2
 
     def place(self, i: int) -> Word:
         """Where the swizzle has it."""
@@ -199,13 +209,14 @@ class _Matrix:
         chunks = width // 16  # of a tile's row
         tile = (row // 8) * (self.whole_columns // 8 // chunks) + chunk // chunks
         turned = (chunk % chunks) ^ ((row // (128 // width)) % chunks)
-        return tile * (8 * width) + (row % 8) * width + turned * 16
+        above = 2 * self.before * self.whole_rows * self.whole_columns
+        return tile * (8 * width) + (row % 8) * width + turned * 16 + above
 
 
 def _pieces(shape: Shape) -> list[list[tuple[_Matrix, int]]]:
-    """What a thread copies of the token, of L and of Rᵀ: pieces by the index that its first thread has."""
+    """What a thread copies of each token, of L and of Rᵀ: pieces by the index that its first thread has."""
     matrices = (
-        _Matrix(shape.size, shape.r, shape.rows, shape.columns),
+        *(_Matrix(shape.size, shape.r, shape.rows, shape.columns, i) for i in range(shape.tokens)),
         _Matrix(shape.rows, shape.rows, shape.rows, shape.rows),
         _Matrix(shape.r, shape.r, shape.columns, shape.columns),
     )
@@ -213,148 +224,82 @@ def _pieces(shape: Shape) -> list[list[tuple[_Matrix, int]]]:
 
 
 def _normed(
-    fours: list[list[Word]], scales: list[list[Word]], warps: Word, shape: Shape, epsilon: float
-) -> list[list[Word]]:
-    values, weights = ([threads.eight_reals(each) for each in part] for part in (fours, scales))
-    total = threads.real(0.0)
-    for value in (value for piece in values for value in piece):
-        total = value.times_plus(value, total)
-    for distance in (1, 2, 4, 8, 16):
-        total = total + threads.shuffle(total, distance)
-    me = threads.thread()
+    tokens: list[list[list[Word]]], scales: list[list[Word]], warps: Word, shape: Shape, epsilon: float
+) -> list[list[list[Word]]]:
+    values = [[threads.eight_reals(each) for each in fours] for fours in tokens]
+    weights = [threads.eight_reals(each) for each in scales]
+    me, totals = threads.thread(), []
+    for of_token in values:
+        total = threads.real(0.0)
+        for value in (value for piece in of_token for value in piece):
+            total = value.times_plus(value, total)
+        for distance in (1, 2, 4, 8, 16):
+            total = total + threads.shuffle(total, distance)
+        totals.append(total)
     with threads.when((me & (threads.WARP - 1)).equals(0)):
-        threads.store(warps + (me // threads.WARP) * 4, total)
+        for i, total in enumerate(totals):
+            threads.store(warps + (me // threads.WARP) * 4, total, offset=4 * shape.warps * i)
     threads.barrier(shape.threads)
-    sums = [each.real() for i in range(shape.warpgroups) for each in threads.load(warps, 4, offset=16 * i)]
-    mean = _tree(sums, Real.__add__) * (1 / (shape.size * shape.r))
-    factor = threads.reciprocal_root(mean + epsilon)
-    normed = [
-        [value * factor * weight for value, weight in zip(*piece, strict=True)]
-        for piece in zip(values, weights, strict=True)
-    ]
-    return [[threads.pack_bfloat16(*piece[i : i + 2]) for i in range(0, len(piece), 2)] for piece in normed]
+    normed = []
+    for i, of_token in enumerate(values):
+        sums = load_reals(warps, shape.warps, 4 * shape.warps * i)
+        mean = tree(sums, Real.__add__) * (1 / (shape.size * shape.r))
+        factor = threads.reciprocal_root(mean + epsilon)
+        pieces = [
+            [value * factor * weight for value, weight in zip(*piece, strict=True)]
+            for piece in zip(of_token, weights, strict=True)
+        ]
+        normed.append(
+            [[threads.pack_bfloat16(*piece[i : i + 2]) for i in range(0, len(piece), 2)] for piece in pieces]
+        )
+    return normed
 
 
-def turn(token_smem, right_smem, left_smem, *, shape: Shape) -> jax.Array:
-    """This warpgroup's part of `Zᵀ`, float32 that were rounded to bf16; token_smem is free when all have come here."""
-    line, share = _place(shape)
+def load_reals(at: Word, count: int, offset: int = 0) -> list[Real]:
+    """A multiple of four."""
+    return [each.real() for i in range(0, count, 4) for each in threads.load(at, 4, offset=offset + 4 * i)]
+
+
+def turn(token_smem, right_smem, left_smem, *, shape: Shape) -> list[jax.Array]:
+    """This warpgroup's part of each token's `Zᵀ`, bf16.
+
+    token_smem is free when all have come here.
+    """
+    line, share = place(shape)
     columns = shape.rows // shape.shares
 
-    def product(a, b, n: int):
-        def run(acc_ref):
-            plgpu.wgmma(acc_ref, a, b)
-            return acc_ref[...].astype(jnp.bfloat16)
+    def products(pairs, n: int):
+        """All of them under way before one is waited for."""
 
-        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((_WGMMA_ROWS, n), jnp.float32))
+        def run(*accs):
+            for acc, (a, b) in zip(accs, pairs, strict=True):
+                plgpu.wgmma(acc, a, b)
+            return [acc[...].astype(jnp.bfloat16) for acc in accs]
 
-    lines = right_smem.at[pl.ds(line * _WGMMA_ROWS, _WGMMA_ROWS)]
-    y = product(lines, token_smem.T, shape.rows)
-    z = product(y, left_smem.at[pl.ds(share * columns, columns)].T, columns)
-    return z.astype(jnp.float32)
+        return pl.run_scoped(run, *[plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, n), jnp.float32)] * len(pairs))
+
+    lines = right_smem.at[pl.ds(line * WGMMA_ROWS, WGMMA_ROWS)]
+    mine = left_smem.at[pl.ds(share * columns, columns)].T
+    tokens = [token_smem.at[pl.ds(i * shape.rows, shape.rows)].T for i in range(shape.tokens)]
+    z = []
+    for i in range(0, shape.tokens, _at_once(shape)):
+        y = products([(lines, token) for token in tokens[i : i + _at_once(shape)]], shape.rows)
+        z += products([(of_token, mine) for of_token in y], columns)
+    return z
 
 
-def _place(shape: Shape):
+def _at_once(shape: Shape) -> int:
+    """Tokens that are turned at once: as many as a thread has registers for."""
+    return max(_SUMS // (shape.rows // 2), 1)
+
+
+def place(shape: Shape):
+    """Which lines and which columns of `Zᵀ` this warpgroup has."""
     group = lax.axis_index("warpgroup")
     return lax.rem(group, shape.lines), lax.rem(lax.div(group, shape.lines), shape.shares)
 
 
-def quantize(z, settings, codes_smem, table_smem, warps_smem, *, shape: Shape) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point of the token, whose codes and sums go to shared memory. Waits for the block."""
-    line, share = _place(shape)
-    flat = Flat(shape.r)
-    splat = plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT)
-    layout = plgpu.Layout.WGMMA
-
-    @threads.on_threads(
-        arg_types=(layout, *[plgpu.Layout.WG_SPLAT] * 2, threads.per_thread(3), *[plgpu.RefType()] * 3),
-        return_type=(splat, splat),
-    )
-    def write(_, z, line, share, settings, codes, table, warps):
-        elements = _elements(z, threads.splat_word(line), threads.splat_word(share), shape)
-        ends = []
-        for worst, choose, over_warp in (
-            (float("inf"), Real.least, threads.warp_least),
-            (float("-inf"), Real.most, threads.warp_most),
-        ):
-            values = [
-                each.value
-                if each.real is None
-                else threads.select(each.real, each.value, threads.real(worst))
-                for each in elements
-            ]
-            ends.append(over_warp(_tree(values, choose)))
-        me, at = threads.thread(), threads.address(warps)
-        with threads.when((me & (threads.WARP - 1)).equals(0)):
-            threads.store(at + (me // threads.WARP) * 8, *ends)
-        levels, clip, half = threads.reals(settings)
-        threads.barrier(shape.threads)
-        # Not before: codes may take the place of the token, which other warpgroups turn until they come here.
-        _write_zeros(threads.address(codes), table, shape, flat)
-        both = [
-            each.real() for i in range(2 * shape.warpgroups) for each in threads.load(at, 4, offset=16 * i)
-        ]
-        low, high = clip * _tree(both[::2], Real.least), clip * _tree(both[1::2], Real.most)
-        scale = ((high - low) / levels).most(1e-8)
-        zero_point = threads.nearest(threads.real(0.0) - low / scale)
-        inverse, origin, last = threads.real(1.0) / scale, zero_point - WHOLE, threads.real(WHOLE) - half
-        for each in elements:
-            # Among numbers as large as WHOLE, sums are rounded to whole ones, whose lowest byte is the code's.
-            code = (each.value.times_plus(inverse, WHOLE) + origin).most(0.0).least(levels) + last
-            place = threads.address(codes) + each.place
-            threads.store_byte(place, code.word(), offset=each.offset, condition=each.real)
-        threads.barrier(shape.threads)
-        write_table(threads.address(codes), table, flat, shape.threads)
-        threads.barrier(shape.threads)
-        return threads.as_splat(scale), threads.as_splat(zero_point - half)
-
-    return write(z, line, share, settings, codes_smem, table_smem, warps_smem)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Element:
-    """A number of `Z`, where its code's byte goes, and whether it is the token's; None where it is known to be."""
-
-    value: Real
-    place: Word
-    offset: int
-    real: ir.Value | None
-
-
-def _elements(z, line: Word, share: Word, shape: Shape) -> list[_Element]:
-    """A thread's numbers of its warpgroup's part of `Zᵀ`."""
-    flat, width = Flat(shape.r), shape.rows // shape.shares
-    lane, warp = threads.thread() & (threads.WARP - 1), (threads.thread() // threads.WARP) & 3
-    first_column, first_row = line * _WGMMA_ROWS + warp * 16 + lane // 4, share * width + (lane & 3) * 2
-    regular = shape.r % flat.run == 0  # then one row begins where another does, so much further
-    start = flat.place(first_row * shape.r + first_column)
-    out = []
-    # Pairs of rows next to each other, one in a column and one eight columns on.
-    for i, value in enumerate(threads.reals(z)):
-        row, column = i // 4 * 8 + i % 2, i // 2 % 2 * 8
-        if regular:
-            place, offset = start, row * flat.size(shape.r) + column
-        else:
-            place, offset = flat.place((first_row + row) * shape.r + first_column + column), 0
-        last = (shape.shares - 1) * width + i // 4 * 8 + 7
-        real = None
-        if last >= shape.size or shape.columns != shape.r:
-            real = threads.both(first_row + row < shape.size, first_column + column < shape.r)
-        out.append(_Element(value, place, offset, real))
-    return out
-
-
-def _write_zeros(codes: Word, table: ir.Value, shape: Shape, flat: Flat) -> None:
-    """Codes past a token's last, up to the end of a tile."""
-    last = (threads.shape(table)[0] - 1) * TILE
-    count = last - shape.size * shape.r
-    me = threads.thread()
-    for i in range(-(-count // (4 * shape.threads))):
-        index = (me + i * shape.threads) * 4
-        with threads.when(index < count):
-            threads.store(codes + flat.place(index + shape.size * shape.r), threads.word(0))
-
-
-def _tree(values: list, combine):
+def tree(values: list, combine):
     """All values combined, two by two, so that none waits long for another."""
     while len(values) > 1:
         values = [
