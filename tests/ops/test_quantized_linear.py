@@ -153,6 +153,7 @@ def ungrouped(n, m):
         (2, 4096, 22016, "gated"),
         (2, 11008, 4096, "residual"),
         (2, 576, 960, "norm"),
+        (3, 11008, 4096, "residual"),
         (4, 4096, 12288, "norm"),
         (4, 4096, 4096, "residual"),
         (4, 4096, 22016, "gated"),
@@ -171,6 +172,24 @@ def test_gpu_kernel_spills_nothing(t, m, n, kind, compile_for_h100):
     norm, residual = (None, added) if kind == "residual" else (scale, None)
     _, reports = compile_for_h100(function, x, rotation, settings, weight, norm, residual)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "gated", "most", "reason"),
+    [
+        (4096, 22016, True, 4, "tokens, more than 4"),
+        (11008, 4096, False, 3, "more than there are registers for"),
+        (8192, 57344, True, 1, "blocks, more than 132"),
+        (1024, 40 * 1024, False, 1, "blocks, more than 132"),
+    ],
+)
+def test_more_tokens_than_one_kernel_is_good_for_are_two_ops(m, n, gated, most, reason):
+    x, rotation, weight, *_ = operands(most + 1, m, n, make=jax.eval_shape)
+    if gated:
+        weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
+    obstacle = functools.partial(gpu.obstacle, rotation=rotation, weight=weight, gated=gated)
+    assert all(obstacle(jax.ShapeDtypeStruct((t, m), x.dtype)) is None for t in range(1, most + 1))
+    assert reason in obstacle(x)
 
 
 def test_tiles_fit_memory_and_threads():
