@@ -177,7 +177,7 @@ def test_gpu_kernel_spills_nothing(t, m, n, kind, compile_for_h100):
 @pytest.mark.parametrize(
     ("m", "n", "gated", "most", "reason"),
     [
-        (4096, 22016, True, 4, "tokens, more than 4"),
+        (4096, 22016, True, 4, "tokens, not 1 to 4"),
         (11008, 4096, False, 3, "more than there are registers for"),
         (8192, 57344, True, 1, "blocks, more than 132"),
         (1024, 40 * 1024, False, 1, "blocks, more than 132"),

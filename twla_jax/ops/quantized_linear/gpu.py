@@ -26,7 +26,7 @@ from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.packing import PLANE, TILE
 
-MOST_TOKENS = 4
+MOST_TOKENS = 4  # beyond, registers end: see `gpu_token.obstacle`
 
 
 def obstacle(x, rotation: KernelRotation | None, weight: KernelWeight, *, gated: bool = False) -> str | None:
@@ -36,8 +36,8 @@ def obstacle(x, rotation: KernelRotation | None, weight: KernelWeight, *, gated:
         return "there is no rotation"
     if x.dtype != jnp.bfloat16:
         return f"activations are {x.dtype}, not bfloat16"
-    if t > MOST_TOKENS:
-        return f"there are {t} tokens, more than {MOST_TOKENS}"
+    if not 1 <= t <= MOST_TOKENS:
+        return f"there are {t} tokens, not 1 to {MOST_TOKENS}"
     if gated and len(weight.splits) != 2:
         return f"a gate and what it gates are two matrices, not {len(weight.splits)}"
     try:
