@@ -46,6 +46,15 @@ def test_check_tells_right_from_wrong(monkeypatch):
         check_gpu.check("tpu", products[:1], rotations)
 
 
+def test_tiles_that_are_tried_lie_around_the_rules():
+    tune = script("tune")
+    rule = tune.Tiles(rows=96, warpgroups=2, stages=3)
+    tried = set(tune.around(rule, columns=8))
+    assert rule in tried
+    assert all(tiles.rows in (48, 96) and 1 <= tiles.stages <= -(-8 // tiles.warpgroups) for tiles in tried)
+    assert {tiles.warpgroups for tiles in tried} == {2, 3, 4}
+
+
 def test_perplexities_by_path_agree_where_there_are_no_kernels():
     check = script("check_perplexity")
     model = shapes.random_model(SHAPES["tiny"], activation_bits=8)
