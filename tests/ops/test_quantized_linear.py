@@ -204,6 +204,9 @@ def test_tiles_fit_memory_and_threads():
                     assert chosen.rows * parts <= tiles.MOST_ROWS
                     used = chosen.warpgroups * chosen.stages * chosen.rows * parts * 144
                     assert used + 40_000 <= 226 * 1024
+                    if chosen.stages == 1 and columns > chosen.warpgroups:  # no room for a second tile
+                        resident = min(2, -(-rows // (132 * chosen.rows)))
+                        assert 2 * used + 40_000 > 226 * 1024 // resident
     with pytest.raises(ValueError, match="leave no room"):
         tiles.tiles(4096, 1, 8, 2, 230_000)
 

@@ -1,7 +1,6 @@
 """Each op alone, at the matrices of a shape: few tokens (decode) or many (prefill)."""
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from twla_jax.benchmark import shapes, timing
 from twla_jax.inference import has_kernels
 from twla_jax.models.attention import Positions
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.kv_cache import LayerKV
+from twla_jax.models.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul
 from twla_jax.ops.quantized_linear import quantized_linear
@@ -53,27 +52,31 @@ def decode_rows(
         size = batch * (2 + 1) * m
         row = _row(f"rotate_quantize {names}", m, m, batch, taken, size, {})
         yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
-    taken, xla = (_attention_seconds(config, batch, implementation) for implementation in (None, "xla"))
-    size = 4 * batch * _CONTEXT * config.num_kv_heads * config.head_dim
     width = config.num_heads * config.head_dim
-    row = _row(f"attention to {_CONTEXT}", width, 2 * _CONTEXT, batch, taken, size, {})
-    yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
+    for label, dtype in (("", jnp.bfloat16), (", int8 cache", jnp.int8)):
+        taken, xla = (
+            _attention_seconds(config, batch, dtype, implementation) for implementation in (None, "xla")
+        )
+        size = _bytes(lambda key, dtype=dtype: _cache_layer(key, config, batch, _CONTEXT, dtype))
+        row = _row(f"attention to {_CONTEXT}{label}", width, 2 * _CONTEXT, batch, taken, size, {})
+        yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
     if embedding_bits < OFF:
         yield _head_row(config.vocab_size, config.hidden_size, batch, embedding_bits)
 
 
-def _attention_seconds(config: DecoderConfig, batch: int, implementation) -> float:
+def _attention_seconds(config: DecoderConfig, batch: int, dtype, implementation) -> float:
     """Seconds of `decode_attention` at `_CONTEXT` filled positions, rotary angles and the write included."""
     d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
-    shape = (2, batch, kv_heads, generation.cache_size(_CONTEXT + 1), d)
+    room = generation.cache_size(_CONTEXT + 1)
     keys = jax.random.split(jax.random.key(0), 3)
     angle = jax.random.normal(keys[0], (1, d // 2))
     positions = Positions(
-        query=jnp.full(1, _CONTEXT), key=jnp.arange(shape[3]), cos=jnp.cos(angle), sin=jnp.sin(angle)
+        query=jnp.full(1, _CONTEXT), key=jnp.arange(room), cos=jnp.cos(angle), sin=jnp.sin(angle)
     )
     qkv = jax.random.normal(keys[1], (batch, heads + 2 * kv_heads, d), jnp.bfloat16)
-    copies = int(timing.ROTATED_BYTES / (2 * math.prod(shape))) + 1 if has_kernels() else 1
-    layers = [LayerKV(entries=jax.random.normal(keys[2], shape, jnp.bfloat16)) for _ in range(copies)]
+    make = functools.partial(_cache_layer, config=config, batch=batch, room=room, dtype=dtype)
+    copies = int(timing.ROTATED_BYTES / _bytes(make)) + 1 if has_kernels() else 1
+    layers = [jax.jit(make)(key) for key in jax.random.split(keys[2], copies)]
     op = jax.jit(functools.partial(decode_attention, implementation=implementation))
 
     def run(layers, qkv, positions):
@@ -85,6 +88,13 @@ def _attention_seconds(config: DecoderConfig, batch: int, implementation) -> flo
         return jax.lax.fori_loop(0, _ROUNDS, step, start)
 
     return timing.seconds(run, layers, qkv, positions) / (copies * _ROUNDS)
+
+
+def _cache_layer(key: jax.Array, config: DecoderConfig, batch: int, room: int, dtype) -> LayerKV:
+    """Random keys and values."""
+    shape = (2, batch, config.num_kv_heads, room, config.head_dim)
+    keys, values = jax.random.normal(key, shape, jnp.bfloat16).swapaxes(2, 3)
+    return write(empty_layer(shape, dtype), keys, values, jnp.int32(0))
 
 
 def _head_row(n: int, m: int, batch: int, bits: int) -> Row:

@@ -42,8 +42,8 @@ def tiles(heads: int, shared: int, size: int, head_dim: int, *, quantized: bool 
 
 def _split(heads: int, choices: list[int], steps: int) -> tuple[int, int]:
     """Queries of a block and blocks of a cluster; clusters where they are faster and all are there at once."""
-    if heads <= STREAMING_MULTIPROCESSORS and steps > _SOME_STEPS:
-        many = steps > _MANY_STEPS
+    many = steps > _MANY_STEPS
+    if many or (steps > _SOME_STEPS and heads <= STREAMING_MULTIPROCESSORS):
         for splits in (4, 2) if many else (4,):
             for queries in choices:
                 blocks = heads // queries

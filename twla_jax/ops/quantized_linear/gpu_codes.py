@@ -16,8 +16,6 @@ from twla_jax.ops.quantized_linear.gpu_products import Flat, width, write_table
 from twla_jax.ops.quantized_linear.gpu_token import WGMMA_ROWS, Shape, load_reals, place, tree
 from twla_jax.packing import TILE
 
-WHOLE = 1.5 * 2**23  # floats of this size are whole numbers
-
 
 def quantize(
     z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *, shape: Shape
@@ -55,13 +53,13 @@ def quantize(
         zero_point = threads.nearest(threads.real(0.0) - low / scale)
         ends = scale, zero_point, threads.real(1.0) / scale
         of_tokens = [[threads.of_lane(each, i) for each in ends] for i in range(t)] if t > 1 else [ends]
-        last = threads.real(WHOLE) - half
+        last = threads.real(threads.WHOLE) - half
         for i, ((_, zero_point, inverse), pairs) in enumerate(zip(of_tokens, parts, strict=True)):
-            origin, start = zero_point - WHOLE, flat.token(codes, i)
+            origin, start = zero_point - threads.WHOLE, flat.token(codes, i)
             for pair in pairs:
                 for k, value in enumerate(threads.unpack_bfloat16(pair.values)):
                     # Among numbers as large as WHOLE, sums are rounded to whole ones, whose lowest byte is the code's.
-                    code = (value.times_plus(inverse, WHOLE) + origin).most(0.0).least(levels) + last
+                    code = (value.times_plus(inverse, threads.WHOLE) + origin).most(0.0).least(levels) + last
                     threads.store_byte(
                         start + pair.places[k],
                         code.word(),
