@@ -5,6 +5,7 @@ import logging
 import types
 
 import emulated_threads
+import emulated_warpgroups
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from twla_jax.ops import dispatch
 from twla_jax.ops.ternary_matmul import (
     gpu,
     gpu_few,
+    gpu_prefill,
     gpu_rows,
     kernel_weight,
     reference,
@@ -142,6 +144,42 @@ def test_tiles_of_few_tokens_fit_memory():
             tiles.few_tiles(t, 3584, columns)
     with pytest.raises(ValueError, match="22016 rows are neither few nor many"):
         tiles.few_tiles(8, 22016, 8)
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "m", "size", "block_tokens"),
+    [(100, 384, 1536, 128, 32), (40, 256, 1024, 1024, 64), (20, 200, 576, 128, 16)],
+)
+def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(t, n, m, size, block_tokens, monkeypatch):
+    # α and μ are whole 64ths, so that the steps to which the kernel rounds weights lose nothing.
+    rng = np.random.default_rng(0)
+    shape = (n, -(-m // size))
+    alpha, mu = (jnp.asarray(rng.integers(-limit, limit + 1, shape) / 64) for limit in (40, 20))
+    alpha, mu = alpha.at[:, 0].set(43 / 64), mu.at[:, 0].set(20 / 64)
+    codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
+    weight = packed([ternary.from_codes(codes, alpha, mu, size)])
+    arguments = operands(tokens(t, m))
+    expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*arguments, weight)
+    emulated_warpgroups.emulate(monkeypatch, gpu_prefill, pl, plgpu)
+    monkeypatch.setattr(gpu_prefill, "unpack_rows", unpacked_rows)
+    monkeypatch.setattr(gpu_prefill, "unpack_weights", unpacked_weights)
+    monkeypatch.setattr(tiles, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, for several outputs each
+    monkeypatch.setattr(
+        gpu_prefill, "_X_BYTES", 3 * 128 * block_tokens
+    )  # three slots, filled again and again
+    found = gpu_prefill.matmul(*arguments, weight, out_dtype=jnp.float32, block_tokens=block_tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def unpacked_rows(packed, plane, *, exact, wide):
+    assert exact
+    assert wide
+    return (np.asarray(packed) >> 2 * plane & 3).astype(np.int8), 1
+
+
+def unpacked_weights(packed, plane, alpha, mu):
+    unsigned = (np.asarray(packed) >> 2 * plane & 3).astype(int)
+    return np.asarray(alpha)[:, None] * (unsigned - 1) + np.asarray(mu)[:, None]
 
 
 def test_scales_of_every_size_survive_the_way_through_their_bits():
