@@ -75,7 +75,9 @@ def write(
 
     def put(store, entry):
         store = jax.lax.dynamic_update_slice(store, entry, (0, 0, 0, position, 0)[: store.ndim])
-        return jax.lax.platform_dependent(store, cuda=_as_written, default=lambda store: store)
+        return jax.lax.platform_dependent(
+            store, cuda=_row_major, tpu=_without_padding, default=lambda store: store
+        )
 
     return jax.tree.map(put, layer, new)
 
@@ -87,9 +89,17 @@ def dequantize(layer: LayerKV, dtype) -> Float[Array, "2 b kv s d"]:
     return (layer.entries * layer.scales[..., None]).astype(dtype)
 
 
-def _as_written(store: jax.Array) -> jax.Array:
-    """Left to itself, XLA on GPUs lays some layers out with positions last, and copies them in and out of its loop."""
+# Left to itself, XLA lays some layers out in another order within its loop, and copies them in and out.
+def _row_major(store: jax.Array) -> jax.Array:
     return with_layout_constraint(store, Layout(tuple(range(store.ndim))))
+
+
+def _without_padding(store: jax.Array) -> jax.Array:
+    """As TPUs hold arrays: with positions last where features would be filled up to 128."""
+    order = list(range(store.ndim))
+    if store.ndim == 5 and store.shape[-1] % 128:
+        order[-2:] = order[-1], order[-2]
+    return with_layout_constraint(store, Layout(tuple(order)))
 
 
 def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
