@@ -11,39 +11,53 @@ import pytest
 
 from twla_jax import generation
 from twla_jax.benchmark import SHAPES, shapes
+from twla_jax.models.attention import Positions, attention
+from twla_jax.models.kv_cache import empty_layer
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("target", "bits", "cache_dtype", "embedding_bits"),
+    ("target", "batch", "bits", "cache_dtype", "embedding_bits"),
     [
-        ("h100", 8, None, 16),
-        ("h100", 8, jnp.int8, 16),
-        ("h100", None, None, 16),
-        ("h100", 8, None, 8),
-        ("h100", 8, None, 4),
-        ("v5e", 8, None, 16),
-        ("v5e", 8, None, 8),
-        ("v5e", 8, None, 4),
+        ("h100", 1, 8, None, 16),
+        ("h100", 3, 8, jnp.int8, 16),
+        ("h100", 1, None, None, 16),
+        ("h100", 1, 8, None, 8),
+        ("h100", 1, 8, None, 4),
+        ("v5e", 1, 8, None, 16),
+        ("v5e", 3, 8, None, 8),
+        ("v5e", 3, 8, jnp.int8, 8),
+        ("v5e", 1, 8, None, 4),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_step_copies_neither_cache_nor_weights(
-    target, bits, cache_dtype, embedding_bits, tied, compile_for
+    target, batch, bits, cache_dtype, embedding_bits, tied, compile_for
 ):
     model = decoder(bits, embedding_bits, tied)
-    cache = model.init_cache(1, 5120, cache_dtype)
+    cache = model.init_cache(batch, 5120, cache_dtype)
 
     def loop(model, token, cache, key):
         ends = np.zeros(0, np.int32)
         return generation.steps(model, token, cache, jnp.int32(9), jnp.float32(0), key, ends, room=64)
 
-    compiled = compile_for(target, loop, model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0))
+    compiled = compile_for(target, loop, model, jnp.zeros(batch, jnp.int32), cache, jax.random.key(0))
     assert compiled.memory_analysis().temp_size_in_bytes < 8e6
     if target == "h100":  # XLA would make one of a kernel and the slices that it reads.
         assert not re.search(r"%dynamic_slice_fusion\S* = ", compiled.as_text())
+
+
+@pytest.mark.aot
+def test_an_int8_cache_is_widened_nowhere_but_on_its_way(compile_for):
+    def attend(q, layer, positions):
+        return attention(q, layer, positions, jnp.int32(1 << 30))
+
+    layer = jax.eval_shape(lambda: empty_layer((2, 8, 8, 4096, 128), jnp.int8))
+    q, angles = jnp.zeros((8, 1, 32, 128), jnp.bfloat16), jnp.zeros((1, 64))
+    positions = Positions(query=jnp.zeros(1, jnp.int32), key=jnp.arange(4096), cos=angles, sin=angles)
+    assert compile_for("v6e", attend, q, layer, positions).memory_analysis().temp_size_in_bytes < 1e6
 
 
 @pytest.mark.aot

@@ -30,7 +30,10 @@ def attention(
     q: Float[Array, "b t heads d"], kv: LayerKV, positions: Positions, window: Int32[Array, ""]
 ) -> Float[Array, "b t heads_d"]:
     """Every query's mix of the values at or before it, no further back than `window`, in `q.dtype`."""
-    if q.shape[1] == 1 and (kv.scales is not None or q.shape[2] == kv.entries.shape[2]):
+    if q.shape[1] == 1 and kv.scales is not None:
+        operands = q, kv, positions, window
+        return jax.lax.platform_dependent(*operands, tpu=_scaled_products, default=_one_query)
+    if q.shape[1] == 1 and q.shape[2] == kv.entries.shape[2]:
         return _one_query(q, kv, positions, window)
     k, v = dequantize(kv, q.dtype)
     return _many_queries(q, k, v, positions, window)
@@ -76,8 +79,14 @@ def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
     return mixed.astype(q.dtype).reshape(b, 1, heads * d)
 
 
-def _many_queries(q, k, v, positions: Positions, window) -> jax.Array:
-    """Matrix products, a chunk of queries at a time."""
+def _scaled_products(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
+    """A decode step on int8 entries as matrix products: TPUs widen them on their way; sums would take far longer."""
+    k, v = kv.entries.astype(q.dtype)
+    return _many_queries(q, k, v, positions, window, kv.scales)
+
+
+def _many_queries(q, k, v, positions: Positions, window, scales=None) -> jax.Array:
+    """Matrix products, a chunk of queries at a time; `scales` are of keys and values that are yet to be scaled."""
     b, t, heads, d = q.shape
     kv_heads = k.shape[1]
     chunk = min(t, _QUERY_CHUNK)
@@ -92,7 +101,11 @@ def _many_queries(q, k, v, positions: Positions, window) -> jax.Array:
     def attend_chunk(operands):
         q, query = operands
         scores = matmul(q.reshape(b, kv_heads, -1, d), k.swapaxes(2, 3)).reshape(*q.shape[:-1], -1)
+        if scales is not None:
+            scores *= scales[0][:, :, None, None]
         weights, total = _softmax(scores * d**-0.5, _visible(query[:, None], positions.key, window))
+        if scales is not None:
+            weights *= scales[1][:, :, None, None]
         flat = weights.reshape(b, kv_heads, -1, weights.shape[-1]).astype(v.dtype)
         return (matmul(flat, v).reshape(q.shape) / total).astype(q.dtype)
 
