@@ -50,6 +50,16 @@ def test_a_step_copies_neither_cache_nor_weights(
 
 
 @pytest.mark.aot
+def test_a_step_on_tpus_takes_scales_as_they_are(compile_for, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where the model is prepared
+    model = decoder.__wrapped__(8, 8, tied=False)
+    cache = model.init_cache(1, 640)
+    arguments = model, jnp.zeros(1, jnp.int32), cache, jnp.float32(0), jax.random.key(0)
+    program = compile_for("v5e", generation._step.__wrapped__, *arguments).as_text()
+    assert not re.search(r"= s16\S* bitcast-convert", program)
+
+
+@pytest.mark.aot
 def test_an_int8_cache_is_widened_nowhere_but_on_its_way(compile_for):
     def attend(q, layer, positions):
         return attention(q, layer, positions, jnp.int32(1 << 30))

@@ -1,5 +1,6 @@
 """Ternary matmul: the reference against float64, the kernels against the reference, and what they compile to."""
 
+import dataclasses
 import functools
 import logging
 import types
@@ -93,6 +94,17 @@ def test_tpu_kernel_equals_the_reference(n, m, size, kind):
     expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*x, weight)
     y = tpu.matmul(*x, weight, out_dtype=jnp.float32, interpret=True)
     np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", [128, 576])
+def test_scales_are_the_same_as_their_bits(size):
+    weight = packed([matrix(192, 576, size)])
+    bits = dataclasses.replace(weight, scales=weight.scale_bits)
+    assert bits.scales.dtype == jnp.int16
+    x = operands(tokens(5, 576))
+    for form in (reference.matmul, functools.partial(tpu.matmul, interpret=True)):
+        op = functools.partial(form, out_dtype=jnp.float32)
+        np.testing.assert_array_equal(op(*x, bits), op(*x, weight))
 
 
 @pytest.mark.parametrize("size", [128, 1536])

@@ -174,9 +174,10 @@ class KernelLinear(nnx.Module):
             if mesh is not None:
                 pack = functools.partial(tensor_parallel.sharded_weight, mesh=mesh)
             first, *second = zip(*(kernel.planes() for kernel in kernels), strict=True)
-            weight = pack(first, biases)
+            weight = _for_kernels(pack(first, biases))
             if second:
-                self.second_plane = nnx.data(nnx.Param(pack(second[0], [None] * len(kernels))))
+                second_plane = _for_kernels(pack(second[0], [None] * len(kernels)))
+                self.second_plane = nnx.data(nnx.Param(second_plane))
             self.splits = weight.splits
         else:
             weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
@@ -308,6 +309,11 @@ _kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one f
 _integer_weight = jax.jit(integer_weight)
 
 
+def _for_kernels[T: (KernelWeight, IntegerWeight)](weight: T) -> T:
+    """With scales as the device's kernels take them, so that no step makes a copy of them."""
+    return dataclasses.replace(weight, scales=weight.scale_bits) if jax.default_backend() == "tpu" else weight
+
+
 def _layer(blocks: Block, index: int) -> Block:
     """One block on the device; of blocks on the host, no more than that one is moved there."""
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(blocks)):
@@ -331,7 +337,7 @@ def _table(
     if not isinstance(matrix, IntegerTensor):
         return jnp.asarray(matrix, dtype)
     if mesh is None and obstacle(matrix) is None:
-        return _integer_weight(matrix)
+        return _for_kernels(_integer_weight(matrix))
     floats = jnp.asarray(dequantize(matrix, jnp.float32), dtype)
     return floats.T if columns else floats
 

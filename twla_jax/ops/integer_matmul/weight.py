@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from twla_jax.errors import TwlaError
-from twla_jax.ops.ternary_matmul.weight import ROWS, PackedWeight
+from twla_jax.ops.ternary_matmul.weight import ROWS, PackedWeight, as_type
 from twla_jax.packing import PLANE
 from twla_jax.uniform import IntegerTensor
 
@@ -101,6 +101,6 @@ def _rows(weight: IntegerWeight, rows: Int[Array, " t"]) -> Float[Array, "t m"]:
     packed = weight.codes[rows].reshape(-1, weight.tiles, 1, PLANE)
     shifts = weight.bits * jnp.arange(weight.planes, dtype=jnp.uint8)[:, None]
     codes = ((packed >> shifts) & (2**weight.bits - 1)).astype(jnp.float32) - weight.offset
-    scales = weight.scales[:, :, rows].transpose(2, 0, 1).astype(jnp.float32)
+    scales = as_type(weight.scales[:, :, rows], jnp.float16).transpose(2, 0, 1).astype(jnp.float32)
     alpha, mu = scales[..., : weight.planes, None], scales[..., weight.planes :, None]
     return (alpha * (codes + mu)).reshape(len(rows), -1)[:, : weight.in_features]

@@ -109,7 +109,7 @@ def quantized_linear(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(
         weight.codes,
-        weight.scales,
+        weight.float_scales,
         weight.row_sums,
         weight.bias,
         x,

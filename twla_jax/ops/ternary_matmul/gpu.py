@@ -89,7 +89,7 @@ def product(
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.scales, x, totals, *([] if bias is None else [bias]))
+    )(weight.codes, weight.float_scales, x, totals, *([] if bias is None else [bias]))
     return y[:t]
 
 

@@ -73,7 +73,7 @@ def matmul(
             "filled": plgpu.Barrier(num_arrivals=2 if weight.grouped else 1, num_barriers=tiles.slots),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, scale, zero_point)
+    )(weight.codes, weight.float_scales, weight.row_sums, weight.bias, x, scale, zero_point)
 
 
 def _kernel(

@@ -65,7 +65,7 @@ def matmul(
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, scale, zero_point)
+    )(weight.codes, weight.float_scales, weight.row_sums, weight.bias, x, scale, zero_point)
 
 
 def _kernel(

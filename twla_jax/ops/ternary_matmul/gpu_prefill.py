@@ -92,7 +92,7 @@ def matmul(
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.scales, weight.row_sums, weight.bias, x, scale, zero_point, last)
+    )(weight.codes, weight.float_scales, weight.row_sums, weight.bias, x, scale, zero_point, last)
     return y[:t]
 
 

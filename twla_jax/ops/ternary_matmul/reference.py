@@ -61,9 +61,9 @@ def product(
     def single(acc, operands):
         return acc + accumulate(*operands).sum(0), None
 
-    shape = (len(x), len(weight.codes))
+    shape, scales = (len(x), len(weight.codes)), weight.float_scales
     if weight.grouped:
-        return jax.lax.scan(grouped, jnp.zeros(shape), (packed, tokens, totals, weight.scales))[0]
+        return jax.lax.scan(grouped, jnp.zeros(shape), (packed, tokens, totals, scales))[0]
     acc, _ = jax.lax.scan(single, jnp.zeros(shape, exact), (packed, tokens))
-    alpha, mu = weight.scales[0].astype(jnp.float32)
+    alpha, mu = scales[0].astype(jnp.float32)
     return alpha * acc.astype(jnp.float32) + mu * sums.sum(-1, keepdims=True).astype(jnp.float32)

@@ -80,7 +80,7 @@ def product(
         x,
         totals,
         weight.codes,
-        lax.bitcast_convert_type(weight.scales, jnp.int16),
+        weight.scale_bits,
         *(jnp.pad(v, (0, padding))[:, None] for v in by_token),
         *(v[None] for v in by_row),
     )

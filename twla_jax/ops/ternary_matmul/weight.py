@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float16, Float32, UInt8
+from jaxtyping import Array, Float16, Float32, Int16, UInt8
 
 from twla_jax import packing
 from twla_jax.errors import TwlaError
@@ -20,10 +20,12 @@ class PackedWeight:
 
     Byte c of a tile holds columns c, c + 128, …, lowest bits first: one of each of the tile's `planes`. A stored code
     is `offset` above the one it stands for, C. Where `relative`, a weight is `α·(C + μ)`, elsewhere `α·C + μ`.
+
+    `scales` are float16, or, for TPUs, int16 of the same bits: see `scale_bits`.
     """
 
     codes: UInt8[Array, "rows bytes"]
-    scales: Float16[Array, "tiles parameters rows"]
+    scales: Float16[Array, "tiles parameters rows"] | Int16[Array, "tiles parameters rows"]
     in_features: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -50,6 +52,16 @@ class PackedWeight:
     def tiles(self) -> int:
         """Tiles of `128·planes` columns."""
         return self.codes.shape[1] // packing.PLANE
+
+    @property
+    def float_scales(self) -> Float16[Array, "tiles parameters rows"]:
+        """The scales as all others take them."""
+        return as_type(self.scales, jnp.float16)
+
+    @property
+    def scale_bits(self) -> Int16[Array, "tiles parameters rows"]:
+        """The scales as TPU kernels take them, which XLA makes of float16 ones by another copy."""
+        return as_type(self.scales, jnp.int16)
 
     @property
     def grouped(self) -> bool:
@@ -95,6 +107,11 @@ class KernelWeight(PackedWeight):
     def out_features(self) -> int:
         """Rows that stand for outputs."""
         return sum(self.splits)
+
+
+def as_type(scales: jax.Array, dtype) -> jax.Array:
+    """The same bits as float16 or int16."""
+    return scales if scales.dtype == dtype else jax.lax.bitcast_convert_type(scales, dtype)
 
 
 def kernel_weight(
