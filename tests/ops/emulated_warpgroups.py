@@ -11,18 +11,11 @@ import types
 
 import jax.numpy as jnp
 import numpy as np
+from emulated_threads import Slice
 from jax import lax
 
 TIMEOUT = 60  # seconds, after which nobody will come any more
 _here = threading.local()  # this thread's place: `axes`, and the `sums` of its products
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """`pl.ds`."""
-
-    start: int
-    size: int
 
 
 @dataclasses.dataclass(frozen=True)

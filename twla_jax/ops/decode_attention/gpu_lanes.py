@@ -18,7 +18,7 @@ from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention.tiles import Tiles
 from twla_jax.ops.gpu_threads import Real, Word
 
-LOWEST = -1e30  # in place of −∞, whose difference from itself is no number
+_LOWEST = -1e30  # in place of −∞, whose difference from itself is no number
 _BYTES = 16  # of an entry, that a thread reads at once
 _SPLAT = plgpu.Layout.WG_SPLAT
 
@@ -252,7 +252,7 @@ def begin(q, new, split, *, shape: Shape) -> jax.Array:
         for query in _queries(q, shape):
             score = me.over_features(dot(query, key), Real.__add__) * _factor(shape)
             out += [
-                threads.select(mine, score, threads.real(LOWEST)),
+                threads.select(mine, score, threads.real(_LOWEST)),
                 threads.select(once, threads.real(1.0), zero),
                 *[threads.select(once, each, zero) for each in value],
             ]
@@ -300,7 +300,7 @@ def attend(state, q, entries, step, split, limits, *, shape: Shape) -> jax.Array
             k = _entry(key, shape)
             factor = scales[i].real() * _factor(shape) if scales else _factor(shape)
             row = [me.over_features(dot(query, k), Real.__add__) * factor for query in queries]
-            scores.append([threads.select(yes, score, threads.real(LOWEST)) for score in row])
+            scores.append([threads.select(yes, score, threads.real(_LOWEST)) for score in row])
         before, out, size = threads.reals(state), [], 2 + shape.count
         for j in range(len(queries)):
             top, total, *mixed = before[j * size : (j + 1) * size]

@@ -62,7 +62,7 @@ class Flat:
 
 def start(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
     """Sums to begin with: for each of a warp's units, two columns of one row, and two of the row eight below it."""
-    del tokens, grouped  # for `gpu_pairs.start`
+    del tokens, grouped  # which `gpu_several.start` takes
 
     @threads.on_threads(return_type=threads.values(SUMS * rows.of_warp, jnp.float32))
     def nothing(_):

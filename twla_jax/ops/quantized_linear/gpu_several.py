@@ -68,16 +68,7 @@ def start(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
 def add_tile(
     sums, codes_smem, scales_smem, token_smem, table_smem, tile, *, rows: Rows, flat: Flat
 ) -> jax.Array:
-    """Sums with a tile's products added.
-
-    Args:
-      sums: as `start` makes them.
-      codes_smem: `[rows, PLANE]` bytes, `SWIZZLED`.
-      scales_smem: `[parts, 8, rows]` float16, (α, μ) of the tile's planes; None if a row has but one pair.
-      token_smem: `[tokens, bytes]`, the tokens' codes, as `flat` says, all tiles'.
-      table_smem: `[tiles + 1, 4 · width]` int32: see `gpu_products.write_table`.
-      tile: which of them it is.
-    """
+    """As `gpu_products.add_tile`, for `start`'s sums, tokens one below the other, and `4 · width` numbers a tile."""
     count, grouped = sums.shape[0] // 128, scales_smem is not None
     refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if grouped else 2)]
     t = token_smem.shape[0]

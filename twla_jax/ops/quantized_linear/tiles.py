@@ -5,10 +5,8 @@ import dataclasses
 from twla_jax.ops.ternary_matmul.tiles import MULTIPROCESSOR_MEMORY, STREAMING_MULTIPROCESSORS
 from twla_jax.packing import PLANE
 
-_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor of an H100 share
-_UNDER_WAY = (
-    104 * 1024
-)  # of them, for weights that are under way: more would only stand in the way of the token
+# Bytes that a multiprocessor's blocks have under way of weights: more would only stand in the way of the token.
+_UNDER_WAY = 104 * 1024
 MOST_ROWS = 256  # of a block: what the copy engine takes at once, and what four warps have registers for
 MOST_WARPGROUPS = 4  # of a block
 _WARPGROUPS = 2  # of a block whose token does not take more to turn
