@@ -514,8 +514,8 @@ def load(at, count=1, *, offset=0):
     return _as_words(_read(machine.blocks, at + offset, 4 * count))
 
 
-def load_half(at):
-    return Real(_read(machine.blocks, at, 2).view(np.float16)[..., 0])
+def load_half(at, *, offset=0):
+    return Real(_read(machine.blocks, at + offset, 2).view(np.float16)[..., 0])
 
 
 def store(at, *each, offset=0):

@@ -262,9 +262,10 @@ def store_of_block(at: Word, value: Real, *, offset: int = 0) -> None:
     utils.inline_ptx(ptx, value.value, at.value, has_side_effects=True)
 
 
-def load_half(at: Word) -> Real:
+def load_half(at: Word, *, offset: int = 0) -> Real:
     """A float16."""
-    return _ptx_real("{.reg .b16 h; ld.shared.b16 h, [$1]; cvt.f32.f16 $0, h;}", at, effects=True)
+    ptx = f"{{.reg .b16 h; ld.shared.b16 h, [$1+{offset}]; cvt.f32.f16 $0, h;}}"
+    return _ptx_real(ptx, at, effects=True)
 
 
 def load_matrices(at: Word) -> list[Word]:

@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Real
-from twla_jax.ops.quantized_linear import gpu_codes, gpu_products, gpu_several
+from twla_jax.ops.quantized_linear import gpu_codes
+from twla_jax.ops.quantized_linear import gpu_products as products
 from twla_jax.ops.quantized_linear import gpu_token as turning
 from twla_jax.ops.quantized_linear import tiles as tuning
-from twla_jax.ops.quantized_linear.gpu_products import Flat
+from twla_jax.ops.quantized_linear.gpu_products import Columns, Flat
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul.gpu_rows import SWIZZLED, Rows
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
@@ -95,7 +96,7 @@ def quantized_linear(
                 turning.token_memory(shape, x.dtype),
                 plgpu.SMEM((t, flat.stride(weight.tiles * TILE)), jnp.int8),
             ),
-            "table_smem": plgpu.SMEM((weight.tiles + 1, gpu_products.table_columns(t)), jnp.int32),
+            "table_smem": plgpu.SMEM((weight.tiles + 1, Columns(t).numbers), jnp.int32),
             "left_or_parts_smem": plgpu.RefUnion(
                 turning.left_memory(shape, x.dtype),
                 plgpu.SMEM((groups, rows.shares, t, rows.count), jnp.float32),
@@ -128,7 +129,7 @@ def _plan(t: int, rotation: KernelRotation, weight: KernelWeight, gated: bool) -
         t * max(2 * shape.rows * shape.columns, flat.stride(weight.tiles * TILE))
         + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_WARPGROUPS * tuning.MOST_ROWS * t)
         + 2 * shape.columns * shape.columns
-        + 4 * gpu_products.table_columns(t) * (weight.tiles + 1)
+        + 4 * Columns(t).numbers * (weight.tiles + 1)
         + 1024  # for what is small
     )
     lines = min(shape.lines, tuning.MOST_WARPGROUPS)
@@ -163,7 +164,6 @@ def _kernel(
     token_smem, x_smem = token_or_x_smem
     left_smem, parts_smem = left_or_parts_smem
     norm, residual = optional[: epsilon is not None], optional[epsilon is not None :]
-    products = gpu_products if shape.tokens == 1 else gpu_several
     groups, stages = codes_smem.shape[:2]
     n = out_gmem.shape[1]
     group = lax.axis_index("warpgroup")

@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Real, Word
-from twla_jax.ops.quantized_linear.gpu_products import Flat, width, write_table
+from twla_jax.ops.quantized_linear.gpu_products import Columns, Flat, write_table
 from twla_jax.ops.quantized_linear.gpu_token import WGMMA_ROWS, Shape, load_reals, place, tree
 from twla_jax.packing import TILE
 
@@ -46,7 +46,7 @@ def quantize(
         # Not before: codes may take the place of tokens, which other warpgroups turn until they come here.
         _write_zeros(codes, table, shape, flat)
         # A token's by a lane, so that divisions are all tokens' at once.
-        mine = (me % width(t)).least(t - 1) if t > 1 else threads.word(0)
+        mine = (me % Columns(t).width).least(t - 1) if t > 1 else threads.word(0)
         both = load_reals(at + mine * (8 * shape.warps), 2 * shape.warps)
         low, high = clip * tree(both[::2], Real.least), clip * tree(both[1::2], Real.most)
         scale = ((high - low) / levels).most(1e-8)
@@ -102,12 +102,12 @@ def _pairs(z, line: Word, share: Word, shape: Shape) -> list[_Pair]:
     regular = shape.r % flat.run == 0  # then one row begins where another does, so much further
     start = flat.place(first_row * shape.r + first_column)
     out = []
-    # Rows next to each other, in one column and then eight columns on.
+    # Rows next to each other, in one column and then eight columns on, which are two words.
     for i, values in enumerate(threads.bfloat16_pairs(z)):
         row, column = i // 2 * 8, i % 2 * 8
         if regular:
             places = [start, start]
-            offsets = [(row + each) * flat.size(shape.r) + column for each in range(2)]
+            offsets = [(row + each) * flat.size(shape.r) + column * 4 for each in range(2)]
         else:
             first = (first_row + row) * shape.r + first_column + column
             places, offsets = [flat.place(first), flat.place(first + shape.r)], [0, 0]
