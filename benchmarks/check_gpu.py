@@ -14,7 +14,7 @@ import numpy as np
 from twla_jax.kotms import KroneckerRotation
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV, empty_layer, write
-from twla_jax.ops.decode_attention import decode_attention
+from twla_jax.ops.decode_attention import AttentionParts, decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul, integer_weight
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
@@ -158,6 +158,8 @@ LINEARS = (
     (4, 64, 64, 2 * 11008, "gate"),
     (1, 32, 48, 640, "residual"),
     (3, 24, 24, 2 * 1536, "gate"),
+    (1, 64, 64, 4096, "parts"),
+    (2, 24, 24, 576, "parts"),
 )
 
 
@@ -167,6 +169,8 @@ def check_linears(implementation: str, linears=LINEARS) -> None:
         x, rotation, settings = random_input(t, left, right)
         weight = random_weight(jax.random.key(4), n, left * right)
         norm_scale = residual = None
+        if kind == "parts":
+            x = random_parts(t, left * right, left * right // 64)
         if kind == "norm":
             norm_scale = jnp.linspace(0.5, 1.5, left * right)
         if kind == "residual":
@@ -191,6 +195,14 @@ def check_linears(implementation: str, linears=LINEARS) -> None:
         )
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * _largest(expected))
         assert float(jnp.abs(found - expected).mean()) < 1e-3 * _largest(expected)
+
+
+def random_parts(t: int, m: int, heads: int) -> AttentionParts:
+    """Attention over four parts of the positions."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    softmax = [jax.random.uniform(key, (t, 4, heads), minval=0.5, maxval=4) for key in keys[:2]]
+    mixed = jax.random.normal(keys[2], (t, 4, m), jnp.bfloat16)
+    return AttentionParts(mixed=mixed, softmax=jnp.stack(softmax, -1))
 
 
 _EVERYWHERE = np.iinfo(np.int32).max
@@ -232,8 +244,19 @@ def check_attention(implementation: str, cases=ATTENTION) -> None:
                 )(qkv, layer, positions, jnp.int32(window))
                 for name in (implementation, "xla")
             )
-            found, expected = (values.astype(jnp.float32) for values in (found, expected))
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * _largest(expected))
+            apart, _ = jax.jit(
+                functools.partial(
+                    decode_attention,
+                    norm_scales=scales,
+                    epsilon=1e-5,
+                    apart=True,
+                    implementation=implementation,
+                )
+            )(qkv, layer, positions, jnp.int32(window))
+            merged = apart.merged() if isinstance(apart, AttentionParts) else apart
+            found, expected, merged = (values.astype(jnp.float32) for values in (found, expected, merged))
+            for each in (found, merged):
+                np.testing.assert_allclose(each, expected, rtol=0, atol=1e-2 * _largest(expected))
             for new, same in zip(*map(jax.tree.leaves, (cache, written)), strict=True):
                 new, same = (np.asarray(each, np.float32) for each in (new, same))
                 # A key may lie on the edge between two bf16 numbers, or between two codes.

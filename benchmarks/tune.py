@@ -42,7 +42,7 @@ def timed(n: int, m: int, *, gated: bool) -> tuple[Tiles, Timed]:
     x, weight = jax.eval_shape(make, jax.random.key(0))
     if reason := gpu.obstacle(x, rotation, weight, gated=gated):
         raise ValueError(reason)
-    _, rule = gpu._plan(1, rotation, weight, gated)
+    _, rule = gpu._plan(x, rotation, weight, gated)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
     found = []
     for tiles in {rule, *around(rule, weight.tiles)}:

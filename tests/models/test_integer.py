@@ -14,6 +14,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.generation import generate
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.models.integer import prepare_for_inference
+from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
 from twla_jax.workflow import set_activation_bits
 
@@ -86,6 +87,20 @@ def test_the_cache_changes_nothing(quantised):
     found = generate(model, prompt, max_new_tokens=3, eos_token_ids=())
     logits = model(np.concatenate([prompt, found], axis=1))
     np.testing.assert_array_equal(found, logits[:, 4:7].argmax(-1))
+
+
+def test_attention_in_parts_ends_a_block_as_the_whole_does(quantised):
+    block = prepare_for_inference(set_activation_bits(quantised[0], 8)).blocks[0]
+    config = quantised[0].config
+    keys = jax.random.split(jax.random.key(0), 3)
+    mixed = jax.random.normal(keys[0], (2, 3, config.num_heads * config.head_dim))
+    softmax = jax.random.uniform(keys[1], (2, 3, config.num_heads, 2))
+    parts, x = (
+        AttentionParts(mixed=mixed, softmax=softmax),
+        jax.random.normal(keys[2], (2, 1, config.hidden_size)),
+    )
+    found, expected = (jax.jit(block.finish)(x, each) for each in (parts, parts.merged()[:, None]))
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_linears_that_share_an_input_are_one_matrix(quantised):

@@ -666,6 +666,10 @@ def exponential(value):
         return Real(np.exp(value.value))
 
 
+def reciprocal(value):
+    return Real(1 / value.value)
+
+
 def reciprocal_root(value):
     return Real(1 / np.sqrt(value.value))
 

@@ -1,6 +1,7 @@
 """Attention of one new token: against float64, and compiled for an H100."""
 
 import functools
+import itertools
 import re
 
 import emulated_threads
@@ -12,7 +13,15 @@ import pytest
 from twla_jax.models import kv_cache
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV, empty_layer
-from twla_jax.ops.decode_attention import decode_attention, gpu, gpu_finish, gpu_lanes, reference, tiles
+from twla_jax.ops.decode_attention import (
+    AttentionParts,
+    decode_attention,
+    gpu,
+    gpu_finish,
+    gpu_lanes,
+    reference,
+    tiles,
+)
 
 ALL = np.iinfo(np.int32).max
 EPSILON = 1e-5
@@ -93,7 +102,9 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
     cache, filled = jax.tree.map(np.array, layer), int(positions.query[0])
     for each in jax.tree.leaves(cache):  # what is not filled may not come into the mix
         each[:, :, :, filled:] = -128 if each.dtype == np.int8 else np.nan
-    out = np.zeros((b, heads, d), qkv.dtype)
+    splits = (tiles.splits,) if tiles.apart else ()
+    out = np.zeros((b, *splits, heads, d), qkv.dtype)
+    softmax = np.full((b, *splits, heads, 2), np.nan, np.float32)
     inputs = (
         qkv,
         positions.cos[0],
@@ -103,8 +114,9 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
         *(norm_scales or ()),
     )
     refs = [emulated_threads.Global(np.array(each)) for each in inputs]
-    for block in range(b * heads // tiles.queries):
-        machine = emulated_threads.start(32 * tiles.warps, tiles.splits, head=block)
+    for block, split in itertools.product(range(b * heads // tiles.queries), range(*splits or (1,))):
+        axes = {"head": block} | ({"split": split} if splits else {})
+        machine = emulated_threads.start(32 * tiles.warps, 1 if splits else tiles.splits, **axes)
         memory = {
             "parts_smem": machine.allocate((tiles.warps, tiles.queries, d + 2), np.float32),
             "of_blocks_smem": machine.allocate(
@@ -112,9 +124,13 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
             ),
         }
         of_cache = map(emulated_threads.Global, jax.tree.leaves(cache))
-        gpu._kernel(*of_cache, *refs, emulated_threads.Global(out), **memory, shape=shape, epsilon=epsilon)
+        outputs = map(emulated_threads.Global, (out, softmax) if splits else (out,))
+        gpu._kernel(*of_cache, *refs, *outputs, **memory, shape=shape, epsilon=epsilon)
     for each, before in zip(jax.tree.leaves(cache), jax.tree.leaves(layer), strict=True):
         each[:, :, :, filled + 1 :] = before[:, :, :, filled + 1 :]
+    if splits:
+        parts = AttentionParts(mixed=out.reshape(b, *splits, heads * d), softmax=softmax)
+        return parts.merged(), cache
     return out.reshape(b, heads * d), cache
 
 
@@ -135,6 +151,16 @@ def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeyp
     emulated_threads.emulate(monkeypatch, gpu, gpu_lanes, gpu_finish)
     chosen = tiles.Tiles(queries=queries, warps=warps, splits=splits)
     check(functools.partial(emulated, tiles=chosen), norm=norm, case=case)
+
+
+@pytest.mark.parametrize(
+    ("case", "queries", "splits"),
+    [(CASES[0], 1, 2), (CASES[1], 2, 4), (CASES[2], 1, 4), (CASES[4], 1, 4), (CASES[5], 1, 2)],
+)
+def test_gpu_kernel_that_leaves_parts_apart_thread_by_thread(case, queries, splits, monkeypatch):
+    emulated_threads.emulate(monkeypatch, gpu, gpu_lanes, gpu_finish)
+    chosen = tiles.Tiles(queries=queries, warps=4, splits=splits, apart=True)
+    check(functools.partial(emulated, tiles=chosen), norm=True, case=case)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +214,7 @@ def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype)
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("norm", "dtype"), [(False, jnp.bfloat16), (True, jnp.bfloat16), (True, jnp.int8)])
 @pytest.mark.parametrize(
     "case",
@@ -201,11 +228,11 @@ def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype)
         (1, 9, 3, 64, 64, 9, ALL),
     ],
 )
-def test_gpu_kernel_spills_nothing(case, norm, dtype, compile_for_h100):
+def test_gpu_kernel_spills_nothing(case, norm, dtype, apart, compile_for_h100):
     shapes = list(jax.eval_shape(lambda: operands(*case)))
     if dtype == jnp.int8:
         shapes[1] = jax.eval_shape(lambda: empty_layer(shapes[1].entries.shape, dtype))
-    op = functools.partial(gpu.decode_attention, epsilon=EPSILON)
+    op = functools.partial(gpu.decode_attention, epsilon=EPSILON, apart=apart)
     _, reports = compile_for_h100(op, *shapes[:4], shapes[4] if norm else None)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
 

@@ -12,6 +12,7 @@ import pytest
 from twla_jax import generation
 from twla_jax.benchmark import SHAPES, shapes
 from twla_jax.models.attention import Positions, attention
+from twla_jax.models.integer import KernelLinear
 from twla_jax.models.kv_cache import empty_layer
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
@@ -47,6 +48,18 @@ def test_a_step_copies_neither_cache_nor_weights(
     assert compiled.memory_analysis().temp_size_in_bytes < 8e6
     if target == "h100":  # XLA would make one of a kernel and the slices that it reads.
         assert not re.search(r"%dynamic_slice_fusion\S* = ", compiled.as_text())
+
+
+@pytest.mark.aot
+def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
+    monkeypatch.setattr(KernelLinear, "takes_parts", True)  # it would look for a GPU
+    model = decoder(8, 16, tied=True)
+    arguments = model, jnp.zeros(1, jnp.int32), model.init_cache(1, 640), jnp.float32(0), jax.random.key(0)
+    program = compile_for("h100", generation._step.__wrapped__, *arguments).as_text()
+    softmax = re.escape(f",{model.config.num_heads},2]")
+    kernels = re.findall(rf"= \(bf16\[1,(\d),\S*, f32\[1,\d{softmax}\S*.*\) custom-call", program)
+    assert kernels == ["2"] * model.config.num_layers
+    assert not re.search(r"exponential", program)
 
 
 @pytest.mark.aot

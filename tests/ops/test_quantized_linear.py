@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from twla_jax import ternary
 from twla_jax.benchmark import shapes
 from twla_jax.kotms import KroneckerRotation
+from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.quantized_linear import (
     gpu,
     gpu_codes,
@@ -50,6 +51,17 @@ def test_it_is_its_two_ops_and_the_residual(t):
         x[None], rotation, SETTINGS, weight, norm_scale=scale, epsilon=1e-5, residual=residual[None]
     )
     np.testing.assert_array_equal(found[0], expected)
+
+
+def test_attention_in_parts_is_merged_first():
+    _, rotation, weight, _, residual = operands(2, 1024, 256)
+    parts = in_parts(2, 1024, 8)
+    shares = jnp.array([0.5, 0.25, 0, 0.25])
+    whole = jnp.einsum("tpm,p->tm", parts.mixed.astype(jnp.float32), shares).astype(jnp.bfloat16)
+    found, expected = (
+        quantized_linear(x, rotation, SETTINGS, weight, residual=residual) for x in (parts, whole)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def turned(token_smem, right_smem, left_smem, *, shape):
@@ -90,6 +102,8 @@ def turned(token_smem, right_smem, left_smem, *, shape):
         (2, 576, 128, 128, 2, 40, 1, "gated"),
         (3, 1536, 64, 128, 1, 32, 2, "residual"),
         (4, 2048, 24, 128, 4, 32, 1, "residual"),
+        (1, 1024, 256, 128, 2, 96, 1, "parts"),
+        (2, 576, 96, 576, 2, 32, 1, "parts"),
     ],
 )
 def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, kind, monkeypatch):
@@ -100,12 +114,14 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
     gated = kind == "gated"
     if gated:
         weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
+    if kind == "parts":
+        x = in_parts(t, m, m // 64)
     arguments = (
         x,
         rotation,
         SETTINGS,
         weight,
-        None if kind == "residual" else scale.astype(jnp.float32) if m == 576 else scale,
+        None if kind in ("residual", "parts") else scale.astype(jnp.float32) if m == 576 else scale,
         None if kind == "norm" else residual[:, : n // 2] if gated else residual,
     )
     # With a gate, outputs are rounded before it, and sigmoids may round differently.
@@ -121,6 +137,15 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
     found = np.asarray(gpu.quantized_linear(*arguments, tiles=chosen, **options), np.float32)
     expected = np.asarray(expected, np.float32)
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+def in_parts(t, m, heads):
+    """Attention over four parts, one of no position; weights are powers of two, and the mix the same in every order."""
+    mixed = jax.random.normal(jax.random.key(3), (t, 4, m), jnp.bfloat16).at[:, 2].set(0)
+    top = jnp.array([3.0, 2.0, -1e30, 1.0])[:, None] + jnp.arange(heads)
+    total = jnp.array([1.0, 1.0, 0.0, 2.0])[:, None] + jnp.zeros(heads)
+    softmax = jnp.broadcast_to(jnp.stack([top, total], -1), (t, 4, heads, 2)).astype(jnp.float32)
+    return AttentionParts(mixed=mixed, softmax=softmax)
 
 
 def permutation(rotation):
@@ -157,6 +182,9 @@ def ungrouped(n, m):
         (4, 4096, 4096, "residual"),
         (4, 4096, 22016, "gated"),
         (4, 1536, 576, "residual"),
+        (1, 4096, 4096, "parts"),
+        (1, 8192, 8192, "parts"),
+        (2, 4096, 4096, "parts"),
     ],
 )
 def test_gpu_kernel_spills_nothing(t, m, n, kind, compile_for_h100):
@@ -164,11 +192,13 @@ def test_gpu_kernel_spills_nothing(t, m, n, kind, compile_for_h100):
     gated = kind == "gated"
     if gated:
         weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
-    assert gpu.obstacle(x, rotation, weight, gated=gated) is None
     function = functools.partial(gpu.quantized_linear, epsilon=1e-5, gated=gated, out_dtype=jnp.bfloat16)
     settings = jax.ShapeDtypeStruct((3,), jnp.float32)
     scale = jax.ShapeDtypeStruct(scale.shape, jnp.float32) if m == 576 else scale
-    norm, residual = (None, added) if kind == "residual" else (scale, None)
+    norm, residual = (scale, None) if kind in ("norm", "gated") else (None, added)
+    if kind == "parts":
+        x = jax.eval_shape(lambda: in_parts(t, m, m // 128))
+    assert gpu.obstacle(x, rotation, weight, gated=gated) is None
     _, reports = compile_for_h100(function, x, rotation, settings, weight, norm, residual)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
 

@@ -25,7 +25,7 @@ from twla_jax.models import tensor_parallel
 from twla_jax.models.attention import Positions
 from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
 from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer
-from twla_jax.ops.decode_attention import decode_attention
+from twla_jax.ops.decode_attention import AttentionParts, decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
 from twla_jax.ops.quantized_linear import MOST_TOKENS, quantized_linear
@@ -113,13 +113,17 @@ class IntegerDecoder(Decoder):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewTokens:
-    """Tokens that their linear is yet to turn and quantise: `settings` are `quantized_linear`'s."""
+    """Tokens that their linear is yet to turn and quantise: `settings` are `quantized_linear`'s.
 
-    x: Float[Array, "*tokens m"]
+    Attention in parts, one token a sequence, is for a linear that `takes_parts`.
+    """
+
+    x: Float[Array, "*tokens m"] | AttentionParts
     settings: dict[str, Any]
 
     def quantized(self, implementation: Implementation | None) -> QuantizedTokens:
         """The tokens as two ops leave them between them."""
+        assert not isinstance(self.x, AttentionParts)
         return rotate_quantize(self.x, implementation=implementation, **self.settings)
 
 
@@ -142,11 +146,12 @@ class KernelInput(nnx.Module):
         return self.settings is not None and self.mesh is None
 
     def __call__(
-        self, x: Float[Array, "*tokens width"], *, gated: bool = False
+        self, x: Float[Array, "*tokens width"] | AttentionParts, *, gated: bool = False
     ) -> QuantizedTokens | FewTokens | Float[Array, "*tokens m"]:
         """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
         rotation = None if self.rotation is None else self.rotation.get_value()
         if self.settings is None:
+            assert not isinstance(x, AttentionParts)
             x = x if self.norm is None else self.norm(x)
             return x if rotation is None else rotate(x, *rotation.factors)
         settings = {
@@ -155,6 +160,8 @@ class KernelInput(nnx.Module):
             "norm_scale": None if self.norm is None else self.norm.scale.get_value(),
             "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
         }
+        if isinstance(x, AttentionParts):
+            return FewTokens(x=x, settings=settings)
         if self.mesh is None and x.size <= MOST_TOKENS * x.shape[-1]:
             return FewTokens(x=gate(x) if gated else x, settings=settings)
         op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
@@ -197,7 +204,7 @@ class KernelLinear(nnx.Module):
         """`x Ŵᵀ + b`, rounded to the model's type, and the residual added; or, of two, `silu(first) · second`."""
         weight = self.weight.get_value()
         if isinstance(x, FewTokens) and isinstance(weight, KernelWeight) and self.second_plane is None:
-            return quantized_linear(
+            y = quantized_linear(
                 x.x,
                 weight=weight,
                 residual=residual,
@@ -206,9 +213,17 @@ class KernelLinear(nnx.Module):
                 implementation=self.implementation,
                 **x.settings,
             )
+            return y[:, None] if isinstance(x.x, AttentionParts) else y
         y = self._outputs(x.quantized(self.implementation) if isinstance(x, FewTokens) else x, weight)
         y = gate(y) if gated else y
         return y if residual is None else residual + y
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether attention may be left in parts for it: a single ternary plane, on one GPU."""
+        gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
+        ternary = isinstance(self.weight.get_value(), KernelWeight) and self.second_plane is None
+        return gpu and ternary and self.mesh is None
 
     def _outputs(self, x: QuantizedTokens | Float[Array, "*tokens m"], weight: Any) -> jax.Array:
         if isinstance(weight, KernelWeight):
@@ -262,8 +277,8 @@ class IntegerBlock(Block):
         layer: LayerKV,
         positions: Positions,
         window: Int32[Array, ""],
-    ) -> tuple[Float[Array, "b t heads_d"], LayerKV]:
-        """As `Block.decode`; for a single token it is one op."""
+    ) -> tuple[Any, LayerKV]:  # what `finish` takes
+        """As `Block.decode`; for a single token it is one op, which may leave the mix in parts."""
         if len(positions.query) > 1 or self.mesh is not None:
             return super().decode(h, layer, positions, window)
         qkv = self.qkv_linear(h)
@@ -279,9 +294,10 @@ class IntegerBlock(Block):
             window,
             norm_scales=scales,
             epsilon=epsilon,
+            apart=self.o.takes_parts and self.o_input.settings is not None and len(qkv) <= MOST_TOKENS,
             implementation=self.implementation,
         )
-        return mixed[:, None], layer
+        return mixed if isinstance(mixed, AttentionParts) else mixed[:, None], layer
 
     def qkv(
         self, h: QuantizedTokens | FewTokens | Float[Array, "b t d"]
@@ -294,7 +310,9 @@ class IntegerBlock(Block):
         gate, up = self.gate_up_linear.parts(h)
         return jax.nn.silu(gate) * up
 
-    def finish(self, x: Float[Array, "b t d"], mixed: Float[Array, "b t heads_d"]) -> Float[Array, "b t d"]:
+    def finish(
+        self, x: Float[Array, "b t d"], mixed: Float[Array, "b t heads_d"] | AttentionParts
+    ) -> Float[Array, "b t d"]:
         """As `Block.finish`; each residual is added where its linear ends."""
         x = self.o(self.o_input(mixed), x)
         h = self.mlp_input(x)

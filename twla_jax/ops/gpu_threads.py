@@ -414,6 +414,11 @@ def exponential(value: Real) -> Real:
     return power_of_two(value * 1.4426950408889634)
 
 
+def reciprocal(value: Real) -> Real:
+    """`1 / value`, to about one unit in the last place."""
+    return _ptx_real("rcp.approx.ftz.f32 $0, $1;", value)
+
+
 def reciprocal_root(value: Real) -> Real:
     """`1 / sqrt`, to about two units in the last place."""
     return _ptx_real("rsqrt.approx.f32 $0, $1;", value)

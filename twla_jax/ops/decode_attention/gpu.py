@@ -3,7 +3,9 @@
 Thread by thread: so few queries meet a key that tensor cores, and what has to be waited for around them, bring nothing.
 A warp reads some positions of a key head at once, 16 bytes of a key or value a thread, on their way before the queries
 are there. The warps of a block, and the blocks of a cluster, share the positions; each has a softmax of its own, which
-meet in shared memory. The new token's own key and value never pass through the cache: the first warp begins with them.
+meet in shared memory. Where whoever reads the mix takes `AttentionParts`, blocks share positions without a cluster, as
+sums that meet through one cost 2 µs. The new token's own key and value never pass through the cache: the first warp
+begins with them.
 """
 
 import functools
@@ -23,6 +25,7 @@ from twla_jax.ops.decode_attention import gpu_lanes as lanes
 from twla_jax.ops.decode_attention import tiles as tuning
 from twla_jax.ops.decode_attention.gpu_finish import finish
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
+from twla_jax.ops.decode_attention.parts import AttentionParts
 
 
 def obstacle(qkv: jax.Array, layer: LayerKV) -> str | None:
@@ -43,37 +46,43 @@ def decode_attention(
     norm_scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None = None,
     *,
     epsilon: float = 0.0,
+    apart: bool = False,
     tiles: tuning.Tiles | None = None,
-) -> tuple[BFloat16[Array, "b heads_d"], LayerKV]:
-    """What `reference.decode_attention` computes, in bf16."""
+) -> tuple[BFloat16[Array, "b heads_d"] | AttentionParts, LayerKV]:
+    """What `reference.decode_attention` computes, in bf16; `apart`, in parts if that is faster."""
     b, all_heads, d = qkv.shape
     _, _, kv_heads, size, _ = layer.entries.shape
     heads, quantized = all_heads - 2 * kv_heads, layer.scales is not None
-    tiles = tiles or tuning.tiles(b * heads, heads // kv_heads, size, d, quantized=quantized)
+    if tiles is None:
+        # Parts of several sequences take their reader as long as they save here.
+        apart = apart and b == 1
+        tiles = tuning.tiles(b * heads, heads // kv_heads, size, d, quantized=quantized, apart=apart)
     shape = Shape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, tiles=tiles)
-    splits = tiles.splits
-    cluster = {"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}
+    splits, blocks = tiles.splits, b * heads // tiles.queries
+    if tiles.apart:
+        grid, outputs = {"grid": (blocks, splits), "grid_names": ("head", "split")}, (b, splits, heads)
+    else:
+        grid, outputs = {"grid": (blocks,), "grid_names": ("head",)}, (b, heads)
+        if splits > 1:
+            grid |= {"cluster": (splits,), "cluster_names": ("split",)}
+    mixed, softmax = (
+        jax.ShapeDtypeStruct((*outputs, n), kind) for n, kind in ((d, qkv.dtype), (2, jnp.float32))
+    )
     body = functools.partial(_kernel, shape=shape, epsilon=epsilon)
     kernel: Any = pl.kernel(
         lambda *refs: pl.run_scoped(
             functools.partial(body, *refs),
             collective_axes="warpgroup",
             parts_smem=plgpu.SMEM((tiles.warps, tiles.queries, d + 2), jnp.float32),
-            of_blocks_smem=plgpu.SMEM((splits, 3, tiles.queries * d // splits), jnp.float32),
+            of_blocks_smem=plgpu.SMEM((splits, 3, tiles.queries * d // splits), jnp.float32),  # of a cluster
         ),
-        out_type=(jax.ShapeDtypeStruct((b, heads, d), jnp.bfloat16),),
-        mesh=plgpu.Mesh(
-            grid=(b * heads // tiles.queries,),
-            grid_names=("head",),
-            num_threads=tiles.warps // 4,
-            thread_name="warpgroup",
-            **cluster,
-        ),
+        out_type=(mixed, softmax) if tiles.apart else (mixed,),
+        mesh=plgpu.Mesh(num_threads=tiles.warps // 4, thread_name="warpgroup", **grid),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="decode_attention",
     )
     cache = jax.tree.map(jax.new_ref, layer)
-    (mixed,) = kernel(
+    mixed, *softmax = kernel(
         *jax.tree.leaves(cache),
         qkv,
         positions.cos[0],
@@ -82,13 +91,16 @@ def decode_attention(
         window.reshape(1),
         *map(threads.readable, norm_scales or ()),
     )
-    return mixed.reshape(b, heads * d), jax.tree.map(jax.freeze, cache)
+    mixed = mixed.reshape(*outputs[:-1], heads * d)
+    if softmax:
+        mixed = AttentionParts(mixed=mixed, softmax=softmax[0])
+    return mixed, jax.tree.map(jax.freeze, cache)
 
 
 def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
     count = 2 if shape.quantized else 1
     of_cache, (qkv_gmem, cos_gmem, sin_gmem, length_gmem, window_gmem) = refs[:count], refs[count : count + 5]
-    *norm_scales, out_gmem = refs[count + 5 :]
+    *norm_scales, out_gmem = refs[count + 5 : len(refs) - shape.tiles.apart]
     tiles, heads, kv_heads = shape.tiles, shape.heads, shape.kv_heads
     of_sequence = heads // tiles.queries
     sequence, first_head = (op(lax.axis_index("head"), jnp.int32(of_sequence)) for op in (lax.div, lax.rem))
@@ -98,7 +110,7 @@ def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
     cache = [ref.at[kind, sequence, kv_head] for ref in of_cache for kind in range(2)]
     # The first ones before it is known how many there are: what is too much is left out later.
     entries = lanes.fetch(cache, jnp.int32(0), split, shape=shape)
-    if tiles.splits > 1:
+    if tiles.splits > 1 and not tiles.apart:
         _arrive()
     length = length_gmem[0]
     limits = jnp.maximum(length + 1 - window_gmem[0], 0), length
@@ -126,7 +138,9 @@ def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
         return state, lanes.fetch(cache, index(i + 1), split, limits, shape=shape)
 
     state, _ = lax.fori_loop(0, steps, step, (lanes.begin(q, new, split, shape=shape), entries))
-    finish(state, parts_smem, of_blocks_smem, out_gmem.at[sequence], first_head, split, shape=shape)
+    place = (sequence, split) if tiles.apart else (sequence,)
+    outputs = [out_gmem.at[place], *(ref.at[place] for ref in refs[len(refs) - tiles.apart :])]
+    finish(state, parts_smem, of_blocks_smem, outputs, first_head, split, shape=shape)
 
 
 def _arrive() -> None:

@@ -6,23 +6,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention.gpu_lanes import Lane, Shape, dot
+from twla_jax.ops.decode_attention.parts import LEAST_SUM
 from twla_jax.ops.gpu_threads import Real, Word
 
 
-def finish(state, parts_smem, of_blocks_smem, out_gmem, first_head, split, *, shape: Shape) -> None:
-    """The mix of all warps' and blocks' parts, each weighed by its share of the sum of the softmax."""
+def finish(state, parts_smem, of_blocks_smem, outputs, first_head, split, *, shape: Shape) -> None:
+    """The mix of all warps' and blocks' parts, each weighed by its share of the sum of the softmax.
+
+    Of parts that stay apart, the mix of this block's warps, and what its softmax has, for the second of the outputs.
+    """
     tiles, count, block = shape.tiles, state.shape[0] // 128, shape.tiles.warps * threads.WARP
-    width, outputs = shape.d + 2, tiles.queries * shape.d
+    width, numbers = shape.d + 2, tiles.queries * shape.d
 
     @threads.on_threads(
         arg_types=(
             threads.per_thread(count),
             plgpu.Layout.WG_SPLAT,
             plgpu.Layout.WG_SPLAT,
-            *[plgpu.RefType()] * 3,
+            *[plgpu.RefType()] * (2 + len(outputs)),
         )
     )
-    def write(_, state, first_head, split, parts, of_blocks, out):
+    def write(_, state, first_head, split, parts, of_blocks, out, *softmax):
         split = threads.splat_word(split)
         me, at = Lane(shape, split), threads.address(parts)
         values, size = threads.reals(state), 2 + shape.count
@@ -69,14 +73,21 @@ def finish(state, parts_smem, of_blocks_smem, out_gmem, first_head, split, *, sh
             return combine(found)
 
         def store_output(index: Word, result: tuple[Real, Real, Real]) -> None:
-            _, total, mixed = result
-            threads.store_real(out, threads.splat_word(first_head) * shape.d + index, mixed / total)
+            top, total, mixed = result
+            # Of parts that stay apart, some may have seen no position.
+            mixed = mixed / (total.most(LEAST_SUM) if softmax else total)
+            threads.store_real(out, threads.splat_word(first_head) * shape.d + index, mixed)
+            if softmax:
+                head = threads.splat_word(first_head) + index // shape.d
+                with threads.when((index % shape.d).equals(0)):
+                    for i, each in enumerate((top, total)):
+                        threads.store_real(softmax[0], head * 2 + i, each)
 
-        if tiles.splits == 1:
-            each_output(outputs, lambda index: store_output(index, of_warps(index)))
+        if tiles.splits == 1 or softmax:
+            each_output(numbers, lambda index: store_output(index, of_warps(index)))
             return
 
-        share, received = outputs // tiles.splits, threads.address(of_blocks)
+        share, received = numbers // tiles.splits, threads.address(of_blocks)
 
         def send(index: Word) -> None:
             to = received + ((split * (3 * share)) + index % share) * 4
@@ -93,8 +104,8 @@ def finish(state, parts_smem, of_blocks_smem, out_gmem, first_head, split, *, sh
             store_output(split * share + index, combine(found))
 
         threads.cluster_wait()  # until all blocks have begun
-        each_output(outputs, send)
+        each_output(numbers, send)
         threads.cluster_barrier()
         each_output(share, of_all_blocks)
 
-    write(state, first_head, split, parts_smem, of_blocks_smem, out_gmem)
+    write(state, first_head, split, parts_smem, of_blocks_smem, *outputs)

@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.dispatch import Implementation, dispatch
 from twla_jax.ops.quantized_linear import gpu, reference
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
@@ -12,7 +13,7 @@ from twla_jax.ops.ternary_matmul.weight import KernelWeight
 
 
 def quantized_linear(
-    x: Float[Array, "*tokens m"],
+    x: Float[Array, "*tokens m"] | AttentionParts,
     rotation: KernelRotation | None,
     settings: Float32[Array, " 3"],
     weight: KernelWeight,
@@ -30,6 +31,7 @@ def quantized_linear(
     more tokens, it is those two ops.
 
     Args:
+      x: of attention left in parts, the mix is merged first, and `*tokens` are its first axis.
       settings: from `quantizer_settings`.
       norm_scale: weights of an RMS norm before the rotation; None for no norm.
       epsilon: what the norm adds to the mean square.
@@ -39,7 +41,7 @@ def quantized_linear(
     Raises:
       TwlaError: the implementation asked for cannot be used.
     """
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x if isinstance(x, AttentionParts) else x.reshape(-1, x.shape[-1])
     n = weight.out_features // (2 if gated else 1)
     added = None if residual is None else residual.reshape(-1, n)
     options = {"epsilon": epsilon, "gated": gated, "out_dtype": out_dtype}
@@ -51,4 +53,4 @@ def quantized_linear(
     else:
         fused = functools.partial(gpu.quantized_linear, **options)
         y = dispatch("quantized_linear", implementation, two_ops, {"gpu": fused}, {}, *operands)
-    return y.reshape(*x.shape[:-1], n)
+    return y if isinstance(x, AttentionParts) else y.reshape(*x.shape[:-1], n)

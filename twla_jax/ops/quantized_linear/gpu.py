@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.gpu_threads import Real
 from twla_jax.ops.quantized_linear import gpu_codes
 from twla_jax.ops.quantized_linear import gpu_products as products
@@ -30,30 +31,39 @@ from twla_jax.packing import PLANE, TILE
 MOST_TOKENS = 4  # beyond, registers end: see `gpu_token.obstacle`
 
 
-def obstacle(x, rotation: KernelRotation | None, weight: KernelWeight, *, gated: bool = False) -> str | None:
+def obstacle(
+    x: jax.Array | AttentionParts,
+    rotation: KernelRotation | None,
+    weight: KernelWeight,
+    *,
+    gated: bool = False,
+) -> str | None:
     """Why the kernel cannot take such operands, or is slower than two ops; or None."""
-    t = len(x)
+    tokens = _tokens(x)
+    t = len(tokens)
     if rotation is None:
         return "there is no rotation"
-    if x.dtype != jnp.bfloat16:
-        return f"activations are {x.dtype}, not bfloat16"
+    if tokens.dtype != jnp.bfloat16:
+        return f"activations are {tokens.dtype}, not bfloat16"
+    if isinstance(x, AttentionParts) and x.head_dim % 8:
+        return f"heads have {x.head_dim} features, not a multiple of 8"
     if not 1 <= t <= MOST_TOKENS:
         return f"there are {t} tokens, not 1 to {MOST_TOKENS}"
     if gated and len(weight.splits) != 2:
         return f"a gate and what it gates are two matrices, not {len(weight.splits)}"
     try:
-        rows, tiles = _plan(t, rotation, weight, gated)
+        rows, tiles = _plan(x, rotation, weight, gated)
     except ValueError as error:
         return str(error)
     blocks = pl.cdiv(weight.out_features // rows.parts, rows.each)
     if t > 1 and blocks > STREAMING_MULTIPROCESSORS:
         # Each turns the tokens anew: two tokens at 57344×8192 took 68.8 µs, and two ops 58.6.
         return f"there are {blocks} blocks, more than {STREAMING_MULTIPROCESSORS}, for {t} tokens"
-    return turning.obstacle(turning.shape(rotation, tiles.warpgroups, t))
+    return turning.obstacle(turning.shape(x, rotation, tiles.warpgroups))
 
 
 def quantized_linear(
-    x: Float[Array, "t m"],
+    x: Float[Array, "t m"] | AttentionParts,
     rotation: KernelRotation,
     settings: Float32[Array, " 3"],
     weight: KernelWeight,
@@ -66,12 +76,13 @@ def quantized_linear(
     tiles: tuning.Tiles | None = None,
 ) -> Float[Array, "t n"]:
     """What `reference.quantized_linear` computes, for a token in bf16 or up to `MOST_TOKENS`."""
-    t = len(x)
-    rows, chosen = _plan(t, rotation, weight, gated)
+    inputs = (x.mixed, x.softmax) if isinstance(x, AttentionParts) else (x,)
+    t, dtype = len(inputs[0]), inputs[0].dtype
+    rows, chosen = _plan(x, rotation, weight, gated)
     if tiles is not None:
         rows, chosen = Rows(tiles.rows, rows.parts), tiles
     groups, stages = chosen.warpgroups, chosen.stages
-    shape, flat = turning.shape(rotation, groups, t), Flat(len(rotation.right_transposed))
+    shape, flat = turning.shape(x, rotation, groups), Flat(len(rotation.right_transposed))
     n = weight.out_features // rows.parts
     norm = () if norm_scale is None else (threads.readable(norm_scale),)
     added = () if residual is None else (threads.readable(residual),)
@@ -93,18 +104,18 @@ def quantized_linear(
             "scales_smem": plgpu.SMEM((groups, stages, rows.parts, 8, rows.each), jnp.float16),
             # Tokens are used up when their codes are written, and L when sums are.
             "token_or_x_smem": plgpu.RefUnion(
-                turning.token_memory(shape, x.dtype),
+                turning.token_memory(shape, dtype),
                 plgpu.SMEM((t, flat.stride(weight.tiles * TILE)), jnp.int8),
             ),
             "table_smem": plgpu.SMEM((weight.tiles + 1, Columns(t).numbers), jnp.int32),
             "left_or_parts_smem": plgpu.RefUnion(
-                turning.left_memory(shape, x.dtype),
+                turning.left_memory(shape, dtype),
                 plgpu.SMEM((groups, rows.shares, t, rows.count), jnp.float32),
             ),
             "filled": plgpu.Barrier(
                 num_arrivals=(2 if weight.grouped else 1) * rows.parts, num_barriers=groups * stages
             ),
-            "right_smem": turning.right_memory(shape, x.dtype),
+            "right_smem": turning.right_memory(shape, dtype),
             "warps_smem": turning.warps_memory(shape),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -113,18 +124,28 @@ def quantized_linear(
         weight.float_scales,
         weight.row_sums,
         weight.bias,
-        x,
         rotation.left,
         rotation.right_transposed,
         settings,
+        *inputs,
         *norm,
         *added,
     )
 
 
-def _plan(t: int, rotation: KernelRotation, weight: KernelWeight, gated: bool) -> tuple[Rows, tuning.Tiles]:
+def _tokens(x: jax.Array | AttentionParts) -> jax.Array:
+    return x.mixed if isinstance(x, AttentionParts) else x
+
+
+def _plan(
+    x: jax.Array | AttentionParts, rotation: KernelRotation, weight: KernelWeight, gated: bool
+) -> tuple[Rows, tuning.Tiles]:
     parts = 2 if gated else 1
-    shape, flat = turning.shape(rotation, tuning.MOST_WARPGROUPS, t), Flat(len(rotation.right_transposed))
+    shape, flat = (
+        turning.shape(x, rotation, tuning.MOST_WARPGROUPS),
+        Flat(len(rotation.right_transposed)),
+    )
+    t = shape.tokens
     other = (
         t * max(2 * shape.rows * shape.columns, flat.stride(weight.tiles * TILE))
         + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_WARPGROUPS * tuning.MOST_ROWS * t)
@@ -142,7 +163,6 @@ def _kernel(
     scales_gmem,
     row_sums_gmem,
     bias_gmem,
-    x_gmem,
     left_gmem,
     right_gmem,
     settings_gmem,
@@ -160,7 +180,9 @@ def _kernel(
     weight: KernelWeight,
     epsilon: float | None,
 ):
-    *optional, out_gmem = refs
+    *inputs, out_gmem = refs
+    count = 2 if shape.parts else 1
+    x_gmem, optional = inputs[:count], inputs[count:]
     token_smem, x_smem = token_or_x_smem
     left_smem, parts_smem = left_or_parts_smem
     norm, residual = optional[: epsilon is not None], optional[epsilon is not None :]

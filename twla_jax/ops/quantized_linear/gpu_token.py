@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.decode_attention.parts import LEAST_SUM, AttentionParts
 from twla_jax.ops.gpu_threads import Real, Word
 from twla_jax.ops.rotate_quantize.gpu import swizzled
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
@@ -37,6 +38,8 @@ class Shape:
     rows: int
     warpgroups: int
     tokens: int
+    parts: int = 0  # of an attention, that tokens are to be merged of; 0 for tokens as they are
+    heads: int = 0
 
     @property
     def columns(self) -> int:
@@ -70,10 +73,20 @@ class Shape:
         return self.tokens * self.rows // self.shares // 2
 
 
-def shape(rotation: KernelRotation, warpgroups: int, tokens: int) -> Shape:
+def shape(x: jax.Array | AttentionParts, rotation: KernelRotation, warpgroups: int) -> Shape:
     """How a rotation's tokens are shared between warpgroups."""
-    r = len(rotation.right_transposed)
-    return Shape(size=rotation.size, r=r, rows=len(rotation.left), warpgroups=warpgroups, tokens=tokens)
+    parts = heads = 0
+    if isinstance(x, AttentionParts):
+        x, (_, parts, heads, _) = x.mixed, x.softmax.shape
+    return Shape(
+        size=rotation.size,
+        r=len(rotation.right_transposed),
+        rows=len(rotation.left),
+        warpgroups=warpgroups,
+        tokens=len(x),
+        parts=parts,
+        heads=heads,
+    )
 
 
 def obstacle(shape: Shape) -> str | None:
@@ -115,38 +128,74 @@ def fetch(
 ) -> tuple[jax.Array, jax.Array]:
     """Starts the way of the tokens, both factors and the norm's weights to the threads, for `load`; and the settings.
 
-    Not by the copy engine, which would bring them in turn with the weights.
+    Not by the copy engine, which would bring them in turn with the weights. `x_gmem` lists the tokens or, of attention
+    left in parts, mixes and softmaxes.
     """
-    sources = [x_gmem] * shape.tokens + [left_gmem, right_gmem, *([] if norm_gmem is None else [norm_gmem])]
-
-    def plan():
-        """Where to find how many words, of which array, and whether it has them."""
-        pieces = zip(sources, [*_pieces(shape), _pieces(shape)[0]], strict=False)
-        return [
-            (k, matrix, i, ref.dtype.itemsize // 2)
-            for k, (ref, of_ref) in enumerate(pieces)
-            for matrix, i in of_ref
-        ]
-
-    count = sum(4 * width for *_, width in plan())
+    refs = [settings_gmem, left_gmem, right_gmem, *x_gmem, *([] if norm_gmem is None else [norm_gmem])]
+    *tokens, left, right = _pieces(shape)
+    wide = 0 if norm_gmem is None else norm_gmem.dtype.itemsize // 2
+    count = sum(len(pieces) for pieces in tokens) * _words(shape)
+    count += 4 * (len(left) + len(right) + wide * len(tokens[0]))
 
     @threads.on_threads(
-        arg_types=(plgpu.RefType(),) * (len(sources) + 1),
+        arg_types=(plgpu.RefType(),) * len(refs),
         return_type=(threads.values(count, jnp.int32), threads.values(3, jnp.float32)),
     )
-    def start(_, settings, *refs):
-        found = [
-            word
-            for k, matrix, i, width in plan()
-            for part in range(width)
-            for word in threads.load_global(
-                refs[k], matrix.offset(i) * width + 16 * part, 4, condition=matrix.real(i)
-            )
-        ]
+    def start(_, settings, left_ref, right_ref, x, *more):
+        found = []
+        for token, pieces in enumerate(tokens):
+            for matrix, i in pieces:
+                found += _fetch_piece(x, more[0] if shape.parts else None, token, matrix, i, shape)
+        for ref, pieces, width in (
+            (left_ref, left, 1),
+            (right_ref, right, 1),
+            *([(more[-1], tokens[0], wide)] if wide else []),
+        ):
+            found += [
+                word
+                for matrix, i in pieces
+                for part in range(width)
+                for word in threads.load_global(
+                    ref, matrix.offset(i) * width + 16 * part, 4, condition=matrix.real(i)
+                )
+            ]
         values = [threads.load_global(settings, threads.word(4 * i))[0].real() for i in range(3)]
         return threads.as_array(found), threads.as_array(values)
 
-    return start(settings_gmem, *sources)
+    return start(*refs)
+
+
+def _words(shape: Shape) -> int:
+    """Of a piece of a token, as it is fetched."""
+    return 6 * shape.parts if shape.parts else 4
+
+
+def _fetch_piece(
+    x: ir.Value, softmax: ir.Value | None, token: int, matrix: "_Matrix", i: int, shape: Shape
+) -> list[Word]:
+    """Eight features of a token; or of each of its parts, with its softmax's two numbers after them."""
+    size, offset, real = shape.size * shape.r, matrix.offset(i), matrix.real(i)
+    if softmax is None:
+        return threads.load_global(x, offset + token * size * 2, 4, condition=real)
+    head, found = (offset // 2) // (size // shape.heads), []
+    for part in range(token * shape.parts, (token + 1) * shape.parts):
+        found += threads.load_global(x, offset + part * size * 2, 4, condition=real)
+        found += threads.load_global(softmax, (head + part * shape.heads) * 8, 2, condition=real)
+    return found
+
+
+def _merged(words: list[Word]) -> list[Word]:
+    """A piece of a token of its parts'."""
+    parts = [words[i : i + 6] for i in range(0, len(words), 6)]
+    tops, sums = ([part[i].real() for part in parts] for i in (4, 5))
+    top = tree(tops, Real.most)
+    shares = [threads.power_of_two(one - top) * total for one, total in zip(tops, sums, strict=True)]
+    inverse = threads.reciprocal(tree(shares, Real.__add__).most(LEAST_SUM))
+    mixed = [threads.real(0.0)] * 8
+    for part, share in zip(parts, shares, strict=True):
+        weight = share * inverse
+        mixed = [x.times_plus(weight, y) for x, y in zip(threads.eight_reals(part[:4]), mixed, strict=True)]
+    return [threads.pack_bfloat16(*mixed[i : i + 2]) for i in range(0, 8, 2)]
 
 
 def load(
@@ -165,9 +214,12 @@ def load(
     )
     def copy(_, words, token, left, right, warps):
         found, fours = threads.words(words), []
-        for pieces in _pieces(shape):
-            fours.append([found[4 * i : 4 * i + 4] for i in range(len(pieces))])
-            found = found[4 * len(pieces) :]
+        for k, pieces in enumerate(_pieces(shape)):
+            each = _words(shape) if k < t else 4
+            fours.append([found[each * i : each * (i + 1)] for i in range(len(pieces))])
+            found = found[each * len(pieces) :]
+        if shape.parts:
+            fours[:t] = [[_merged(piece) for piece in of_token] for of_token in fours[:t]]
         if epsilon is not None:
             each = len(found) // len(fours[0])
             weights = [found[i : i + each] for i in range(0, len(found), each)]
@@ -186,7 +238,7 @@ def load(
 class _Matrix:
     """Rows and columns of a bf16 matrix that is copied, 16 bytes a thread at once, and what it is filled up to.
 
-    There are `before` others like it before it, and above it in shared memory.
+    There are `before` others like it above it in shared memory.
     """
 
     rows: int
@@ -212,7 +264,7 @@ class _Matrix:
 
     def offset(self, i: int) -> Word:
         row, chunk = self._chunk(i)
-        return (row * self.columns + chunk * 8 + self.before * self.rows * self.columns) * 2
+        return (row * self.columns + chunk * 8) * 2
 
     def place(self, i: int) -> Word:
         """Where the swizzle has it."""

@@ -2,13 +2,14 @@
 
 from jaxtyping import Array, Float, Float32
 
+from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.rotate_quantize import KernelRotation, gate, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
 
 
 def quantized_linear(
-    x: Float[Array, "t m"],
+    x: Float[Array, "t m"] | AttentionParts,
     rotation: KernelRotation | None,
     settings: Float32[Array, " 3"],
     weight: KernelWeight,
@@ -21,6 +22,8 @@ def quantized_linear(
     implementation: Implementation | None,
 ) -> Float[Array, "t n"]:
     """Norm, rotation and codes, then the product, its gate, and the residual in the product's type."""
+    if isinstance(x, AttentionParts):
+        x = x.merged()
     tokens = rotate_quantize(
         x, rotation, settings, norm_scale=norm_scale, epsilon=epsilon, implementation=implementation
     )
