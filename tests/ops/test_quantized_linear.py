@@ -19,6 +19,7 @@ from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.quantized_linear import (
     gpu,
     gpu_codes,
+    gpu_fetch,
     gpu_products,
     gpu_token,
     quantized_linear,
@@ -130,7 +131,7 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
     expected = jax.jit(functools.partial(reference.quantized_linear, implementation="xla", **options))(
         *arguments
     )
-    emulated_threads.emulate(monkeypatch, gpu, gpu_token, gpu_codes, gpu_products, gpu_rows)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes, gpu_products, gpu_rows)
     emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
     monkeypatch.setattr(gpu_token, "turn", turned)
     chosen = tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages)

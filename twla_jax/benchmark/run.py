@@ -16,7 +16,8 @@ from twla_jax.recipe import EmbeddingRecipe
 from twla_jax.report import environment
 
 Part = Literal["kernels", "prefill", "decode"]
-PARTS: tuple[Part, ...] = ("kernels", "prefill", "decode")
+# Decoding first: see `timing.copy_bandwidth`.
+PARTS: tuple[Part, ...] = ("decode", "kernels", "prefill")
 
 
 def measure(
@@ -36,7 +37,7 @@ def measure(
     """Times on the device at hand, random weights, everything in one process.
 
     Args:
-      parts: `kernels` times each op at few tokens, `prefill` at many, `decode` whole models' steps.
+      parts: `kernels` times each op at few tokens, `prefill` at many, `decode` whole models' steps, which come first.
       shape: a name in `SHAPES`.
       batches: rows that decode together.
       tokens: of a prefill.
@@ -86,7 +87,7 @@ def measure(
     }
     rows: dict[str, list[dict[str, Any]]] = {}
     with _fallbacks() as fallbacks:
-        for part in parts:
+        for part in (each for each in PARTS if each in parts):
             rows[part] = []
             for row in makers[part]():
                 rows[part].append(row)

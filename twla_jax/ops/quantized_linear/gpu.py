@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.gpu_threads import Real
-from twla_jax.ops.quantized_linear import gpu_codes
+from twla_jax.ops.quantized_linear import gpu_codes, gpu_fetch
 from twla_jax.ops.quantized_linear import gpu_products as products
 from twla_jax.ops.quantized_linear import gpu_token as turning
 from twla_jax.ops.quantized_linear import tiles as tuning
@@ -205,13 +205,15 @@ def _kernel(
                 )
 
     # The tokens before the weights, behind which they would queue up.
-    words, settings = turning.fetch(
+    words, settings = gpu_fetch.fetch(
         x_gmem, left_gmem, right_gmem, norm[0] if norm else None, settings_gmem, shape=shape
     )
+    levels = settings_gmem[0]
     of_rows = _fetch_rows((row_sums_gmem, bias_gmem), residual, first_row, n, rows=rows)
     for slot in range(stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
-    turning.load(words, token_smem, left_smem, right_smem, warps_smem, shape=shape, epsilon=epsilon)
+    words = gpu_fetch.ready(words, levels, warps_smem, shape=shape, epsilon=epsilon)
+    gpu_fetch.load(words, token_smem, left_smem, right_smem, shape=shape)
     z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
     ends = gpu_codes.quantize(z, settings, x_smem, table_smem, warps_smem, shape=shape)
 

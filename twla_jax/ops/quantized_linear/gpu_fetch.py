@@ -1,0 +1,240 @@
+"""Tokens and the rotation's factors, from memory through threads into shared memory (Pallas Mosaic GPU).
+
+On their way tokens are normed, or merged of the parts that attention left them in.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+
+from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.decode_attention.parts import LEAST_SUM
+from twla_jax.ops.gpu_threads import Real, Word
+from twla_jax.ops.quantized_linear.gpu_token import Shape, load_reals, tree
+from twla_jax.ops.rotate_quantize.gpu import swizzled
+
+
+def fetch(
+    x_gmem, left_gmem, right_gmem, norm_gmem, settings_gmem, *, shape: Shape
+) -> tuple[jax.Array, jax.Array]:
+    """Starts the way of the tokens, both factors and the norm's weights to the threads, for `load`; and the settings.
+
+    Not by the copy engine, which would bring them in turn with the weights. `x_gmem` lists the tokens or, of attention
+    left in parts, mixes and softmaxes.
+    """
+    refs = [settings_gmem, left_gmem, right_gmem, *x_gmem, *([] if norm_gmem is None else [norm_gmem])]
+    *tokens, left, right = _pieces(shape)
+    wide = 0 if norm_gmem is None else norm_gmem.dtype.itemsize // 2
+    count = sum(len(pieces) for pieces in tokens) * _words(shape)
+    count += 4 * (len(left) + len(right) + wide * len(tokens[0]))
+
+    @threads.on_threads(
+        arg_types=(plgpu.RefType(),) * len(refs),
+        return_type=(threads.values(count, jnp.int32), threads.values(3, jnp.float32)),
+    )
+    def start(_, settings, left_ref, right_ref, x, *more):
+        found = []
+        for token, pieces in enumerate(tokens):
+            for matrix, i in pieces:
+                found += _fetch_piece(x, more[0] if shape.parts else None, token, matrix, i, shape)
+        for ref, pieces, width in (
+            (left_ref, left, 1),
+            (right_ref, right, 1),
+            *([(more[-1], tokens[0], wide)] if wide else []),
+        ):
+            found += [
+                word
+                for matrix, i in pieces
+                for part in range(width)
+                for word in threads.load_global(
+                    ref, matrix.offset(i) * width + 16 * part, 4, condition=matrix.real(i)
+                )
+            ]
+        values = [threads.load_global(settings, threads.word(4 * i))[0].real() for i in range(3)]
+        return threads.as_array(found), threads.as_array(values)
+
+    return start(*refs)
+
+
+def _words(shape: Shape) -> int:
+    """Of a piece of a token, as it is fetched."""
+    return 6 * shape.parts if shape.parts else 4
+
+
+def _fetch_piece(
+    x: ir.Value, softmax: ir.Value | None, token: int, matrix: "_Matrix", i: int, shape: Shape
+) -> list[Word]:
+    """Eight features of a token; or of each of its parts, with its softmax's two numbers after them."""
+    size, offset, real = shape.size * shape.r, matrix.offset(i), matrix.real(i)
+    if softmax is None:
+        return threads.load_global(x, offset + token * size * 2, 4, condition=real)
+    head, found = (offset // 2) // (size // shape.heads), []
+    for part in range(token * shape.parts, (token + 1) * shape.parts):
+        found += threads.load_global(x, offset + part * size * 2, 4, condition=real)
+        found += threads.load_global(softmax, (head + part * shape.heads) * 8, 2, condition=real)
+    return found
+
+
+def ready(words, levels, warps_smem, *, shape: Shape, epsilon: float | None) -> jax.Array:
+    """What `fetch` found, with tokens merged of their parts, and after an RMS norm if ε is not None.
+
+    `levels` are the settings' first number.
+    """
+    if not shape.parts and epsilon is None:
+        return words
+    *tokens, left, right = _pieces(shape)
+    width, count = _words(shape), words.shape[0] // 128
+
+    @threads.on_threads(
+        arg_types=(threads.per_thread(count), plgpu.RefType()), return_type=threads.values(count, jnp.int32)
+    )
+    def run(_, words, warps):
+        found, of_token = threads.words(words), width * len(tokens[0])
+        fours = [_each(found[of_token * i :], width, len(tokens[0])) for i in range(len(tokens))]
+        if shape.parts:
+            fours = [[_merged(piece) for piece in each] for each in fours]
+        if epsilon is not None:
+            scales = found[of_token * len(tokens) + 4 * (len(left) + len(right)) :]
+            scales = _each(scales, len(scales) // len(tokens[0]), len(tokens[0]))
+            fours = _normed(fours, scales, threads.address(warps), shape, epsilon)
+        for i, four in enumerate(four for each in fours for four in each):
+            found[width * i : width * i + 4] = four[:4]
+        return threads.as_array(found)
+
+    if not shape.parts:
+        return run(words, warps_smem)
+    # In a loop, of one round, as the compiler would have threads wait for what is in none before they ask for weights.
+    # For a norm alone it may: a step with weights asked for earlier was no faster.
+    return lax.fori_loop(0, jnp.where(levels > 0, 1, 0), lambda _, words: run(words, warps_smem), words)
+
+
+def _merged(words: list[Word]) -> list[Word]:
+    """A piece of a token of its parts'."""
+    parts = [words[i : i + 6] for i in range(0, len(words), 6)]
+    tops, sums = ([part[i].real() for part in parts] for i in (4, 5))
+    top = tree(tops, Real.most)
+    shares = [threads.power_of_two(one - top) * total for one, total in zip(tops, sums, strict=True)]
+    inverse = threads.reciprocal(tree(shares, Real.__add__).most(LEAST_SUM))
+    mixed = [threads.real(0.0)] * 8
+    for part, share in zip(parts, shares, strict=True):
+        weight = share * inverse
+        mixed = [x.times_plus(weight, y) for x, y in zip(threads.eight_reals(part[:4]), mixed, strict=True)]
+    return [threads.pack_bfloat16(*mixed[i : i + 2]) for i in range(0, 8, 2)]
+
+
+def load(words, token_smem, left_smem, right_smem, *, shape: Shape) -> None:
+    """What `fetch` found, and `ready` made of it, into shared memory. Waits for the block."""
+    matrices = [token_smem, left_smem, right_smem]
+    t = shape.tokens
+
+    @threads.on_threads(
+        arg_types=(
+            threads.per_thread(words.shape[0] // 128),
+            *[plgpu.RefType(swizzled(ref.shape[1])) for ref in matrices],
+        )
+    )
+    def copy(_, words, token, left, right):
+        found = threads.words(words)
+        for k, (ref, pieces) in enumerate(zip((*[token] * t, left, right), _pieces(shape), strict=True)):
+            width = _words(shape) if k < t else 4
+            for four, (matrix, i) in zip(_each(found, width, len(pieces)), pieces, strict=True):
+                with threads.when(matrix.exists(i)):
+                    threads.store(threads.address(ref) + matrix.place(i), *four[:4])
+            found = found[width * len(pieces) :]
+        threads.publish()
+        threads.barrier(shape.threads)
+
+    copy(words, *matrices)
+
+
+def _each(words: list[Word], width: int, count: int) -> list[list[Word]]:
+    return [words[width * i :][:width] for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """Rows and columns of a bf16 matrix that is copied, 16 bytes a thread at once, and what it is filled up to.
+
+    There are `before` others like it above it in shared memory.
+    """
+
+    rows: int
+    columns: int
+    whole_rows: int
+    whole_columns: int
+    before: int = 0
+
+    def count(self, threads: int) -> int:
+        return -(-self.whole_rows * self.whole_columns // (8 * threads))
+
+    def _chunk(self, i: int) -> tuple[Word, Word]:
+        index = threads.thread() + i
+        chunks = self.whole_columns // 8
+        return index // chunks, index % chunks
+
+    def exists(self, i: int) -> ir.Value:
+        return threads.thread() + i < self.whole_rows * self.whole_columns // 8
+
+    def real(self, i: int) -> ir.Value:
+        row, chunk = self._chunk(i)
+        return threads.both(row < self.rows, chunk < self.columns // 8)
+
+    def offset(self, i: int) -> Word:
+        row, chunk = self._chunk(i)
+        return (row * self.columns + chunk * 8) * 2
+
+    def place(self, i: int) -> Word:
+        """Where the swizzle has it."""
+        width = next(size for size in (128, 64, 32) if 2 * self.whole_columns % size == 0)
+        row, chunk = self._chunk(i)
+        chunks = width // 16  # of a tile's row
+        tile = (row // 8) * (self.whole_columns // 8 // chunks) + chunk // chunks
+        turned = (chunk % chunks) ^ ((row // (128 // width)) % chunks)
+        above = 2 * self.before * self.whole_rows * self.whole_columns
+        return tile * (8 * width) + (row % 8) * width + turned * 16 + above
+
+
+def _pieces(shape: Shape) -> list[list[tuple[_Matrix, int]]]:
+    """What a thread copies of each token, of L and of Rᵀ: pieces by the index that its first thread has."""
+    matrices = (
+        *(_Matrix(shape.size, shape.r, shape.rows, shape.columns, i) for i in range(shape.tokens)),
+        _Matrix(shape.rows, shape.rows, shape.rows, shape.rows),
+        _Matrix(shape.r, shape.r, shape.columns, shape.columns),
+    )
+    return [[(matrix, i * shape.threads) for i in range(matrix.count(shape.threads))] for matrix in matrices]
+
+
+def _normed(
+    tokens: list[list[list[Word]]], scales: list[list[Word]], warps: Word, shape: Shape, epsilon: float
+) -> list[list[list[Word]]]:
+    values = [[threads.eight_reals(each) for each in fours] for fours in tokens]
+    weights = [threads.eight_reals(each) for each in scales]
+    me, totals = threads.thread(), []
+    for of_token in values:
+        total = threads.real(0.0)
+        for value in (value for piece in of_token for value in piece):
+            total = value.times_plus(value, total)
+        for distance in (1, 2, 4, 8, 16):
+            total = total + threads.shuffle(total, distance)
+        totals.append(total)
+    with threads.when((me & (threads.WARP - 1)).equals(0)):
+        for i, total in enumerate(totals):
+            threads.store(warps + (me // threads.WARP) * 4, total, offset=4 * shape.warps * i)
+    threads.barrier(shape.threads)
+    normed = []
+    for i, of_token in enumerate(values):
+        sums = load_reals(warps, shape.warps, 4 * shape.warps * i)
+        mean = tree(sums, Real.__add__) * (1 / (shape.size * shape.r))
+        factor = threads.reciprocal_root(mean + epsilon)
+        pieces = [
+            [value * factor * weight for value, weight in zip(*piece, strict=True)]
+            for piece in zip(of_token, weights, strict=True)
+        ]
+        normed.append(
+            [[threads.pack_bfloat16(*piece[i : i + 2]) for i in range(0, len(piece), 2)] for piece in pieces]
+        )
+    return normed
