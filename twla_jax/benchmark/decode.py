@@ -119,7 +119,7 @@ def _row(name: str, model: Decoder, batch: int, taken: float, settings: DecodeSe
     head = model.embed if model.head is None else model.head
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves((model.blocks, head)))
     entries = _cache_bytes(model, batch, settings)
-    limit = (weights + entries) / timing.copy_bandwidth()
+    limit = (weights + entries) / timing.copy_bandwidth(by_clock=True)
     return {
         "name": name,
         "batch": batch,

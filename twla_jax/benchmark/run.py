@@ -49,7 +49,8 @@ def measure(
         alone.
       on_row: called with the part and each row as it comes.
     Returns:
-      JSON-ready: rows by part, `copy_bytes_per_second`, peaks of XLA's products, how it was timed, and what stood in.
+      JSON-ready: rows by part, `copy_bytes_per_second` and, for what decoding is held against, the same `by_clock`,
+      peaks of XLA's products, how it was timed, and what stood in.
     Raises:
       TwlaError: an unknown shape or a size that is none.
     """
@@ -96,6 +97,11 @@ def measure(
         "shape": shape,
         **rows,
         "copy_bytes_per_second": timing.copy_bandwidth(),
+        **(
+            {"copy_bytes_per_second_by_clock": timing.copy_bandwidth(by_clock=True)}
+            if "decode" in rows
+            else {}
+        ),
         "product_operations_per_second": {kind: timing.product_rate(kind) for kind in ("bfloat16", "int8")},
         "timer": {"kernels": timing.timer(), "prefill": timing.timer(), "decode": "wall clock"},
         "path": inference.path(),

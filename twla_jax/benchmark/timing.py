@@ -65,13 +65,16 @@ def seconds_each(function: Callable[..., Any], make: Callable[[jax.Array], Any],
 
 
 @functools.cache
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of `2 x` on a large array, one after the other by wall clock.
+def copy_bandwidth(*, by_clock: bool = False) -> float:
+    """Bytes a second, read and written, of `2 x` on a large array; of several, one after the other, by wall clock.
 
-    Not by CUPTI, after whose first use programs start more slowly, and so a decode step takes 2 to 3 % longer.
+    The clock is for what is timed by it, and before anything else: once CUPTI has been used, launches take longer, and
+    a decode step 2 to 3 %.
     """
     x = jnp.ones(1 << (28 if _measured() else 22), jnp.float32)
     calls, double = 16, jax.jit(lambda x: 2 * x)
+    if not by_clock:
+        return 2 * x.nbytes / seconds(double, x)
 
     def copies(x):
         for _ in range(calls):
