@@ -82,7 +82,7 @@ def quantized_linear(
     if tiles is not None:
         rows, chosen = Rows(tiles.rows, rows.parts), tiles
     groups, stages = chosen.warpgroups, chosen.stages
-    shape, flat = turning.shape(x, rotation, groups), Flat(len(rotation.right_transposed))
+    shape = turning.shape(x, rotation, groups)
     n = weight.out_features // rows.parts
     norm = () if norm_scale is None else (threads.readable(norm_scale),)
     added = () if residual is None else (threads.readable(residual),)
@@ -105,7 +105,7 @@ def quantized_linear(
             # Tokens are used up when their codes are written, and L when sums are.
             "token_or_x_smem": plgpu.RefUnion(
                 turning.token_memory(shape, dtype),
-                plgpu.SMEM((t, flat.stride(weight.tiles * TILE)), jnp.int8),
+                plgpu.SMEM((t, Flat(shape.r).stride(weight.tiles * TILE)), jnp.int8),
             ),
             "table_smem": plgpu.SMEM((weight.tiles + 1, Columns(t).numbers), jnp.int32),
             "left_or_parts_smem": plgpu.RefUnion(
@@ -141,11 +141,8 @@ def _plan(
     x: jax.Array | AttentionParts, rotation: KernelRotation, weight: KernelWeight, gated: bool
 ) -> tuple[Rows, tuning.Tiles]:
     parts = 2 if gated else 1
-    shape, flat = (
-        turning.shape(x, rotation, tuning.MOST_WARPGROUPS),
-        Flat(len(rotation.right_transposed)),
-    )
-    t = shape.tokens
+    shape = turning.shape(x, rotation, tuning.MOST_WARPGROUPS)
+    t, flat = shape.tokens, Flat(shape.r)
     other = (
         t * max(2 * shape.rows * shape.columns, flat.stride(weight.tiles * TILE))
         + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_WARPGROUPS * tuning.MOST_ROWS * t)
