@@ -213,19 +213,29 @@ def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype)
     jax.tree.map(np.testing.assert_array_equal, found, same)
 
 
+WIDE, SHARED = (1, 32, 32, 128, 576, 512, ALL), (1, 32, 8, 128, 640, 512, ALL)
+
+
 @pytest.mark.aot
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize(("norm", "dtype"), [(False, jnp.bfloat16), (True, jnp.bfloat16), (True, jnp.int8)])
 @pytest.mark.parametrize(
-    "case",
+    ("case", "norm", "dtype", "apart"),
     [
-        (1, 32, 32, 128, 576, 512, ALL),
-        (1, 32, 32, 128, 584, 512, ALL),
-        (4, 32, 32, 128, 4096, 512, ALL),
-        (1, 32, 8, 128, 640, 512, ALL),
-        (1, 64, 8, 128, 640, 512, ALL),
-        (1, 9, 3, 64, 576, 512, ALL),
-        (1, 9, 3, 64, 64, 9, ALL),
+        *itertools.product(
+            [
+                WIDE,
+                (1, 32, 32, 128, 584, 512, ALL),
+                (4, 32, 32, 128, 4096, 512, ALL),
+                SHARED,
+                (1, 64, 8, 128, 640, 512, ALL),
+                (1, 9, 3, 64, 576, 512, ALL),
+                (1, 9, 3, 64, 64, 9, ALL),
+            ],
+            [False],
+            [jnp.bfloat16, jnp.int8],
+            [False],
+        ),
+        *itertools.product([WIDE, SHARED], [True], [jnp.bfloat16, jnp.int8], [False, True]),
+        ((1, 9, 3, 64, 576, 512, ALL), False, jnp.bfloat16, True),
     ],
 )
 def test_gpu_kernel_spills_nothing(case, norm, dtype, apart, compile_for_h100):
