@@ -1,208 +1,19 @@
 """`gpu_threads` on the CPU: every word is an array with a value for each thread, and all threads go in step.
 
 What one instruction does is modelled after the PTX manual, so that kernels written with such words can be held against
-their references without a GPU. Blocks of a cluster are rows of the arrays. Warps of a GPU do not go in step: none may
-touch shared memory that another has written, or write what another has touched, before both have met at a barrier.
+their references without a GPU, on the machine of `emulated_machine`.
 """
 
 import contextlib
-import dataclasses
-import math
 import sys
 import types
 
+import emulated_machine as here
 import ml_dtypes
 import numpy as np
+from emulated_machine import WARP, Global, Slice, copy, start
 
-WARP = 32
 WHOLE = 1.5 * 2**23
-_SEVERAL = -2  # in place of a warp; and less, for several of one warpgroup
-
-
-class Machine:
-    """Blocks of threads with their shared memory, and which threads take part in what happens now."""
-
-    def __init__(self, threads: int, blocks: int = 1, memory: int = 232448):
-        self.shape = (blocks, threads)
-        # As it may be found: whatever is not written before it is read shows.
-        self.memory = np.random.default_rng(0).integers(0, 256, (blocks, memory), np.uint8)
-        self.used = 0
-        self.masks = [np.ones(self.shape, bool)]
-        # Of every byte: how many barriers there had been when it was last read and written, and by which warp.
-        self.met = 0
-        self.begun = blocks == 1
-        self.reads, self.writes = (np.full((2, blocks, memory), -1) for _ in range(2))
-
-    @property
-    def blocks(self):
-        return np.broadcast_to(np.arange(self.shape[0])[:, None], self.shape)
-
-    @property
-    def threads(self):
-        return np.broadcast_to(np.arange(self.shape[1]), self.shape)
-
-    @property
-    def warps(self):
-        return self.blocks * self.shape[1] + self.threads // WARP
-
-    def check(self, blocks, places, *, writes, against):
-        """That what `against` noted since the last barrier, if anything, was by the same warp; and notes this."""
-        warps = np.broadcast_to(self.warps[self.masks[-1]][:, None], places.shape)
-        when, by = against[:, blocks, places]
-        assert not ((when == self.met) & (by != warps)).any(), "no barrier between two warps"
-        noted = self.writes if writes else self.reads
-        others = (noted[0, blocks, places] == self.met) & (noted[1, blocks, places] != warps)
-        assert not (others.any() and writes), "two warps write the same, with no barrier between them"
-        noted[0, blocks, places] = self.met
-        of_one = _warpgroup(noted[1, blocks, places]) == warps // 4
-        together = np.where(of_one, _SEVERAL - 1 - warps // 4, _SEVERAL)
-        noted[1, blocks, places] = np.where(others, together, warps)
-
-    def read_by_all(self, ref):
-        """As products of whole warpgroups do."""
-        at, size = int(ref.start), math.prod(ref.shape) * ref.dtype.itemsize
-        assert (self.writes[0, :, at : at + size] < self.met).all()
-        self.reads[0, :, at : at + size], self.reads[1, :, at : at + size] = self.met, _SEVERAL
-
-    def copied(self, target, block, thread):
-        """A warpgroup may have a copy made to what it touched itself, as its warps wait for each other before."""
-        at = int(self.spread(target.start)[block, thread])
-        places = slice(at, at + math.prod(target.shape) * target.dtype.itemsize)
-        own = self.warps[block, thread] // 4
-        for noted in (self.reads, self.writes):
-            when, by = noted[:, block, places]
-            assert not ((when == self.met) & (_warpgroup(by) != own)).any(), "a warpgroup is not done with it"
-
-    def allocate(self, shape, dtype, *, swizzled=False):
-        """A reference to shared memory."""
-        at = self.used
-        self.used = at + -(-math.prod(shape) * np.dtype(dtype).itemsize // 1024) * 1024
-        assert self.used <= self.memory.shape[1]
-        return Shared(at, tuple(shape), np.dtype(dtype), swizzled)
-
-    def spread(self, value):
-        return np.broadcast_to(np.asarray(value), self.shape)
-
-
-machine: Machine  # the one that a test made
-
-
-def _warpgroup(by):
-    return np.where(by >= 0, by // 4, np.where(by < _SEVERAL, _SEVERAL - 1 - by, -1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """`pl.ds`."""
-
-    start: object
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """Shared memory from an address on, which may be another for each thread."""
-
-    start: object
-    shape: tuple
-    dtype: np.dtype
-    swizzled: bool = False
-
-    @property
-    def at(self):
-        return self
-
-    def __getitem__(self, index):
-        """Leading indices: each a number, or an array of one for each thread; the last one may be a slice."""
-        start, kept = self.start, ()
-        index = index if isinstance(index, tuple) else (index,)
-        for axis, each in enumerate(index):
-            if isinstance(each, Slice):
-                kept, each = (each.size,), each.start
-            start = start + np.asarray(each) * (self.dtype.itemsize * math.prod(self.shape[axis + 1 :]))
-        return dataclasses.replace(self, start=start, shape=kept + self.shape[len(index) :])
-
-    def view(self, block, thread):
-        """What a thread sees, as bytes."""
-        at = int(machine.spread(self.start)[block, thread])
-        return machine.memory[block, at : at + math.prod(self.shape) * self.dtype.itemsize]
-
-
-def copy(source, target, _):
-    """The copy engine, for each warpgroup: zeros where the source ends; chunks of 16 bytes swizzled."""
-    for block in range(machine.shape[0]):
-        for thread in range(0, machine.shape[1], 128):
-            if machine.masks[-1][block, thread]:
-                data = np.zeros(target.shape, source.array.dtype)
-                part = source.window(block, thread)
-                data[tuple(slice(size) for size in part.shape)] = part
-                data = data.view(np.uint8)
-                if target.swizzled:
-                    rows = np.arange(len(data))[:, None]
-                    data = data.reshape(len(data), 8, 16)[rows, np.arange(8) ^ rows % 8]
-                target.view(block, thread)[:] = data.reshape(-1)
-                machine.copied(target, block, thread)
-
-
-def unswizzled(ref, block=0):
-    """A bf16 matrix in tiles of 8 rows, as wide as their swizzle."""
-    rows, columns = ref.shape
-    width = next(size for size in (128, 64, 32) if 2 * columns % size == 0)
-    chunks = width // 16
-    tiles = ref.view(block, 0).reshape(rows // 8, -1, 8, chunks, 16)
-    row = np.arange(8)
-    turned = np.arange(chunks) ^ (row[:, None] // (128 // width)) % chunks
-    tiles = tiles[:, :, row[:, None], turned]
-    return tiles.transpose(0, 2, 1, 3, 4).reshape(rows, -1).view(ml_dtypes.bfloat16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Global:
-    """An array in global memory."""
-
-    array: np.ndarray
-
-    @property
-    def at(self):
-        return self
-
-    @property
-    def shape(self):
-        return self.array.shape
-
-    @property
-    def dtype(self):
-        return self.array.dtype
-
-    def __getitem__(self, index):
-        index = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(each, Slice) or np.ndim(each) for each in index):
-            return Window(self.array, index)
-        part = self.array[tuple(int(each) for each in index)]
-        return Global(part) if part.ndim else part
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """A part of an array in global memory, which may be another for each thread."""
-
-    array: np.ndarray
-    index: tuple
-
-    def window(self, block, thread):
-        def number(each):
-            return int(machine.spread(each)[block, thread])
-
-        return self.array[
-            tuple(
-                slice(number(each.start), number(each.start) + each.size)
-                if isinstance(each, Slice)
-                else slice(None)
-                if isinstance(each, slice)
-                else number(each)
-                for each in self.index
-            )
-        ]
 
 
 class _Number:
@@ -223,7 +34,7 @@ class Word(_Number):
         value = value.value if isinstance(value, Word) else np.asarray(value)
         if value.dtype != np.uint32:
             value = (value.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32)
-        self.value = value if value.shape == machine.shape else machine.spread(value)
+        self.value = value if value.shape == here.machine.shape else here.machine.spread(value)
 
     def _with(self, operation, other):
         other = other if isinstance(other, Word) else Word(other)
@@ -266,7 +77,9 @@ class Word(_Number):
 
 class Real(_Number):
     def __init__(self, value):
-        self.value = machine.spread(np.asarray(value.value if isinstance(value, Real) else value, np.float32))
+        self.value = here.machine.spread(
+            np.asarray(value.value if isinstance(value, Real) else value, np.float32)
+        )
 
     def _with(self, operation, other):
         with np.errstate(all="ignore"):
@@ -307,14 +120,14 @@ def emulate(monkeypatch, *modules):
         return Values(select(mask, *pair) for pair in zip(new, old, strict=True))
 
     def loop(start, stop, step, carry):
-        stop = machine.spread(stop)
+        stop = here.machine.spread(stop)
         for i in range(int(start), int(stop.max())):
             with when(i < stop):
                 carry = chosen(i < stop, step(i, carry), carry)
         return carry
 
     def axis_index(name):
-        return machine.axes[name]
+        return here.machine.axes[name]
 
     for module in modules:
         for name in ("threads", "Real", "Word"):
@@ -334,17 +147,17 @@ def emulate_kernel(monkeypatch, pl, plgpu):
 
     def memory(kind):
         if isinstance(kind, plgpu.RefUnion):
-            first = machine.used
+            first = here.machine.used
             parts, ends = [], []
             for part in kind.refs:
-                machine.used = first
+                here.machine.used = first
                 parts.append(memory(part))
-                ends.append(machine.used)
-            machine.used = max(ends)
+                ends.append(here.machine.used)
+            here.machine.used = max(ends)
             return parts
         if isinstance(kind, plgpu.Barrier):
             return Barriers()
-        return machine.allocate(
+        return here.machine.allocate(
             kind.shape, kind.dtype, swizzled=bool(kind.transforms) and kind.dtype == np.uint8
         )
 
@@ -361,7 +174,7 @@ def emulate_kernel(monkeypatch, pl, plgpu):
 
     def when_called(condition):
         def run(function):
-            with when(machine.spread(condition)):
+            with when(here.machine.spread(condition)):
                 function()
 
         return run
@@ -382,14 +195,6 @@ class Barriers:
 
     def __getitem__(self, index):
         return self
-
-
-def start(threads, blocks=1, **axes):
-    """A new machine; `axes` are the indices of the grid's block."""
-    global machine
-    machine = Machine(threads, blocks)
-    machine.axes = {"split": machine.blocks, "warpgroup": machine.threads // 128, **axes}
-    return machine
 
 
 def on_threads(*, arg_types=(), return_type=None):
@@ -445,12 +250,12 @@ def both(*conditions):
 
 
 def thread():
-    return Word(machine.threads)
+    return Word(here.machine.threads)
 
 
 def barrier(count):
-    assert count == machine.shape[1]
-    machine.met += 1
+    assert count == here.machine.shape[1]
+    here.machine.met += 1
 
 
 def cluster_arrive():
@@ -458,11 +263,11 @@ def cluster_arrive():
 
 
 def cluster_wait():
-    machine.begun = True
+    here.machine.begun = True
 
 
 def cluster_barrier():
-    machine.met += 1
+    here.machine.met += 1
 
 
 def publish():
@@ -471,9 +276,9 @@ def publish():
 
 @contextlib.contextmanager
 def when(condition):
-    machine.masks.append(machine.masks[-1] & condition)
+    here.machine.masks.append(here.machine.masks[-1] & condition)
     yield
-    machine.masks.pop()
+    here.machine.masks.pop()
 
 
 def address(ref):
@@ -483,22 +288,22 @@ def address(ref):
 def _read(blocks, at, count):
     """Bytes; of threads that take no part, anything."""
     places = at.value.astype(np.int64)[..., None] + np.arange(count)
-    active = machine.masks[-1]
-    assert (places[active] < machine.memory.shape[1]).all()
+    active = here.machine.masks[-1]
+    assert (places[active] < here.machine.memory.shape[1]).all()
     assert (at.value[active] % min(count, 16) == 0).all()
-    blocks = np.broadcast_to(blocks, machine.shape)[..., None]
-    machine.check(blocks[active], places[active], writes=False, against=machine.writes)
-    return machine.memory[blocks, np.where(active[..., None], places, 0)]
+    blocks = np.broadcast_to(blocks, here.machine.shape)[..., None]
+    here.machine.check(blocks[active], places[active], writes=False, against=here.machine.writes)
+    return here.machine.memory[blocks, np.where(active[..., None], places, 0)]
 
 
 def _write(at, data, blocks=None):
-    active = machine.masks[-1]
+    active = here.machine.masks[-1]
     count = data.shape[-1]
     assert (at.value[active] % count == 0).all()
     places = at.value.astype(np.int64)[active][:, None] + np.arange(count)
-    blocks = (machine.blocks if blocks is None else blocks)[active][:, None]
-    machine.check(blocks, places, writes=True, against=machine.reads)
-    machine.memory[blocks, places] = data[active]
+    blocks = (here.machine.blocks if blocks is None else blocks)[active][:, None]
+    here.machine.check(blocks, places, writes=True, against=here.machine.reads)
+    here.machine.memory[blocks, places] = data[active]
 
 
 def _as_words(data):
@@ -511,11 +316,11 @@ def _as_bytes(each):
 
 
 def load(at, count=1, *, offset=0):
-    return _as_words(_read(machine.blocks, at + offset, 4 * count))
+    return _as_words(_read(here.machine.blocks, at + offset, 4 * count))
 
 
 def load_half(at, *, offset=0):
-    return Real(_read(machine.blocks, at + offset, 2).view(np.float16)[..., 0])
+    return Real(_read(here.machine.blocks, at + offset, 2).view(np.float16)[..., 0])
 
 
 def store(at, *each, offset=0):
@@ -529,13 +334,13 @@ def store_byte(at, value, *, offset=0, condition=True):
 
 def load_matrices(at):
     """Matrix i's row r is at the address of lane 8i + r; lane l gets word l % 4 of row l / 4."""
-    rows = _read(machine.blocks, at, 16).view(np.uint32).reshape(*machine.shape[:1], -1, 4, 8, 4)
-    return [Word(rows[:, :, i].reshape(machine.shape)) for i in range(4)]
+    rows = _read(here.machine.blocks, at, 16).view(np.uint32).reshape(*here.machine.shape[:1], -1, 4, 8, 4)
+    return [Word(rows[:, :, i].reshape(here.machine.shape)) for i in range(4)]
 
 
 def multiply_bytes(a, b, so_far):
     """As the manual has the fragments: lane 4g + t has rows g and g + 8 of A and C, and column g of B."""
-    warps = (machine.shape[0], -1, 8, 4)
+    warps = (here.machine.shape[0], -1, 8, 4)
     unsigned = np.stack([each.value.reshape(warps) for each in a], -1)[..., None].view(np.uint8)
     signed = np.stack([each.value.reshape(warps) for each in b], -1)[..., None].view(np.int8)
     blocks, count = unsigned.shape[:2]
@@ -551,12 +356,12 @@ def multiply_bytes(a, b, so_far):
     out = []
     for i, each in enumerate(so_far):
         part = product[:, :, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2]
-        out.append(each + Word(part.astype(np.int64).reshape(machine.shape)))
+        out.append(each + Word(part.astype(np.int64).reshape(here.machine.shape)))
     return out
 
 
 def _global(ref, offset, count, condition=None):
-    active = machine.masks[-1] if condition is None else machine.masks[-1] & condition
+    active = here.machine.masks[-1] if condition is None else here.machine.masks[-1] & condition
     data = np.ascontiguousarray(ref.array).view(np.uint8).reshape(-1)
     places = offset.value.astype(np.int64)[..., None] + np.arange(count)
     assert (places[active] < data.size).all()
@@ -579,14 +384,14 @@ def load_real(ref, index):
 
 
 def store_real(ref, index, value):
-    active = machine.masks[-1]
+    active = here.machine.masks[-1]
     flat = ref.array.reshape(-1)
     assert np.shares_memory(flat, ref.array)
     flat[index.value[active]] = value.value[active].astype(ref.array.dtype)
 
 
 def store_global_words(ref, offset, four):
-    active = machine.masks[-1]
+    active = here.machine.masks[-1]
     flat = ref.array.view(np.uint32).reshape(-1)
     assert np.shares_memory(flat, ref.array)
     for i, each in enumerate(four):
@@ -635,17 +440,17 @@ def eight_reals(found):
 
 def shuffle(value, distance):
     lanes = value.value.reshape(-1, WARP)[:, np.arange(WARP) ^ distance]
-    return type(value)(lanes.reshape(machine.shape))
+    return type(value)(lanes.reshape(here.machine.shape))
 
 
 def of_lane(value, lane):
     lanes = value.value.reshape(-1, WARP)[:, np.full(WARP, lane)]
-    return Real(lanes.reshape(machine.shape))
+    return Real(lanes.reshape(here.machine.shape))
 
 
 def _over_warp(value, operation):
-    warps = operation(value.value.reshape(*machine.shape[:1], -1, WARP), -1, keepdims=True)
-    return Real(np.repeat(warps, WARP, -1).reshape(machine.shape))
+    warps = operation(value.value.reshape(*here.machine.shape[:1], -1, WARP), -1, keepdims=True)
+    return Real(np.repeat(warps, WARP, -1).reshape(here.machine.shape))
 
 
 def warp_least(value):
@@ -699,5 +504,5 @@ def address_of_block(at, block):
 
 def store_of_block(there, value, *, offset=0):
     at, block = there
-    assert machine.begun, "the other block may not have begun"
+    assert here.machine.begun, "the other block may not have begun"
     _write(at + offset, _as_bytes(value), block.value.astype(np.int64))

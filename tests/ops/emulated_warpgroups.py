@@ -11,7 +11,7 @@ import types
 
 import jax.numpy as jnp
 import numpy as np
-from emulated_threads import Slice
+from emulated_machine import OfArray, Slice
 from jax import lax
 
 TIMEOUT = 60  # seconds, after which nobody will come any more
@@ -19,7 +19,7 @@ _here = threading.local()  # this thread's place: `axes`, and the `sums` of its 
 
 
 @dataclasses.dataclass(frozen=True)
-class Ref:
+class Ref(OfArray):
     """Global memory, beyond the end of which there is nothing, or shared memory, with that of the cluster's blocks."""
 
     arrays: list
@@ -28,18 +28,6 @@ class Ref:
     @property
     def array(self):
         return self.arrays[self.own]
-
-    @property
-    def shape(self):
-        return self.array.shape
-
-    @property
-    def dtype(self):
-        return self.array.dtype
-
-    @property
-    def at(self):
-        return self
 
     @property
     def T(self):

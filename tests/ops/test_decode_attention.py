@@ -4,6 +4,7 @@ import functools
 import itertools
 import re
 
+import emulated_machine
 import emulated_threads
 import jax
 import jax.numpy as jnp
@@ -113,18 +114,18 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
         window.reshape(1),
         *(norm_scales or ()),
     )
-    refs = [emulated_threads.Global(np.array(each)) for each in inputs]
+    refs = [emulated_machine.Global(np.array(each)) for each in inputs]
     for block, split in itertools.product(range(b * heads // tiles.queries), range(*splits or (1,))):
         axes = {"head": block} | ({"split": split} if splits else {})
-        machine = emulated_threads.start(32 * tiles.warps, 1 if splits else tiles.splits, **axes)
+        machine = emulated_machine.start(32 * tiles.warps, 1 if splits else tiles.splits, **axes)
         memory = {
             "parts_smem": machine.allocate((tiles.warps, tiles.queries, d + 2), np.float32),
             "of_blocks_smem": machine.allocate(
                 (tiles.splits, 3, tiles.queries * d // tiles.splits), np.float32
             ),
         }
-        of_cache = map(emulated_threads.Global, jax.tree.leaves(cache))
-        outputs = map(emulated_threads.Global, (out, softmax) if splits else (out,))
+        of_cache = map(emulated_machine.Global, jax.tree.leaves(cache))
+        outputs = map(emulated_machine.Global, (out, softmax) if splits else (out,))
         gpu._kernel(*of_cache, *refs, *outputs, **memory, shape=shape, epsilon=epsilon)
     for each, before in zip(jax.tree.leaves(cache), jax.tree.leaves(layer), strict=True):
         each[:, :, :, filled + 1 :] = before[:, :, :, filled + 1 :]

@@ -1,5 +1,6 @@
 """The emulator of a GPU's threads sees what would be a race on one."""
 
+import emulated_machine
 import emulated_threads as threads
 import numpy as np
 import pytest
@@ -41,8 +42,8 @@ def test_a_copy_waits_for_other_warpgroups_and_not_for_its_own(reads):
 def test_another_block_is_written_to_once_it_has_begun_and_read_after_a_barrier():
     ref = threads.start(32, 2).allocate((32,), np.float32)
     own = threads.address(ref) + threads.thread() * 4
-    there = threads.address_of_block(own, threads.Word(1 - threads.machine.blocks))
-    value = threads.Real(threads.machine.blocks)
+    there = threads.address_of_block(own, threads.Word(1 - emulated_machine.machine.blocks))
+    value = threads.Real(emulated_machine.machine.blocks)
     with pytest.raises(AssertionError, match="may not have begun"):
         threads.store_of_block(there, value)
     threads.cluster_arrive()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import emulated_machine
 import emulated_threads
 import jax
 import jax.numpy as jnp
@@ -68,15 +69,15 @@ def test_attention_in_parts_is_merged_first():
 def turned(token_smem, right_smem, left_smem, *, shape):
     """What a warpgroup's products leave in its threads: every `Zᵀ`, as `wgmma` has it in its registers."""
     for ref in (token_smem, right_smem, left_smem):
-        emulated_threads.machine.read_by_all(ref)
+        emulated_machine.machine.read_by_all(ref)
     tokens, right, left = (
-        emulated_threads.unswizzled(ref).astype(np.float32) for ref in (token_smem, right_smem, left_smem)
+        emulated_machine.unswizzled(ref).astype(np.float32) for ref in (token_smem, right_smem, left_smem)
     )
 
     def pair(*values):
         return emulated_threads.pack_bfloat16(*map(emulated_threads.Real, values))
 
-    thread = emulated_threads.machine.threads
+    thread = emulated_machine.machine.threads
     line, share = gpu_token.place(shape)
     row = share * (shape.rows // shape.shares) + thread % 4 * 2
     column = line * 64 + thread // 32 % 4 * 16 + thread % 32 // 4
