@@ -78,9 +78,12 @@ def line(part: str, row: Mapping[str, Any]) -> str:
 def footer(result: Mapping[str, Any]) -> str:
     """What the figures were made on."""
     peaks = result["product_operations_per_second"]
+    copy = f"copy {result['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+    if by_clock := result.get("copy_bytes_per_second_by_clock"):
+        copy += f", by the clock {by_clock / 1e9:.0f}"
     lines = [
         "",
-        f"{result['shape']}; copy {result['copy_bytes_per_second'] / 1e9:.0f} GB/s; XLA's largest products "
+        f"{result['shape']}; {copy}; XLA's largest products "
         f"{peaks['bfloat16'] / 1e12:.0f} TFLOP/s in bf16, {peaks['int8'] / 1e12:.0f} TOPS in int8",
         f"{result['path']}; timed by {result['timer']['kernels']} (decode: wall clock)",
         *(f"fallback: {message}" for message in result["fallbacks"]),

@@ -72,9 +72,10 @@ def copy_bandwidth(*, by_clock: bool = False) -> float:
     a decode step 2 to 3 %.
     """
     x = jnp.ones(1 << (28 if _measured() else 22), jnp.float32)
-    calls, double = 16, jax.jit(lambda x: 2 * x)
+    double = jax.jit(lambda x: 2 * x)
     if not by_clock:
         return 2 * x.nbytes / seconds(double, x)
+    calls = 16
 
     def copies(x):
         for _ in range(calls):

@@ -294,7 +294,7 @@ class IntegerBlock(Block):
             window,
             norm_scales=scales,
             epsilon=epsilon,
-            apart=self.o.takes_parts and self.o_input.settings is not None and len(qkv) <= MOST_TOKENS,
+            apart=self.o.takes_parts and self.o_input.settings is not None,
             implementation=self.implementation,
         )
         return mixed if isinstance(mixed, AttentionParts) else mixed[:, None], layer

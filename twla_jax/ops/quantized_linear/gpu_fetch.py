@@ -17,6 +17,9 @@ from twla_jax.ops.gpu_threads import Real, Word
 from twla_jax.ops.quantized_linear.gpu_token import Shape, load_reals, tree
 from twla_jax.ops.rotate_quantize.gpu import swizzled
 
+_OF_PIECE = 4  # words: eight features
+_OF_PART = _OF_PIECE + 2  # a piece of a part, and its softmax's two numbers
+
 
 def fetch(
     x_gmem, left_gmem, right_gmem, norm_gmem, settings_gmem, *, shape: Shape
@@ -30,7 +33,7 @@ def fetch(
     *tokens, left, right = _pieces(shape)
     wide = 0 if norm_gmem is None else norm_gmem.dtype.itemsize // 2
     count = sum(len(pieces) for pieces in tokens) * _words(shape)
-    count += 4 * (len(left) + len(right) + wide * len(tokens[0]))
+    count += _OF_PIECE * (len(left) + len(right) + wide * len(tokens[0]))
 
     @threads.on_threads(
         arg_types=(plgpu.RefType(),) * len(refs),
@@ -62,7 +65,7 @@ def fetch(
 
 def _words(shape: Shape) -> int:
     """Of a piece of a token, as it is fetched."""
-    return 6 * shape.parts if shape.parts else 4
+    return _OF_PART * shape.parts if shape.parts else _OF_PIECE
 
 
 def _fetch_piece(
@@ -98,11 +101,11 @@ def ready(words, levels, warps_smem, *, shape: Shape, epsilon: float | None) -> 
         if shape.parts:
             fours = [[_merged(piece) for piece in each] for each in fours]
         if epsilon is not None:
-            scales = found[of_token * len(tokens) + 4 * (len(left) + len(right)) :]
+            scales = found[of_token * len(tokens) + _OF_PIECE * (len(left) + len(right)) :]
             scales = _each(scales, len(scales) // len(tokens[0]), len(tokens[0]))
             fours = _normed(fours, scales, threads.address(warps), shape, epsilon)
         for i, four in enumerate(four for each in fours for four in each):
-            found[width * i : width * i + 4] = four[:4]
+            found[width * i : width * i + _OF_PIECE] = four[:_OF_PIECE]
         return threads.as_array(found)
 
     if not shape.parts:
@@ -114,15 +117,17 @@ def ready(words, levels, warps_smem, *, shape: Shape, epsilon: float | None) -> 
 
 def _merged(words: list[Word]) -> list[Word]:
     """A piece of a token of its parts'."""
-    parts = [words[i : i + 6] for i in range(0, len(words), 6)]
-    tops, sums = ([part[i].real() for part in parts] for i in (4, 5))
+    parts = [words[i : i + _OF_PART] for i in range(0, len(words), _OF_PART)]
+    tops, sums = ([part[_OF_PIECE + i].real() for part in parts] for i in range(2))
     top = tree(tops, Real.most)
     shares = [threads.power_of_two(one - top) * total for one, total in zip(tops, sums, strict=True)]
     inverse = threads.reciprocal(tree(shares, Real.__add__).most(LEAST_SUM))
     mixed = [threads.real(0.0)] * 8
     for part, share in zip(parts, shares, strict=True):
         weight = share * inverse
-        mixed = [x.times_plus(weight, y) for x, y in zip(threads.eight_reals(part[:4]), mixed, strict=True)]
+        mixed = [
+            x.times_plus(weight, y) for x, y in zip(threads.eight_reals(part[:_OF_PIECE]), mixed, strict=True)
+        ]
     return [threads.pack_bfloat16(*mixed[i : i + 2]) for i in range(0, 8, 2)]
 
 
@@ -140,10 +145,10 @@ def load(words, token_smem, left_smem, right_smem, *, shape: Shape) -> None:
     def copy(_, words, token, left, right):
         found = threads.words(words)
         for k, (ref, pieces) in enumerate(zip((*[token] * t, left, right), _pieces(shape), strict=True)):
-            width = _words(shape) if k < t else 4
+            width = _words(shape) if k < t else _OF_PIECE
             for four, (matrix, i) in zip(_each(found, width, len(pieces)), pieces, strict=True):
                 with threads.when(matrix.exists(i)):
-                    threads.store(threads.address(ref) + matrix.place(i), *four[:4])
+                    threads.store(threads.address(ref) + matrix.place(i), *four[:_OF_PIECE])
             found = found[width * len(pieces) :]
         threads.publish()
         threads.barrier(shape.threads)
