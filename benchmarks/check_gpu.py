@@ -19,6 +19,7 @@ from twla_jax.ops.integer_matmul import integer_matmul, integer_weight
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
+from twla_jax.ops.ternary_matmul.weight import pair
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 from twla_jax.packing import TILE
 from twla_jax.uniform import IntegerTensor
@@ -29,20 +30,28 @@ TOKENS = 8
 def random_weight(
     key: jax.Array, n: int, m: int, *, exact: bool = False, grouped: bool = True
 ) -> KernelWeight:
-    """A matrix with an (α, μ) for every 128 columns, or for a row if not `grouped`; both are 64ths, up to 63 of them.
+    """A matrix with an (α, μ) for every 128 columns, up to 63 steps each, or for a row if not `grouped`.
 
     `exact` makes both 1, and the product a sum of integers.
     """
     keys = jax.random.split(key, 3)
     tiles = -(-m // TILE)
     unsigned = jax.random.randint(keys[0], (n, tiles * TILE // 4, 4), 0, 3, jnp.uint8)
-    shape = (tiles, 8, n) if grouped else (1, 2, n)
-    scales = (jax.random.randint(keys[1], shape, -63, 64) / 64).astype(jnp.float16)
+    if grouped:
+        alpha, mu = (
+            jnp.ones((2, tiles, 4, n), int)
+            if exact
+            else jax.random.randint(keys[1], (2, tiles, 4, n), -63, 64)
+        )
+        scales = pair(alpha, mu - alpha)  # of stored codes, T + 1
+    else:
+        scales = jnp.ones((1, 2, n)) if exact else jax.random.randint(keys[1], (1, 2, n), -63, 64) / 64
+        scales = scales.astype(jnp.float16)
     return KernelWeight(
         codes=(unsigned << jnp.array([0, 2, 4, 6], jnp.uint8)).sum(-1, dtype=jnp.uint8),
-        scales=jnp.ones_like(scales) if exact else scales,
+        scales=scales,
         row_sums=jax.random.normal(keys[2], (n,)),
-        resolution=jnp.full(n, 1.0 if exact else 64.0),
+        steps=jnp.full(n, 1 / 64 if grouped and not exact else 1.0),
         bias=jnp.zeros(n),
         in_features=m,
         splits=(n,),

@@ -54,8 +54,8 @@ def test_figures_follow_from_each_other(printed):
     row = next(row for row in result["kernels"] if row["name"] == "gate,up, int8")
     n, m = 2 * 1024, 512
     assert (row["rows"], row["columns"]) == (n, m)
-    # Two bits a weight, four bytes of (α, μ) for 128 of them, row sums, steps and biases; one token in and out.
-    assert row["bytes"] == n * m // 4 + n * m // 32 + 12 * n + m + 2 * n
+    # Two bits a weight, two bytes of (α, μ) for 128 of them, row sums, steps and biases; one token in and out.
+    assert row["bytes"] == n * m // 4 + n * m // 64 + 12 * n + m + 2 * n
     assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["microseconds"] * 1e6)
     assert row["copy_fraction"] == pytest.approx(row["bytes_per_second"] / result["copy_bytes_per_second"])
     assert row["speedup_bf16"] == pytest.approx(row["bf16_microseconds"] / row["microseconds"])

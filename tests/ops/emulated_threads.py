@@ -56,6 +56,9 @@ class Word(_Number):
     def __lshift__(self, other):
         return self._with(np.left_shift, other)
 
+    def __rshift__(self, other):
+        return Word(self.value.view(np.int32) >> Word(other).value.astype(np.int32))
+
     def __lt__(self, other):
         return self.value < Word(other).value
 
@@ -319,8 +322,8 @@ def load(at, count=1, *, offset=0):
     return _as_words(_read(here.machine.blocks, at + offset, 4 * count))
 
 
-def load_half(at, *, offset=0):
-    return Real(_read(here.machine.blocks, at + offset, 2).view(np.float16)[..., 0])
+def load_short(at, *, offset=0):
+    return Word(_read(here.machine.blocks, at + offset, 2).view(np.uint16)[..., 0])
 
 
 def store(at, *each, offset=0):
@@ -336,6 +339,12 @@ def load_matrices(at):
     """Matrix i's row r is at the address of lane 8i + r; lane l gets word l % 4 of row l / 4."""
     rows = _read(here.machine.blocks, at, 16).view(np.uint32).reshape(*here.machine.shape[:1], -1, 4, 8, 4)
     return [Word(rows[:, :, i].reshape(here.machine.shape)) for i in range(4)]
+
+
+def multiply_halves(a, b, so_far):
+    halves = np.ascontiguousarray(a.value)[..., None].view(np.int16).astype(np.int64)
+    bytes_ = np.ascontiguousarray(b.value)[..., None].view(np.int8)[..., :2]
+    return so_far + Word((halves * bytes_).sum(-1))
 
 
 def multiply_bytes(a, b, so_far):

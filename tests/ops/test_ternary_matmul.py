@@ -28,6 +28,7 @@ from twla_jax.ops.ternary_matmul import (
     tiles,
     tpu,
 )
+from twla_jax.ops.ternary_matmul.weight import pair, parts_of_pair
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
 # rows, columns, group size: whole tiles, a short last tile, a short last group, groups of two planes, one group a row.
@@ -39,12 +40,13 @@ packed = jax.jit(kernel_weight)  # whose steps would each be compiled for every 
 def matrix(n, m, size, *, alpha=None, mu=None, seed=0):
     rng = np.random.default_rng(seed)
     shape = (n, -(-m // size))
-    return ternary.from_codes(
-        jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8),
-        jnp.asarray(rng.normal(size=shape) if alpha is None else np.full(shape, alpha)),
-        jnp.asarray(rng.normal(size=shape) * 0.1 if mu is None else np.full(shape, mu)),
-        size,
-    )
+    codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
+    alpha = jnp.asarray(rng.normal(size=shape) if alpha is None else np.full(shape, alpha))
+    mu = jnp.asarray(rng.normal(size=shape) * 0.1 if mu is None else np.full(shape, mu))
+    return ternary.from_codes(codes, *in_whole_steps(alpha, mu, size), size)
+
+
+in_whole_steps = jax.jit(ternary.in_whole_steps, static_argnums=2)
 
 
 def tokens(t, m, seed=0):
@@ -109,8 +111,8 @@ def test_scales_are_the_same_as_their_bits(size):
 
 @pytest.mark.parametrize("size", [128, 1536])
 def test_accumulators_are_exact(size):
-    # α = μ = 1 leaves the sum over U = T + 1, an integer; 8-bit codes and all columns at their largest.
-    weight = matrix(128, 1536, size, alpha=1, mu=1)
+    # α = μ leaves the sum over U = T + 1, an integer, and of 63 a step is 1. Codes and columns are at their largest.
+    weight = matrix(128, 1536, size, alpha=63, mu=63)
     x = tokens(4, 1536)
     x = (x.codes, x.sums, jnp.ones(4), jnp.zeros(4))
     exact = np.asarray(x[0], np.int64) @ (np.asarray(ternary.dequantize(weight), np.int64)).T
@@ -189,9 +191,33 @@ def unpacked_rows(packed, plane, *, exact, wide):
     return (np.asarray(packed) >> 2 * plane & 3).astype(np.int8), 1
 
 
-def unpacked_weights(packed, plane, alpha, mu):
+def unpacked_weights(packed, plane, pairs):
     unsigned = (np.asarray(packed) >> 2 * plane & 3).astype(int)
-    return np.asarray(alpha)[:, None] * (unsigned - 1) + np.asarray(mu)[:, None]
+    alpha, mu = (np.asarray(part)[:, None] for part in parts_of_pair(pairs))
+    return alpha * unsigned + mu
+
+
+def test_a_pair_holds_every_two_bytes():
+    alpha, mu = np.mgrid[-128:128, -128:128]
+    pairs = pair(jnp.asarray(alpha), jnp.asarray(mu))
+    assert pairs.dtype == jnp.int16
+    found = parts_of_pair(pairs.astype(jnp.int32))
+    np.testing.assert_array_equal(found, (alpha, mu))
+
+
+def test_what_no_quantiser_made_is_rounded_to_half_a_step():
+    rng = np.random.default_rng(0)
+    alpha, mu = rng.normal(size=(2, 64, 8)).astype(np.float16)
+    codes = rng.integers(-1, 2, (64, 1024))
+    weight = ternary.from_codes(jnp.asarray(codes, jnp.int8), jnp.asarray(alpha), jnp.asarray(mu), 128)
+    kernels = packed([weight])
+    eye = jnp.eye(1024, dtype=jnp.float32)
+    found = np.asarray(ternary_matmul(eye, kernels, out_dtype=jnp.float32, implementation="xla")).T
+    largest = np.max(np.abs(alpha) + np.abs(mu), axis=1, keepdims=True)
+    assert (kernels.steps[:64, None] <= largest / 126 * (1 + 1 / 8)).all()  # four bits of it
+    off = np.abs(found - np.asarray(ternary.dequantize(weight)))
+    assert (off <= (1 + 1e-3) * kernels.steps[:64, None]).all()  # half of it α, half μ
+    np.testing.assert_allclose(kernels.row_sums[:64], found.sum(1), atol=1e-4 * np.abs(found).sum(1).max())
 
 
 def test_scales_of_every_size_survive_the_way_through_their_bits():

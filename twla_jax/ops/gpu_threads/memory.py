@@ -37,10 +37,9 @@ def load(at: Word, count: int = 1, *, offset: int = 0) -> list[Word]:
     return ptx_words(f"ld.shared{vector}.b32 {registers(count)}, [${count}+{offset}];", count, at)
 
 
-def load_half(at: Word, *, offset: int = 0) -> Real:
-    """A float16."""
-    ptx = f"{{.reg .b16 h; ld.shared.b16 h, [$1+{offset}]; cvt.f32.f16 $0, h;}}"
-    return ptx_real(ptx, at, effects=True)
+def load_short(at: Word, *, offset: int = 0) -> Word:
+    """16 bits, and zeros above them."""
+    return ptx_words(f"ld.shared.u16 $0, [$1+{offset}];", 1, at)[0]
 
 
 def load_matrices(at: Word) -> list[Word]:

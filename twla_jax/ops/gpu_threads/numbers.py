@@ -70,6 +70,11 @@ def sum_of_bytes(value: Word, so_far: Word | int = 0) -> Word:
     return ptx_words("dp4a.s32.s32 $0, $1, $2, $3;", 1, value, word(0x01010101), so_far, effects=False)[0]
 
 
+def multiply_halves(a: Word, b: Word, so_far: Word) -> Word:
+    """a's halves times b's lowest two bytes, lower by lower, all signed, added up."""
+    return ptx_words("dp2a.lo.s32.s32 $0, $1, $2, $3;", 1, a, b, so_far, effects=False)[0]
+
+
 def multiply_bytes(a: Sequence[Word], b: Sequence[Word], so_far: Sequence[Word]) -> list[Word]:
     """`mma.sync` of 16 rows by 32 unsigned bytes and 32 signed bytes by 8 columns."""
     ptx = (

@@ -37,6 +37,10 @@ class Word:
     def __lshift__(self, bits: "Word | int") -> "Word":
         return self if _is(bits, 0) else Word(arith.shli(self.value, _value(bits)))
 
+    def __rshift__(self, bits: "Word | int") -> "Word":
+        """Of a signed integer."""
+        return self if _is(bits, 0) else Word(arith.shrsi(self.value, _value(bits)))
+
     def __lt__(self, other: "Word | int") -> ir.Value:
         return arith.cmpi(arith.CmpIPredicate.ult, self.value, _value(other))
 

@@ -37,6 +37,11 @@ class IntegerWeight(PackedWeight):
         return 2 ** (self.width - 1)
 
     @property
+    def paired(self) -> bool:
+        """α is not of a row's steps."""
+        return False
+
+    @property
     def relative(self) -> bool:
         """A zero point is a number of steps."""
         return True

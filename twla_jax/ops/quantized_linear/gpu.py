@@ -101,7 +101,7 @@ def quantized_linear(
         thread_name="warpgroup",
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, rows.count, PLANE), jnp.uint8, transforms=SWIZZLED),
-            "scales_smem": plgpu.SMEM((groups, stages, rows.parts, 8, rows.each), jnp.float16),
+            "scales_smem": plgpu.SMEM((groups, stages, rows.parts, weight.planes, rows.scales), jnp.int16),
             # Tokens are used up when their codes are written, and L when sums are.
             "token_or_x_smem": plgpu.RefUnion(
                 turning.token_memory(shape, dtype),
@@ -121,9 +121,10 @@ def quantized_linear(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(
         weight.codes,
-        weight.float_scales,
+        weight.gpu_scales,
         weight.row_sums,
         weight.bias,
+        weight.steps,
         rotation.left,
         rotation.right_transposed,
         settings,
@@ -160,6 +161,7 @@ def _kernel(
     scales_gmem,
     row_sums_gmem,
     bias_gmem,
+    steps_gmem,
     left_gmem,
     right_gmem,
     settings_gmem,
@@ -197,6 +199,7 @@ def _kernel(
             target = codes_smem.at[group, slot, pl.ds(part * rows.each, rows.each)]
             plgpu.copy_gmem_to_smem(codes_gmem.at[source, pl.ds(tile * PLANE, PLANE)], target, barrier)
             if weight.grouped:
+                source = pl.ds(part * n + first_row, rows.scales)
                 plgpu.copy_gmem_to_smem(
                     scales_gmem.at[tile, :, source], scales_smem.at[group, slot, part], barrier
                 )
@@ -206,7 +209,7 @@ def _kernel(
         x_gmem, left_gmem, right_gmem, norm[0] if norm else None, settings_gmem, shape=shape
     )
     levels = settings_gmem[0]
-    of_rows = _fetch_rows((row_sums_gmem, bias_gmem), residual, first_row, n, rows=rows)
+    of_rows = _fetch_rows((row_sums_gmem, bias_gmem, steps_gmem), residual, first_row, n, rows=rows)
     for slot in range(stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
     words = gpu_fetch.ready(words, levels, warps_smem, shape=shape, epsilon=epsilon)
@@ -233,7 +236,7 @@ def _kernel(
 
     sums = lax.fori_loop(0, steps, step, products.start(rows, shape.tokens, weight.grouped))
     of_all = None if weight.grouped else scales_gmem
-    products.write_sums(sums, parts_smem.at[group], of_all, first_row, rows=rows)
+    products.write_sums(sums, parts_smem.at[group], of_all, first_row, rows=rows, of_part=n)
     _finish(parts_smem, ends, first_row, of_rows, out_gmem, rows=rows)
 
 
@@ -276,17 +279,17 @@ def _finish(parts_smem, ends, first_row, of_rows, out_gmem, *, rows: Rows) -> No
         ends = [threads.splat_real(each) for each in ends]
         first, row = threads.splat_word(first_row), threads.thread()
         more = threads.reals(of_rows)
-        residuals = more[2 * rows.parts :]
+        residuals = more[3 * rows.parts :]
         threads.barrier(128 * groups)
 
         def total(token: int, part: int) -> Real:
-            (scale, zero_point), (row_sum, bias) = ends[2 * token :][:2], more[2 * part :][:2]
+            (scale, zero_point), (row_sum, bias, step) = ends[2 * token :][:2], more[3 * part :][:3]
             at = threads.address(parts) + (row + part * rows.each) * 4
             shares = [
                 threads.load(at, offset=4 * rows.count * (i * t + token))[0].real()
                 for i in range(rows.shares * groups)
             ]
-            return scale * (functools.reduce(Real.__add__, shares) - zero_point * row_sum) + bias
+            return scale * (step * functools.reduce(Real.__add__, shares) - zero_point * row_sum) + bias
 
         with threads.when(threads.both(row < rows.each, first + row < n)):
             for token in range(t):

@@ -3,10 +3,11 @@
 A product's eight columns are four planes' codes of two tokens, or two planes' of four. Each plane of a tile is masked
 where it lies in its bytes, `4ᵖ` times too large, and multiplied with all columns; of these products a thread keeps that
 whose plane is its columns'. So the sums of a tile's four groups come out apart, next to each other, as they meet their
-scales. A single token's second columns are the first ones again.
+scales, and add up in whole numbers of a row's steps. A single token's second columns are the first ones again.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.gpu_threads import Real, Word
-from twla_jax.ops.ternary_matmul.gpu_rows import SWIZZLED, Lane, Rows, plane_of
+from twla_jax.ops.gpu_threads import Word
+from twla_jax.ops.ternary_matmul.gpu_rows import (
+    PLANES,
+    SWIZZLED,
+    Lane,
+    Rows,
+    add_paired,
+    load_pair,
+    plane_of,
+)
 from twla_jax.packing import PLANE, TILE
 
 COLUMNS = 8  # of `mma.sync`
-PLANES = 4
 _PER_THREAD = 2  # columns of a product that a thread has, neighbours; of two rows
 _HALVES = 2  # of a unit's rows, of which a thread has one each
 
@@ -68,6 +76,10 @@ class Columns:
         """That a thread's columns have of a product's planes."""
         return (me.pair * _PER_THREAD) // self.width
 
+    def shift(self, me: Lane, product: int) -> Word:
+        """By how many bits a thread's sums of a product are too large."""
+        return (self.plane(me) + product * self.at_once) * 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
@@ -109,14 +121,15 @@ class Flat:
 def start(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
     """Sums to begin with: for every unit of a warp and every product, of a row and of that eight below it.
 
-    If a row has but one pair of scales, each product's sums of codes come after them.
+    If a row has but one pair of scales, they are sums of products as they are, `4ᵖ` times too large, and each product's
+    sums of codes come after them.
     """
     columns = Columns(tokens)
     count = columns.of_unit * rows.of_warp + (0 if grouped else columns.products * columns.used)
 
-    @threads.on_threads(return_type=threads.values(count, jnp.float32))
+    @threads.on_threads(return_type=threads.values(count, jnp.int32))
     def nothing(_):
-        return threads.as_array([threads.real(0.0)] * count)
+        return threads.as_array([threads.word(0)] * count)
 
     return nothing()
 
@@ -129,7 +142,7 @@ def add_tile(
     Args:
       sums: as `start` makes them.
       codes_smem: `[rows, PLANE]` bytes, `SWIZZLED`.
-      scales_smem: `[parts, 8, rows]` float16, (α, μ) of the tile's planes; None if a row has but one pair.
+      scales_smem: `[parts, PLANES, rows.scales]` int16, pairs (α, μ) of the tile; None if a row has but one.
       token_smem: `[tokens, bytes]`, tokens' codes, as `flat` says, all tiles'.
       table_smem: `[tiles + 1, numbers]` int32: see `write_table`.
       tile: which of them it is.
@@ -140,50 +153,54 @@ def add_tile(
 
     @threads.on_threads(
         arg_types=(threads.per_thread(count), plgpu.Layout.WG_SPLAT, *refs),
-        return_type=threads.values(count, jnp.float32),
+        return_type=threads.values(count, jnp.int32),
     )
     def add(_, sums, tile, codes, tokens, table, *scales):
-        y, me, tile = list(threads.reals(sums)), Lane(rows), threads.splat_word(tile)
+        y, me, tile = list(threads.words(sums)), Lane(rows), threads.splat_word(tile)
         operands = _load_tokens(me, tokens, tile, flat, columns)
-        begins, of_codes = _load_begins(me, table, tile, columns)
-        if not scales:
+        of_codes = _load_sums(me, table, tile, columns)
+        if scales:
+            of_codes = [[each & 0xFFFF for each in found] for found in of_codes]
+        else:
             at = columns.of_unit * rows.of_warp
             for i, value in enumerate(value for found in of_codes for value in found):
                 y[at + i] = y[at + i] + value
+        factors = [
+            threads.word(1) << (threads.word(16) - columns.shift(me, k)) for k in range(columns.products)
+        ]
         kinds = [(product, half) for product in range(columns.products) for half in range(_HALVES)]
         for i in range(rows.of_warp):
             packed = me.codes(threads.address(codes), i)
             # Before the products, which they would wait for.
-            pairs = [_scales(me, threads.address(scales[0]), i, *kind, columns) for kind in kinds if scales]
+            pairs = [
+                load_pair(
+                    me, threads.address(scales[0]), i, half, product * columns.at_once, columns.plane(me)
+                )
+                for product, half in kinds
+                if scales
+            ]
             found = [_multiply(packed, operands[k], k, columns, me) for k in range(columns.products)]
             for j, (product, half) in enumerate(kinds):
                 for other in range(columns.used):
                     at = i * columns.of_unit + j * columns.used + other
-                    value = found[product][half * _PER_THREAD + other] + begins[product][other]
+                    value = found[product][half * _PER_THREAD + other]
                     if pairs:
-                        alpha, mu = pairs[j]
-                        so_far = of_codes[product][other].times_plus(mu, y[at])
-                        y[at] = value.converted().times_plus(alpha, so_far)
+                        y[at] = add_paired(value, factors[product], of_codes[product][other], pairs[j], y[at])
                     else:
-                        y[at] = y[at] + value.converted()
+                        y[at] = y[at] + value
         return threads.as_array(y)
 
     operands = [codes_smem, token_smem, table_smem, *([scales_smem] if grouped else [])]
     return add(sums, tile, *operands)
 
 
-def _load_begins(
-    me: Lane, table: ir.Value, tile: Word, columns: Columns
-) -> tuple[list[list[Word]], list[list[Real]]]:
-    """For each product, what a thread's columns begin with; and what μ is multiplied by, as many times too large."""
-    begin = threads.address(table) + tile * (4 * columns.numbers)
+def _load_sums(me: Lane, table: ir.Value, tile: Word, columns: Columns) -> list[list[Word]]:
+    """For each product, what μ of a thread's columns is multiplied by."""
+    at = threads.address(table) + tile * (4 * columns.numbers)
     if me.rows.shares > 1:
-        begin = threads.select(me.share.equals(0), begin, _zeros(table))
-    begin = begin + me.pair * (4 * _PER_THREAD)
-    begins = [
-        threads.load(begin, columns.used, offset=4 * COLUMNS * product) for product in range(columns.products)
-    ]
-    return begins, [[threads.real(0.0) - each.converted() for each in found] for found in begins]
+        at = threads.select(me.share.equals(0), at, _zeros(table))
+    at = at + me.pair * (4 * _PER_THREAD)
+    return [threads.load(at, columns.used, offset=4 * COLUMNS * k) for k in range(columns.products)]
 
 
 def _load_tokens(me: Lane, tokens: ir.Value, tile: Word, flat: Flat, columns: Columns) -> list[list[Word]]:
@@ -222,19 +239,10 @@ def _multiply(
     return chosen
 
 
-def _scales(me: Lane, scales: Word, i: int, product: int, half: int, columns: Columns) -> tuple[Real, Real]:
-    """(α, μ) of a row of a warp's unit i, in the plane that a thread's columns of a product have."""
-    each = me.rows.each
-    at = scales + (me.scale(i, half) + columns.plane(me) * each) * 2
-    offset = 2 * product * columns.at_once * each
-    return threads.load_half(at, offset=offset), threads.load_half(at, offset=offset + 2 * PLANES * each)
-
-
 def write_table(codes: ir.Value, table: ir.Value, flat: Flat, count: int) -> None:
-    """Numbers for every tile, from tokens' codes, which the products' columns begin with; after the last, zeros.
+    """Every tile's sums of tokens' codes; after the last, zeros.
 
-    `U = T + 1` is what is stored, so a column that multiplies plane p of it with codes q begins with `-4ᵖ Σ q`; for
-    token i that is number `width · p + i`. `count` threads share the work, and are to be waited for.
+    Of plane p and token i that is number `width · p + i`. `count` threads share the work, and are to be waited for.
     """
     me, first = threads.thread(), threads.address(table)
     tokens, tiles = threads.shape(codes)[0], threads.shape(table)[0] - 1
@@ -255,16 +263,16 @@ def write_table(codes: ir.Value, table: ir.Value, flat: Flat, count: int) -> Non
         with threads.when(threads.both((chunk & 7).equals(0), chunk < chunks)):
             at = first + (group // PLANES) * (4 * columns.numbers) + (group & 3) * (4 * columns.width)
             for token, total in enumerate(totals):
-                threads.store(at, threads.word(0) - (total << (group & 3) * 2), offset=4 * token)
+                threads.store(at, total, offset=4 * token)
     with threads.when(me < columns.numbers):
         threads.store(_zeros(table) + me * 4, threads.word(0))
 
 
-def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows) -> None:
+def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows, of_part: int) -> None:
     """A warpgroup's sums, planes added up, into `parts_smem` `[shares, tokens, rows]` float32.
 
-    Where a row has one pair (α, μ), `scales_gmem` `[1, 2, all rows]` has it, and the row is `first_row` and more;
-    None elsewhere.
+    Where a row has one pair (α, μ), `scales_gmem` `[1, 2, all rows]` has it, and the block's are `first_row` and on of
+    each part, which has so many; None elsewhere.
     """
     refs = [plgpu.RefType()] * (1 + (scales_gmem is not None))
     t = parts_smem.shape[1]
@@ -272,39 +280,40 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows) -> None:
 
     @threads.on_threads(arg_types=(threads.per_thread(sums.shape[0] // 128), plgpu.Layout.WG_SPLAT, *refs))
     def write(_, sums, first_row, parts, scales=None):
-        values, me = threads.reals(sums), Lane(rows)
+        values, me = threads.words(sums), Lane(rows)
         first, plane = threads.splat_word(first_row), columns.plane(me)
-        weights = []
-        for product in range(columns.products):
-            weight = threads.real(4.0 ** -(product * columns.at_once))
-            for i in range(1, columns.at_once):
-                smaller = threads.real(4.0 ** -(product * columns.at_once + i))
-                weight = threads.select(plane.equals(i), smaller, weight)
-            weights.append(weight)
 
-        def total(at: int, stride: int) -> Real:
-            found = values[at] * weights[0]
-            for product in range(1, columns.products):
-                found = values[at + stride * product].times_plus(weights[product], found)
-            return found
+        def total(at: int, stride: int, *, too_large: bool) -> Word:
+            found = [values[at + stride * k] for k in range(columns.products)]
+            if too_large:
+                found = [each >> columns.shift(me, k) for k, each in enumerate(found)]
+            value = functools.reduce(Word.__add__, found)
+            for distance in (1, 2):
+                if distance * _PER_THREAD >= columns.width:
+                    value = value + threads.shuffle(value, distance)
+            return value
 
+        of_codes = [
+            total(columns.of_unit * rows.of_warp + other, columns.used, too_large=False)
+            for other in range(columns.used)
+            if scales is not None
+        ]
         for i in range(rows.of_warp):
             for half in range(_HALVES):
                 row, token = me.row(i, half), columns.first_token(me)
-                pair = None
+                pair = []
                 if scales is not None:
                     n = threads.shape(scales)[-1]
-                    at = (first + row.least(rows.count - 1)).least(n - 1)
+                    of_first = threads.word(0) if rows.parts == 1 else row // rows.each * (of_part - rows.each)
+                    at = (first + row + of_first).least(n - 1)
                     pair = [threads.load_real(scales, at + kind * n) for kind in range(2)]
                 for other in range(columns.used):
                     at = i * columns.of_unit + half * columns.used + other
-                    value = total(at, _HALVES * columns.used)
-                    if pair is not None:
-                        of_codes = total(columns.of_unit * rows.of_warp + other, columns.used)
-                        value = of_codes.times_plus(pair[1], value * pair[0])
-                    for distance in (1, 2):
-                        if distance * _PER_THREAD >= columns.width:
-                            value = value + threads.shuffle(value, distance)
+                    acc = total(at, _HALVES * columns.used, too_large=bool(pair))
+                    value = acc.converted()
+                    if pair:  # α and μ of T, but U is what was multiplied
+                        q = of_codes[other]
+                        value = q.converted().times_plus(pair[1], (acc - q).converted() * pair[0])
                     writes = threads.both(plane.equals(0), token + other < t, row < rows.count)
                     with threads.when(writes):
                         at = (me.share * t + token + other) * rows.count + row

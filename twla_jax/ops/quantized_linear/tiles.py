@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from twla_jax.ops.ternary_matmul.tiles import MULTIPROCESSOR_MEMORY, STREAMING_MULTIPROCESSORS
-from twla_jax.packing import PLANE
+from twla_jax.ops.ternary_matmul.tiles import MULTIPROCESSOR_MEMORY, STREAMING_MULTIPROCESSORS, slot_bytes
 
 # Bytes that a multiprocessor's blocks have under way of weights: more would only stand in the way of the token.
 _UNDER_WAY = 104 * 1024
@@ -38,7 +37,7 @@ def tiles(rows: int, parts: int, columns: int, lines: int, other: int) -> Tiles:
         waves += 1
         resident = min(waves, 2)
         each = max(8 * -(-rows // (8 * STREAMING_MULTIPROCESSORS * waves)), _LEAST_ROWS // parts)
-        slot = parts * each * (PLANE + 16)
+        slot = parts * slot_bytes(each)
         room, under_way = (
             memory // (slot * warpgroups)
             for memory in (MULTIPROCESSOR_MEMORY // resident - other, _UNDER_WAY // resident)

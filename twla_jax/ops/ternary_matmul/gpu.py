@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32
 from twla_jax.ops.ternary_matmul import gpu_few, gpu_integer, gpu_prefill
 from twla_jax.ops.ternary_matmul import tiles as tuning
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
-from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, parts_of_pair
 from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE
 
@@ -41,21 +41,20 @@ def matmul(
         return gpu_few.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
     if x.dtype == jnp.int8:
         return gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
-    return product(
-        x, sums, weight, weight.bias, out_dtype=out_dtype
-    )  # floats have no scale and no zero point
+    # Floats have no scale and no zero point.
+    return product(x, sums, weight, (weight.steps, weight.bias), out_dtype=out_dtype)
 
 
 def product(
     x: Float[Array, "t m"],
     sums: Float[Array, "t groups"],
     weight: PackedWeight,
-    bias: Float32[Array, " rows"] | None = None,
+    by_row: tuple[Float32[Array, " rows"], Float32[Array, " rows"]] | tuple[()] = (),
     *,
     out_dtype,
     tiles: tuning.GpuTiles | None = None,
 ) -> Float[Array, "t rows"]:
-    """What `reference.product` computes, for bf16 x, and the bias added."""
+    """What `reference.product` computes, for bf16 x; with steps and biases `by_row`, what `matmul` does."""
     t, planes = len(x), weight.planes
     tiles = tiles or tuning.gpu_tiles(t, len(weight.codes), weight.tiles, planes)
     n, block, groups, stages = tiles.rows, tiles.tokens, tiles.warpgroups, tiles.stages
@@ -76,7 +75,7 @@ def product(
         thread_name="warpgroup",
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
-            "scales_smem": plgpu.SMEM((groups, stages, 2 * planes, n), jnp.float16),
+            "scales_smem": plgpu.SMEM((groups, stages, weight.parameters, n), weight.gpu_scales.dtype),
             "x_smem": plgpu.SMEM(
                 (groups, stages, block, planes * PLANE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
             ),
@@ -89,7 +88,7 @@ def product(
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.float_scales, x, totals, *([] if bias is None else [bias]))
+    )(weight.codes, weight.gpu_scales, x, totals, *by_row)
     return y[:t]
 
 
@@ -98,7 +97,7 @@ def _kernel(
     scales_gmem,
     x_gmem,
     totals_gmem,
-    *bias_and_out_gmem,
+    *by_row_and_out_gmem,
     codes_smem,
     scales_smem,
     x_smem,
@@ -110,7 +109,7 @@ def _kernel(
     tiles: tuning.GpuTiles,
     weight: PackedWeight,
 ):
-    *bias_gmem, out_gmem = bias_and_out_gmem
+    *by_row_gmem, out_gmem = by_row_and_out_gmem
     n, block, planes = tiles.rows, tiles.tokens, weight.planes
     group = lax.axis_index("warpgroup")
     tokens = pl.ds(lax.axis_index("tokens") * block, block)
@@ -125,8 +124,16 @@ def _kernel(
         return plgpu.layout_cast(lax.broadcast_in_dim(value, (block, n), (0,)), layout)
 
     def load_row(ref):
-        value = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
+        return plgpu.load(ref, layout=layout.reduce(0), optimized=False)
+
+    def spread(value):
+        value = value.astype(jnp.float32)
         return plgpu.layout_cast(lax.broadcast_in_dim(value, (block, n), (1,)), layout)
+
+    def load_scales(ref, plane):
+        if weight.paired:
+            return map(spread, parts_of_pair(load_row(ref.at[plane]).astype(jnp.int32)))
+        return (spread(load_row(ref.at[i])) for i in (plane, planes + plane))
 
     def fetch(step, slot):
         tile = step * tiles.warpgroups + group
@@ -155,7 +162,7 @@ def _kernel(
             codes = unpack(packed, plane, n, bits=weight.bits, offset=weight.offset)
             if weight.grouped:
                 total = load_token(totals_smem.at[group, slot, plane])
-                alpha, mu = (load_row(scales_smem.at[group, slot, i]) for i in (plane, planes + plane))
+                alpha, mu = load_scales(scales_smem.at[group, slot], plane)
                 acc = plgpu.mma(zeros, x_plane, codes)
                 y += alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
             else:
@@ -168,7 +175,7 @@ def _kernel(
         # The first warpgroup adds the tokens' sums for all.
         total = load_token(totals_gmem.at[0, tokens])
         share = jnp.where(group == 0, total, jnp.zeros_like(total))
-        alpha, mu = load_row(scales_gmem.at[0, 0, rows]), load_row(scales_gmem.at[0, 1, rows])
+        alpha, mu = (spread(load_row(scales_gmem.at[0, i, rows])) for i in range(2))
         y = alpha * y + mu * share
     parts_smem[group] = y
     plgpu.barrier_arrive(added)
@@ -179,7 +186,10 @@ def _kernel(
         parts = [
             plgpu.load(parts_smem.at[i], layout=layout, optimized=False) for i in range(tiles.warpgroups)
         ]
-        out = functools.reduce(jnp.add, parts + [load_row(ref.at[rows]) for ref in bias_gmem])
+        out = functools.reduce(jnp.add, parts)
+        if by_row_gmem:
+            steps, bias = (spread(load_row(ref.at[rows])) for ref in by_row_gmem)
+            out = out * steps + bias
         out_smem[...] = out.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tokens, rows])

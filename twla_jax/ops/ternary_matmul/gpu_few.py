@@ -2,8 +2,7 @@
 
 One block for each multiprocessor has its rows' weights under way from the beginning, as far as they fit, behind the
 tokens, which every block reads whole. Warpgroups share the columns; weight rows are the rows of `mma.sync` and tokens
-its columns. Codes are multiplied where they lie in their bytes: each plane of a tile is a group with scales of its own,
-which take up the factor.
+its columns. Codes are multiplied where they lie in their bytes: each plane of a tile is a group with scales of its own.
 """
 
 import functools
@@ -18,13 +17,22 @@ from jaxtyping import Array, Float, Float32, Int8
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Real, Word
 from twla_jax.ops.ternary_matmul import tiles as tuning
-from twla_jax.ops.ternary_matmul.gpu_rows import SUMS, SWIZZLED, Lane, Rows, plane_of
+from twla_jax.ops.ternary_matmul.gpu_rows import (
+    PLANES,
+    SUMS,
+    SWIZZLED,
+    Lane,
+    Rows,
+    add_paired,
+    load_pair,
+    plane_of,
+)
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.packing import PLANE, TILE
 
 _COLUMNS = 8  # of `mma.sync`: tokens
 _CHUNK = 16  # bytes that a thread reads at once
-_PLANES = 4
+_ENDS = 4  # numbers that a row of `ends_smem` has room for
 _OPERANDS = 32  # words of a thread's right operands for a tile
 
 
@@ -62,18 +70,18 @@ def matmul(
         thread_name="warpgroup",
         scratch_types={
             "codes_smem": plgpu.SMEM((tiles.slots, rows.count, PLANE), jnp.uint8, transforms=SWIZZLED),
-            "scales_smem": plgpu.SMEM((tiles.slots, 8, rows.count), jnp.float16),
+            "scales_smem": plgpu.SMEM((tiles.slots, PLANES, rows.scales), jnp.int16),
             # The tokens are used up when sums are written.
             "tokens_or_parts_smem": plgpu.RefUnion(
                 plgpu.SMEM((t + 1, tuning.token_bytes(weight.tiles)), jnp.int8),
                 plgpu.SMEM((groups * rows.shares, t, rows.count), jnp.float32),
             ),
-            "sums_smem": plgpu.SMEM((_PLANES * weight.tiles, _COLUMNS), jnp.int32),
-            "ends_smem": plgpu.SMEM((rows.count + _COLUMNS, 2), jnp.float32),
+            "sums_smem": plgpu.SMEM((PLANES * weight.tiles, _COLUMNS), jnp.int32),
+            "ends_smem": plgpu.SMEM((rows.count + _COLUMNS, _ENDS), jnp.float32),
             "filled": plgpu.Barrier(num_arrivals=2 if weight.grouped else 1, num_barriers=tiles.slots),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.float_scales, weight.row_sums, weight.bias, x, scale, zero_point)
+    )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, weight.steps, x, scale, zero_point)
 
 
 def _kernel(
@@ -81,6 +89,7 @@ def _kernel(
     scales_gmem,
     row_sums_gmem,
     bias_gmem,
+    steps_gmem,
     x_gmem,
     scale_gmem,
     zero_point_gmem,
@@ -112,11 +121,13 @@ def _kernel(
         source = codes_gmem.at[mine, pl.ds(tile * PLANE, PLANE)]
         plgpu.copy_gmem_to_smem(source, codes_smem.at[slot], filled.at[slot])
         if weight.grouped:
+            mine = pl.ds(first_row, rows.scales)
             plgpu.copy_gmem_to_smem(scales_gmem.at[tile, :, mine], scales_smem.at[slot], filled.at[slot])
 
     # The tokens before the weights, behind which they would queue up.
     words = _fetch_tokens(x_gmem, weight.tiles, count)
-    ends = _fetch_ends(row_sums_gmem, bias_gmem, scale_gmem, zero_point_gmem, first_row, rows, count)
+    of_rows, of_tokens = (row_sums_gmem, bias_gmem, steps_gmem), (scale_gmem, zero_point_gmem)
+    ends = _fetch_ends(of_rows, of_tokens, first_row, rows, count)
     for i in range(-(-slots // groups)):
         pl.when(i < own_slots)(functools.partial(fetch, jnp.int32(i)))
     _store_ends(ends, ends_smem, rows, count)
@@ -196,9 +207,9 @@ def _start(rows: Rows, grouped: bool) -> jax.Array:
     """Sums to begin with; where a row has one pair of scales, the tokens' sums of codes after them."""
     count = SUMS * rows.of_warp + (0 if grouped else 2)
 
-    @threads.on_threads(return_type=threads.values(count, jnp.float32))
+    @threads.on_threads(return_type=threads.values(count, jnp.int32))
     def zeros(_):
-        return threads.as_array([threads.real(0.0)] * count)
+        return threads.as_array([threads.word(0)] * count)
 
     return zeros()
 
@@ -211,7 +222,7 @@ def _add_tile(sums, codes_smem, scales_smem, tokens_smem, sums_smem, tile, rows:
 
     @threads.on_threads(
         arg_types=(threads.per_thread(count), plgpu.Layout.WG_SPLAT, *refs),
-        return_type=threads.values(count, jnp.float32),
+        return_type=threads.values(count, jnp.int32),
     )
     def add(_, sums, tile, codes, tokens, totals, *scales):
         me, tile = Lane(rows), threads.splat_word(tile)
@@ -219,24 +230,25 @@ def _add_tile(sums, codes_smem, scales_smem, tokens_smem, sums_smem, tile, rows:
         at = threads.address(tokens) + token * stride
         place = tile * TILE + (me.lane // 8) * _CHUNK + me.share * (PLANE // 2)
         none = token.equals(zeros)
-        y = list(threads.reals(sums))
+        y = list(threads.words(sums))
         operands, of_planes = [], []
-        for plane in range(_PLANES):
+        for plane in range(PLANES):
             halves = [plane * PLANE + half * PLANE // 2 for half in range(2 // rows.shares)]
             places = [threads.select(none, at, at + place + half) for half in halves]
             operands.append([each for where in places for each in threads.load_matrices(where)])
-            group = threads.address(totals) + (tile * _PLANES + plane) * (4 * _COLUMNS)
+            group = threads.address(totals) + (tile * PLANES + plane) * (4 * _COLUMNS)
             found = threads.load(group + me.pair * 8, 2)
             if rows.shares > 1:
                 found = [threads.select(me.share.equals(0), each, threads.word(0)) for each in found]
-            of_planes.append(found)
-            if not scales:
-                y[-2:] = [so_far + each.converted() for so_far, each in zip(y[-2:], found, strict=True)]
+            if scales:
+                of_planes.append([each & 0xFFFF for each in found])
+            else:
+                of_planes.append(found)
+                y[-2:] = [so_far + each for so_far, each in zip(y[-2:], found, strict=True)]
         for i in range(rows.of_warp):
             packed = me.codes(threads.address(codes), i)
             for plane, (operand, total) in enumerate(zip(operands, of_planes, strict=True)):
-                # Stored is U = T + 1, whose product is larger by the tokens' sums.
-                product = [threads.word(0) - (each << 2 * plane) for each in total] * 2
+                product = [threads.word(0)] * SUMS
                 for j, each in enumerate(packed):
                     product = threads.multiply_bytes(
                         plane_of(each, plane), operand[2 * j : 2 * j + 2], product
@@ -249,22 +261,17 @@ def _add_tile(sums, codes_smem, scales_smem, tokens_smem, sums_smem, tile, rows:
 
 
 def _add_plane(
-    y: list[Real], product: list[Word], total: list[Word], plane: int, i: int, me: Lane, scales: Word | None
+    y: list[Word], product: list[Word], total: list[Word], plane: int, i: int, me: Lane, scales: Word | None
 ) -> None:
     """A unit's products with a plane, scaled if there are scales, onto its sums."""
     for half in range(2):
-        alpha, mu = threads.real(4.0**-plane), None
-        if scales is not None:
-            at = scales + me.scale(i, half) * 2
-            each = 2 * me.rows.each
-            alpha = alpha * threads.load_half(at + plane * each)
-            mu = threads.load_half(at + (_PLANES + plane) * each)
+        pair = None if scales is None else load_pair(me, scales, i, half, plane)
         for column in range(2):
-            index = 2 * half + column
-            so_far = product[index].converted().times_plus(alpha, y[SUMS * i + index])
-            if mu is not None:
-                so_far = total[column].converted().times_plus(mu, so_far)
-            y[SUMS * i + index] = so_far
+            index, at = 2 * half + column, SUMS * i + 2 * half + column
+            if pair is None:
+                y[at] = y[at] + (product[index] >> 2 * plane)
+            else:
+                y[at] = add_paired(product[index], 1 << (16 - 2 * plane), total[column], pair, y[at])
 
 
 def _write_parts(sums, parts_smem, scales_gmem, first_row, rows: Rows, count: int) -> None:
@@ -277,7 +284,7 @@ def _write_parts(sums, parts_smem, scales_gmem, first_row, rows: Rows, count: in
         arg_types=(threads.per_thread(sums.shape[0] // 128), *[plgpu.Layout.WG_SPLAT] * 2, *refs)
     )
     def write(_, sums, first_row, group, parts, scales=None):
-        values, me = threads.reals(sums), Lane(rows)
+        values, me = threads.words(sums), Lane(rows)
         first, part = threads.splat_word(first_row), threads.splat_word(group) * rows.shares + me.share
         threads.barrier(count)
         for i in range(rows.of_warp):
@@ -289,9 +296,11 @@ def _write_parts(sums, parts_smem, scales_gmem, first_row, rows: Rows, count: in
                     at = (first + row.least(rows.count - 1)).least(n - 1)
                     pair = [threads.load_real(scales, at + kind * n) for kind in range(2)]
                 for column in range(2):
-                    value, token = values[SUMS * i + 2 * half + column], me.pair * 2 + column
-                    if pair is not None:
-                        value = value * pair[0] + values[column - 2] * pair[1]
+                    acc, token = values[SUMS * i + 2 * half + column], me.pair * 2 + column
+                    value = acc.converted()
+                    if pair is not None:  # α and μ of T, but U is what was multiplied
+                        q = values[column - 2]
+                        value = (acc - q).converted() * pair[0] + q.converted() * pair[1]
                     with threads.when(threads.both(row < rows.count, token < t)):
                         at = (part * t + token) * rows.count + row
                         threads.store(threads.address(parts) + at * 4, value)
@@ -300,40 +309,41 @@ def _write_parts(sums, parts_smem, scales_gmem, first_row, rows: Rows, count: in
     write(sums, first_row, group, parts_smem, *([] if scales_gmem is None else [scales_gmem]))
 
 
-def _fetch_ends(row_sums_gmem, bias_gmem, scale_gmem, zero_point_gmem, first_row, rows: Rows, count: int):
-    """Starts the way to the threads of what sums end with: rows' sums and biases, a token's scale and zero point."""
-    t, n = scale_gmem.shape[0], row_sums_gmem.shape[0]
+def _fetch_ends(of_rows, of_tokens, first_row, rows: Rows, count: int) -> jax.Array:
+    """Starts the way to the threads of what sums end with: numbers of rows, and of a token."""
+    t, n = of_tokens[0].shape[0], of_rows[0].shape[0]
     each = -(-rows.count // count)
 
     @threads.on_threads(
-        arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * 4),
-        return_type=threads.values(2 * each + 2, jnp.float32),
+        arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * (len(of_rows) + len(of_tokens))),
+        return_type=threads.values(len(of_rows) * each + len(of_tokens), jnp.float32),
     )
-    def start(_, first_row, row_sums, bias, scale, zero_point):
+    def start(_, first_row, *refs):
         me, found = threads.thread(), []
         for i in range(each):
             row = (threads.splat_word(first_row) + me + i * count).least(n - 1)
-            found += [threads.load_real(row_sums, row), threads.load_real(bias, row)]
+            found += [threads.load_real(ref, row) for ref in refs[: len(of_rows)]]
         token = me.least(t - 1)
-        return threads.as_array(
-            [*found, threads.load_real(scale, token), threads.load_real(zero_point, token)]
-        )
+        return threads.as_array(found + [threads.load_real(ref, token) for ref in refs[len(of_rows) :]])
 
-    return start(first_row, row_sums_gmem, bias_gmem, scale_gmem, zero_point_gmem)
+    return start(first_row, *of_rows, *of_tokens)
 
 
 def _store_ends(ends, ends_smem, rows: Rows, count: int) -> None:
-    """What `_fetch_ends` found into shared memory: pairs, rows' first."""
+    """What `_fetch_ends` found into shared memory, rows' first."""
 
     @threads.on_threads(arg_types=(threads.per_thread(ends.shape[0] // 128), plgpu.RefType()))
     def store(_, ends, memory):
         *of_rows, scale, zero_point = threads.reals(ends)
         me, at = threads.thread(), threads.address(memory)
-        for i in range(len(of_rows) // 2):
+        for i in range(len(of_rows) // 3):
             with threads.when(me + i * count < rows.count):
-                threads.store(at + (me + i * count) * 8, *of_rows[2 * i : 2 * i + 2])
+                row_sum, bias, step = of_rows[3 * i : 3 * i + 3]
+                here = at + (me + i * count) * (4 * _ENDS)
+                threads.store(here, row_sum, bias)
+                threads.store(here, step, offset=8)
         with threads.when(me < _COLUMNS):
-            threads.store(at + me * 8, scale, zero_point, offset=8 * rows.count)
+            threads.store(at + me * (4 * _ENDS), scale, zero_point, offset=4 * _ENDS * rows.count)
 
     store(ends, ends_smem)
 
@@ -355,12 +365,12 @@ def _finish(parts_smem, ends_smem, first_row, out_gmem, rows: Rows, count: int) 
                     threads.load(at, offset=4 * t * rows.count * part)[0].real()
                     for part in range(parts_count)
                 ]
-                pairs = threads.address(ends)
-                row_sum, bias = (each.real() for each in threads.load(pairs + row * 8, 2))
+                of_row, of_token = (threads.address(ends) + each * (4 * _ENDS) for each in (row, token))
+                row_sum, bias, step, _ = (each.real() for each in threads.load(of_row, 4))
                 scale, zero_point = (
-                    each.real() for each in threads.load(pairs + token * 8, 2, offset=8 * rows.count)
+                    each.real() for each in threads.load(of_token, 2, offset=4 * _ENDS * rows.count)
                 )
-                total = functools.reduce(Real.__add__, shares) - zero_point * row_sum
+                total = step * functools.reduce(Real.__add__, shares) - zero_point * row_sum
                 threads.store_real(out, token * n + first + row, scale * total + bias)
 
     write(first_row, parts_smem, ends_smem, out_gmem)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, Int8
 from twla_jax.ops.ternary_matmul import tiles as tuning
 from twla_jax.ops.ternary_matmul.gpu_rows import SWIZZLED
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows
-from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, parts_of_pair
 from twla_jax.ops.tokens import pad_columns
 from twla_jax.packing import PLANE, TILE
 
@@ -59,13 +59,13 @@ def matmul(
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, ROWS, PLANE), jnp.uint8, transforms=SWIZZLED),
             "x_smem": plgpu.SMEM((groups, stages, n, TILE), jnp.int8, transforms=SWIZZLED),
-            "scales_smem": plgpu.SMEM((groups, stages, 8, ROWS), jnp.float16),
+            "scales_smem": plgpu.SMEM((groups, stages, weight.parameters, ROWS), weight.gpu_scales.dtype),
             "parts_smem": plgpu.SMEM((groups, ROWS, n), jnp.float32),
             "filled": plgpu.Barrier(num_arrivals=3 if weight.grouped else 2, num_barriers=groups * stages),
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.float_scales, weight.row_sums, weight.bias, x, scale, zero_point)
+    )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, weight.steps, x, scale, zero_point)
 
 
 def _kernel(
@@ -73,6 +73,7 @@ def _kernel(
     scales_gmem,
     row_sums_gmem,
     bias_gmem,
+    steps_gmem,
     x_gmem,
     scale_gmem,
     zero_point_gmem,
@@ -127,12 +128,13 @@ def _kernel(
         for plane in range(4):
             x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=RHS)
             codes, factor = unpack_rows(packed, plane, exact=not weight.grouped)
-            # Every row of a product with ones is the tokens' sum of codes Q, which U = T + 1 and μ call for.
+            # Every row of a product with ones is the tokens' sum of codes Q, which μ is for, or U = T + 1.
             if weight.grouped:
                 total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
                 product = plgpu.mma(zero, codes, x_plane).astype(jnp.float32)
-                alpha, mu = (_spread_row(scales_smem.at[group, slot, i], n) for i in (plane, 4 + plane))
-                y += (alpha * (1 / factor)) * product + (mu - alpha) * total
+                pair = _load_row(scales_smem.at[group, slot, plane]).astype(jnp.int32)
+                alpha, mu = (_spread(each, n) for each in parts_of_pair(pair))
+                y += (alpha * (1 / factor)) * product + mu * total
             else:
                 y, totals = plgpu.mma(y, codes, x_plane), plgpu.mma(totals, ones, x_plane)
         pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
@@ -141,7 +143,7 @@ def _kernel(
     start = zero.astype(jnp.float32) if weight.grouped else zero
     y, totals = lax.fori_loop(0, steps, step, (start, zero))
     if not weight.grouped:
-        alpha, mu = (_spread_row(scales_gmem.at[0, i, rows], n) for i in (0, 1))
+        alpha, mu = (_spread(_load_row(scales_gmem.at[0, i, rows]), n) for i in (0, 1))
         y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
     parts_smem[group] = y
     plgpu.barrier_arrive(added)
@@ -149,17 +151,23 @@ def _kernel(
     @pl.when(group == 0)
     def _():
         scale, zero_point = load_tokens(scale_gmem), load_tokens(zero_point_gmem)
-        row_sums, bias = (_spread_row(ref.at[rows], n) for ref in (row_sums_gmem, bias_gmem))
+        row_sums, bias, row_steps = (
+            _spread(_load_row(ref.at[rows]), n) for ref in (row_sums_gmem, bias_gmem, steps_gmem)
+        )
         plgpu.barrier_wait(added)
         parts = [plgpu.load(parts_smem.at[i], layout=ACC, optimized=False) for i in range(tiles.warpgroups)]
-        total = functools.reduce(jnp.add, parts) - zero_point * row_sums
+        total = row_steps * functools.reduce(jnp.add, parts) - zero_point * row_sums
         _store((scale * total + bias).astype(out_gmem.dtype), out_gmem, first_token, first_row)
 
 
-def _spread_row(ref, tokens: int) -> jax.Array:
-    """A value for each weight row, float32, beside each other for all tokens."""
-    row = plgpu.load(ref, layout=ACC.reduce(1), optimized=False).astype(jnp.float32)
-    return plgpu.layout_cast(lax.broadcast_in_dim(row, (ROWS, tokens), (0,)), ACC)
+def _load_row(ref) -> jax.Array:
+    """A value for each weight row."""
+    return plgpu.load(ref, layout=ACC.reduce(1), optimized=False)
+
+
+def _spread(row: jax.Array, tokens: int) -> jax.Array:
+    """In float32 and beside each other for all tokens."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(row.astype(jnp.float32), (ROWS, tokens), (0,)), ACC)
 
 
 def _store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array) -> None:

@@ -14,7 +14,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -57,14 +56,13 @@ def matmul(
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8), (0, 0)))
     # Sums of int8 weights need nothing beside them.
-    last = weight.resolution if grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
+    last = weight.steps if grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
     outputs = pl.cdiv(len(weight.codes), _BLOCK_ROWS * cluster) * pl.cdiv(t, block)
     x_slots, itemsize = _X_BYTES // (block * PLANE), jnp.dtype(out_dtype).itemsize
     scratch = {
         "codes_smem": plgpu.SMEM((_STAGES, _BLOCK_ROWS, PLANE), jnp.uint8, transforms=_swizzled(128, 1)),
         "x_smem": plgpu.SMEM((x_slots, block, PLANE), jnp.int8, transforms=_swizzled(128, 1)),
-        "scales_smem": plgpu.SMEM((_STAGES, 8, _BLOCK_ROWS), jnp.float16),
-        "resolution_smem": plgpu.SMEM((_STAGES, _BLOCK_ROWS), jnp.float32),
+        "scales_smem": plgpu.SMEM((_STAGES, weight.planes, _BLOCK_ROWS), jnp.int16),
         "token_smem": plgpu.SMEM((_WARPGROUPS, 3, block), jnp.float32),
         "row_smem": plgpu.SMEM((_WARPGROUPS, 3, _ROWS), jnp.float32),
         "row_scales_smem": plgpu.SMEM((_WARPGROUPS, 2, _ROWS), jnp.float16),
@@ -73,7 +71,7 @@ def matmul(
             out_dtype,
             transforms=_swizzled(128, itemsize),
         ),
-        "filled": plgpu.Barrier(num_arrivals=3 if grouped else 1, num_barriers=_STAGES),
+        "filled": plgpu.Barrier(num_arrivals=2 if grouped else 1, num_barriers=_STAGES),
         "freed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
         "x_filled": plgpu.Barrier(num_barriers=x_slots),
         "x_freed": plgpu.ClusterBarrier(
@@ -92,7 +90,7 @@ def matmul(
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.float_scales, weight.row_sums, weight.bias, x, scale, zero_point, last)
+    )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last)
     return y[:t]
 
 
@@ -104,13 +102,12 @@ def _kernel(
     x_gmem,
     scale_gmem,
     zero_point_gmem,
-    last_gmem,  # resolutions of rows where they have several groups, else sums of tokens
+    last_gmem,  # steps of rows where they have several groups, else sums of tokens
     out_gmem,
     *,
     codes_smem,
     x_smem,
     scales_smem,
-    resolution_smem,
     token_smem,
     row_smem,
     row_scales_smem,
@@ -154,7 +151,6 @@ def _kernel(
             copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem.at[slot])
             if weight.grouped:
                 copy(scales_gmem.at[tile, :, rows], scales_smem.at[slot])
-                copy(last_gmem.at[rows], resolution_smem.at[slot])
             for plane in range(planes):
                 x_step = planes * step + plane
                 x_slot = lax.rem(x_step, x_slots)
@@ -185,12 +181,10 @@ def _kernel(
         def unpack(packed, slot, plane):
             if not weight.grouped:
                 return unpack_rows(packed, plane, exact=True, wide=True)[0]
-            resolution = load_row(resolution_smem.at[slot, of_group])
-            alpha, mu = (
-                _whole(load_row(scales_smem.at[slot, j, of_group]) * resolution)
-                for j in (plane, planes + plane)
+            pairs = plgpu.load(
+                scales_smem.at[slot, plane, of_group], layout=_LAYOUT.reduce(1), optimized=False
             )
-            return unpack_weights(packed, plane, alpha, mu)
+            return unpack_weights(packed, plane, pairs.astype(jnp.int32))
 
         def add_tile(tile, acc_ref):
             slot = lax.rem(tile, _STAGES)
@@ -232,7 +226,7 @@ def _kernel(
 
             y = acc.astype(jnp.float32)
             if weight.grouped:
-                y *= spread(1 / row(row_smem, 2), 0)
+                y *= spread(row(row_smem, 2), 0)
             else:
                 alpha, mu = (spread(row(row_scales_smem, j), 0) for j in range(2))
                 # U = T + 1, and both are whole numbers that float32 holds.
@@ -274,15 +268,6 @@ def _kernel(
                 write(acc[:, j : j + part], pl.ds(j, part), out_gmem.at[pl.ds(first_token + j, part), rows])
 
         plgpu.wait_smem_to_gmem(0)
-
-
-def _whole(value: jax.Array) -> jax.Array:
-    """Nearest whole numbers of float32, as int32: added to a number whose last bit is 1, they are its lowest bits.
-
-    Conversions take several times as long.
-    """
-    one = 1.5 * 2**23
-    return lax.bitcast_convert_type(value + one, jnp.int32) - np.float32(one).view(np.int32).item()
 
 
 def _swizzled(width: int, itemsize: int):

@@ -6,11 +6,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Word
+from twla_jax.ops.ternary_matmul.tiles import filled_up
 from twla_jax.packing import PLANE
 
 WARPS = 4  # of a warpgroup
 UNIT = 16  # rows of an `mma.sync`
 SUMS = 4  # of a thread for a unit: an `mma.sync` leaves it so many
+PLANES = 4
 SWIZZLED = (
     plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
@@ -32,6 +34,11 @@ class Rows:
     def count(self) -> int:
         """Of all parts."""
         return self.each * self.parts
+
+    @property
+    def scales(self) -> int:
+        """Rows of a part whose scales are copied: the copy engine writes to multiples of 128 bytes."""
+        return filled_up(self.each)
 
     @property
     def units(self) -> int:
@@ -69,12 +76,12 @@ class Lane:
         return (self.unit + WARPS * i) * UNIT + 8 * half + self.group
 
     def scale(self, i: int, half: int) -> Word:
-        """Where this row's α of the first plane is in `[parts, 8, each]`."""
+        """Where this row's pair of the first plane is in `[parts, PLANES, scales]`."""
         row = self.eight(i, half) * 8 + self.group
         if self.rows.parts == 1:
             return row
-        before = threads.select(row >= self.rows.each, threads.word(7 * self.rows.each), threads.word(0))
-        return row + before
+        before = threads.word(PLANES * self.rows.scales - self.rows.each)
+        return row + threads.select(row >= self.rows.each, before, threads.word(0))
 
     def codes(self, at: Word, i: int) -> list[list[Word]]:
         """The bytes of a warp's unit i, in its share of a tile: left operands of 32 columns each.
@@ -86,6 +93,20 @@ class Lane:
         chunk = (within ^ (self.lane // 16)) << 4  # the copy engine swizzled chunks of 16 bytes
         shares = range(4 // self.rows.shares)
         return [threads.load_matrices(first + (chunk ^ ((self.share * 2 + j) << 5))) for j in shares]
+
+
+def load_pair(me: Lane, scales: Word, i: int, half: int, plane: int, more: Word | int = 0) -> Word:
+    """(α, μ) of a row of a warp's unit i in a plane, or so many `more`, from `[parts, PLANES, scales]` int16."""
+    n = me.rows.scales
+    return threads.load_short(scales + (me.scale(i, half) + more * n) * 2, offset=2 * n * plane)
+
+
+def add_paired(product: Word, factor: Word | int, of_codes: Word, pair: Word, so_far: Word) -> Word:
+    """`so_far + α · acc + μ · Q`, for a group's `acc = product · factor / 2¹⁶` and Q, of which int16 holds both.
+
+    `of_codes` is Q's lower half, with zeros above it.
+    """
+    return threads.multiply_halves(product * factor + of_codes, pair, so_far)
 
 
 def plane_of(packed: list[Word], plane: int) -> list[Word]:

@@ -75,27 +75,25 @@ def unpack_rows(
     return convert_registers(packed), 1 << place  # pyright: ignore[reportCallIssue]
 
 
-def unpack_weights(
-    packed: jax.Array, plane: int, alpha: Int32[Array, " rows"], mu: Int32[Array, " rows"]
-) -> jax.Array:
-    """`[rows, PLANE]` weights `α·(U − 1) + μ` in int8, as the left operand of `plgpu.wgmma`.
+def unpack_weights(packed: jax.Array, plane: int, pairs: Int32[Array, " rows"]) -> jax.Array:
+    """`[rows, PLANE]` weights `α·U + μ` in int8, as the left operand of `plgpu.wgmma`.
 
     Four codes are multiplied at once: none carries into the next, as the weights, raised by 128, fit their bytes.
 
     Args:
       packed: bytes in the layout `WGMMA_8BIT`.
-      alpha: such that no weight leaves int8, in the layout `WGMMA_8BIT.reduce(1)`; as is mu.
+      pairs: of α and μ, such that no weight leaves int8, in the layout `WGMMA_8BIT.reduce(1)`.
     """
     layout = plgpu.Layout.WGMMA_8BIT
 
     @plgpu.inline_mgpu(
-        arg_types=(layout, layout.reduce(1), layout.reduce(1)),
+        arg_types=(layout, *[layout.reduce(1)] * 2),
         return_type=plgpu.ShapeDtypeStruct(packed.shape, jnp.int8, layout=layout),
     )
-    def convert_registers(_, array, alpha, lowest):
+    def convert_registers(_, array, alpha, raised_mu):
         i32 = ir.IntegerType.get_signless(32)
         factors, offsets = (
-            [utils.bitcast(register, i32) for register in part.registers.flat] for part in (alpha, lowest)
+            [utils.bitcast(register, i32) for register in part.registers.flat] for part in (alpha, raised_mu)
         )
         offsets = [arith.muli(offset, _word(0x01010101)) for offset in offsets]
         # A thread has two rows, which alternate.
@@ -109,7 +107,8 @@ def unpack_weights(
             _registers=out.reshape(array.registers.shape), _layout=array.layout, _is_signed=True
         )
 
-    return convert_registers(packed, alpha, mu - alpha + 128)  # pyright: ignore[reportCallIssue]
+    # The lower byte, raised by 128 as weights are, is as it is but for its first bit.
+    return convert_registers(packed, pairs >> 8, (pairs & 0xFF) ^ 0x80)  # pyright: ignore[reportCallIssue]
 
 
 def unpacked_order(x: Array) -> Array:

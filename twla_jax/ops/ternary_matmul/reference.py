@@ -25,7 +25,7 @@ def matmul(
     Returns:
       `[t, rows]`, rows as stored, those past `weight.out_features` included.
     """
-    y = product(x, sums, weight)
+    y = product(x, sums, weight) * weight.steps
     return (scale[:, None] * (y - zero_point[:, None] * weight.row_sums) + weight.bias).astype(out_dtype)
 
 
@@ -35,7 +35,7 @@ def product(
     """`x Ŵᵀ = Σ_g α_g·acc_g + μ_g·Q_g`, or `Σ_g α_g·(acc_g + μ_g·Q_g)`, with `acc_g = Σ_{k∈g} C_k·x_k`.
 
     Q_g are the `sums` of x over a group. Integers are accumulated in int32, floats in float32. A tile is unpacked at a
-    time.
+    time. Of a `KernelWeight`, in steps of its rows.
     """
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -54,16 +54,16 @@ def product(
     def grouped(y, operands):
         tile, x_tile, total, scales = operands
         acc, total = accumulate(tile, x_tile).astype(jnp.float32), total[..., None].astype(jnp.float32)
-        alpha, mu = scales.astype(jnp.float32).reshape(2, planes, 1, -1)
+        alpha, mu = weight.of_planes(scales)[:, :, None]
         part = alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
         return y + part.sum(0), None
 
     def single(acc, operands):
         return acc + accumulate(*operands).sum(0), None
 
-    shape, scales = (len(x), len(weight.codes)), weight.float_scales
+    shape = len(x), len(weight.codes)
     if weight.grouped:
-        return jax.lax.scan(grouped, jnp.zeros(shape), (packed, tokens, totals, scales))[0]
+        return jax.lax.scan(grouped, jnp.zeros(shape), (packed, tokens, totals, weight.scales))[0]
     acc, _ = jax.lax.scan(single, jnp.zeros(shape, exact), (packed, tokens))
-    alpha, mu = scales[0].astype(jnp.float32)
+    alpha, mu = weight.of_planes(weight.scales[0])
     return alpha * acc.astype(jnp.float32) + mu * sums.sum(-1, keepdims=True).astype(jnp.float32)

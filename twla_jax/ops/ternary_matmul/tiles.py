@@ -92,10 +92,20 @@ def few_tiles(tokens: int, rows: int, tiles: int) -> FewTiles:
     each = max(8 * -(-rows // (8 * waves * STREAMING_MULTIPROCESSORS)), 32)
     parts = 4 * groups * (2 if each <= 32 else 1) * tokens * each
     other = max(parts, (tokens + 1) * token_bytes(tiles)) + 128 * tiles + 4096
-    slots = min((MULTIPROCESSOR_MEMORY // resident - other) // (each * (128 + 16)), tiles, _MOST_SLOTS)
+    slots = min((MULTIPROCESSOR_MEMORY // resident - other) // slot_bytes(each), tiles, _MOST_SLOTS)
     if slots < (tiles if few else groups):
         raise ValueError(f"{tokens} tokens of {tiles} tiles leave no room for weights")
     return FewTiles(rows=each, warpgroups=groups, slots=slots)
+
+
+def filled_up(rows: int) -> int:
+    """So many rows' pairs of scales for every plane are a multiple of the 128 bytes that the copy engine writes to."""
+    return -(-rows // 16) * 16
+
+
+def slot_bytes(rows: int) -> int:
+    """Of a tile's codes and pairs of scales."""
+    return 128 * rows + 8 * filled_up(rows)
 
 
 def token_bytes(tiles: int) -> int:

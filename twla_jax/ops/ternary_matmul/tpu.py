@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.ternary_matmul import tiles as tuning
-from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, parts_of_pair
 from twla_jax.packing import PLANE
 
 
@@ -26,7 +26,7 @@ def matmul(
     interpret=False,
 ) -> Float[Array, "t rows"]:
     """What `reference.matmul` computes, for int8 or bf16 x."""
-    by_token, by_row = (scale, zero_point), (weight.row_sums, weight.bias)
+    by_token, by_row = (scale, zero_point), (weight.row_sums, weight.bias, weight.steps)
     return product(x, sums, weight, by_token, by_row, out_dtype=out_dtype, tiles=tiles, interpret=interpret)
 
 
@@ -41,7 +41,7 @@ def product(
     tiles: tuning.TpuTiles | None = None,
     interpret=False,
 ) -> Float[Array, "t rows"]:
-    """What `reference.product` computes; with scales and zero points, row sums and biases, what `matmul` does."""
+    """What `reference.product` computes; with scales and zero points, row sums, biases, steps, what `matmul` does."""
     tiles = tiles or tuning.tpu_tiles(len(x), len(weight.codes))
     t, planes = len(x), weight.planes
     groups, padding = weight.tiles * planes, -t % tiles.tokens
@@ -49,7 +49,6 @@ def product(
     # A token's sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to so few.
     totals = jnp.pad(sums[:, :groups], ((0, padding), (0, 0)))
     totals = totals.reshape(len(x), weight.tiles, planes).swapaxes(0, 1)
-    parameters = weight.scales.shape[1]
     grid = (len(x) // tiles.tokens, len(weight.codes) // tiles.rows, weight.tiles)
     column = pl.BlockSpec((tiles.tokens, 1), lambda i, j, k: (i, 0))
     row = pl.BlockSpec((1, tiles.rows), lambda i, j, k: (0, j))
@@ -62,7 +61,7 @@ def product(
             pl.BlockSpec((1, tiles.tokens, planes), lambda i, j, k: (k, i, 0)),
             pl.BlockSpec((tiles.rows, PLANE), lambda i, j, k: (j, k)),
             pl.BlockSpec(
-                (1, parameters, tiles.rows),
+                (1, weight.parameters, tiles.rows),
                 lambda i, j, k: (k if weight.grouped else 0, 0, j),
             ),
             *[column for _ in by_token],
@@ -109,8 +108,7 @@ def _kernel(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeigh
         total = totals_ref[0, :, plane : plane + 1]
         acc = acc.astype(total.dtype) - offset * total
         if weight.grouped:
-            alpha = _float16_bits(scales_ref[0, plane : plane + 1])
-            mu = _float16_bits(scales_ref[0, planes + plane : planes + plane + 1])
+            alpha, mu = _scales(scales_ref, plane, weight)
             acc, total = acc.astype(jnp.float32), total.astype(jnp.float32)
             acc_ref[...] += alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
         else:
@@ -124,8 +122,8 @@ def _kernel(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeigh
             alpha, mu = _float16_bits(scales_ref[0, 0:1]), _float16_bits(scales_ref[0, 1:2])
             y = alpha * y + mu * sum_ref[...].astype(jnp.float32)
         if affine_refs:
-            scale, zero_point, row_sums, bias = (ref[...] for ref in affine_refs)
-            y = scale * (y - zero_point * row_sums) + bias
+            scale, zero_point, row_sums, bias, steps = (ref[...] for ref in affine_refs)
+            y = scale * (steps * y - zero_point * row_sums) + bias
         out_ref[...] = y.astype(out_ref.dtype)
 
 
@@ -136,6 +134,16 @@ def _unpack(words: jax.Array, plane: int, weight: PackedWeight) -> tuple[jax.Arr
     mask = 0x01010101 * (2**weight.bits - 1)
     unsigned = lax.shift_right_logical(words, jnp.int32(weight.bits * plane)) & mask
     return pltpu.bitcast(unsigned, jnp.int8), weight.offset
+
+
+def _scales(scales_ref, plane: int, weight: PackedWeight) -> tuple[jax.Array, jax.Array]:
+    """α and μ of a plane."""
+    first = scales_ref[0, plane : plane + 1]
+    if weight.paired:
+        alpha, mu = parts_of_pair(first.astype(jnp.int32))
+        return alpha.astype(jnp.float32), mu.astype(jnp.float32)
+    other = weight.planes + plane
+    return _float16_bits(first), _float16_bits(scales_ref[0, other : other + 1])
 
 
 def _operand(dtype):

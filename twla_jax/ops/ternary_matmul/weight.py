@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float16, Float32, Int16, UInt8
+from jaxtyping import Array, Float16, Float32, Int16, Int32, UInt8
 
 from twla_jax import packing
 from twla_jax.errors import TwlaError
@@ -21,7 +21,8 @@ class PackedWeight:
     Byte c of a tile holds columns c, c + 128, …, lowest bits first: one of each of the tile's `planes`. A stored code
     is `offset` above the one it stands for, C. Where `relative`, a weight is `α·(C + μ)`, elsewhere `α·C + μ`.
 
-    `scales` are float16, or, for TPUs, int16 of the same bits: see `scale_bits`.
+    `scales` are α and μ in float16, or, for TPUs, int16 of the same bits: see `scale_bits`. Where `paired`, both are
+    whole numbers of a row's steps, each a signed byte of an int16: see `pair`.
     """
 
     codes: UInt8[Array, "rows bytes"]
@@ -44,6 +45,11 @@ class PackedWeight:
         raise NotImplementedError
 
     @property
+    def paired(self) -> bool:
+        """Whether α and μ are bytes, not float16."""
+        raise NotImplementedError
+
+    @property
     def planes(self) -> int:
         """Codes in a byte."""
         return 8 // self.bits
@@ -59,6 +65,11 @@ class PackedWeight:
         return as_type(self.scales, jnp.float16)
 
     @property
+    def gpu_scales(self) -> Float16[Array, "tiles parameters rows"] | Int16[Array, "tiles parameters rows"]:
+        """The scales as GPU kernels take them."""
+        return self.scales if self.paired else self.float_scales
+
+    @property
     def scale_bits(self) -> Int16[Array, "tiles parameters rows"]:
         """The scales as TPU kernels take them, which XLA makes of float16 ones by another copy."""
         return as_type(self.scales, jnp.int16)
@@ -66,7 +77,20 @@ class PackedWeight:
     @property
     def grouped(self) -> bool:
         """Whether there is an (α, μ) for every 128 columns, not one a row."""
-        return self.scales.shape[1] == 2 * self.planes
+        return self.paired or self.scales.shape[1] == 2 * self.planes
+
+    @property
+    def parameters(self) -> int:
+        """Scales of a row in a tile: one for every plane, or two."""
+        return self.scales.shape[1]
+
+    def of_planes(
+        self, scales: Float16[Array, "parameters rows"] | Int16[Array, "parameters rows"]
+    ) -> Float32[Array, "2 planes rows"]:
+        """α and μ of a tile's planes, or of rows that have one pair (`planes` is 1), in steps where `paired`."""
+        if self.paired:
+            return jnp.stack(parts_of_pair(scales.astype(jnp.int32))).astype(jnp.float32)
+        return as_type(scales, jnp.float16).astype(jnp.float32).reshape(2, -1, scales.shape[-1])
 
 
 @jax.tree_util.register_dataclass
@@ -75,16 +99,16 @@ class KernelWeight(PackedWeight):
     """One ternary matrix, or several that read the same input one below the other.
 
     Invariants: `codes` is planar in tiles of 512 columns as `packing.pack` makes them, but the last tile is whole.
-    `scales[t, i]` and `scales[t, 4 + i]` are α and μ of plane i of tile t, which are 128 columns of one group; where
-    a row is a single group, `scales` is `[1, 2, rows]`. `row_sums[r] = Σ_k Ŵ[r, k]`. What lies past the first
-    `sum(splits)` rows and past `in_features` columns is zero.
+    `row_sums[r] = Σ_k Ŵ[r, k]`. What lies past the first `sum(splits)` rows and past `in_features` columns is zero.
 
-    Where there are several groups, `resolution` steps of a row make 1. In whole numbers of them, as the quantisers
-    round α and μ, every weight is −127 to 127, and integers add up across groups.
+    Where there are several groups, α and μ of a row are whole numbers of its `steps`, as the quantisers round them,
+    such that every weight is −127 to 127 of them, and integers add up across groups. `scales[t, i]` is the pair of
+    plane i of tile t, which are 128 columns of one group; its μ belongs to codes as they are stored, `U = T + 1`, and
+    so is the weight of T = −1. Where a row is a single group, `scales` is `[1, 2, rows]`, its α and μ, and a step is 1.
     """
 
     row_sums: Float32[Array, " rows"]
-    resolution: Float32[Array, " rows"]
+    steps: Float32[Array, " rows"]
     bias: Float32[Array, " rows"]
     splits: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
@@ -95,13 +119,18 @@ class KernelWeight(PackedWeight):
 
     @property
     def offset(self) -> int:
-        """`U = T + 1` is what is stored."""
-        return 1
+        """`U = T + 1` is what is stored, and what pairs are for."""
+        return 0 if self.paired else 1
 
     @property
     def relative(self) -> bool:
-        """μ is a weight, not a number of steps."""
+        """μ is not a number of αs."""
         return False
+
+    @property
+    def paired(self) -> bool:
+        """Where there are several groups."""
+        return self.parameters == self.planes
 
     @property
     def out_features(self) -> int:
@@ -114,10 +143,22 @@ def as_type(scales: jax.Array, dtype) -> jax.Array:
     return scales if scales.dtype == dtype else jax.lax.bitcast_convert_type(scales, dtype)
 
 
+def pair(alpha: Int32[Array, "*shape"], mu: Int32[Array, "*shape"]) -> Int16[Array, "*shape"]:
+    """Both, of −128 to 127, in the upper and the lower byte."""
+    return ((alpha << 8) | (mu & 0xFF)).astype(jnp.int16)
+
+
+def parts_of_pair(pair: Int32[Array, "*shape"]) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
+    """α and μ of an int16 in 32 bits."""
+    return pair >> 8, (pair << 24) >> 24
+
+
 def kernel_weight(
     weights: Sequence[TernaryTensor], biases: Sequence[Array | None] | None = None
 ) -> KernelWeight:
     """Stacks matrices that read the same input into one, in the layout of the kernels.
+
+    Where there are several groups, α and μ are rounded to whole steps, of which they are unless no quantiser made them.
 
     Args:
       weights: without leading axes, of the same columns and group size: a multiple of 128, or one group a row.
@@ -144,16 +185,17 @@ def kernel_weight(
     whole = _whole_tiles(codes, m)
     tiles = whole.shape[1] // packing.PLANE
     if single:
-        resolution = jnp.ones(rows)
+        steps = jnp.ones(rows)
         scales = jnp.stack([alpha[:, 0], mu[:, 0]])[None]
     else:
-        resolution = 1 / row_steps(alpha, mu)
-        scales = jnp.concatenate([_by_plane(p, size // packing.PLANE, tiles) for p in (alpha, mu)], axis=1)
+        steps = row_steps(alpha, mu)
+        alpha, mu = (jnp.round(each / steps[:, None]).astype(jnp.int32) for each in (alpha, mu))
+        scales = _by_plane(pair(alpha, mu - alpha), size // packing.PLANE, tiles)
     return KernelWeight(
         codes=jnp.pad(whole, ((0, padding), (0, 0))),
         scales=jnp.pad(scales, ((0, 0), (0, 0), (0, padding))),
-        row_sums=jnp.pad(_row_sums(codes, alpha, mu, m, size), (0, padding)),
-        resolution=jnp.pad(resolution, (0, padding), constant_values=1.0),
+        row_sums=jnp.pad(steps * _row_sums(codes, alpha, mu, m, size), (0, padding)),
+        steps=jnp.pad(steps, (0, padding), constant_values=1.0),
         bias=jnp.pad(bias, (0, padding)),
         in_features=m,
         splits=tuple(weight.shape[0] for weight in weights),
