@@ -7,6 +7,7 @@ the tiles around it.
 import argparse
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -21,13 +22,15 @@ Timed = list[tuple[float, Tiles]]
 
 
 def around(tiles: Tiles, columns: int) -> Iterator[Tiles]:
-    """The same tiles, and others: more warpgroups, other tiles under way, twice the blocks."""
-    for rows in {tiles.rows, 8 * -(-tiles.rows // 16)}:
-        for warpgroups in {2, 3, 4}:
-            under_way = tiles.rows * tiles.warpgroups * tiles.stages // (rows * warpgroups)
-            for stages in {under_way - 1, under_way, under_way + 1}:
-                if 1 <= stages <= -(-columns // warpgroups):
-                    yield dataclasses.replace(tiles, rows=rows, warpgroups=warpgroups, stages=stages)
+    """The same tiles, and others: more warpgroups, other tiles under way, smaller copies, twice the blocks."""
+    under_way = tiles.rows * tiles.warpgroups * tiles.stages * tiles.together
+    for rows, warpgroups, together in itertools.product(
+        {tiles.rows, 8 * -(-tiles.rows // 16)}, (2, 3, 4), {1, -(-tiles.together // 2), tiles.together}
+    ):
+        copies = -(-under_way // (rows * warpgroups * together))
+        for stages in {copies - 1, copies, copies + 1}:
+            if 1 <= stages <= -(-columns // (warpgroups * together)):
+                yield Tiles(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
 
 
 def timed(n: int, m: int, *, gated: bool) -> tuple[Tiles, Timed]:

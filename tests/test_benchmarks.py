@@ -48,11 +48,17 @@ def test_check_tells_right_from_wrong(monkeypatch):
 
 def test_tiles_that_are_tried_lie_around_the_rules():
     tune = script("tune")
-    rule = tune.Tiles(rows=96, warpgroups=2, stages=3)
-    tried = set(tune.around(rule, columns=8))
-    assert rule in tried
-    assert all(tiles.rows in (48, 96) and 1 <= tiles.stages <= -(-8 // tiles.warpgroups) for tiles in tried)
-    assert {tiles.warpgroups for tiles in tried} == {2, 3, 4}
+    for rule in (
+        tune.Tiles(rows=96, warpgroups=2, stages=3),
+        tune.Tiles(rows=96, warpgroups=2, stages=2, together=2),
+    ):
+        tried = set(tune.around(rule, columns=8))
+        assert rule in tried
+        assert {tiles.warpgroups for tiles in tried} == {2, 3, 4}
+        assert {tiles.together for tiles in tried} == {1, rule.together}
+        for tiles in tried:
+            assert tiles.rows in (48, 96)
+            assert 1 <= tiles.stages <= -(-8 // (tiles.warpgroups * tiles.together))
 
 
 def test_perplexities_by_path_agree_where_there_are_no_kernels():

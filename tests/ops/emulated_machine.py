@@ -129,7 +129,7 @@ class Shared:
 
 
 def copy(source, target, _):
-    """The copy engine, for each warpgroup: zeros where the source ends; chunks of 16 bytes swizzled."""
+    """The copy engine, for each warpgroup: zeros where the source ends; chunks of 16 bytes swizzled, 128 by 128."""
     for block in range(machine.shape[0]):
         for thread in range(0, machine.shape[1], 128):
             if machine.masks[-1][block, thread]:
@@ -139,7 +139,7 @@ def copy(source, target, _):
                 data = data.view(np.uint8)
                 if target.swizzled:
                     rows = np.arange(len(data))[:, None]
-                    data = data.reshape(len(data), 8, 16)[rows, np.arange(8) ^ rows % 8]
+                    data = data.reshape(len(data), -1, 8, 16).swapaxes(0, 1)[:, rows, np.arange(8) ^ rows % 8]
                 target.view(block, thread)[:] = data.reshape(-1)
                 machine.copied(target, block, thread)
 

@@ -94,6 +94,7 @@ def turned(token_smem, right_smem, left_smem, *, shape):
     ("t", "m", "n", "size", "warpgroups", "rows", "stages", "kind"),
     [
         (1, 1024, 256, 128, 2, 96, 1, "norm"),
+        (1, 2560, 64, 128, 2, 64, (2, 2), "residual"),
         (1, 576, 96, 576, 2, 32, 1, "norm"),
         (1, 576, 128, 128, 2, 40, 1, "gated"),
         (2, 576, 128, 576, 2, 40, 1, "gated"),
@@ -136,7 +137,8 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
     emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes, gpu_products, gpu_rows)
     emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
     monkeypatch.setattr(gpu_token, "turn", turned)
-    chosen = tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages)
+    stages, together = stages if isinstance(stages, tuple) else (stages, 1)
+    chosen = tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
     found = np.asarray(gpu.quantized_linear(*arguments, tiles=chosen, **options), np.float32)
     expected = np.asarray(expected, np.float32)
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
@@ -234,9 +236,14 @@ def test_tiles_fit_memory_and_threads():
                     assert lines <= chosen.warpgroups <= tiles.MOST_WARPGROUPS
                     assert chosen.rows <= 128 * chosen.warpgroups
                     assert chosen.rows * parts <= tiles.MOST_ROWS
-                    used = chosen.warpgroups * chosen.stages * chosen.rows * parts * 144
+                    tile = (chosen.rows * 128 + -(-chosen.rows // 16) * 16 * 8) * parts
+                    used = chosen.warpgroups * chosen.stages * chosen.together * tile
                     assert used + 40_000 <= 226 * 1024
-                    if chosen.stages == 1 and columns > chosen.warpgroups:  # no room for a second tile
+                    if chosen.together > 1:  # all have their place
+                        assert chosen.warpgroups * chosen.stages * chosen.together >= columns
+                    if (
+                        chosen.stages * chosen.together == 1 and columns > chosen.warpgroups
+                    ):  # no room for a second
                         resident = min(2, -(-rows // (132 * chosen.rows)))
                         assert 2 * used + 40_000 > 226 * 1024 // resident
     with pytest.raises(ValueError, match="leave no room"):

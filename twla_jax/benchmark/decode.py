@@ -20,7 +20,7 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.kv_cache import KVCache, LayerKV
 from twla_jax.ops.rotate_quantize import quantizer_settings
 
-_CALLS = 3
+_CALLS = 9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from twla_jax.errors import TwlaError
-from twla_jax.ops.ternary_matmul.weight import ROWS, PackedWeight, as_type
+from twla_jax.ops.ternary_matmul.tiles import ROWS
+from twla_jax.ops.ternary_matmul.weight import PackedWeight, as_type
 from twla_jax.packing import PLANE
 from twla_jax.uniform import IntegerTensor
 

@@ -2,7 +2,8 @@
 
 A token's rotation takes one multiprocessor longer to wait for than to compute, and a kernel of its own as long again
 to start. So every block computes it for itself, while its weights come from memory, as many of them under way as memory
-needs and no more. Warpgroups share the columns, each with its own ring of tiles, and their sums meet in shared memory.
+needs and no more. Warpgroups share the columns, each with a ring of its own, and their sums meet in shared memory.
+If all of a block's weights have room, they come in a few copies, as it takes a while to begin one.
 """
 
 import functools
@@ -23,7 +24,7 @@ from twla_jax.ops.quantized_linear import gpu_token as turning
 from twla_jax.ops.quantized_linear import tiles as tuning
 from twla_jax.ops.quantized_linear.gpu_products import Columns, Flat
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
-from twla_jax.ops.ternary_matmul.gpu_rows import SWIZZLED, Rows
+from twla_jax.ops.ternary_matmul.gpu_rows import PLANES, Rows, copy_tiles, tile_by_tile
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.packing import PLANE, TILE
@@ -90,6 +91,7 @@ def quantized_linear(
         functools.partial(
             _kernel,
             rows=rows,
+            tiles=chosen,
             shape=shape,
             weight=weight,
             epsilon=epsilon if norm else None,
@@ -100,8 +102,14 @@ def quantized_linear(
         num_threads=groups,
         thread_name="warpgroup",
         scratch_types={
-            "codes_smem": plgpu.SMEM((groups, stages, rows.count, PLANE), jnp.uint8, transforms=SWIZZLED),
-            "scales_smem": plgpu.SMEM((groups, stages, rows.parts, weight.planes, rows.scales), jnp.int16),
+            "codes_smem": plgpu.SMEM(
+                (groups, stages, rows.count, chosen.together * PLANE),
+                jnp.uint8,
+                transforms=tile_by_tile(rows.each, chosen.together),
+            ),
+            "scales_smem": plgpu.SMEM(
+                (groups, stages, rows.parts, chosen.together, PLANES, rows.scales), jnp.int16
+            ),
             # Tokens are used up when their codes are written, and L when sums are.
             "token_or_x_smem": plgpu.RefUnion(
                 turning.token_memory(shape, dtype),
@@ -149,7 +157,7 @@ def _plan(
         + max(2 * shape.rows * shape.rows, 4 * tuning.MOST_WARPGROUPS * tuning.MOST_ROWS * t)
         + 2 * shape.columns * shape.columns
         + 4 * Columns(t).numbers * (weight.tiles + 1)
-        + 1024  # for what is small
+        + 2048  # for what is small
     )
     lines = min(shape.lines, tuning.MOST_WARPGROUPS)
     tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, lines, other)
@@ -175,6 +183,7 @@ def _kernel(
     warps_smem,
     filled,
     rows: Rows,
+    tiles: tuning.Tiles,
     shape: turning.Shape,
     weight: KernelWeight,
     epsilon: float | None,
@@ -185,24 +194,24 @@ def _kernel(
     token_smem, x_smem = token_or_x_smem
     left_smem, parts_smem = left_or_parts_smem
     norm, residual = optional[: epsilon is not None], optional[epsilon is not None :]
-    groups, stages = codes_smem.shape[:2]
+    groups, stages, together = tiles.warpgroups, tiles.stages, tiles.together
     n = out_gmem.shape[1]
     group = lax.axis_index("warpgroup")
     first_row = lax.axis_index("rows") * rows.each
-    steps = lax.div(weight.tiles - group + groups - 1, groups)
+    if together > 1:  # neighbours
+        own = pl.cdiv(weight.tiles, groups)
+        first, distance, count = group * own, 1, jnp.maximum(jnp.minimum(weight.tiles - group * own, own), 0)
+    else:
+        first, distance, count = group, groups, lax.div(weight.tiles - group + groups - 1, groups)
+    steps = lax.div(count + together - 1, together)
+
+    def memory(slot):
+        return codes_smem.at[group, slot], scales_smem.at[group, slot] if weight.grouped else None
 
     def fetch(step, slot):
-        tile = step * groups + group
-        barrier = filled.at[group * stages + slot]
-        for part in range(rows.parts):
-            source = pl.ds(part * n + first_row, rows.each)
-            target = codes_smem.at[group, slot, pl.ds(part * rows.each, rows.each)]
-            plgpu.copy_gmem_to_smem(codes_gmem.at[source, pl.ds(tile * PLANE, PLANE)], target, barrier)
-            if weight.grouped:
-                source = pl.ds(part * n + first_row, rows.scales)
-                plgpu.copy_gmem_to_smem(
-                    scales_gmem.at[tile, :, source], scales_smem.at[group, slot, part], barrier
-                )
+        tile, barrier = first + step * together * distance, filled.at[group * stages + slot]
+        source = codes_gmem, scales_gmem
+        copy_tiles(source, memory(slot), barrier, tile, first_row, n, tiles=together, rows=rows)
 
     # The tokens before the weights, behind which they would queue up.
     words, settings = gpu_fetch.fetch(
@@ -220,17 +229,24 @@ def _kernel(
     def step(k, sums):
         slot = lax.rem(k, jnp.int32(stages))
         plgpu.barrier_wait(filled.at[group * stages + slot])
-        sums = products.add_tile(
-            sums,
-            codes_smem.at[group, slot],
-            scales_smem.at[group, slot] if weight.grouped else None,
-            x_smem,
-            table_smem,
-            k * groups + group,
-            rows=rows,
-            flat=Flat(shape.r),
-        )
-        if stages * groups < weight.tiles:
+
+        def add(place, sums):
+            return products.add_tile(
+                sums,
+                *memory(slot),
+                x_smem,
+                table_smem,
+                place,
+                first + (k * together + place) * distance,
+                rows=rows,
+                flat=Flat(shape.r),
+            )
+
+        if together == 1:
+            sums = add(jnp.int32(0), sums)
+        else:
+            sums = lax.fori_loop(0, jnp.minimum(together, count - k * together), add, sums)
+        if stages * together * groups < weight.tiles:
             pl.when(k + stages < steps)(functools.partial(fetch, k + stages, slot))
         return sums
 

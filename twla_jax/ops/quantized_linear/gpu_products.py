@@ -18,12 +18,12 @@ from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Word
 from twla_jax.ops.ternary_matmul.gpu_rows import (
     PLANES,
-    SWIZZLED,
     Lane,
     Rows,
     add_paired,
     load_pair,
     plane_of,
+    tile_by_tile,
 )
 from twla_jax.packing import PLANE, TILE
 
@@ -135,28 +135,32 @@ def start(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
 
 
 def add_tile(
-    sums, codes_smem, scales_smem, token_smem, table_smem, tile, *, rows: Rows, flat: Flat
+    sums, codes_smem, scales_smem, token_smem, table_smem, place, tile, *, rows: Rows, flat: Flat
 ) -> jax.Array:
     """Sums with a tile's products added.
 
     Args:
       sums: as `start` makes them.
-      codes_smem: `[rows, PLANE]` bytes, `SWIZZLED`.
-      scales_smem: `[parts, PLANES, rows.scales]` int16, pairs (α, μ) of the tile; None if a row has but one.
+      codes_smem: `[rows, tiles · PLANE]` bytes of a copy, `tile_by_tile`.
+      scales_smem: `[parts, tiles, PLANES, rows.scales]` int16, their pairs (α, μ); None if a row has but one.
       token_smem: `[tokens, bytes]`, tokens' codes, as `flat` says, all tiles'.
       table_smem: `[tiles + 1, numbers]` int32: see `write_table`.
-      tile: which of them it is.
+      place: of the tile in its copy.
+      tile: which of all it is.
     """
     count, grouped = sums.shape[0] // 128, scales_smem is not None
-    refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if grouped else 2)]
+    transforms = tile_by_tile(rows.each, codes_smem.shape[1] // PLANE)
+    refs = [plgpu.RefType(transforms), *[plgpu.RefType()] * (3 if grouped else 2)]
     columns = Columns(token_smem.shape[0])
 
     @threads.on_threads(
-        arg_types=(threads.per_thread(count), plgpu.Layout.WG_SPLAT, *refs),
+        arg_types=(threads.per_thread(count), *[plgpu.Layout.WG_SPLAT] * 2, *refs),
         return_type=threads.values(count, jnp.int32),
     )
-    def add(_, sums, tile, codes, tokens, table, *scales):
-        y, me, tile = list(threads.words(sums)), Lane(rows), threads.splat_word(tile)
+    def add(_, sums, place, tile, codes, tokens, table, *scales):
+        y, me = list(threads.words(sums)), Lane(rows)
+        place, tile = threads.splat_word(place), threads.splat_word(tile)
+        at_codes = threads.address(codes) + place * (rows.each * PLANE)
         operands = _load_tokens(me, tokens, tile, flat, columns)
         of_codes = _load_sums(me, table, tile, columns)
         if scales:
@@ -170,12 +174,10 @@ def add_tile(
         ]
         kinds = [(product, half) for product in range(columns.products) for half in range(_HALVES)]
         for i in range(rows.of_warp):
-            packed = me.codes(threads.address(codes), i)
+            packed = me.codes(at_codes, i)
             # Before the products, which they would wait for.
             pairs = [
-                load_pair(
-                    me, threads.address(scales[0]), i, half, product * columns.at_once, columns.plane(me)
-                )
+                load_pair(me, scales[0], place, i, half, product * columns.at_once, columns.plane(me))
                 for product, half in kinds
                 if scales
             ]
@@ -191,7 +193,7 @@ def add_tile(
         return threads.as_array(y)
 
     operands = [codes_smem, token_smem, table_smem, *([scales_smem] if grouped else [])]
-    return add(sums, tile, *operands)
+    return add(sums, place, tile, *operands)
 
 
 def _load_sums(me: Lane, table: ir.Value, tile: Word, columns: Columns) -> list[list[Word]]:
@@ -304,7 +306,9 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows, of_part:
                 pair = []
                 if scales is not None:
                     n = threads.shape(scales)[-1]
-                    of_first = threads.word(0) if rows.parts == 1 else row // rows.each * (of_part - rows.each)
+                    of_first = (
+                        threads.word(0) if rows.parts == 1 else row // rows.each * (of_part - rows.each)
+                    )
                     at = (first + row + of_first).least(n - 1)
                     pair = [threads.load_real(scales, at + kind * n) for kind in range(2)]
                 for other in range(columns.used):

@@ -24,6 +24,7 @@ from twla_jax.ops.ternary_matmul.gpu_rows import (
     Lane,
     Rows,
     add_paired,
+    copy_tiles,
     load_pair,
     plane_of,
 )
@@ -62,7 +63,7 @@ def matmul(
     tiles = tiles or tuning.few_tiles(t, n, weight.tiles)
     rows, groups = Rows(tiles.rows, 1), tiles.warpgroups
     return plgpu.kernel(
-        functools.partial(_kernel, rows=rows, weight=weight),
+        functools.partial(_kernel, rows=rows, tiles=tiles, weight=weight),
         out_type=jax.ShapeDtypeStruct((t, n), out_dtype),
         grid=(pl.cdiv(n, rows.each),),
         grid_names=("rows",),
@@ -70,10 +71,10 @@ def matmul(
         thread_name="warpgroup",
         scratch_types={
             "codes_smem": plgpu.SMEM((tiles.slots, rows.count, PLANE), jnp.uint8, transforms=SWIZZLED),
-            "scales_smem": plgpu.SMEM((tiles.slots, PLANES, rows.scales), jnp.int16),
+            "scales_smem": plgpu.SMEM((tiles.slots, 1, 1, PLANES, rows.scales), jnp.int16),
             # The tokens are used up when sums are written.
             "tokens_or_parts_smem": plgpu.RefUnion(
-                plgpu.SMEM((t + 1, tuning.token_bytes(weight.tiles)), jnp.int8),
+                plgpu.SMEM((t, tuning.token_bytes(weight.tiles)), jnp.int8),
                 plgpu.SMEM((groups * rows.shares, t, rows.count), jnp.float32),
             ),
             "sums_smem": plgpu.SMEM((PLANES * weight.tiles, _COLUMNS), jnp.int32),
@@ -102,27 +103,27 @@ def _kernel(
     ends_smem,
     filled,
     rows: Rows,
+    tiles: tuning.FewTiles,
     weight: KernelWeight,
 ):
     tokens_smem, parts_smem = tokens_or_parts_smem
-    slots, groups = codes_smem.shape[0], parts_smem.shape[0] // rows.shares
+    slots, groups = tiles.slots, tiles.warpgroups
     count = 128 * groups
     group = lax.axis_index("warpgroup")
     first_row = lax.axis_index("rows") * rows.each
-    steps, own_slots = (lax.div(tiles - group + groups - 1, groups) for tiles in (weight.tiles, slots))
+    steps, own_slots = (lax.div(each - group + groups - 1, groups) for each in (weight.tiles, slots))
 
     def slot_of(step):
         """The warpgroup's slots are those of its first tiles."""
         return lax.rem(step, own_slots) * groups + group
 
+    def memory(slot):
+        return codes_smem.at[slot], scales_smem.at[slot] if weight.grouped else None
+
     def fetch(step):
-        tile, slot = step * groups + group, slot_of(step)
-        mine = pl.ds(first_row, rows.each)
-        source = codes_gmem.at[mine, pl.ds(tile * PLANE, PLANE)]
-        plgpu.copy_gmem_to_smem(source, codes_smem.at[slot], filled.at[slot])
-        if weight.grouped:
-            mine = pl.ds(first_row, rows.scales)
-            plgpu.copy_gmem_to_smem(scales_gmem.at[tile, :, mine], scales_smem.at[slot], filled.at[slot])
+        slot, tile = slot_of(step), step * groups + group
+        source = codes_gmem, scales_gmem
+        copy_tiles(source, memory(slot), filled.at[slot], tile, first_row, 0, tiles=1, rows=rows)
 
     # The tokens before the weights, behind which they would queue up.
     words = _fetch_tokens(x_gmem, weight.tiles, count)
@@ -136,8 +137,7 @@ def _kernel(
     def step(k, sums):
         slot = slot_of(k)
         plgpu.barrier_wait(filled.at[slot])
-        scales = scales_smem.at[slot] if weight.grouped else None
-        sums = _add_tile(sums, codes_smem.at[slot], scales, tokens_smem, sums_smem, k * groups + group, rows)
+        sums = _add_tile(sums, *memory(slot), tokens_smem, sums_smem, k * groups + group, rows)
         if slots < weight.tiles:
             pl.when(k + own_slots < steps)(functools.partial(fetch, k + own_slots))
         return sums
@@ -174,8 +174,8 @@ def _fetch_tokens(x_gmem, tiles: int, count: int) -> jax.Array:
 
 
 def _store_tokens(words, tokens_smem, sums_smem, tiles: int, count: int) -> None:
-    """Tokens with a row of zeros after the last one, and each one's sums of the tiles' planes. Waits for the block."""
-    t, each = tokens_smem.shape[0] - 1, tiles * (TILE // _CHUNK)
+    """Tokens, and each one's sums of the tiles' planes. Waits for the block."""
+    t, each = tokens_smem.shape[0], tiles * (TILE // _CHUNK)
     stride = tokens_smem.shape[1]
 
     @threads.on_threads(
@@ -196,8 +196,6 @@ def _store_tokens(words, tokens_smem, sums_smem, tiles: int, count: int) -> None
             with threads.when(threads.both(token < t, (chunk & 7).equals(0))):
                 at = threads.address(sums) + (chunk // 8) * (4 * _COLUMNS) + token * 4
                 threads.store(at, total)
-        with threads.when(me < 4):
-            threads.store(threads.address(tokens) + me * 4, threads.word(0), offset=t * stride)
         threads.barrier(count)
 
     store(words, tokens_smem, sums_smem)
@@ -218,7 +216,7 @@ def _add_tile(sums, codes_smem, scales_smem, tokens_smem, sums_smem, tile, rows:
     """Sums with a tile's products added: each an `mma.sync` has it, tokens in place of columns."""
     count, grouped = sums.shape[0] // 128, scales_smem is not None
     refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if grouped else 2)]
-    zeros, stride = tokens_smem.shape[0] - 1, tokens_smem.shape[1]
+    t, stride = tokens_smem.shape
 
     @threads.on_threads(
         arg_types=(threads.per_thread(count), plgpu.Layout.WG_SPLAT, *refs),
@@ -226,16 +224,15 @@ def _add_tile(sums, codes_smem, scales_smem, tokens_smem, sums_smem, tile, rows:
     )
     def add(_, sums, tile, codes, tokens, totals, *scales):
         me, tile = Lane(rows), threads.splat_word(tile)
-        token = (me.lane & (_COLUMNS - 1)).least(zeros)
+        # In place of a token that is missing, the last one: nobody reads those sums.
+        token = (me.lane & (_COLUMNS - 1)).least(t - 1)
         at = threads.address(tokens) + token * stride
-        place = tile * TILE + (me.lane // 8) * _CHUNK + me.share * (PLANE // 2)
-        none = token.equals(zeros)
+        at = at + tile * TILE + (me.lane // 8) * _CHUNK + me.share * (PLANE // 2)
         y = list(threads.words(sums))
         operands, of_planes = [], []
         for plane in range(PLANES):
             halves = [plane * PLANE + half * PLANE // 2 for half in range(2 // rows.shares)]
-            places = [threads.select(none, at, at + place + half) for half in halves]
-            operands.append([each for where in places for each in threads.load_matrices(where)])
+            operands.append([each for half in halves for each in threads.load_matrices(at + half)])
             group = threads.address(totals) + (tile * PLANES + plane) * (4 * _COLUMNS)
             found = threads.load(group + me.pair * 8, 2)
             if rows.shares > 1:
@@ -253,7 +250,11 @@ def _add_tile(sums, codes_smem, scales_smem, tokens_smem, sums_smem, tile, rows:
                     product = threads.multiply_bytes(
                         plane_of(each, plane), operand[2 * j : 2 * j + 2], product
                     )
-                _add_plane(y, product, total, plane, i, me, threads.address(scales[0]) if scales else None)
+                pairs = [
+                    load_pair(me, scales[0], threads.word(0), i, half, plane) if scales else None
+                    for half in range(2)
+                ]
+                _add_plane(y, product, total, plane, i, pairs)
         return threads.as_array(y)
 
     operands = [codes_smem, tokens_smem, sums_smem, *([scales_smem] if grouped else [])]
@@ -261,11 +262,10 @@ def _add_tile(sums, codes_smem, scales_smem, tokens_smem, sums_smem, tile, rows:
 
 
 def _add_plane(
-    y: list[Word], product: list[Word], total: list[Word], plane: int, i: int, me: Lane, scales: Word | None
+    y: list[Word], product: list[Word], total: list[Word], plane: int, i: int, pairs: list[Word | None]
 ) -> None:
-    """A unit's products with a plane, scaled if there are scales, onto its sums."""
-    for half in range(2):
-        pair = None if scales is None else load_pair(me, scales, i, half, plane)
+    """A unit's products with a plane, scaled if rows have pairs for it, onto its sums."""
+    for half, pair in enumerate(pairs):
         for column in range(2):
             index, at = 2 * half + column, SUMS * i + 2 * half + column
             if pair is None:

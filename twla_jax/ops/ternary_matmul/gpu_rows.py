@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Word
@@ -17,6 +19,13 @@ SWIZZLED = (
     plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
+
+
+def tile_by_tile(rows: int, tiles: int) -> tuple:
+    """`SWIZZLED`, of a copy of so many rows and tiles, one tile after the other; rows divide the matrix' if several."""
+    if tiles == 1:
+        return SWIZZLED
+    return (plgpu.TilingTransform((rows, 128)), SWIZZLED[1])  # pyright: ignore[reportAbstractUsage]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +84,12 @@ class Lane:
         """The row of the block whose sums this thread has; may be past the last."""
         return (self.unit + WARPS * i) * UNIT + 8 * half + self.group
 
-    def scale(self, i: int, half: int) -> Word:
-        """Where this row's pair of the first plane is in `[parts, PLANES, scales]`."""
+    def scale(self, i: int, half: int, tiles: int) -> Word:
+        """Where this row's pair of the first tile's first plane is in `[parts, tiles, PLANES, scales]`."""
         row = self.eight(i, half) * 8 + self.group
         if self.rows.parts == 1:
             return row
-        before = threads.word(PLANES * self.rows.scales - self.rows.each)
+        before = threads.word(tiles * PLANES * self.rows.scales - self.rows.each)
         return row + threads.select(row >= self.rows.each, before, threads.word(0))
 
     def codes(self, at: Word, i: int) -> list[list[Word]]:
@@ -95,10 +104,31 @@ class Lane:
         return [threads.load_matrices(first + (chunk ^ ((self.share * 2 + j) << 5))) for j in shares]
 
 
-def load_pair(me: Lane, scales: Word, i: int, half: int, plane: int, more: Word | int = 0) -> Word:
-    """(α, μ) of a row of a warp's unit i in a plane, or so many `more`, from `[parts, PLANES, scales]` int16."""
-    n = me.rows.scales
-    return threads.load_short(scales + (me.scale(i, half) + more * n) * 2, offset=2 * n * plane)
+def copy_tiles(
+    weight: tuple, memory: tuple, barrier, first_tile, first_row, n: int, *, tiles: int, rows: Rows
+) -> None:
+    """Codes and, unless None, pairs of some tiles' rows, `first_row` and on of each part of n rows.
+
+    Into `[rows, tiles · PLANE]` bytes, `tile_by_tile`, and `[parts, tiles, PLANES, rows.scales]`.
+    """
+    (codes_gmem, scales_gmem), (codes_smem, scales_smem) = weight, memory
+    columns = pl.ds(first_tile * PLANE, tiles * PLANE)
+    for part in range(rows.parts):
+        first = part * n + first_row
+        target = codes_smem.at[pl.ds(part * rows.each, rows.each)]
+        plgpu.copy_gmem_to_smem(codes_gmem.at[pl.ds(first, rows.each), columns], target, barrier)
+        if scales_smem is not None:
+            source = scales_gmem.at[pl.ds(first_tile, tiles), :, pl.ds(first, rows.scales)]
+            plgpu.copy_gmem_to_smem(source, scales_smem.at[part], barrier)
+
+
+def load_pair(
+    me: Lane, scales: ir.Value, tile: Word, i: int, half: int, plane: int, more: Word | int = 0
+) -> Word:
+    """(α, μ) of a row of a warp's unit i in a plane, or so many `more`, of a tile of what `copy_tiles` copied."""
+    n, tiles = me.rows.scales, threads.shape(scales)[1]
+    at = threads.address(scales) + (me.scale(i, half, tiles) + tile * (PLANES * n) + more * n) * 2
+    return threads.load_short(at, offset=2 * n * plane)
 
 
 def add_paired(product: Word, factor: Word | int, of_codes: Word, pair: Word, so_far: Word) -> Word:

@@ -2,6 +2,10 @@
 
 import dataclasses
 
+from twla_jax.packing import PLANE
+
+ROWS = 128  # matrices are filled up to a multiple of this
+
 FEW_TOKENS = 32  # up to which int8 tokens are bound by the weights' way from memory
 STREAMING_MULTIPROCESSORS = 132  # of an H100
 MULTIPROCESSOR_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor share
@@ -91,8 +95,8 @@ def few_tiles(tokens: int, rows: int, tiles: int) -> FewTiles:
     waves = 1 if few else -(-rows // (_ROWS_OF_MANY * STREAMING_MULTIPROCESSORS))
     each = max(8 * -(-rows // (8 * waves * STREAMING_MULTIPROCESSORS)), 32)
     parts = 4 * groups * (2 if each <= 32 else 1) * tokens * each
-    other = max(parts, (tokens + 1) * token_bytes(tiles)) + 128 * tiles + 4096
-    slots = min((MULTIPROCESSOR_MEMORY // resident - other) // slot_bytes(each), tiles, _MOST_SLOTS)
+    other = max(parts, tokens * token_bytes(tiles)) + 128 * tiles + 4096
+    slots = min((MULTIPROCESSOR_MEMORY // resident - other) // tile_bytes(each), tiles, _MOST_SLOTS)
     if slots < (tiles if few else groups):
         raise ValueError(f"{tokens} tokens of {tiles} tiles leave no room for weights")
     return FewTiles(rows=each, warpgroups=groups, slots=slots)
@@ -103,9 +107,9 @@ def filled_up(rows: int) -> int:
     return -(-rows // 16) * 16
 
 
-def slot_bytes(rows: int) -> int:
-    """Of a tile's codes and pairs of scales."""
-    return 128 * rows + 8 * filled_up(rows)
+def tile_bytes(rows: int) -> int:
+    """Of codes and pairs of scales."""
+    return PLANE * rows + 8 * filled_up(rows)
 
 
 def token_bytes(tiles: int) -> int:

@@ -9,9 +9,8 @@ from jaxtyping import Array, Float16, Float32, Int16, Int32, UInt8
 
 from twla_jax import packing
 from twla_jax.errors import TwlaError
+from twla_jax.ops.ternary_matmul.tiles import ROWS
 from twla_jax.ternary import TernaryTensor, row_steps
-
-ROWS = 128  # rows are filled up to a multiple of this, which every tile of rows divides
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
