@@ -14,6 +14,14 @@ from twla_jax.ternary import dequantize
 SMALL = ["--shape", "tiny", "--layers", "1", "--tokens", "8", "--context", "8", "--steps", "2"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_call():
+    """A time is of as many as may be, and nothing here is about times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "_CALLS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
     """What the command prints, and its figures."""

@@ -108,8 +108,7 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
     softmax = np.full((b, *splits, heads, 2), np.nan, np.float32)
     inputs = (
         qkv,
-        positions.cos[0],
-        positions.sin[0],
+        jnp.stack([positions.cos[0], positions.sin[0]]),
         positions.query[:1],
         window.reshape(1),
         *(norm_scales or ()),

@@ -85,8 +85,7 @@ def decode_attention(
     mixed, *softmax = kernel(
         *jax.tree.leaves(cache),
         qkv,
-        positions.cos[0],
-        positions.sin[0],
+        jnp.stack([positions.cos[0], positions.sin[0]]),  # of both, XLA makes two kernels
         positions.query[:1],
         window.reshape(1),
         *map(threads.readable, norm_scales or ()),
@@ -99,8 +98,8 @@ def decode_attention(
 
 def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
     count = 2 if shape.quantized else 1
-    of_cache, (qkv_gmem, cos_gmem, sin_gmem, length_gmem, window_gmem) = refs[:count], refs[count : count + 5]
-    *norm_scales, out_gmem = refs[count + 5 : len(refs) - shape.tiles.apart]
+    of_cache, (qkv_gmem, turns_gmem, length_gmem, window_gmem) = refs[:count], refs[count : count + 4]
+    *norm_scales, out_gmem = refs[count + 4 : len(refs) - shape.tiles.apart]
     tiles, heads, kv_heads = shape.tiles, shape.heads, shape.kv_heads
     of_sequence = heads // tiles.queries
     sequence, first_head = (op(lax.axis_index("head"), jnp.int32(of_sequence)) for op in (lax.div, lax.rem))
@@ -120,8 +119,8 @@ def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
     q, new = lanes.turn(
         [qkv_gmem.at[sequence, first_head + i] for i in range(tiles.queries)],
         [qkv_gmem.at[sequence, row + kv_head] for row in (heads, heads + kv_heads)],
-        cos_gmem,
-        sin_gmem,
+        turns_gmem.at[0],
+        turns_gmem.at[1],
         norm_scales,
         shape=shape,
         epsilon=epsilon,

@@ -19,7 +19,7 @@ from twla_jax.ops.ternary_matmul import gpu_few, gpu_integer, gpu_prefill
 from twla_jax.ops.ternary_matmul import tiles as tuning
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, parts_of_pair
-from twla_jax.ops.tokens import pad_columns
+from twla_jax.ops.tokens import group_sums, pad_columns
 from twla_jax.packing import PLANE
 
 _COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
@@ -58,8 +58,9 @@ def product(
     t, planes = len(x), weight.planes
     tiles = tiles or tuning.gpu_tiles(t, len(weight.codes), weight.tiles, planes)
     n, block, groups, stages = tiles.rows, tiles.tokens, tiles.warpgroups, tiles.stages
-    totals = sums if weight.grouped else sums.sum(-1, keepdims=True)
-    totals = jnp.pad(totals, ((0, -t % block), (0, 0))).T
+    del sums  # To fill up would take a kernel; to fill up tokens before they are summed takes none.
+    totals = group_sums(jnp.pad(x, ((0, -t % block), (0, 0)))).T
+    totals = totals if weight.grouped else totals.sum(0, keepdims=True)
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
