@@ -1,5 +1,6 @@
 """Attention of one new token: against float64, and compiled for an H100."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -252,6 +253,8 @@ def test_it_is_one_kernel_between_two_linears(compile_for):
     def attend(qkv, layer, positions, window):
         # XLA copies what it may not write to, so the cache must be its own.
         layer = LayerKV(entries=layer.entries * 2)
+        angle = positions.cos
+        positions = dataclasses.replace(positions, cos=jnp.cos(angle), sin=jnp.sin(angle))
         return decode_attention(qkv.reshape(1, -1, 128), layer, positions, window)
 
     qkv, *rest = jax.eval_shape(lambda: operands(1, 32, 32, 128, 576, 512, ALL))[:4]
@@ -259,4 +262,5 @@ def test_it_is_one_kernel_between_two_linears(compile_for):
     program = compile_for("h100", attend, qkv, *rest).as_text()
     found = re.findall(r"^ .*? = .*? ([\w-]+)\(", program[program.index("ENTRY") :], re.MULTILINE)
     idle = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple")
-    assert sorted(name for name in found if name not in idle) == ["custom-call", "fusion"]
+    # The fusions: what makes the cache, and both of the positions' cosines and sines.
+    assert sorted(name for name in found if name not in idle) == ["custom-call", "fusion", "fusion"]

@@ -20,20 +20,22 @@ from twla_jax.ops.ternary_matmul import ternary_matmul
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("target", "batch", "bits", "cache_dtype", "embedding_bits"),
+    ("target", "batch", "bits", "cache_dtype", "embedding_bits", "tied"),
     [
-        ("h100", 1, 8, None, 16),
-        ("h100", 3, 8, jnp.int8, 16),
-        ("h100", 1, None, None, 16),
-        ("h100", 1, 8, None, 8),
-        ("h100", 1, 8, None, 4),
-        ("v5e", 1, 8, None, 16),
-        ("v5e", 3, 8, None, 8),
-        ("v5e", 3, 8, jnp.int8, 8),
-        ("v5e", 1, 8, None, 4),
+        ("h100", 1, 8, None, 16, True),
+        ("h100", 1, 8, None, 16, False),
+        ("h100", 3, 8, jnp.int8, 16, True),
+        ("h100", 1, None, None, 16, False),
+        ("h100", 1, 8, None, 8, True),
+        ("h100", 1, 8, None, 4, True),
+        ("h100", 1, 8, None, 4, False),
+        ("v5e", 1, 8, None, 16, True),
+        ("v5e", 3, 8, None, 8, True),
+        ("v5e", 3, 8, None, 8, False),
+        ("v5e", 3, 8, jnp.int8, 8, True),
+        ("v5e", 1, 8, None, 4, False),
     ],
 )
-@pytest.mark.parametrize("tied", [True, False])
 def test_a_step_copies_neither_cache_nor_weights(
     target, batch, bits, cache_dtype, embedding_bits, tied, compile_for
 ):
