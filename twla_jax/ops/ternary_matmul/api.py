@@ -20,7 +20,8 @@ def ternary_matmul(
 ) -> Float[Array, "*tokens n"]:
     """`x Ŵᵀ + b` for quantised tokens (int8 × ternary, int32 sums), or for float ones (weight-only, float32 sums).
 
-    Per-group (α, μ): the sum over 128 columns is scaled and added up in float32, in no particular order of groups.
+    Per-group (α, μ): the sum over 128 columns is scaled, by whole numbers of a row's step, and added up in int32, or in
+    float32 in no particular order of groups.
 
     Args:
       x: `QuantizedTokens`, or floats, of which the kernels take bf16 alone.
