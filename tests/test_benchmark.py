@@ -12,6 +12,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.ternary import dequantize
 
 SMALL = ["--shape", "tiny", "--layers", "1", "--tokens", "8", "--context", "8", "--steps", "2"]
+HEAD = 4  # bits of the ternary models' head
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,6 +36,7 @@ def printed(tmp_path_factory):
         context=8,
         steps=2,
         activation_bits=(8, 4),
+        embedding_bits=HEAD,
         on_row=lambda part, row: rows.append((part, row)),
     )
     from twla_jax import plotting
@@ -69,7 +71,10 @@ def test_figures_follow_from_each_other(printed):
     assert row["speedup_bf16"] == pytest.approx(row["bf16_microseconds"] / row["microseconds"])
     block, parts = result["prefill"][-1], result["prefill"][:-1]
     assert block["microseconds"] == pytest.approx(sum(part["microseconds"] for part in parts))
-    assert [row["name"] for row in result["decode"]] == ["bf16", "W1.58A8", "W1.58A4"]
+    assert [row["name"] for row in result["decode"]] == [
+        "bf16",
+        *(f"W1.58A{bits}, head of {HEAD} bits" for bits in (8, 4)),
+    ]
     for row in result["decode"]:
         assert row["tokens_per_second"] == pytest.approx(1e6 / row["microseconds"])
     # Keys and values of 8 + 1 positions, 4 heads of 64, in bf16.
@@ -91,25 +96,19 @@ def test_8_and_4_bits_are_one_program():
 
 
 def test_the_command_prints_tables(capsys):
-    cli.main(["bench", "decode", *SMALL, "--kv-cache", "int8", "--activation-bits", "4"])
+    cli.main(["bench", "decode", *SMALL, "--kv-cache", "int8", "--activation-bits", "16"])
     out = capsys.readouterr().out
-    assert out.index("## Whole-model decode") < out.index("| bf16 | 1 | 1 | 8 |") < out.index("| W1.58A4 |")
+    assert out.index("## Whole-model decode") < out.index("| bf16 | 1 | 1 | 8 |") < out.index("| W1.58A16 |")
     assert "XLA reference" in out
 
 
-def test_a_head_of_fewer_bits_is_counted_as_such():
-    bits = 4
-    rows = measure(
-        ["kernels", "decode"], "tiny", layers=1, context=8, steps=2, activation_bits=[16], embedding_bits=bits
-    )
-    plain, packed = rows["decode"]
-    assert (plain["name"], packed["name"]) == ("bf16", f"W1.58A16, head of {bits} bits")
-    n, m = 256, 512
-    size = n * m * bits // 8 + n * m // 128 * 4
-    product = rows["kernels"][-1]
-    assert product["name"] == f"head of {bits} bits, bf16"
+def test_a_head_of_fewer_bits_is_counted_as_such(printed):
+    rows, (n, m) = printed[0], (256, 512)
+    packed, product = rows["decode"][1], rows["kernels"][-1]
+    size = n * m * HEAD // 8 + n * m // 128 * 4
+    assert product["name"] == f"head of {HEAD} bits, bf16"
     assert product["bytes"] == size + 2 * m + 4 * n
-    blocks = shapes.random_decoder(SHAPES["tiny"], activation_bits=16, embedding_bits=bits).blocks[0]
+    blocks = shapes.random_decoder(SHAPES["tiny"], activation_bits=8, embedding_bits=HEAD).blocks[0]
     assert packed["weight_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) + size
 
 
