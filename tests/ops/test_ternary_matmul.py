@@ -98,9 +98,9 @@ def test_tpu_kernel_equals_the_reference(n, m, size, kind):
     np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("size", [128, 576])
-def test_scales_are_the_same_as_their_bits(size):
-    weight = packed([matrix(192, 576, size)])
+def test_scales_are_the_same_as_their_bits():
+    weight = packed([matrix(192, 576, 576)])
+    assert weight.scales.dtype == jnp.float16
     bits = dataclasses.replace(weight, scales=weight.scale_bits)
     assert bits.scales.dtype == jnp.int16
     x = operands(tokens(5, 576))
@@ -111,7 +111,7 @@ def test_scales_are_the_same_as_their_bits(size):
 
 @pytest.mark.parametrize("size", [128, 1536])
 def test_accumulators_are_exact(size):
-    # α = μ leaves the sum over U = T + 1, an integer, and of 63 a step is 1. Codes and columns are at their largest.
+    # α = μ leaves the sum over U = T + 1, an integer, and of 63 a step is 1.
     weight = matrix(128, 1536, size, alpha=63, mu=63)
     x = tokens(4, 1536)
     x = (x.codes, x.sums, jnp.ones(4), jnp.zeros(4))
@@ -140,6 +140,18 @@ def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgrou
     chosen = tiles.FewTiles(rows=rows, warpgroups=warpgroups, slots=slots)
     found = gpu_few.matmul(codes, scale, zero_point, weight, out_dtype=jnp.float32, tiles=chosen)
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("code", [-128, 127])
+def test_sums_of_a_group_fit_16_bits_at_their_largest(code, monkeypatch):
+    weight = ternary.from_codes(jnp.ones((32, 1024), jnp.int8), *jnp.full((2, 32, 8), 63.0), 128)
+    x = jnp.full((1, 1024), code, jnp.int8)
+    emulated_threads.emulate(monkeypatch, gpu_few, gpu_rows)
+    emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
+    chosen = tiles.FewTiles(rows=32, warpgroups=2, slots=2)
+    ends = jnp.ones(1), jnp.zeros(1)
+    found = gpu_few.matmul(x, *ends, packed([weight]), out_dtype=jnp.float32, tiles=chosen)
+    np.testing.assert_array_equal(found[:, :32], 126 * 1024 * code)
 
 
 def test_tiles_of_few_tokens_fit_memory():

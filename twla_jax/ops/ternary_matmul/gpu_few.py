@@ -34,7 +34,6 @@ from twla_jax.packing import PLANE, TILE
 _COLUMNS = 8  # of `mma.sync`: tokens
 _CHUNK = 16  # bytes that a thread reads at once
 _ENDS = 4  # numbers that a row of `ends_smem` has room for
-_OPERANDS = 32  # words of a thread's right operands for a tile
 
 
 def obstacle(tokens: int, weight: KernelWeight) -> str | None:

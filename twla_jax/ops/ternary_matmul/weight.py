@@ -59,14 +59,9 @@ class PackedWeight:
         return self.codes.shape[1] // packing.PLANE
 
     @property
-    def float_scales(self) -> Float16[Array, "tiles parameters rows"]:
-        """The scales as all others take them."""
-        return as_type(self.scales, jnp.float16)
-
-    @property
     def gpu_scales(self) -> Float16[Array, "tiles parameters rows"] | Int16[Array, "tiles parameters rows"]:
         """The scales as GPU kernels take them."""
-        return self.scales if self.paired else self.float_scales
+        return self.scales if self.paired else as_type(self.scales, jnp.float16)
 
     @property
     def scale_bits(self) -> Int16[Array, "tiles parameters rows"]:
@@ -76,7 +71,7 @@ class PackedWeight:
     @property
     def grouped(self) -> bool:
         """Whether there is an (α, μ) for every 128 columns, not one a row."""
-        return self.paired or self.scales.shape[1] == 2 * self.planes
+        return self.paired or self.parameters == 2 * self.planes
 
     @property
     def parameters(self) -> int:
