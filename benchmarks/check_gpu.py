@@ -16,6 +16,7 @@ from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul, integer_weight
+from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
@@ -273,6 +274,75 @@ def check_attention(implementation: str, cases=ATTENTION) -> None:
                 np.testing.assert_allclose(new, same, rtol=2**-7, atol=edge)
 
 
+# Factors of the rotation, heads, key heads, room, filled positions, window; heads of 128 features.
+QKV_ATTENTION = (
+    ((64, 64), 32, 32, 640, 530, _EVERYWHERE),
+    ((64, 64), 32, 32, 192, 3, _EVERYWHERE),
+    ((64, 64), 32, 8, 576, 570, 100),
+    ((64, 64), 32, 8, 2304, 2200, 1500),
+    ((64, 128), 64, 8, 576, 555, _EVERYWHERE),
+)
+
+
+def check_qkv_attention(implementation: str, cases=QKV_ATTENTION, *, d: int = 128) -> None:
+    """Tokens, one after the other, in one kernel as in two ops, and every time the same; bf16 and int8."""
+    for factors, heads, kv_heads, size, length, window in cases:
+        x, rotation, settings = random_input(5, *factors)
+        weight = random_weight(jax.random.key(2), (heads + 2 * kv_heads) * d, x.shape[-1])
+        norm_scales = (jnp.linspace(0.5, 1.5, d), jnp.linspace(1.5, 0.5, d))
+        for dtype, scales in ((jnp.bfloat16, None), (jnp.int8, None), (jnp.bfloat16, norm_scales)):
+            step = functools.partial(
+                qkv_attention,
+                rotation=rotation,
+                settings=settings,
+                weight=weight,
+                window=jnp.int32(window),
+                norm_scale=jnp.linspace(0.5, 1.5, x.shape[-1]),
+                epsilon=1e-5,
+                head_norm_scales=scales,
+                head_epsilon=1e-5,
+                apart=True,
+                implementation=implementation,
+            )
+            tokens = jax.jit(functools.partial(_in_turn, step), donate_argnames="layer")
+            entries = jax.random.normal(jax.random.key(6), (2, 1, size, kv_heads, d), jnp.bfloat16)
+            empty = empty_layer((2, 1, kv_heads, size, d), dtype)
+            stores = jax.tree.map(np.asarray, write(empty, *entries, jnp.int32(0)))
+            expected, written = tokens(x, jax.tree.map(jnp.asarray, stores), length)
+            expected, exchange, first = (
+                expected.astype(jnp.float32),
+                new_exchange(stores, rotation, weight),
+                None,
+            )
+            assert exchange is not None
+            for _ in range(20):
+                layer = dataclasses.replace(jax.tree.map(jnp.asarray, stores), exchange=exchange)
+                found, layer = tokens(x, layer, length)
+                exchange, layer = layer.exchange, dataclasses.replace(layer, exchange=None)
+                first = found if first is None else first
+                np.testing.assert_array_equal(found, first)
+                jax.tree.map(np.testing.assert_array_equal, layer, written)
+                found = found.astype(jnp.float32)
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * _largest(expected))
+
+
+def _in_turn(step, x: jax.Array, layer: LayerKV, length: int) -> tuple[jax.Array, LayerKV]:
+    """The mixes of tokens, from a position on, and the cache with all of them."""
+    size, d = layer.entries.shape[-2:]
+
+    def one(layer, of_token):
+        x, position = of_token
+        angle = position * jnp.linspace(1, 0.01, d // 2)[None]
+        positions = Positions(
+            query=position[None], key=jnp.arange(size), cos=jnp.cos(angle), sin=jnp.sin(angle)
+        )
+        mixed, layer = step(x[None], layer=layer, positions=positions)
+        return layer, mixed.merged() if isinstance(mixed, AttentionParts) else mixed
+
+    layer, mixed = jax.lax.scan(one, layer, (x, length + jnp.arange(len(x))))
+    return mixed, layer
+
+
 def random_input(t: int, left: int, right: int, *, gated: bool = False):
     """Operands of `rotate_quantize` at 8 bits; twice as wide if gated."""
     keys = jax.random.split(jax.random.key(1), 3)
@@ -290,7 +360,7 @@ def _largest(values: jax.Array) -> float:
     return float(jnp.abs(values).max())
 
 
-CHECKS = (check, check_linears, check_integers, check_attention)
+CHECKS = (check, check_linears, check_integers, check_attention, check_qkv_attention)
 
 if __name__ == "__main__":
     for each in CHECKS:

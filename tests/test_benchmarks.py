@@ -37,6 +37,7 @@ def test_check_tells_right_from_wrong(monkeypatch):
     check_gpu.check_linears("xla", check_gpu.LINEARS[-2:])
     check_gpu.check_integers("xla", check_gpu.INTEGERS[:1])
     check_gpu.check_attention("xla", check_gpu.ATTENTION[:2])
+    check_gpu.check_qkv_attention("xla", [((16, 64), 16, 8, 192, 3, 100)])
     from twla_jax.ops.ternary_matmul import tpu
 
     monkeypatch.setattr(
@@ -44,6 +45,17 @@ def test_check_tells_right_from_wrong(monkeypatch):
     )
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_gpu.check("tpu", products[:1], rotations)
+
+
+def test_few_tiles_that_are_tried_find_room():
+    tune = script("tune")
+    for tokens, rows, tiles in ((1, 10240, 16), (8, 10240, 16), (1, 8192, 56), (1, 576, 2)):
+        tried = list(tune.few(tokens, rows, tiles))
+        assert tried
+        for each in tried:
+            assert each.warpgroups <= each.slots <= tiles
+            memory = each.slots * tune.tile_bytes(each.rows) + tokens * tune.token_bytes(tiles)
+            assert memory <= tune.MULTIPROCESSOR_MEMORY
 
 
 def test_tiles_that_are_tried_lie_around_the_rules():

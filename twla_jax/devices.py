@@ -1,5 +1,7 @@
 """What the default device can do."""
 
+import sys
+
 import jax
 
 
@@ -9,6 +11,12 @@ def compute_capability() -> tuple[int, int] | None:
         return None
     major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
     return (int(major), int(minor or 0)) if major.isdecimal() else None
+
+
+def multiprocessors() -> int:
+    """Of the default device, if it is a GPU; else as many as may be."""
+    found = getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
+    return sys.maxsize if found is None else found
 
 
 def gpu_obstacle() -> str | None:

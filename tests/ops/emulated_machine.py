@@ -193,6 +193,22 @@ class Window:
     array: np.ndarray
     index: tuple
 
+    @property
+    def at(self):
+        return self
+
+    @property
+    def shape(self):
+        assert not any(isinstance(each, Slice | slice) for each in self.index)
+        return self.array.shape[len(self.index) :]
+
+    @property
+    def dtype(self):
+        return self.array.dtype
+
+    def __getitem__(self, index):
+        return Window(self.array, (*self.index, *(index if isinstance(index, tuple) else (index,))))
+
     def window(self, block, thread):
         def number(each):
             return int(machine.spread(each)[block, thread])
@@ -207,3 +223,10 @@ class Window:
                 for each in self.index
             )
         ]
+
+
+def first(ref):
+    """Where a reference to global memory begins in its array, in numbers, for each thread."""
+    index = ref.index if isinstance(ref, Window) else ()
+    places = [np.asarray(each) * math.prod(ref.array.shape[i + 1 :]) for i, each in enumerate(index)]
+    return machine.spread(sum(places))

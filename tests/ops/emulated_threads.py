@@ -5,6 +5,7 @@ their references without a GPU, on the machine of `emulated_machine`.
 """
 
 import contextlib
+import math
 import sys
 import types
 
@@ -12,6 +13,7 @@ import emulated_machine as here
 import ml_dtypes
 import numpy as np
 from emulated_machine import WARP, Global, Slice, copy, start
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WHOLE = 1.5 * 2**23
 
@@ -145,24 +147,28 @@ def emulate(monkeypatch, *modules):
             monkeypatch.setattr(module, "lax", fake)
 
 
-def emulate_kernel(monkeypatch, pl, plgpu):
-    """Makes `plgpu.kernel` run its blocks one after the other, and copies at once."""
+def memory(kind):
+    """What a kernel gets for a type of `plgpu`'s, or for each of several by name."""
+    if isinstance(kind, dict):
+        return {name: memory(each) for name, each in kind.items()}
+    if isinstance(kind, plgpu.RefUnion):
+        first = here.machine.used
+        parts, ends = [], []
+        for part in kind.refs:
+            here.machine.used = first
+            parts.append(memory(part))
+            ends.append(here.machine.used)
+        here.machine.used = max(ends)
+        return parts
+    if isinstance(kind, plgpu.Barrier):
+        return Barriers()
+    return here.machine.allocate(
+        kind.shape, kind.dtype, swizzled=bool(kind.transforms) and kind.dtype == np.uint8
+    )
 
-    def memory(kind):
-        if isinstance(kind, plgpu.RefUnion):
-            first = here.machine.used
-            parts, ends = [], []
-            for part in kind.refs:
-                here.machine.used = first
-                parts.append(memory(part))
-                ends.append(here.machine.used)
-            here.machine.used = max(ends)
-            return parts
-        if isinstance(kind, plgpu.Barrier):
-            return Barriers()
-        return here.machine.allocate(
-            kind.shape, kind.dtype, swizzled=bool(kind.transforms) and kind.dtype == np.uint8
-        )
+
+def emulate_kernel(monkeypatch, pl):
+    """Makes `plgpu.kernel` run its blocks one after the other, and copies at once."""
 
     def kernel(body, *, out_type, grid, grid_names, num_threads, scratch_types, **_):
         def call(*inputs):
@@ -170,7 +176,7 @@ def emulate_kernel(monkeypatch, pl, plgpu):
             out = Global(np.full(out_type.shape, np.nan, out_type.dtype))
             for block in range(grid[0]):
                 start(128 * num_threads, **{grid_names[0]: block})
-                body(*refs, out, **{name: memory(kind) for name, kind in scratch_types.items()})
+                body(*refs, out, **memory(scratch_types))
             return out.array
 
         return call
@@ -370,12 +376,20 @@ def multiply_bytes(a, b, so_far):
 
 
 def _global(ref, offset, count, condition=None):
+    """The array's bytes, which of them threads mean, and which threads take part."""
     active = here.machine.masks[-1] if condition is None else here.machine.masks[-1] & condition
-    data = np.ascontiguousarray(ref.array).view(np.uint8).reshape(-1)
+    data = ref.array.reshape(-1).view(np.uint8)
+    assert np.shares_memory(data, ref.array)
     places = offset.value.astype(np.int64)[..., None] + np.arange(count)
-    assert (places[active] < data.size).all()
+    assert (places[active] < math.prod(ref.shape) * ref.dtype.itemsize).all()
     assert (offset.value[active] % count == 0).all()
-    return data, places, active
+    return data, places + here.first(ref)[..., None] * ref.dtype.itemsize, active
+
+
+def _store_global(ref, offset, values):
+    """Bytes, of every thread."""
+    data, places, active = _global(ref, offset, values.shape[-1])
+    data[places[active]] = values[active]
 
 
 def load_global(ref, offset, count=1, *, condition=None):
@@ -386,29 +400,36 @@ def load_global(ref, offset, count=1, *, condition=None):
 
 
 def load_real(ref, index):
-    size = ref.array.dtype.itemsize
+    size = ref.dtype.itemsize
     data, places, active = _global(ref, index * size, size)
     found = data[np.where(active[..., None], places, 0)]
-    return Real(np.ascontiguousarray(found).view(ref.array.dtype)[..., 0].astype(np.float32))
+    return Real(np.ascontiguousarray(found).view(ref.dtype)[..., 0].astype(np.float32))
 
 
 def store_real(ref, index, value):
-    active = here.machine.masks[-1]
-    flat = ref.array.reshape(-1)
-    assert np.shares_memory(flat, ref.array)
-    flat[index.value[active]] = value.value[active].astype(ref.array.dtype)
+    with np.errstate(all="ignore"):
+        number = value.value.astype(ref.dtype)
+    _store_global(ref, index * ref.dtype.itemsize, np.ascontiguousarray(number)[..., None].view(np.uint8))
 
 
 def store_global_words(ref, offset, four):
-    active = here.machine.masks[-1]
-    flat = ref.array.view(np.uint32).reshape(-1)
-    assert np.shares_memory(flat, ref.array)
-    for i, each in enumerate(four):
-        flat[offset.value[active] // 4 + i] = each.value[active]
+    _store_global(ref, offset, np.concatenate([_as_bytes(each) for each in four], -1))
+
+
+def send(ref, offset, value):
+    _store_global(ref, offset, _as_bytes(value))
+
+
+def receive(ref, offset, tag):
+    """As all threads go in step, those that wait have missed what is not there yet."""
+    found, active = load_global(ref, offset, 4), here.machine.masks[-1]
+    for each in found:
+        assert (((each.value ^ tag.value) < 0x10000) | ~active).all(), "nobody sends it"
+    return found
 
 
 def bits(ref):
-    return 8 * ref.array.dtype.itemsize
+    return 8 * ref.dtype.itemsize
 
 
 def rounded(value, ref):

@@ -19,6 +19,7 @@ from twla_jax.ops.decode_attention import (
     AttentionParts,
     decode_attention,
     gpu,
+    gpu_entries,
     gpu_finish,
     gpu_lanes,
     reference,
@@ -149,7 +150,7 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
     ],
 )
 def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeypatch):
-    emulated_threads.emulate(monkeypatch, gpu, gpu_lanes, gpu_finish)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
     chosen = tiles.Tiles(queries=queries, warps=warps, splits=splits)
     check(functools.partial(emulated, tiles=chosen), norm=norm, case=case)
 
@@ -159,7 +160,7 @@ def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeyp
     [(CASES[0], 1, 2), (CASES[1], 2, 4), (CASES[2], 1, 4), (CASES[4], 1, 4), (CASES[5], 1, 2)],
 )
 def test_gpu_kernel_that_leaves_parts_apart_thread_by_thread(case, queries, splits, monkeypatch):
-    emulated_threads.emulate(monkeypatch, gpu, gpu_lanes, gpu_finish)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
     chosen = tiles.Tiles(queries=queries, warps=4, splits=splits, apart=True)
     check(functools.partial(emulated, tiles=chosen), norm=True, case=case)
 
@@ -180,7 +181,7 @@ def test_gpu_kernel_on_an_int8_cache_thread_by_thread(case, norm, queries, warps
     layer = kv_cache.write(empty_layer(floats.entries.shape, jnp.int8), key, value, jnp.int32(0))
     arguments = (qkv, layer, positions, window, scales if norm else None)
     expected, written = reference.decode_attention(*arguments, epsilon=EPSILON)
-    emulated_threads.emulate(monkeypatch, gpu, gpu_lanes, gpu_finish)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
     chosen = tiles.Tiles(queries=queries, warps=warps, splits=splits, loads=4)
     found, cache = emulated(*arguments, epsilon=EPSILON, tiles=chosen)
     expected = np.asarray(expected, float)

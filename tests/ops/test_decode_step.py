@@ -12,7 +12,7 @@ import pytest
 from twla_jax import generation
 from twla_jax.benchmark import SHAPES, shapes
 from twla_jax.models.attention import Positions, attention
-from twla_jax.models.integer import KernelLinear
+from twla_jax.models.integer import IntegerBlock
 from twla_jax.models.kv_cache import empty_layer
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
@@ -41,11 +41,6 @@ def test_a_step_copies_neither_cache_nor_weights(
 ):
     model = decoder(bits, embedding_bits, tied)
     cache = model.init_cache(batch, 5120, cache_dtype)
-
-    def loop(model, token, cache, key):
-        ends = np.zeros(0, np.int32)
-        return generation.steps(model, token, cache, jnp.int32(9), jnp.float32(0), key, ends, room=64)
-
     compiled = compile_for(target, loop, model, jnp.zeros(batch, jnp.int32), cache, jax.random.key(0))
     assert compiled.memory_analysis().temp_size_in_bytes < 8e6
     if target == "h100":  # XLA would make one of a kernel and the slices that it reads.
@@ -54,7 +49,7 @@ def test_a_step_copies_neither_cache_nor_weights(
 
 @pytest.mark.aot
 def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
-    monkeypatch.setattr(KernelLinear, "takes_parts", True)  # it would look for a GPU
+    monkeypatch.setattr(IntegerBlock, "takes_parts", True)  # it would look for a GPU
     model = decoder(8, 16, tied=True)
     arguments = model, jnp.zeros(1, jnp.int32), model.init_cache(1, 640), jnp.float32(0), jax.random.key(0)
     program = compile_for("h100", generation._step.__wrapped__, *arguments).as_text()
@@ -62,6 +57,18 @@ def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
     kernels = re.findall(rf"= \(bf16\[1,(\d),\S*, f32\[1,\d{softmax}\S*.*\) custom-call", program)
     assert kernels == ["2"] * model.config.num_layers
     assert not re.search(r"exponential", program)
+
+
+@pytest.mark.aot
+def test_a_step_on_a_gpu_is_four_kernels_a_layer_in_place(compile_for, monkeypatch):
+    monkeypatch.setattr(IntegerBlock, "takes_parts", True)
+    model = decoder(8, 4, tied=False, hidden_size=1024)
+    cache = model.init_cache(1, 640)
+    arguments = model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0)
+    program = compile_for("h100", loop, *arguments).as_text()
+    within = program[: program.index("ENTRY")]
+    assert within.count('custom_call_target="mosaic') == 4 * model.config.num_layers + 1  # and the head's
+    assert not re.search(r"= (bf16\[2,1,8,640,64\]|s32\[1,1536\])\S* copy", within)
 
 
 @pytest.mark.aot
@@ -108,11 +115,16 @@ def test_a_gate_of_many_tokens_is_read_as_it_lies(compile_for):
     assert work(compile_for("h100", quantized, x, rotation)) == ["custom-call", "fusion", "tuple"]
 
 
+def loop(model, token, cache, key):
+    ends = np.zeros(0, np.int32)
+    return generation.steps(model, token, cache, jnp.int32(9), jnp.float32(0), key, ends, room=64)
+
+
 @functools.cache
-def decoder(bits, embedding_bits, tied):
+def decoder(bits, embedding_bits, tied, **more):
     # A head of 65 MB, and beside it 21 MB of keys and values, which other layouts or types would copy.
     config = dataclasses.replace(SHAPES["tiny"], vocab_size=64000, num_kv_heads=8)
-    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    config = dataclasses.replace(config, tie_word_embeddings=tied, **more)
     return shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding_bits)
 
 

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax import ternary
-from twla_jax.benchmark import shapes
+from twla_jax.benchmark import SHAPES, shapes
 from twla_jax.kotms import KroneckerRotation
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.quantized_linear import (
@@ -133,7 +132,7 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
         *arguments
     )
     emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes, gpu_products, gpu_rows)
-    emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
+    emulated_threads.emulate_kernel(monkeypatch, pl)
     monkeypatch.setattr(gpu_token, "turn", turned)
     stages, together = stages if isinstance(stages, tuple) else (stages, 1)
     chosen = tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
@@ -246,6 +245,18 @@ def test_tiles_fit_memory_and_threads():
                         assert 2 * used + 40_000 > 226 * 1024 // resident
     with pytest.raises(ValueError, match="leave no room"):
         tiles.tiles(4096, 1, 8, 2, 230_000)
+
+
+def test_measured_tiles_come_before_the_rule():
+    published = {
+        (n // (2 if name == "gate,up" else 1), 2 if name == "gate,up" else 1, -(-m // 512))
+        for config in SHAPES.values()
+        for name, (n, m) in shapes.matrices(config).items()
+    }
+    assert set(tiles.TUNED) <= published
+    for shape, measured in tiles.TUNED.items():
+        assert tiles.tiles(*shape, 2, 40_000) == measured
+        assert tiles.tiles(*shape, 2, 40_000, tokens=2) != measured
 
 
 @pytest.mark.aot

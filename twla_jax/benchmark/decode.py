@@ -100,7 +100,7 @@ def _step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float
 
 
 def _random_cache(model: Decoder, batch: int, settings: DecodeSettings) -> KVCache:
-    size = generation.cache_size(settings.context + settings.steps)
+    size = generation.cache_size(settings.context + settings.steps + 1)
     cache = model.init_cache(batch, size, settings.cache_dtype)
 
     @jax.jit
@@ -109,7 +109,8 @@ def _random_cache(model: Decoder, batch: int, settings: DecodeSettings) -> KVCac
             values = jax.random.normal(key, leaf.shape)
             return (30 * values if leaf.dtype == jnp.int8 else values).astype(leaf.dtype)
 
-        return jax.tree.map(random, layer)
+        stores = dataclasses.replace(layer, exchange=None)
+        return dataclasses.replace(jax.tree.map(random, stores), exchange=layer.exchange)
 
     layers = tuple(fill(cache.layer(i), jax.random.key(i)) for i in range(model.config.num_layers))
     return KVCache(layers=layers, length=jnp.int32(settings.context))

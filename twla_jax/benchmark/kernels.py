@@ -1,5 +1,6 @@
 """Each op alone, at the matrices of a shape: few tokens (decode) or many (prefill)."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,12 +17,14 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul
+from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
 
 Row = dict[str, Any]
 _CONTEXT = 512  # positions that attention sees
+_ROOM = generation.cache_size(_CONTEXT + 1)
 _ROUNDS = 3  # over all caches
 
 
@@ -60,34 +63,67 @@ def decode_rows(
         size = _bytes(lambda key, dtype=dtype: _cache_layer(key, config, batch, _CONTEXT, dtype))
         row = _row(f"attention to {_CONTEXT}{label}", width, 2 * _CONTEXT, batch, taken, size, {})
         yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
+        if batch == 1 and (taken := _qkv_attention_seconds(config, dtype)):
+            n, m = shapes.matrices(config)["q,k,v"]
+            size += _bytes(functools.partial(shapes.weight, n=n, m=m)) + 2 * m
+            yield _row(f"q,k,v and attention{label}, from bf16", n, m, batch, taken, size, {})
     if embedding_bits < OFF:
         yield _head_row(config.vocab_size, config.hidden_size, batch, embedding_bits)
 
 
 def _attention_seconds(config: DecoderConfig, batch: int, dtype, implementation) -> float:
     """Seconds of `decode_attention` at `_CONTEXT` filled positions, rotary angles and the write included."""
-    d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
-    room = generation.cache_size(_CONTEXT + 1)
-    keys = jax.random.split(jax.random.key(0), 3)
-    angle = jax.random.normal(keys[0], (1, d // 2))
-    positions = Positions(
-        query=jnp.full(1, _CONTEXT), key=jnp.arange(room), cos=jnp.cos(angle), sin=jnp.sin(angle)
+    heads = config.num_heads + 2 * config.num_kv_heads
+    qkv = jax.random.normal(jax.random.key(0), (batch, heads, config.head_dim), jnp.bfloat16)
+    make = functools.partial(_cache_layer, config=config, batch=batch, room=_ROOM, dtype=dtype)
+    op = functools.partial(decode_attention, implementation=implementation)
+    return _seconds_in_place(
+        lambda qkv, _, *where: op(qkv, *where), qkv, lambda key: (None, make(key)), config
     )
-    qkv = jax.random.normal(keys[1], (batch, heads + 2 * kv_heads, d), jnp.bfloat16)
-    make = functools.partial(_cache_layer, config=config, batch=batch, room=room, dtype=dtype)
+
+
+def _qkv_attention_seconds(config: DecoderConfig, dtype) -> float | None:
+    """Seconds of `qkv_attention`, likewise; None if it is no kernel of its own."""
+    n, m = shapes.matrices(config)["q,k,v"]
+    rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
+
+    def make(key):
+        weight, layer = shapes.weight(key, n, m), _cache_layer(key, config, 1, _ROOM, dtype)
+        return weight, dataclasses.replace(layer, exchange=new_exchange(layer, rotation, weight))
+
+    if not has_kernels() or jax.eval_shape(make, jax.random.key(0))[1].exchange is None:
+        return None
+
+    def op(x, weight, *where):
+        return qkv_attention(x, rotation, quantizer_settings(8, 0.9), weight, *where, apart=True)
+
+    return _seconds_in_place(op, _activations(jax.random.key(0), 1, m), make, config)
+
+
+def _seconds_in_place(op, x, make, config: DecoderConfig) -> float:
+    """Seconds of `op(x, weight, layer, positions, window)`, in a loop, as tokens are generated, on caches in place.
+
+    `make` makes a weight and a layer from a key.
+    """
+    angle = jax.random.normal(jax.random.key(1), (1, config.head_dim // 2))
+    positions = Positions(
+        query=jnp.full(1, _CONTEXT), key=jnp.arange(_ROOM), cos=jnp.cos(angle), sin=jnp.sin(angle)
+    )
     copies = int(timing.ROTATED_BYTES / _bytes(make)) + 1 if has_kernels() else 1
-    layers = [jax.jit(make)(key) for key in jax.random.split(keys[2], copies)]
-    op = jax.jit(functools.partial(decode_attention, implementation=implementation))
+    weights, layers = zip(*map(jax.jit(make), jax.random.split(jax.random.key(2), copies)), strict=True)
+    one = jax.jit(lambda weight, layer, *more: op(*more[:1], weight, layer, *more[1:], jnp.int32(2**30)))
 
-    def run(layers, qkv, positions):
+    def run(weights, layers, x, positions):
         def step(_, carry):
-            return tuple(op(qkv, layer, positions, jnp.int32(2**30)) for _, layer in carry)
+            pairs = zip(weights, carry[1], strict=True)
+            mixed, layers = zip(*(one(*pair, x, positions) for pair in pairs), strict=True)
+            return mixed, layers
 
-        # In a loop, as tokens are generated: there caches are written in place.
-        start = tuple((jnp.zeros((batch, heads * d), qkv.dtype), layer) for layer in layers)
-        return jax.lax.fori_loop(0, _ROUNDS, step, start)
+        mixed = jax.eval_shape(one, weights[0], layers[0], x, positions)[0]
+        mixed = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (mixed,) * copies)
+        return jax.lax.fori_loop(0, _ROUNDS, step, (mixed, layers))
 
-    return timing.seconds(run, layers, qkv, positions) / (copies * _ROUNDS)
+    return timing.seconds(run, weights, layers, x, positions) / (copies * _ROUNDS)
 
 
 def _cache_layer(key: jax.Array, config: DecoderConfig, batch: int, room: int, dtype) -> LayerKV:

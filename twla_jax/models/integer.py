@@ -28,6 +28,7 @@ from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
+from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import MOST_TOKENS, quantized_linear
 from twla_jax.ops.rotate_quantize import gate, kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
@@ -106,7 +107,11 @@ class IntegerDecoder(Decoder):
     def init_cache(self, batch: int, size: int, dtype=None) -> KVCache:
         """An empty cache for `size` positions, layer by layer, in `dtype`: see `Decoder.init_cache`."""
         shape = self._cache_shape(batch, size)
-        layers = tuple(empty_layer(shape, dtype or self.dtype) for _ in self.blocks)
+        layers = (empty_layer(shape, dtype or self.dtype) for _ in self.blocks)
+        layers = tuple(
+            dataclasses.replace(layer, exchange=block.exchange(layer))  # pyright: ignore[reportAttributeAccessIssue]
+            for layer, block in zip(layers, self.blocks, strict=True)
+        )
         cache = KVCache(layers=layers, length=jnp.int32(0))
         return cache if self.mesh is None else tensor_parallel.place_cache(cache, self.mesh)
 
@@ -115,7 +120,7 @@ class IntegerDecoder(Decoder):
 class FewTokens:
     """Tokens that their linear is yet to turn and quantise: `settings` are `quantized_linear`'s.
 
-    Attention in parts, one token a sequence, is for a linear that `takes_parts`.
+    Attention in parts, one token a sequence, is for the output linear of a block that `takes_parts`.
     """
 
     x: Float[Array, "*tokens m"] | AttentionParts
@@ -202,11 +207,10 @@ class KernelLinear(nnx.Module):
         gated: bool = False,
     ) -> Float[Array, "*tokens n"]:
         """`x Ŵᵀ + b`, rounded to the model's type, and the residual added; or, of two, `silu(first) · second`."""
-        weight = self.weight.get_value()
-        if isinstance(x, FewTokens) and isinstance(weight, KernelWeight) and self.second_plane is None:
+        if isinstance(x, FewTokens) and (plane := self.plane) is not None:
             y = quantized_linear(
                 x.x,
-                weight=weight,
+                weight=plane,
                 residual=residual,
                 gated=gated,
                 out_dtype=self.dtype,
@@ -214,18 +218,18 @@ class KernelLinear(nnx.Module):
                 **x.settings,
             )
             return y[:, None] if isinstance(x.x, AttentionParts) else y
-        y = self._outputs(x.quantized(self.implementation) if isinstance(x, FewTokens) else x, weight)
+        y = self._outputs(x.quantized(self.implementation) if isinstance(x, FewTokens) else x)
         y = gate(y) if gated else y
         return y if residual is None else residual + y
 
     @property
-    def takes_parts(self) -> bool:
-        """Whether attention may be left in parts for it: a single ternary plane, on one GPU."""
-        gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
-        ternary = isinstance(self.weight.get_value(), KernelWeight) and self.second_plane is None
-        return gpu and ternary and self.mesh is None
+    def plane(self) -> KernelWeight | None:
+        """The weight, if it is a single ternary plane."""
+        weight = self.weight.get_value()
+        return weight if isinstance(weight, KernelWeight) and self.second_plane is None else None
 
-    def _outputs(self, x: QuantizedTokens | Float[Array, "*tokens m"], weight: Any) -> jax.Array:
+    def _outputs(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> jax.Array:
+        weight = self.weight.get_value()
         if isinstance(weight, KernelWeight):
             if self.second_plane is None:
                 return self._product(x, weight, self.dtype)
@@ -281,23 +285,51 @@ class IntegerBlock(Block):
         """As `Block.decode`; for a single token it is one op, which may leave the mix in parts."""
         if len(positions.query) > 1 or self.mesh is not None:
             return super().decode(h, layer, positions, window)
-        qkv = self.qkv_linear(h)
-        qkv = qkv.reshape(len(qkv), -1, self.head_dim)
         scales, epsilon = None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
             scales = self.q_norm.scale.get_value(), self.k_norm.scale.get_value()
             epsilon = self.q_norm.epsilon
-        mixed, layer = decode_attention(
-            qkv,
-            layer,
-            positions,
-            window,
-            norm_scales=scales,
-            epsilon=epsilon,
-            apart=self.o.takes_parts and self.o_input.settings is not None,
-            implementation=self.implementation,
-        )
+        apart, implementation = self.takes_parts, self.implementation
+        if isinstance(h, FewTokens) and (plane := self.qkv_linear.plane) is not None:
+            assert not isinstance(h.x, AttentionParts)
+            mixed, layer = qkv_attention(
+                h.x[:, 0],
+                weight=plane,
+                layer=layer,
+                positions=positions,
+                window=window,
+                head_norm_scales=scales,
+                head_epsilon=epsilon,
+                apart=apart,
+                implementation=implementation,
+                **h.settings,
+            )
+        else:
+            qkv = self.qkv_linear(h)
+            mixed, layer = decode_attention(
+                qkv.reshape(len(qkv), -1, self.head_dim),
+                layer,
+                positions,
+                window,
+                norm_scales=scales,
+                epsilon=epsilon,
+                apart=apart,
+                implementation=implementation,
+            )
         return mixed if isinstance(mixed, AttentionParts) else mixed[:, None], layer
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
+        gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
+        return gpu and self.mesh is None and self.o_input.settings is not None and self.o.plane is not None
+
+    def exchange(self, layer: LayerKV) -> Int32[Array, "1 n"] | None:
+        """What a cache's layer needs for `qkv_attention` in one kernel, zeros; None if it is not to be one."""
+        weight, of_input = self.qkv_linear.plane, self.qkv_input
+        if not self.takes_parts or weight is None or of_input.settings is None or of_input.rotation is None:
+            return None
+        return new_exchange(layer, of_input.rotation.get_value(), weight)
 
     def qkv(
         self, h: QuantizedTokens | FewTokens | Float[Array, "b t d"]

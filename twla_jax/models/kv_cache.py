@@ -15,10 +15,13 @@ class LayerKV:
     """Keys and values of one layer, one above the other; heads before positions, as attention reads.
 
     With a leading axis of layers for all of them. int8 entries stand for `scale · entry`; floats have no scales.
+    `exchange` is where blocks of a kernel pass on queries, keys and values (see `ops.qkv_attention`), None where there
+    is no such kernel.
     """
 
     entries: Float[Array, "*layers 2 b kv s d"] | Int8[Array, "*layers 2 b kv s d"]
     scales: Float32[Array, "*layers 2 b kv s"] | None = None
+    exchange: Int32[Array, "1 all_heads_d"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +82,8 @@ def write(
             store, cuda=_row_major, tpu=_without_padding, default=lambda store: store
         )
 
-    return jax.tree.map(put, layer, new)
+    stores = dataclasses.replace(layer, exchange=None)
+    return dataclasses.replace(jax.tree.map(put, stores, new), exchange=layer.exchange)
 
 
 def dequantize(layer: LayerKV, dtype) -> Float[Array, "2 b kv s d"]:

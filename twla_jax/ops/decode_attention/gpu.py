@@ -8,6 +8,7 @@ sums that meet through one cost 2 µs. The new token's own key and value never p
 begins with them.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV
 from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.decode_attention import gpu_entries
 from twla_jax.ops.decode_attention import gpu_lanes as lanes
 from twla_jax.ops.decode_attention import tiles as tuning
 from twla_jax.ops.decode_attention.gpu_finish import finish
@@ -81,7 +83,7 @@ def decode_attention(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="decode_attention",
     )
-    cache = jax.tree.map(jax.new_ref, layer)
+    cache = jax.tree.map(jax.new_ref, dataclasses.replace(layer, exchange=None))
     mixed, *softmax = kernel(
         *jax.tree.leaves(cache),
         qkv,
@@ -93,7 +95,7 @@ def decode_attention(
     mixed = mixed.reshape(*outputs[:-1], heads * d)
     if softmax:
         mixed = AttentionParts(mixed=mixed, softmax=softmax[0])
-    return mixed, jax.tree.map(jax.freeze, cache)
+    return mixed, dataclasses.replace(jax.tree.map(jax.freeze, cache), exchange=layer.exchange)
 
 
 def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
@@ -108,23 +110,37 @@ def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
     split = lax.axis_index("split") if tiles.splits > 1 else jnp.int32(0)
     cache = [ref.at[kind, sequence, kv_head] for ref in of_cache for kind in range(2)]
     # The first ones before it is known how many there are: what is too much is left out later.
-    entries = lanes.fetch(cache, jnp.int32(0), split, shape=shape)
+    entries = gpu_entries.fetch(cache, jnp.int32(0), split, shape=shape)
     if tiles.splits > 1 and not tiles.apart:
         _arrive()
-    length = length_gmem[0]
-    limits = jnp.maximum(length + 1 - window_gmem[0], 0), length
-    of_step = shape.chunk * shape.workers
-    skipped = jnp.maximum(lax.div(limits[0], of_step) - 1, 0)
-    steps = jnp.maximum(lax.div(length + of_step - 1, of_step) - skipped, 1)
+    limit = length_gmem[0], window_gmem[0]
+    angles = lanes.fetch_angles(turns_gmem.at[0], turns_gmem.at[1], norm_scales, shape=shape)
     q, new = lanes.turn(
         [qkv_gmem.at[sequence, first_head + i] for i in range(tiles.queries)],
         [qkv_gmem.at[sequence, row + kv_head] for row in (heads, heads + kv_heads)],
-        turns_gmem.at[0],
-        turns_gmem.at[1],
-        norm_scales,
+        angles,
         shape=shape,
         epsilon=epsilon,
     )
+    place = (sequence, split) if tiles.apart else (sequence,)
+    outputs = [out_gmem.at[place], *(ref.at[place] for ref in refs[len(refs) - tiles.apart :])]
+    memory = parts_smem, of_blocks_smem
+    attend(q, new, entries, cache, limit, memory, outputs, first_head, split, shape=shape)
+
+
+def attend(q, new, entries, cache, limit, memory, outputs, first_head, split, *, shape: Shape) -> None:
+    """From turned queries, the new token's key and value, and the first entries, to the outputs and the cache.
+
+    Args:
+      q: and `new`, from `gpu_lanes.turn`.
+      limit: the token's position, and how many positions attention reaches back.
+      memory: and `outputs`, as `gpu_finish.finish` takes them.
+    """
+    (length, window), (parts_smem, of_blocks_smem) = limit, memory
+    limits = jnp.maximum(length + 1 - window, 0), length
+    of_step = shape.chunk * shape.workers
+    skipped = jnp.maximum(lax.div(limits[0], of_step) - 1, 0)
+    steps = jnp.maximum(lax.div(length + of_step - 1, of_step) - skipped, 1)
     lanes.write(new, cache, first_head, split, length, shape=shape)
 
     def index(i):
@@ -134,11 +150,13 @@ def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
     def step(i, carry):
         state, entries = carry
         state = lanes.attend(state, q, entries, index(i), split, limits, shape=shape)
-        return state, lanes.fetch(cache, index(i + 1), split, limits, shape=shape)
+        return state, gpu_entries.fetch(cache, index(i + 1), split, limits, shape=shape)
 
-    state, _ = lax.fori_loop(0, steps, step, (lanes.begin(q, new, split, shape=shape), entries))
-    place = (sequence, split) if tiles.apart else (sequence,)
-    outputs = [out_gmem.at[place], *(ref.at[place] for ref in refs[len(refs) - tiles.apart :])]
+    state = lanes.begin(q, new, split, shape=shape)
+    if cache[0].shape[0] <= of_step:  # all of them are under way
+        state = lanes.attend(state, q, entries, jnp.int32(0), split, limits, shape=shape)
+    else:
+        state, _ = lax.fori_loop(0, steps, step, (state, entries))
     finish(state, parts_smem, of_blocks_smem, outputs, first_head, split, shape=shape)
 
 

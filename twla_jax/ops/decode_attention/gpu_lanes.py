@@ -19,7 +19,7 @@ from twla_jax.ops.decode_attention.tiles import Tiles
 from twla_jax.ops.gpu_threads import Real, Word
 
 _LOWEST = -1e30  # in place of −∞, whose difference from itself is no number
-_BYTES = 16  # of an entry, that a thread reads at once
+BYTES = 16  # of an entry, that a thread reads at once
 _SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -36,7 +36,7 @@ class Shape:
     @property
     def count(self) -> int:
         """Features of a thread."""
-        return _BYTES // (1 if self.quantized else 2)
+        return BYTES // (1 if self.quantized else 2)
 
     @property
     def lanes(self) -> int:
@@ -61,7 +61,7 @@ class Shape:
     @property
     def words(self) -> int:
         """Of a thread, under way: keys and values, and the scales of both if there are any."""
-        return 2 * self.tiles.loads * (_BYTES // 4 + self.quantized)
+        return 2 * self.tiles.loads * (BYTES // 4 + self.quantized)
 
     @property
     def state(self) -> int:
@@ -98,59 +98,48 @@ class Lane:
         return value
 
 
-def fetch(cache, step, split, limits=(), *, shape: Shape) -> jax.Array:
-    """Starts the way of a warp's next keys and values to its threads.
-
-    Args:
-      cache: keys and values, and the scales of both if they are int8.
-      limits: from which position on and before which; none means all that there is room for.
-    """
-    room = cache[0].shape[0]
-
-    @threads.on_threads(
-        arg_types=(*[_SPLAT] * (2 + len(limits)), *[plgpu.RefType()] * len(cache)),
-        return_type=threads.values(shape.words, jnp.int32),
-    )
-    def load(_, *operands):
-        step, split, *ends = map(threads.splat_word, operands[: 2 + len(limits)])
-        me, found = Lane(shape, split), []
-        positions = [me.position(step, i) for i in range(shape.tiles.loads)]
-        if ends:
-            there = [threads.both(each >= ends[0], each < ends[1]) for each in positions]
-        else:
-            there = [each < room for each in positions]
-        for i, ref in enumerate(operands[2 + len(limits) :]):
-            for position, condition in zip(positions, there, strict=True):
-                offset, count = position * 4, 1
-                if i < 2:
-                    offset, count = (position * shape.d + me.feature) * (_BYTES // shape.count), _BYTES // 4
-                found += threads.load_global(ref, offset, count, condition=condition)
-        return threads.as_array(found)
-
-    return load(step, split, *limits, *cache)
-
-
-def turn(q_gmem, kv_gmem, cos_gmem, sin_gmem, norm_scales, *, shape: Shape, epsilon: float):
-    """A thread's features of queries, normed and turned to their position, and of what the cache gets.
-
-    That is the key, likewise, and the value; and, in whole numbers, both with their scales after them if it is int8.
-    """
-    count, queries = shape.count, shape.tiles.queries
-    refs = [*q_gmem, *kv_gmem, cos_gmem, sin_gmem, *norm_scales]
+def fetch_angles(cos_gmem, sin_gmem, norm_scales, *, shape: Shape) -> jax.Array:
+    """Starts the way of what `turn` needs beside the vectors to the threads."""
+    refs = [cos_gmem, sin_gmem, *norm_scales]
 
     @threads.on_threads(
         arg_types=(plgpu.RefType(),) * len(refs),
+        return_type=threads.values(len(refs) * shape.count, jnp.float32),
+    )
+    def load(_, cos, sin, *scales):
+        me, half = Lane(shape, threads.word(0)), shape.d // 2
+        of_half = threads.select(me.feature >= half, me.feature - half, me.feature)
+        found = [_load(ref, of_half, shape.count) for ref in (cos, sin)]
+        found += [_load(ref, me.feature, shape.count) for ref in scales]
+        return threads.as_array([each for vector in found for each in vector])
+
+    return load(*refs)
+
+
+def turn(q, kv, angles, *, shape: Shape, epsilon: float, shared: bool = False):
+    """A thread's features of queries, normed and turned to their position, and of what the cache gets.
+
+    That is the key, likewise, and the value; and, in whole numbers, both with their scales after them if it is int8.
+
+    Args:
+      q: queries, and `kv` a key and a value, in global or in `shared` memory.
+      angles: from `fetch_angles`.
+    """
+    count, queries = shape.count, shape.tiles.queries
+    refs = [*q, *kv]
+
+    @threads.on_threads(
+        arg_types=(threads.per_thread(angles.shape[0] // 128), *[plgpu.RefType()] * len(refs)),
         return_type=(
             threads.values(queries * count, jnp.float32),
             threads.values(2 * (count + shape.quantized), jnp.float32),
         ),
     )
-    def run(_, *refs):
+    def run(_, angles, *refs):
         me, half = Lane(shape, threads.word(0)), shape.d // 2
-        of_half = threads.select(me.feature >= half, me.feature - half, me.feature)
-        vectors = [_load(ref, me.feature, count) for ref in refs[: queries + 2]]
-        cos, sin = (_load(ref, of_half, count) for ref in refs[queries + 2 : queries + 4])
-        scales = [_load(ref, me.feature, count) for ref in refs[queries + 4 :]]
+        found = threads.reals(angles)
+        cos, sin, *scales = [found[i : i + count] for i in range(0, len(found), count)]
+        vectors = [_load(ref, me.feature, count, shared=shared) for ref in refs]
         # The first half of the features is turned against the second, and the second towards the first.
         sign = threads.select(me.feature >= half, threads.real(1.0), threads.real(-1.0))
         turned = []
@@ -179,14 +168,18 @@ def turn(q_gmem, kv_gmem, cos_gmem, sin_gmem, norm_scales, *, shape: Shape, epsi
             threads.as_array([*new[0], *new[1], *of_new]),
         )
 
-    return run(*refs)
+    return run(angles, *refs)
 
 
-def _load(ref: ir.Value, index: Word, count: int) -> list[Real]:
+def _load(ref: ir.Value, index: Word, count: int, *, shared: bool = False) -> list[Real]:
     """So many numbers, a multiple of eight, from an index on, of float32 or bf16."""
     size, values = threads.bits(ref) // 8, []
     for first in range(0, count, 8):
-        parts = [threads.load_global(ref, (index + first) * size + 16 * i, 4) for i in range(size // 2)]
+        offsets = [(index + first) * size + 16 * i for i in range(size // 2)]
+        if shared:
+            parts = [threads.load(threads.address(ref) + offset, 4) for offset in offsets]
+        else:
+            parts = [threads.load_global(ref, offset, 4) for offset in offsets]
         values += threads.eight_reals([word for part in parts for word in part])
     return values
 
@@ -217,7 +210,7 @@ def write(new, cache, first_head, split, length, *, shape: Shape) -> None:
                     packed = [threads.pack_bytes(vector[i : i + 4]) for i in range(0, shape.count, 4)]
                 else:
                     packed = [threads.pack_bfloat16(*vector[i : i + 2]) for i in range(0, shape.count, 2)]
-                offset = (length * shape.d + me.feature) * (_BYTES // shape.count)
+                offset = (length * shape.d + me.feature) * (BYTES // shape.count)
                 threads.store_global_words(ref, offset, packed)
         if shape.quantized:
             with threads.when(threads.both(mine, me.feature.equals(0))):
@@ -280,7 +273,7 @@ def dot(a: list[Real], b: list[Real]) -> Real:
 
 def attend(state, q, entries, step, split, limits, *, shape: Shape) -> jax.Array:
     """The state with the positions of a step that are within the limits."""
-    arrays, loads, words = (state, q, entries), shape.tiles.loads, _BYTES // 4
+    arrays, loads, words = (state, q, entries), shape.tiles.loads, BYTES // 4
 
     @threads.on_threads(
         arg_types=(*[threads.per_thread(each.shape[0] // 128) for each in arrays], *[_SPLAT] * 4),

@@ -5,6 +5,7 @@ import dataclasses
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 
 _LOADS = 8  # of keys and of values, of 16 bytes each, that a thread has under way
+_MOST_LOADS = 10  # where these are all that there are
 _QUERIES = 4  # of a warp, at most: what a thread has registers for
 _WARPS, _FEW_WARPS = 16, 8  # of a block; a warp of several queries, or of a cluster, has registers for eight
 # Blocks of a cluster, and clusters that an H100 has room for at once, a block to each multiprocessor: not all of its
@@ -49,6 +50,14 @@ def tiles(
     queries, splits = _split(heads, choices, steps)
     warps = _FEW_WARPS if quantized or splits > 1 or heads > STREAMING_MULTIPROCESSORS else _WARPS
     return Tiles(queries=queries, warps=warps, splits=splits, loads=loads)
+
+
+def all_at_once(tiles: Tiles, size: int, head_dim: int, *, quantized: bool) -> Tiles:
+    """The same with as many loads as bring all `size` positions at once, if a thread has registers for them."""
+    features = 2 * 8 if quantized else 8
+    needed = -(-size // (tiles.warps * tiles.splits * 32 * features // head_dim))
+    most = _MOST_LOADS // 2 if quantized else _MOST_LOADS
+    return dataclasses.replace(tiles, loads=needed) if needed <= most else tiles
 
 
 def _steps(size: int, warps: int, head_dim: int) -> int:

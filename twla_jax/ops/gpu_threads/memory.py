@@ -120,6 +120,22 @@ def store_global_words(ref: ir.Value, offset: Word, values: Sequence[Word]) -> N
     utils.inline_ptx(ptx, *(each.value for each in values), pointer, has_side_effects=True)
 
 
+def send(ref: ir.Value, offset: Word, value: Word) -> None:
+    """A word, so many bytes from a reference's first, to whoever `receive`s it."""
+    ptx = "st.relaxed.gpu.global.b32 [$1], $0;"
+    utils.inline_ptx(ptx, value.value, _global(ref, offset), has_side_effects=True)
+
+
+def receive(ref: ir.Value, offset: Word, tag: Word) -> list[Word]:
+    """Four words, so many bytes from a reference's first, as soon as the upper half of each is the tag's."""
+    load = f"ld.relaxed.gpu.global.v4.b32 {registers(4)}, [$4];"
+    # Bits that differ in any of them.
+    compare = "xor.b32 a, $0, $5;" + "".join(f" xor.b32 b, ${i}, $5; or.b32 a, a, b;" for i in (1, 2, 3))
+    again = "setp.ge.u32 p, a, 0x10000; @p bra again;"
+    ptx = f"{{.reg .pred p; .reg .b32 a, b; again: {load} {compare} {again}}}"
+    return ptx_words(ptx, 4, _global(ref, offset), tag)
+
+
 def rounded(value: Real, ref: ir.Value) -> Real:
     """As `store_real` would store it in the reference, of float32 or bf16."""
     return value if bits(ref) == 32 else value.to_bfloat16()

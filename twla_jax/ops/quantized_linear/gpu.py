@@ -7,6 +7,8 @@ If all of a block's weights have room, they come in a few copies, as it takes a 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ def obstacle(
 ) -> str | None:
     """Why the kernel cannot take such operands, or is slower than two ops; or None."""
     tokens = _tokens(x)
-    t = len(tokens)
+    t = tokens.shape[0]
     if rotation is None:
         return "there is no rotation"
     if tokens.dtype != jnp.bfloat16:
@@ -53,7 +55,7 @@ def obstacle(
     if gated and len(weight.splits) != 2:
         return f"a gate and what it gates are two matrices, not {len(weight.splits)}"
     try:
-        rows, tiles = _plan(x, rotation, weight, gated)
+        rows, tiles = plan(x, rotation, weight, gated=gated)
     except ValueError as error:
         return str(error)
     blocks = pl.cdiv(weight.out_features // rows.parts, rows.each)
@@ -78,18 +80,18 @@ def quantized_linear(
 ) -> Float[Array, "t n"]:
     """What `reference.quantized_linear` computes, for a token in bf16 or up to `MOST_TOKENS`."""
     inputs = (x.mixed, x.softmax) if isinstance(x, AttentionParts) else (x,)
-    t, dtype = len(inputs[0]), inputs[0].dtype
-    rows, chosen = _plan(x, rotation, weight, gated)
+    t = len(inputs[0])
+    rows, chosen = plan(x, rotation, weight, gated=gated)
     if tiles is not None:
         rows, chosen = Rows(tiles.rows, rows.parts), tiles
-    groups, stages = chosen.warpgroups, chosen.stages
+    groups = chosen.warpgroups
     shape = turning.shape(x, rotation, groups)
     n = weight.out_features // rows.parts
     norm = () if norm_scale is None else (threads.readable(norm_scale),)
     added = () if residual is None else (threads.readable(residual),)
     return plgpu.kernel(
         functools.partial(
-            _kernel,
+            run,
             rows=rows,
             tiles=chosen,
             shape=shape,
@@ -101,54 +103,64 @@ def quantized_linear(
         grid_names=("rows",),
         num_threads=groups,
         thread_name="warpgroup",
-        scratch_types={
-            "codes_smem": plgpu.SMEM(
-                (groups, stages, rows.count, chosen.together * PLANE),
-                jnp.uint8,
-                transforms=tile_by_tile(rows.each, chosen.together),
-            ),
-            "scales_smem": plgpu.SMEM(
-                (groups, stages, rows.parts, chosen.together, PLANES, rows.scales), jnp.int16
-            ),
-            # Tokens are used up when their codes are written, and L when sums are.
-            "token_or_x_smem": plgpu.RefUnion(
-                turning.token_memory(shape, dtype),
-                plgpu.SMEM((t, Flat(shape.r).stride(weight.tiles * TILE)), jnp.int8),
-            ),
-            "table_smem": plgpu.SMEM((weight.tiles + 1, Columns(t).numbers), jnp.int32),
-            "left_or_parts_smem": plgpu.RefUnion(
-                turning.left_memory(shape, dtype),
-                plgpu.SMEM((groups, rows.shares, t, rows.count), jnp.float32),
-            ),
-            "filled": plgpu.Barrier(
-                num_arrivals=(2 if weight.grouped else 1) * rows.parts, num_barriers=groups * stages
-            ),
-            "right_smem": turning.right_memory(shape, dtype),
-            "warps_smem": turning.warps_memory(shape),
-        },
+        scratch_types=memory(rows, chosen, shape, weight),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(
-        weight.codes,
-        weight.gpu_scales,
-        weight.row_sums,
-        weight.bias,
-        weight.steps,
-        rotation.left,
-        rotation.right_transposed,
-        settings,
-        *inputs,
-        *norm,
-        *added,
-    )
+    )(*operands(inputs, rotation, settings, weight, norm), *added)
+
+
+def operands(inputs, rotation: KernelRotation, settings, weight: KernelWeight, norm) -> tuple[jax.Array, ...]:
+    """What `run` has of global memory, but for residuals and the output."""
+    of_weight = weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, weight.steps
+    return *of_weight, rotation.left, rotation.right_transposed, settings, *inputs, *norm
+
+
+def memory(rows: Rows, tiles: tuning.Tiles, shape: turning.Shape, weight: KernelWeight) -> dict[str, Any]:
+    """What `run` has of shared memory."""
+    groups, stages, t = tiles.warpgroups, tiles.stages, shape.tokens
+    return {
+        "codes_smem": plgpu.SMEM(
+            (groups, stages, rows.count, tiles.together * PLANE),
+            jnp.uint8,
+            transforms=tile_by_tile(rows.each, tiles.together),
+        ),
+        "scales_smem": plgpu.SMEM(
+            (groups, stages, rows.parts, tiles.together, PLANES, rows.scales), jnp.int16
+        ),
+        # Tokens are used up when their codes are written, and L when sums are.
+        "token_or_x_smem": plgpu.RefUnion(
+            turning.token_memory(shape, jnp.bfloat16),
+            plgpu.SMEM((t, Flat(shape.r).stride(weight.tiles * TILE)), jnp.int8),
+        ),
+        "table_smem": plgpu.SMEM((weight.tiles + 1, Columns(t).numbers), jnp.int32),
+        "left_or_parts_smem": plgpu.RefUnion(
+            turning.left_memory(shape, jnp.bfloat16),
+            plgpu.SMEM((groups, rows.shares, t, rows.count), jnp.float32),
+        ),
+        "filled": plgpu.Barrier(
+            num_arrivals=(2 if weight.grouped else 1) * rows.parts, num_barriers=groups * stages
+        ),
+        "right_smem": turning.right_memory(shape, jnp.bfloat16),
+        "warps_smem": turning.warps_memory(shape),
+    }
 
 
 def _tokens(x: jax.Array | AttentionParts) -> jax.Array:
     return x.mixed if isinstance(x, AttentionParts) else x
 
 
-def _plan(
-    x: jax.Array | AttentionParts, rotation: KernelRotation, weight: KernelWeight, gated: bool
+def plan(
+    x: jax.Array | AttentionParts,
+    rotation: KernelRotation,
+    weight: KernelWeight,
+    *,
+    gated: bool = False,
+    beside: int = 0,
 ) -> tuple[Rows, tuning.Tiles]:
+    """How the kernel is split up, with so many bytes of shared memory for others beside it.
+
+    Raises:
+      ValueError: there is no room.
+    """
     parts = 2 if gated else 1
     shape = turning.shape(x, rotation, tuning.MOST_WARPGROUPS)
     t, flat = shape.tokens, Flat(shape.r)
@@ -158,13 +170,14 @@ def _plan(
         + 2 * shape.columns * shape.columns
         + 4 * Columns(t).numbers * (weight.tiles + 1)
         + 2048  # for what is small
+        + beside
     )
     lines = min(shape.lines, tuning.MOST_WARPGROUPS)
-    tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, lines, other)
+    tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, lines, other, tokens=t)
     return Rows(tiles.rows, parts), tiles
 
 
-def _kernel(
+def run(
     codes_gmem,
     scales_gmem,
     row_sums_gmem,
@@ -187,7 +200,15 @@ def _kernel(
     shape: turning.Shape,
     weight: KernelWeight,
     epsilon: float | None,
+    tag: jax.Array | None = None,
+    alongside: Callable[[], None] | None = None,
 ):
+    """The kernel, or the first part of one whose second part waits for the outputs.
+
+    Args:
+      tag: of outputs that are sent: see `_finish`.
+      alongside: what a warpgroup does when its last weights are there.
+    """
     *inputs, out_gmem = refs
     count = 2 if shape.parts else 1
     x_gmem, optional = inputs[:count], inputs[count:]
@@ -225,10 +246,14 @@ def _kernel(
     gpu_fetch.load(words, token_smem, left_smem, right_smem, shape=shape)
     z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
     ends = gpu_codes.quantize(z, settings, x_smem, table_smem, warps_smem, shape=shape)
+    if alongside:
+        pl.when(steps == 0)(alongside)
 
     def step(k, sums):
         slot = lax.rem(k, jnp.int32(stages))
         plgpu.barrier_wait(filled.at[group * stages + slot])
+        if alongside:
+            pl.when(k == steps - 1)(alongside)
 
         def add(place, sums):
             return products.add_tile(
@@ -253,7 +278,7 @@ def _kernel(
     sums = lax.fori_loop(0, steps, step, products.start(rows, shape.tokens, weight.grouped))
     of_all = None if weight.grouped else scales_gmem
     products.write_sums(sums, parts_smem.at[group], of_all, first_row, rows=rows, of_part=n)
-    _finish(parts_smem, ends, first_row, of_rows, out_gmem, rows=rows)
+    _finish(parts_smem, ends, first_row, of_rows, out_gmem, tag, rows=rows)
 
 
 def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array:
@@ -279,19 +304,24 @@ def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array
     return start(first_row, *refs)
 
 
-def _finish(parts_smem, ends, first_row, of_rows, out_gmem, *, rows: Rows) -> None:
-    """Adds up what warpgroups have, and scales and writes it, each row by a thread; waits for the block before."""
+def _finish(parts_smem, ends, first_row, of_rows, out_gmem, tag=None, *, rows: Rows) -> None:
+    """Adds up what warpgroups have, and scales and writes it, each row by a thread; waits for the block before.
+
+    With a tag, which lies in the upper half of a word, outputs are sent: rounded to bf16, each below it.
+    """
     groups, (t, n) = parts_smem.shape[0], out_gmem.shape
+    tags = [] if tag is None else [tag]
 
     @threads.on_threads(
         arg_types=(
             *[plgpu.Layout.WG_SPLAT] * (2 * t + 1),
             threads.per_thread(of_rows.shape[0] // 128),
+            *[threads.per_thread(1)] * len(tags),
             *[plgpu.RefType()] * 2,
         )
     )
     def write(_, *arguments):
-        ends, (first_row, of_rows, parts, out) = arguments[: 2 * t], arguments[2 * t :]
+        ends, (first_row, of_rows, *tag, parts, out) = arguments[: 2 * t], arguments[2 * t :]
         ends = [threads.splat_real(each) for each in ends]
         first, row = threads.splat_word(first_row), threads.thread()
         more = threads.reals(of_rows)
@@ -314,9 +344,14 @@ def _finish(parts_smem, ends, first_row, of_rows, out_gmem, *, rows: Rows) -> No
                     y = _gated(y, total(token, 1))
                 if residuals:  # rounded before, as two ops would
                     y = threads.rounded(y, out) + residuals[token]
-                threads.store_real(out, first + row + token * n, y)
+                index = first + row + token * n
+                if tag:
+                    value = threads.pack_bfloat16(y, threads.real(0.0)) + threads.words(tag[0])[0]
+                    threads.send(out, index * 4, value)
+                else:
+                    threads.store_real(out, index, y)
 
-    write(*(each for pair in ends for each in pair), first_row, of_rows, parts_smem, out_gmem)
+    write(*(each for pair in ends for each in pair), first_row, of_rows, *tags, parts_smem, out_gmem)
 
 
 def _gated(gate: Real, up: Real) -> Real:

@@ -1,0 +1,75 @@
+"""From the residual stream through the queries, keys and values of one new token to its mix of the values so far."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from twla_jax.devices import gpu_obstacle
+from twla_jax.models.attention import Positions
+from twla_jax.models.kv_cache import LayerKV
+from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.dispatch import Implementation
+from twla_jax.ops.qkv_attention import gpu, reference
+from twla_jax.ops.rotate_quantize import KernelRotation
+from twla_jax.ops.ternary_matmul import KernelWeight
+
+
+def qkv_attention(
+    x: Float[Array, "b m"],
+    rotation: KernelRotation | None,
+    settings: Float32[Array, " 3"],
+    weight: KernelWeight,
+    layer: LayerKV,
+    positions: Positions,
+    window: Int32[Array, ""],
+    *,
+    norm_scale: Float[Array, " m"] | None = None,
+    epsilon: float = 0.0,
+    head_norm_scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None = None,
+    head_epsilon: float = 0.0,
+    apart: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "b heads_d"] | AttentionParts, LayerKV]:
+    """`decode_attention(quantized_linear(x))`.
+
+    For one sequence a Hopper GPU does both in one kernel if the mix may be left in parts, and if the cache has an
+    exchange; everywhere else it is those two ops.
+
+    Args:
+      x: one token of every sequence.
+      settings: from `quantizer_settings`.
+      weight: rows of queries, of keys and of values, head by head.
+      layer: a cache with room for another position, and with an exchange from `new_exchange` or without one.
+      positions: that of the token, those of the cache's entries, and the token's angles.
+      window: how many positions attention reaches back, the token's own included.
+      norm_scale: weights of an RMS norm before the rotation; None for no norm. `epsilon` is what it adds to the mean
+        square.
+      head_norm_scales: of an RMS norm of every query and of every key, likewise, with `head_epsilon`.
+      apart: as `decode_attention` takes it.
+      implementation: as the two ops take it.
+    Returns:
+      The mix of the values, in `x.dtype`, and the cache with the token.
+    Raises:
+      TwlaError: the implementation asked for cannot be used.
+    """
+    operands: Any = (x, rotation, settings, weight, norm_scale, layer, positions, window, head_norm_scales)
+    options = {"epsilon": epsilon, "head_epsilon": head_epsilon}
+    can = apart and implementation in (None, "gpu") and layer.exchange is not None and not gpu_obstacle()
+    if can and gpu.obstacle(x, rotation, weight, layer) is None:
+        return gpu.qkv_attention(*operands, **options)
+    return reference.qkv_attention(*operands, **options, apart=apart, implementation=implementation)
+
+
+def new_exchange(
+    layer: LayerKV, rotation: KernelRotation, weight: KernelWeight
+) -> Int32[Array, "1 n"] | None:
+    """What a cache's layer needs so that `qkv_attention` can be one kernel; None where it cannot."""
+    if gpu_obstacle():
+        return None
+    shape, dtype = (layer.entries.shape[1], weight.in_features), rotation.left.dtype
+    x = jax.eval_shape(lambda: jnp.zeros(shape, dtype))
+    if gpu.obstacle(x, rotation, weight, layer) is not None:
+        return None
+    return jnp.zeros((1, weight.out_features), jnp.int32)
