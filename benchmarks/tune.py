@@ -1,7 +1,7 @@
-"""Times of the one-kernel linear with other tiles than it takes: `python benchmarks/tune.py --shape llama-2-7b`.
+"""Times of kernels with other tiles than they take: `python benchmarks/tune.py --shape llama-2-7b`.
 
-For each matrix of the shapes, at one token, what the rule of `ops/quantized_linear/tiles.py` takes, and the fastest of
-the tiles around it.
+For each matrix of the shapes, at one token, what the one-kernel linear takes by `ops/quantized_linear/tiles.py`, and
+the fastest of the tiles around it; with `--few`, `ternary_matmul` at one and eight tokens, and `gpu_few` with others.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,16 @@ from twla_jax.benchmark import shapes, timing
 from twla_jax.ops.quantized_linear import gpu
 from twla_jax.ops.quantized_linear.tiles import Tiles
 from twla_jax.ops.rotate_quantize import quantizer_settings
+from twla_jax.ops.ternary_matmul import gpu_few, ternary_matmul
+from twla_jax.ops.ternary_matmul.tiles import (
+    MULTIPROCESSOR_MEMORY,
+    STREAMING_MULTIPROCESSORS,
+    FewTiles,
+    tile_bytes,
+    token_bytes,
+)
 
-Timed = list[tuple[float, Tiles]]
+Timed = list[tuple[float, Any]]
 
 
 def around(tiles: Tiles, columns: int) -> Iterator[Tiles]:
@@ -45,7 +54,7 @@ def timed(n: int, m: int, *, gated: bool) -> tuple[Tiles, Timed]:
     x, weight = jax.eval_shape(make, jax.random.key(0))
     if reason := gpu.obstacle(x, rotation, weight, gated=gated):
         raise ValueError(reason)
-    _, rule = gpu._plan(x, rotation, weight, gated)
+    _, rule = gpu.plan(x, rotation, weight, gated=gated)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
     found = []
     for tiles in {rule, *around(rule, weight.tiles)}:
@@ -61,19 +70,64 @@ def timed(n: int, m: int, *, gated: bool) -> tuple[Tiles, Timed]:
     return rule, sorted(found, key=lambda pair: pair[0])
 
 
+def few(tokens: int, rows: int, tiles: int) -> Iterator[FewTiles]:
+    """One or two blocks to each multiprocessor, with as many tiles under way as there is room for, or half of them."""
+    for resident, warpgroups in itertools.product((1, 2), (2, 4)):
+        each = max(8 * -(-rows // (8 * resident * STREAMING_MULTIPROCESSORS)), 32)
+        parts = 4 * warpgroups * (2 if each <= 32 else 1) * tokens * each
+        other = max(parts, tokens * token_bytes(tiles)) + 128 * tiles + 4096
+        room = min((MULTIPROCESSOR_MEMORY // resident - other) // tile_bytes(each), tiles, 32)
+        for slots in {room, room // 2}:
+            if slots >= warpgroups:
+                yield FewTiles(rows=each, warpgroups=warpgroups, slots=slots)
+
+
+def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
+    """Seconds of `ternary_matmul`, and of `gpu_few` with other tiles, fastest first."""
+
+    def make(key):
+        return shapes.weight(key, n, m), shapes.tokens(key, tokens, m)
+
+    weight = jax.eval_shape(make, jax.random.key(0))[0]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+    now, found = timing.seconds_each(lambda weight, x: ternary_matmul(x, weight), make, size), []
+    for tiles in set(few(tokens, len(weight.codes), weight.tiles)):
+
+        def product(weight, x, tiles=tiles):
+            return gpu_few.matmul(x.codes, x.scale, x.zero_point, weight, out_dtype=jnp.bfloat16, tiles=tiles)
+
+        try:
+            found.append((timing.seconds_each(product, make, size), tiles))
+        except Exception as error:  # whatever the compiler says of tiles that do not fit
+            print(f"  {tiles}: {str(error).splitlines()[0][:100]}", flush=True)
+    return now, sorted(found, key=lambda pair: pair[0])
+
+
+def _print(name: str, now: float, found: Timed) -> None:
+    print(f"{name}: {now * 1e6:.2f} us", flush=True)
+    for seconds, tiles in found[:4]:
+        print(f"  {seconds * 1e6:.2f} us, {now / seconds:.3f} x: {tiles}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=shapes.SHAPES, action="append", required=True)
-    for shape in parser.parse_args().shape:
+    parser.add_argument("--few", action="store_true")
+    options = parser.parse_args()
+    timing.copy_bandwidth()  # what is timed first takes longer
+    for shape in options.shape:
         for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
+            name = f"{shape}, {name} {n}x{m}"
+            if options.few:
+                for tokens in (1, 8):
+                    _print(f"{name}, {tokens} tokens", *timed_few(tokens, n, m))
+                continue
             try:
-                rule, found = timed(n, m, gated=name == "gate,up")
+                rule, found = timed(n, m, gated="gate,up" in name)
             except ValueError as error:
-                print(f"{shape}, {name} {n}x{m}: {error}")
+                print(f"{name}: {error}")
                 continue
             now = next(seconds for seconds, tiles in found if tiles == rule)
-            print(f"{shape}, {name} {n}x{m}: {now * 1e6:.2f} us by {rule}", flush=True)
-            for seconds, tiles in found[:4]:
-                print(f"  {seconds * 1e6:.2f} us, {now / seconds:.3f} x: {tiles}", flush=True)
+            _print(f"{name} by {rule}", now, found)

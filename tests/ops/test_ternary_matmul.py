@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import types
 
@@ -136,7 +137,7 @@ def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgrou
     codes, sums, scale, zero_point = operands(tokens(t, m))
     expected = reference.matmul(codes, sums, scale, zero_point, weight, out_dtype=jnp.float32)
     emulated_threads.emulate(monkeypatch, gpu_few, gpu_rows)
-    emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
+    emulated_threads.emulate_kernel(monkeypatch, pl)
     chosen = tiles.FewTiles(rows=rows, warpgroups=warpgroups, slots=slots)
     found = gpu_few.matmul(codes, scale, zero_point, weight, out_dtype=jnp.float32, tiles=chosen)
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
@@ -147,7 +148,7 @@ def test_sums_of_a_group_fit_16_bits_at_their_largest(code, monkeypatch):
     weight = ternary.from_codes(jnp.ones((32, 1024), jnp.int8), *jnp.full((2, 32, 8), 63.0), 128)
     x = jnp.full((1, 1024), code, jnp.int8)
     emulated_threads.emulate(monkeypatch, gpu_few, gpu_rows)
-    emulated_threads.emulate_kernel(monkeypatch, pl, plgpu)
+    emulated_threads.emulate_kernel(monkeypatch, pl)
     chosen = tiles.FewTiles(rows=32, warpgroups=2, slots=2)
     ends = jnp.ones(1), jnp.zeros(1)
     found = gpu_few.matmul(x, *ends, packed([weight]), out_dtype=jnp.float32, tiles=chosen)
@@ -155,15 +156,15 @@ def test_sums_of_a_group_fit_16_bits_at_their_largest(code, monkeypatch):
 
 
 def test_tiles_of_few_tokens_fit_memory():
-    for t in (1, 2, 8):
-        for rows in (64, 576, 4096, 57344, 152064):
-            for columns in (1, 2, 8, 16):
-                chosen = tiles.few_tiles(t, rows, columns)
-                assert chosen.rows % 8 == 0
-                assert chosen.warpgroups <= chosen.slots <= columns
-                used = chosen.slots * (chosen.rows * 128 + -(-chosen.rows // 16) * 16 * 8)
-                used += max(t * (512 * columns + 16), 4 * chosen.warpgroups * t * chosen.rows)
-                assert used <= 226 * 1024
+    measured = [(t, *shape) for shape, (most, _) in tiles.TUNED_FEW.items() for t in range(1, most + 1)]
+    by_rule = itertools.product((1, 2, 8), (64, 576, 4096, 57344, 152064), (1, 2, 8, 16))
+    for t, rows, columns in (*measured, *by_rule):
+        chosen = tiles.few_tiles(t, rows, columns)
+        assert chosen.rows % 8 == 0
+        assert chosen.warpgroups <= chosen.slots <= columns
+        used = chosen.slots * (chosen.rows * 128 + -(-chosen.rows // 16) * 16 * 8)
+        used += max(t * (512 * columns + 16), 4 * chosen.warpgroups * t * chosen.rows)
+        assert used <= 226 * 1024
     # Of the first, shared memory has room for the weights, but Mosaic GPU has none for so many barriers.
     for t, columns in ((1, 37), (8, 56)):
         with pytest.raises(ValueError, match=f"{t} tokens of {columns} tiles leave no room"):

@@ -1,4 +1,4 @@
-"""Tile sizes of the packed matmuls, by rule from the shape."""
+"""Tile sizes of the packed matmuls: measured for some shapes, by rule for the rest."""
 
 import dataclasses
 
@@ -80,15 +80,30 @@ class FewTiles:
     slots: int
 
 
-def few_tiles(tokens: int, rows: int, tiles: int) -> FewTiles:
-    """Tiles for up to eight int8 tokens and a matrix of `rows` by `512·tiles`, with few rows or with many.
+# For up to so many tokens, by rows and tiles: what `benchmarks/tune.py` found faster than the rule.
+TUNED_FEW = {
+    (10240, 16): (
+        8,
+        FewTiles(rows=80, warpgroups=2, slots=7),
+    ),  # 11.1 µs instead of 12.8; eight tokens 11.7, not 13.1
+    (8192, 16): (1, FewTiles(rows=64, warpgroups=2, slots=16)),  # 8.8 instead of 9.3
+    (8192, 56): (1, FewTiles(rows=64, warpgroups=4, slots=10)),  # 24.3 instead of 24.6
+    (22016, 8): (1, FewTiles(rows=168, warpgroups=4, slots=4)),  # 11.4 instead of 11.6
+}
 
-    Few rows go to one block for each multiprocessor, with all its weights under way from the beginning. Many go to
-    small blocks, two at a time to each. In between, `integer_tiles` are as fast on an H100, or faster.
+
+def few_tiles(tokens: int, rows: int, tiles: int) -> FewTiles:
+    """Tiles for up to eight int8 tokens and a matrix of `rows` by `512·tiles`: those of `TUNED_FEW`, else by rule.
+
+    By rule there are few rows or many. Few go to one block for each multiprocessor, with all its weights under way from
+    the beginning. Many go to small blocks, two at a time to each. In between are `integer_tiles`.
 
     Raises:
       ValueError: the rows are in between, or the tokens leave no room for the weights.
     """
+    most, tuned = TUNED_FEW.get((rows, tiles), (0, None))
+    if tuned and tokens <= most:
+        return tuned
     if _FEW_ROWS < rows < _MANY_ROWS:
         raise ValueError(f"{rows} rows are neither few nor many")
     few = rows <= _FEW_ROWS
