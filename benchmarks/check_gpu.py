@@ -79,6 +79,9 @@ PRODUCTS = (
     (300, 384, 4096, True),
     (TOKENS, 8192, 1024, True),
     (TOKENS, 32768, 1024, True),
+    (TOKENS, 10240, 8192, True),
+    (1, 22016, 4096, True),
+    (1, 8192, 8192, True),
 )
 # Factors' rows, whether there is a gate before.
 ROTATIONS = ((64, 64, False), (86, 128, False), (86, 128, True), (32, 48, True))
@@ -284,7 +287,9 @@ QKV_ATTENTION = (
 )
 
 
-def check_qkv_attention(implementation: str, cases=QKV_ATTENTION, *, d: int = 128) -> None:
+def check_qkv_attention(
+    implementation: str, cases=QKV_ATTENTION, *, d: int = 128, repetitions: int = 20
+) -> None:
     """Tokens, one after the other, in one kernel as in two ops, and every time the same; bf16 and int8."""
     for factors, heads, kv_heads, size, length, window in cases:
         x, rotation, settings = random_input(5, *factors)
@@ -315,7 +320,7 @@ def check_qkv_attention(implementation: str, cases=QKV_ATTENTION, *, d: int = 12
                 None,
             )
             assert exchange is not None
-            for _ in range(20):
+            for _ in range(repetitions):
                 layer = dataclasses.replace(jax.tree.map(jnp.asarray, stores), exchange=exchange)
                 found, layer = tokens(x, layer, length)
                 exchange, layer = layer.exchange, dataclasses.replace(layer, exchange=None)

@@ -130,6 +130,9 @@ def test_accumulators_are_exact(size):
         (3, 128, 1536, 128, 96, 1, 2),
         (5, 128, 1040, 1040, 128, 2, 2),
         (8, 128, 1536, 1536, 32, 2, 3),
+        (8, 256, 4096, 128, 80, 2, 7),  # as measured tiles are
+        (1, 256, 3072, 128, 168, 4, 4),
+        (1, 128, 6144, 128, 64, 4, 10),
     ],
 )
 def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgroups, slots, monkeypatch):
