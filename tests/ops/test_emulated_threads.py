@@ -8,7 +8,7 @@ import pytest
 
 def shared(count=256):
     """A machine, a word of shared memory for every thread, and its address."""
-    ref = threads.start(count).allocate((count,), np.int32)
+    ref = emulated_machine.start(count).allocate((count,), np.int32)
     return ref, threads.address(ref) + threads.thread() * 4
 
 
@@ -29,18 +29,18 @@ def test_a_copy_waits_for_other_warpgroups_and_not_for_its_own(reads):
         threads.load(own)
     else:
         threads.store(own, threads.thread())
-    data = threads.Global(np.zeros(128, np.int32))[threads.Slice(0, 128)]
-    halves = [ref[threads.Slice(128 * half, 128)] for half in range(2)]
+    data = emulated_machine.Global(np.zeros(128, np.int32))[emulated_machine.Slice(0, 128)]
+    halves = [ref[emulated_machine.Slice(128 * half, 128)] for half in range(2)]
     with threads.when(threads.thread() < 128):
-        threads.copy(data, halves[0], None)
+        emulated_machine.copy(data, halves[0], None)
         with pytest.raises(AssertionError, match="a warpgroup is not done with it"):
-            threads.copy(data, halves[1], None)
+            emulated_machine.copy(data, halves[1], None)
         threads.barrier(256)
-        threads.copy(data, halves[1], None)
+        emulated_machine.copy(data, halves[1], None)
 
 
 def test_another_block_is_written_to_once_it_has_begun_and_read_after_a_barrier():
-    ref = threads.start(32, 2).allocate((32,), np.float32)
+    ref = emulated_machine.start(32, 2).allocate((32,), np.float32)
     own = threads.address(ref) + threads.thread() * 4
     there = threads.address_of_block(own, threads.Word(1 - emulated_machine.machine.blocks))
     value = threads.Real(emulated_machine.machine.blocks)
@@ -53,3 +53,17 @@ def test_another_block_is_written_to_once_it_has_begun_and_read_after_a_barrier(
         threads.load(own)
     threads.cluster_barrier()
     np.testing.assert_array_equal(threads.load(own)[0].real().value, [[1] * 32, [0] * 32])
+
+
+def test_a_number_is_there_for_all_once_it_is_sent_with_its_tag():
+    emulated_machine.start(64, 2)
+    ref = emulated_machine.Global(np.full((1, 128), 7 << 16 | 5, np.int32)).at[0]
+    me, tag = threads.thread() + threads.Word(emulated_machine.machine.blocks) * 64, threads.Word(8 << 16)
+    fours = (me % 32) * 16
+    with threads.when(me < 127):
+        threads.send(ref, me * 4, tag + me)
+    with pytest.raises(AssertionError, match="nobody sends it"):
+        threads.receive(ref, fours, tag)
+    with threads.when(me.equals(127)):
+        threads.send(ref, me * 4, tag + me)
+    np.testing.assert_array_equal(threads.receive(ref, fours, tag)[3].value & 0xFFFF, me.value % 32 * 4 + 3)

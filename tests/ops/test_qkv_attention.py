@@ -97,7 +97,7 @@ def emulated(x, rotation, weight, scale, layer, positions, head_scales, *, windo
     emulated_machine.machine.axes["rows"] = emulated_machine.machine.blocks
     gpu._kernel(
         *map(Global, (exchange, *jax.tree.leaves(cache), *map(np.array, inputs), *outputs)),
-        **emulated_threads.memory(gpu._memory(rows, tiles, of_token, weight, shape, layer.entries.dtype)),
+        **emulated_threads.scratch(gpu._memory(rows, tiles, of_token, weight, shape, layer.entries.dtype)),
         rows=rows,
         tiles=tiles,
         of_token=of_token,

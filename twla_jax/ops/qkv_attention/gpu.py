@@ -219,7 +219,7 @@ def _kernel(
         outputs = [ref.at[0, split] for ref in (mixed_gmem, softmax_gmem)]
         memory = parts_smem, parts_smem  # there is no cluster, which would need a second one
         query, *new = (vectors_smem.at[i] for i in range(exchange.VECTORS))
-
+        # Entries first: the others' numbers mostly come last, and then only they are waited for.
         plgpu.barrier_wait(arrived.at[group])
         entries = gpu_entries.from_shared(staged, scales, split, shape=shape)
         exchange.receive(exchange_gmem.at[0], tag, head, kv_head, vectors_smem, shape=shape)
