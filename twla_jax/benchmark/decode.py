@@ -100,7 +100,7 @@ def _step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float
 
 
 def _random_cache(model: Decoder, batch: int, settings: DecodeSettings) -> KVCache:
-    size = generation.cache_size(settings.context + settings.steps + 1)
+    size = generation.cache_size(settings.context + settings.steps)
     cache = model.init_cache(batch, size, settings.cache_dtype)
 
     @jax.jit

@@ -289,33 +289,16 @@ class IntegerBlock(Block):
         if self.q_norm is not None and self.k_norm is not None:
             scales = self.q_norm.scale.get_value(), self.k_norm.scale.get_value()
             epsilon = self.q_norm.epsilon
-        apart, implementation = self.takes_parts, self.implementation
+        where = {"layer": layer, "positions": positions, "window": window}
+        where |= {"apart": self.takes_parts, "implementation": self.implementation}
         if isinstance(h, FewTokens) and (plane := self.qkv_linear.plane) is not None:
             assert not isinstance(h.x, AttentionParts)
-            mixed, layer = qkv_attention(
-                h.x[:, 0],
-                weight=plane,
-                layer=layer,
-                positions=positions,
-                window=window,
-                head_norm_scales=scales,
-                head_epsilon=epsilon,
-                apart=apart,
-                implementation=implementation,
-                **h.settings,
-            )
+            norms = {"head_norm_scales": scales, "head_epsilon": epsilon}
+            mixed, layer = qkv_attention(h.x[:, 0], weight=plane, **norms, **h.settings, **where)
         else:
             qkv = self.qkv_linear(h)
-            mixed, layer = decode_attention(
-                qkv.reshape(len(qkv), -1, self.head_dim),
-                layer,
-                positions,
-                window,
-                norm_scales=scales,
-                epsilon=epsilon,
-                apart=apart,
-                implementation=implementation,
-            )
+            qkv = qkv.reshape(len(qkv), -1, self.head_dim)
+            mixed, layer = decode_attention(qkv, norm_scales=scales, epsilon=epsilon, **where)
         return mixed if isinstance(mixed, AttentionParts) else mixed[:, None], layer
 
     @property

@@ -80,12 +80,9 @@ class FewTiles:
     slots: int
 
 
-# For up to so many tokens, by rows and tiles: what `benchmarks/tune.py` found faster than the rule.
+# For up to so many tokens, by rows and tiles: what `benchmarks/tune.py --few` found faster than the rule.
 TUNED_FEW = {
-    (10240, 16): (
-        8,
-        FewTiles(rows=80, warpgroups=2, slots=7),
-    ),  # 11.1 µs instead of 12.8; eight tokens 11.7, not 13.1
+    (10240, 16): (8, FewTiles(rows=80, warpgroups=2, slots=7)),  # 11.1 µs instead of 12.8
     (8192, 16): (1, FewTiles(rows=64, warpgroups=2, slots=16)),  # 8.8 instead of 9.3
     (8192, 56): (1, FewTiles(rows=64, warpgroups=4, slots=10)),  # 24.3 instead of 24.6
     (22016, 8): (1, FewTiles(rows=168, warpgroups=4, slots=4)),  # 11.4 instead of 11.6
