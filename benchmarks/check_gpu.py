@@ -37,7 +37,7 @@ def random_weight(
     """
     keys = jax.random.split(key, 3)
     tiles = -(-m // TILE)
-    unsigned = jax.random.randint(keys[0], (n, tiles * TILE // 4, 4), 0, 3, jnp.uint8)
+    unsigned = jax.random.randint(keys[0], (tiles, n, TILE // 4, 4), 0, 3, jnp.uint8)
     if grouped:
         alpha, mu = (
             jnp.ones((2, tiles, 4, n), int)
@@ -68,8 +68,8 @@ def random_tokens(key: jax.Array, t: int, m: int, *, exact: bool = False) -> Qua
 
 
 # Tokens, rows, columns, whether there are groups. Few tokens first; of many, a short last tile and 8 tokens cut, then
-# three blocks of rows, which clusters of two do not divide; at last, few tokens with more rows, for which there are
-# other kernels and tiles.
+# three blocks of rows, which clusters of two do not divide; at last, few tokens with more rows and tiles of their own:
+# more than a block has at once, and a last block of rows that is cut.
 PRODUCTS = (
     (1, 1024, 4096, True),
     (TOKENS, 1024, 4096, False),
@@ -78,10 +78,13 @@ PRODUCTS = (
     (100, 128, 576, False),
     (300, 384, 4096, True),
     (TOKENS, 8192, 1024, True),
-    (TOKENS, 32768, 1024, True),
+    (TOKENS, 57344, 1024, True),
+    (TOKENS, 57344, 1024, False),
     (TOKENS, 10240, 8192, True),
+    (TOKENS, 4096, 11008, True),
     (1, 22016, 4096, True),
-    (1, 8192, 8192, True),
+    (3, 22016, 4096, True),
+    (1, 8192, 28672, True),
 )
 # Factors' rows, whether there is a gate before.
 ROTATIONS = ((64, 64, False), (86, 128, False), (86, 128, True), (32, 48, True))

@@ -16,16 +16,9 @@ import jax.numpy as jnp
 
 from twla_jax.benchmark import shapes, timing
 from twla_jax.ops.quantized_linear import gpu
-from twla_jax.ops.quantized_linear.tiles import Tiles
 from twla_jax.ops.rotate_quantize import quantizer_settings
 from twla_jax.ops.ternary_matmul import gpu_few, ternary_matmul
-from twla_jax.ops.ternary_matmul.tiles import (
-    MULTIPROCESSOR_MEMORY,
-    STREAMING_MULTIPROCESSORS,
-    FewTiles,
-    tile_bytes,
-    token_bytes,
-)
+from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
 
 Timed = list[tuple[float, Any]]
 
@@ -70,20 +63,8 @@ def timed(n: int, m: int, *, gated: bool) -> tuple[Tiles, Timed]:
     return rule, sorted(found, key=lambda pair: pair[0])
 
 
-def few(tokens: int, rows: int, tiles: int) -> Iterator[FewTiles]:
-    """One or two blocks to each multiprocessor, with as many tiles under way as there is room for, or half of them."""
-    for resident, warpgroups in itertools.product((1, 2), (2, 4)):
-        each = max(8 * -(-rows // (8 * resident * STREAMING_MULTIPROCESSORS)), 32)
-        parts = 4 * warpgroups * (2 if each <= 32 else 1) * tokens * each
-        other = max(parts, tokens * token_bytes(tiles)) + 128 * tiles + 4096
-        room = min((MULTIPROCESSOR_MEMORY // resident - other) // tile_bytes(each), tiles, 32)
-        for slots in {room, room // 2}:
-            if slots >= warpgroups:
-                yield FewTiles(rows=each, warpgroups=warpgroups, slots=slots)
-
-
 def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
-    """Seconds of `ternary_matmul`, and of `gpu_few` with other tiles, fastest first."""
+    """Seconds of `ternary_matmul`, and of `gpu_few` by the rule and with tiles around it, fastest first."""
 
     def make(key):
         return shapes.weight(key, n, m), shapes.tokens(key, tokens, m)
@@ -91,7 +72,10 @@ def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
     weight = jax.eval_shape(make, jax.random.key(0))[0]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
     now, found = timing.seconds_each(lambda weight, x: ternary_matmul(x, weight), make, size), []
-    for tiles in set(few(tokens, len(weight.codes), weight.tiles)):
+    if gpu_few.obstacle(tokens, weight):
+        return now, found
+    rule = gpu_few.plan(tokens, weight)
+    for tiles in {rule, *around(rule, weight.tiles)}:
 
         def product(weight, x, tiles=tiles):
             return gpu_few.matmul(x.codes, x.scale, x.zero_point, weight, out_dtype=jnp.bfloat16, tiles=tiles)

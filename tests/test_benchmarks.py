@@ -47,17 +47,6 @@ def test_check_tells_right_from_wrong(monkeypatch):
         check_gpu.check("tpu", products[:1], rotations)
 
 
-def test_few_tiles_that_are_tried_find_room():
-    tune = script("tune")
-    for tokens, rows, tiles in ((1, 10240, 16), (8, 10240, 16), (1, 8192, 56), (1, 576, 2)):
-        tried = list(tune.few(tokens, rows, tiles))
-        assert tried
-        for each in tried:
-            assert each.warpgroups <= each.slots <= tiles
-            memory = each.slots * tune.tile_bytes(each.rows) + tokens * tune.token_bytes(tiles)
-            assert memory <= tune.MULTIPROCESSOR_MEMORY
-
-
 def test_tiles_that_are_tried_lie_around_the_rules():
     tune = script("tune")
     for rule in (

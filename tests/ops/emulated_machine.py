@@ -113,12 +113,19 @@ class Shared:
         return self
 
     def __getitem__(self, index):
-        """Leading indices: each a number, or an array of one for each thread; the last one may be a slice."""
+        """Leading indices: each a number, or an array of one for each thread; the last one may be a slice.
+
+        So may be that before it, if it is of all, and leaves a piece of memory.
+        """
         start, kept = self.start, ()
         index = index if isinstance(index, tuple) else (index,)
         for axis, each in enumerate(index):
+            if isinstance(each, slice):
+                rest, size = index[axis + 1], self.shape[axis + 1]
+                assert self.shape[axis] == 1 or rest.size == size
+                kept, each = self.shape[axis : axis + 1], 0
             if isinstance(each, Slice):
-                kept, each = (each.size,), each.start
+                kept, each = (*kept, each.size), each.start
             start = start + np.asarray(each) * (self.dtype.itemsize * math.prod(self.shape[axis + 1 :]))
         return dataclasses.replace(self, start=start, shape=kept + self.shape[len(index) :])
 
@@ -138,8 +145,8 @@ def copy(source, target, _):
                 data[tuple(slice(size) for size in part.shape)] = part
                 data = data.view(np.uint8)
                 if target.swizzled:
-                    rows = np.arange(len(data))[:, None]
-                    data = data.reshape(len(data), -1, 8, 16).swapaxes(0, 1)[:, rows, np.arange(8) ^ rows % 8]
+                    rows = np.arange(data.shape[-2])[:, None]
+                    data = data.reshape(-1, len(rows), 8, 16)[:, rows, np.arange(8) ^ rows % 8]
                 target.view(block, thread)[:] = data.reshape(-1)
                 machine.copied(target, block, thread)
 

@@ -22,11 +22,11 @@ from twla_jax.ops.decode_attention import tiles as attention_tiles
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
 from twla_jax.ops.qkv_attention import gpu, gpu_exchange, new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import gpu as linear_gpu
-from twla_jax.ops.quantized_linear import gpu_codes, gpu_fetch, gpu_products, gpu_token, quantized_linear
-from twla_jax.ops.quantized_linear import tiles as linear_tiles
+from twla_jax.ops.quantized_linear import gpu_codes, gpu_fetch, gpu_token, quantized_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings
-from twla_jax.ops.ternary_matmul import gpu_rows
+from twla_jax.ops.ternary_matmul import gpu_products, gpu_ring, gpu_rows
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
+from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
 
 ALL = np.iinfo(np.int32).max
 SETTINGS = quantizer_settings(4, 0.9)
@@ -80,7 +80,7 @@ def emulated(x, rotation, weight, scale, layer, positions, head_scales, *, windo
     heads, quantized = n // d - 2 * kv_heads, layer.scales is not None
     of_heads = attention_tiles.Tiles(queries=1, warps=8, splits=splits, loads=loads, apart=True)
     shape = Shape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, tiles=of_heads)
-    rows, tiles = Rows(32, 1), linear_tiles.Tiles(rows=32, warpgroups=2, stages=1)
+    rows, tiles = Rows(32, 1), Tiles(rows=32, warpgroups=2, stages=1)
     of_token, cache = gpu_token.shape(x, rotation, 2), jax.tree.map(np.array, layer)
     filled = int(positions.query[0])
     for each in jax.tree.leaves(cache):  # what is not filled may not come into the mix
@@ -141,7 +141,7 @@ def test_gpu_kernel_thread_by_thread(
     emulated_threads.emulate(
         monkeypatch,
         *(gpu, gpu_exchange, attention_gpu, gpu_entries, gpu_lanes, gpu_finish),
-        *(linear_gpu, gpu_fetch, gpu_token, gpu_codes, gpu_products, gpu_rows),
+        *(linear_gpu, gpu_fetch, gpu_token, gpu_codes, gpu_ring, gpu_products, gpu_rows),
     )
     emulated_threads.emulate_kernel(monkeypatch, pl)
     monkeypatch.setattr(gpu_token, "turn", turned)

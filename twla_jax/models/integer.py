@@ -218,7 +218,11 @@ class KernelLinear(nnx.Module):
                 **x.settings,
             )
             return y[:, None] if isinstance(x.x, AttentionParts) else y
-        y = self._outputs(x.quantized(self.implementation) if isinstance(x, FewTokens) else x)
+        x = x.quantized(self.implementation) if isinstance(x, FewTokens) else x
+        if self.plane is not None and self.mesh is None and not gated:
+            options = {"out_dtype": self.dtype, "implementation": self.implementation}
+            return ternary_matmul(x, self.plane, residual, **options)
+        y = self._outputs(x)
         y = gate(y) if gated else y
         return y if residual is None else residual + y
 

@@ -84,10 +84,20 @@ def emulate_kernel(monkeypatch, pl):
 
         return run
 
+    def looped(start, stop):
+        def run(function):
+            stops = here.machine.spread(stop)
+            for i in range(start, int(stops.max())):
+                with when(i < stops):
+                    function(i)
+
+        return run
+
     monkeypatch.setattr(plgpu, "kernel", kernel)
     monkeypatch.setattr(plgpu, "copy_gmem_to_smem", copy)
     monkeypatch.setattr(plgpu, "barrier_wait", lambda _: None)
     monkeypatch.setattr(pl, "when", when_called)
+    monkeypatch.setattr(pl, "loop", looped)
     monkeypatch.setattr(pl, "ds", Slice)
 
 

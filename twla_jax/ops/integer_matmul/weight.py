@@ -83,7 +83,7 @@ def integer_weight(tensor: IntegerTensor) -> IntegerWeight:
 
     mu = 2 ** (width - 1) - jnp.asarray(tensor.zero_point, jnp.float16)
     return IntegerWeight(
-        codes=(codes << shifts).sum(2, dtype=jnp.uint8).reshape(len(codes), -1),
+        codes=(codes << shifts).sum(2, dtype=jnp.uint8).swapaxes(0, 1),
         scales=jnp.concatenate([by_plane(jnp.asarray(tensor.scale)), by_plane(mu)], axis=1),
         in_features=m,
         width=width,
@@ -104,7 +104,9 @@ def _two_rows_at_least(weight: IntegerWeight, rows: Int[Array, " t"]) -> Float[A
 
 
 def _rows(weight: IntegerWeight, rows: Int[Array, " t"]) -> Float[Array, "t m"]:
-    packed = weight.codes[rows].reshape(-1, weight.tiles, 1, PLANE)
+    # Rows of the first axis, which XLA on TPUs takes where they lie.
+    places = jnp.arange(weight.tiles) * weight.rows + rows[:, None]
+    packed = weight.codes.reshape(-1, PLANE)[places][:, :, None]
     shifts = weight.bits * jnp.arange(weight.planes, dtype=jnp.uint8)[:, None]
     codes = ((packed >> shifts) & (2**weight.bits - 1)).astype(jnp.float32) - weight.offset
     scales = as_type(weight.scales[:, :, rows], jnp.float16).transpose(2, 0, 1).astype(jnp.float32)

@@ -28,9 +28,9 @@ from twla_jax.ops.decode_attention.gpu_lanes import Shape
 from twla_jax.ops.qkv_attention import gpu_exchange as exchange
 from twla_jax.ops.quantized_linear import gpu as linear
 from twla_jax.ops.quantized_linear import gpu_token as turning
-from twla_jax.ops.quantized_linear import tiles as linear_tuning
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
+from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 
@@ -57,7 +57,7 @@ def obstacle(
 
 def _plan(
     x: jax.Array, rotation: KernelRotation, weight: KernelWeight, layer: LayerKV
-) -> tuple[Rows, linear_tuning.Tiles, Shape]:
+) -> tuple[Rows, Tiles, Shape]:
     """How both parts are split up.
 
     Raises:
@@ -86,7 +86,7 @@ def _staged(shape: Shape) -> tuple[int, ...]:
 
 
 def _memory(
-    rows: Rows, tiles: linear_tuning.Tiles, of_token: turning.Shape, weight: KernelWeight, shape: Shape, dtype
+    rows: Rows, tiles: Tiles, of_token: turning.Shape, weight: KernelWeight, shape: Shape, dtype
 ) -> dict[str, Any]:
     """What `_kernel` has of shared memory, with entries of this type."""
     return {
@@ -168,7 +168,7 @@ def _kernel(
     vectors_smem,
     parts_smem,
     rows: Rows,
-    tiles: linear_tuning.Tiles,
+    tiles: Tiles,
     of_token: turning.Shape,
     weight: KernelWeight,
     shape: Shape,

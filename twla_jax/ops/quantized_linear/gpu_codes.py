@@ -12,17 +12,14 @@ from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Real, Word
-from twla_jax.ops.quantized_linear.gpu_products import Columns, Flat, write_table
 from twla_jax.ops.quantized_linear.gpu_token import WGMMA_ROWS, Shape, load_reals, place, tree
+from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat, write_table
 from twla_jax.packing import TILE
 
 
-def quantize(
-    z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *, shape: Shape
-) -> list[tuple[jax.Array, jax.Array]]:
+def quantize(z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *, shape: Shape) -> jax.Array:
     """Scale and zero point of every token, whose codes and sums go to shared memory. Waits for the block."""
     t, flat = shape.tokens, Flat(shape.r)
-    splat = plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT)
 
     @threads.on_threads(
         arg_types=(
@@ -31,7 +28,7 @@ def quantize(
             threads.per_thread(3),
             *[plgpu.RefType()] * 3,
         ),
-        return_type=(splat, splat) * t,
+        return_type=threads.values(2 * t, jnp.float32),
     )
     def write(_, *arguments):
         z, (line, share, settings, codes, table, warps) = arguments[:t], arguments[t:]
@@ -69,10 +66,9 @@ def quantize(
         threads.barrier(shape.threads)
         write_table(codes, table, flat, shape.threads)
         threads.barrier(shape.threads)
-        return tuple(threads.as_splat(each) for scale, zero, _ in of_tokens for each in (scale, zero - half))
+        return threads.as_array([each for scale, zero, _ in of_tokens for each in (scale, zero - half)])
 
-    found = write(*z, *place(shape), settings, codes_smem, table_smem, warps_smem)
-    return list(zip(found[::2], found[1::2], strict=True))
+    return write(*z, *place(shape), settings, codes_smem, table_smem, warps_smem)
 
 
 @dataclasses.dataclass(frozen=True)

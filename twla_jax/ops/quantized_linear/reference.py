@@ -27,6 +27,8 @@ def quantized_linear(
     tokens = rotate_quantize(
         x, rotation, settings, norm_scale=norm_scale, epsilon=epsilon, implementation=implementation
     )
-    y = ternary_matmul(tokens, weight, out_dtype=out_dtype, implementation=implementation)
-    y = gate(y) if gated else y
+    options = {"out_dtype": out_dtype, "implementation": implementation}
+    if not gated:
+        return ternary_matmul(tokens, weight, residual, **options)
+    y = gate(ternary_matmul(tokens, weight, **options))
     return y if residual is None else residual + y

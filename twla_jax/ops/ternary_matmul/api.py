@@ -14,6 +14,7 @@ from twla_jax.ops.tokens import QuantizedTokens, group_sums
 def ternary_matmul(
     x: Float[Array, "*tokens m"] | QuantizedTokens,
     weight: KernelWeight,
+    residual: Float[Array, "*tokens n"] | None = None,
     *,
     out_dtype=jnp.bfloat16,
     implementation: Implementation | None = None,
@@ -26,6 +27,7 @@ def ternary_matmul(
     Args:
       x: `QuantizedTokens`, or floats, of which the kernels take bf16 alone.
       weight: from `kernel_weight`.
+      residual: in `out_dtype`, to which the result is added, rounded before.
       out_dtype: of the result.
       implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
         used, which is logged.
@@ -57,8 +59,9 @@ def ternary_matmul(
         dict.fromkeys(("gpu", "tpu"), _obstacle(operands[0].dtype)),
         *operands,
         weight,
+        None if residual is None else residual.reshape(-1, weight.out_features),
     )
-    return y[:, : weight.out_features].reshape(*lead, weight.out_features)
+    return y.reshape(*lead, weight.out_features)
 
 
 def _obstacle(dtype) -> str | None:

@@ -31,18 +31,20 @@ def matmul(
     scale: Float32[Array, " t"],
     zero_point: Float32[Array, " t"],
     weight: KernelWeight,
+    residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype,
-) -> Float[Array, "t rows"]:
+) -> Float[Array, "t n"]:
     """What `reference.matmul` computes, for int8 or bf16 x."""
-    if x.dtype == jnp.int8 and len(x) > tuning.FEW_TOKENS:
-        return gpu_prefill.matmul(x, sums, scale, zero_point, weight, out_dtype=out_dtype)
     if x.dtype == jnp.int8 and gpu_few.obstacle(len(x), weight) is None:
-        return gpu_few.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
-    if x.dtype == jnp.int8:
-        return gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
-    # Floats have no scale and no zero point.
-    return product(x, sums, weight, (weight.steps, weight.bias), out_dtype=out_dtype)
+        return gpu_few.matmul(x, scale, zero_point, weight, residual, out_dtype=out_dtype)
+    if x.dtype == jnp.int8 and len(x) > tuning.FEW_TOKENS:
+        y = gpu_prefill.matmul(x, sums, scale, zero_point, weight, out_dtype=out_dtype)
+    elif x.dtype == jnp.int8:
+        y = gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
+    else:  # Floats have no scale and no zero point.
+        y = product(x, sums, weight, (weight.steps, weight.bias), out_dtype=out_dtype)
+    return weight.finished(y, residual)
 
 
 def product(
@@ -56,7 +58,7 @@ def product(
 ) -> Float[Array, "t rows"]:
     """What `reference.product` computes, for bf16 x; with steps and biases `by_row`, what `matmul` does."""
     t, planes = len(x), weight.planes
-    tiles = tiles or tuning.gpu_tiles(t, len(weight.codes), weight.tiles, planes)
+    tiles = tiles or tuning.gpu_tiles(t, weight.rows, weight.tiles, planes)
     n, block, groups, stages = tiles.rows, tiles.tokens, tiles.warpgroups, tiles.stages
     del sums  # To fill up would take a kernel; to fill up tokens before they are summed takes none.
     totals = group_sums(jnp.pad(x, ((0, -t % block), (0, 0)))).T
@@ -68,9 +70,9 @@ def product(
     kernel = functools.partial(_kernel, tiles=tiles, weight=weight)
     y = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
+        out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
         # Blocks of the same rows run side by side, and only the first of them has its weights from memory.
-        grid=(len(weight.codes) // n, pl.cdiv(len(x), block)),
+        grid=(weight.rows // n, pl.cdiv(len(x), block)),
         grid_names=("rows", "tokens"),
         num_threads=groups,
         thread_name="warpgroup",
@@ -143,7 +145,7 @@ def _kernel(
         def copy(source, ring):
             plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
 
-        copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem)
+        copy(codes_gmem.at[tile, rows], codes_smem)
         copy(x_gmem.at[tokens, pl.ds(tile * planes * PLANE, planes * PLANE)], x_smem)
         if weight.grouped:
             copy(scales_gmem.at[tile, :, rows], scales_smem)

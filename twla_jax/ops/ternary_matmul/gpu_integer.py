@@ -44,15 +44,15 @@ def matmul(
 ) -> Float[Array, "t rows"]:
     """What `reference.matmul` computes, for int8 x."""
     t = len(x)
-    tiles = tiles or tuning.integer_tiles(t, len(weight.codes), weight.tiles)
+    tiles = tiles or tuning.integer_tiles(t, weight.rows, weight.tiles)
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
     n, groups, stages = tiles.tokens, tiles.warpgroups, tiles.stages
     return plgpu.kernel(
         functools.partial(_kernel, t=t, tiles=tiles, weight=weight),
-        out_type=jax.ShapeDtypeStruct((t, len(weight.codes)), out_dtype),
-        grid=(pl.cdiv(t, n), len(weight.codes) // ROWS),
+        out_type=jax.ShapeDtypeStruct((t, weight.rows), out_dtype),
+        grid=(pl.cdiv(t, n), weight.rows // ROWS),
         grid_names=("tokens", "rows"),
         num_threads=groups,
         thread_name="warpgroup",
@@ -109,7 +109,7 @@ def _kernel(
         def copy(source, ring):
             plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
 
-        copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem)
+        copy(codes_gmem.at[tile, rows], codes_smem)
         copy(x_gmem.at[tokens, pl.ds(tile * TILE, TILE)], x_smem)
         if weight.grouped:
             copy(scales_gmem.at[tile, :, rows], scales_smem)

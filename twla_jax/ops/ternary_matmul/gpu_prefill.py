@@ -57,7 +57,7 @@ def matmul(
     x = jnp.pad(x, ((0, -t % 8), (0, 0)))
     # Sums of int8 weights need nothing beside them.
     last = weight.steps if grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
-    outputs = pl.cdiv(len(weight.codes), _BLOCK_ROWS * cluster) * pl.cdiv(t, block)
+    outputs = pl.cdiv(weight.rows, _BLOCK_ROWS * cluster) * pl.cdiv(t, block)
     x_slots, itemsize = _X_BYTES // (block * PLANE), jnp.dtype(out_dtype).itemsize
     scratch = {
         "codes_smem": plgpu.SMEM((_STAGES, _BLOCK_ROWS, PLANE), jnp.uint8, transforms=_swizzled(128, 1)),
@@ -81,7 +81,7 @@ def matmul(
     }
     y = plgpu.kernel(
         functools.partial(_kernel, outputs=outputs, cluster=cluster, weight=weight),
-        out_type=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
+        out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
         grid=(min(outputs, tuning.STREAMING_MULTIPROCESSORS // cluster),),
         grid_names=("block",),
         cluster=(cluster,),
@@ -148,7 +148,7 @@ def _kernel(
             def copy(source, target):
                 plgpu.copy_gmem_to_smem(source, target, filled.at[slot])
 
-            copy(codes_gmem.at[rows, pl.ds(tile * PLANE, PLANE)], codes_smem.at[slot])
+            copy(codes_gmem.at[tile, rows], codes_smem.at[slot])
             if weight.grouped:
                 copy(scales_gmem.at[tile, :, rows], scales_smem.at[slot])
             for plane in range(planes):

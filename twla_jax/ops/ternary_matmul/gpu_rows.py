@@ -21,13 +21,6 @@ SWIZZLED = (
 )
 
 
-def tile_by_tile(rows: int, tiles: int) -> tuple:
-    """`SWIZZLED`, of a copy of so many rows and tiles, one tile after the other; rows divide the matrix' if several."""
-    if tiles == 1:
-        return SWIZZLED
-    return (plgpu.TilingTransform((rows, 128)), SWIZZLED[1])  # pyright: ignore[reportAbstractUsage]
-
-
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """A block's rows: `each` of one matrix, a multiple of 8, and as many of a second below it if there are two parts.
@@ -109,16 +102,16 @@ def copy_tiles(
 ) -> None:
     """Codes and, unless None, pairs of some tiles' rows, `first_row` and on of each part of n rows.
 
-    Into `[rows, tiles · PLANE]` bytes, `tile_by_tile`, and `[parts, tiles, PLANES, rows.scales]`.
+    Into `[tiles, rows, PLANE]` bytes, and `[parts, tiles, PLANES, rows.scales]`.
     """
     (codes_gmem, scales_gmem), (codes_smem, scales_smem) = weight, memory
-    columns = pl.ds(first_tile * PLANE, tiles * PLANE)
+    which = pl.ds(first_tile, tiles)
     for part in range(rows.parts):
         first = part * n + first_row
-        target = codes_smem.at[pl.ds(part * rows.each, rows.each)]
-        plgpu.copy_gmem_to_smem(codes_gmem.at[pl.ds(first, rows.each), columns], target, barrier)
+        target = codes_smem.at[:, pl.ds(part * rows.each, rows.each)]
+        plgpu.copy_gmem_to_smem(codes_gmem.at[which, pl.ds(first, rows.each)], target, barrier)
         if scales_smem is not None:
-            source = scales_gmem.at[pl.ds(first_tile, tiles), :, pl.ds(first, rows.scales)]
+            source = scales_gmem.at[which, :, pl.ds(first, rows.scales)]
             plgpu.copy_gmem_to_smem(source, scales_smem.at[part], barrier)
 
 

@@ -14,19 +14,19 @@ def matmul(
     scale: Float32[Array, " t"],
     zero_point: Float32[Array, " t"],
     weight: KernelWeight,
+    residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype,
-) -> Float[Array, "t rows"]:
-    """`y = scale·(x Ŵᵀ − zero_point·w) + bias`, with w the row sums of Ŵ.
+) -> Float[Array, "t n"]:
+    """`y = scale·(x Ŵᵀ − zero_point·w) + bias`, with w the row sums of Ŵ, rounded, and the residual added.
 
     Args:
       x: int8 codes, or floats; float32 is multiplied in true float32.
       sums: `tokens.group_sums(x)`.
-    Returns:
-      `[t, rows]`, rows as stored, those past `weight.out_features` included.
     """
     y = product(x, sums, weight) * weight.steps
-    return (scale[:, None] * (y - zero_point[:, None] * weight.row_sums) + weight.bias).astype(out_dtype)
+    y = scale[:, None] * (y - zero_point[:, None] * weight.row_sums) + weight.bias
+    return weight.finished(y.astype(out_dtype), residual)
 
 
 def product(
@@ -42,7 +42,6 @@ def product(
     planes = weight.planes
     groups = weight.tiles * planes
     shifts = weight.bits * jnp.arange(planes, dtype=jnp.uint8)[:, None]
-    packed = weight.codes.reshape(-1, weight.tiles, packing.PLANE).swapaxes(0, 1)
     tokens = jnp.pad(x, ((0, 0), (0, groups * packing.PLANE - x.shape[1])))
     tokens = tokens.reshape(len(x), weight.tiles, planes, packing.PLANE).transpose(1, 2, 0, 3)
     totals = sums[:, :groups].reshape(len(x), weight.tiles, planes).transpose(1, 2, 0)
@@ -61,9 +60,9 @@ def product(
     def single(acc, operands):
         return acc + accumulate(*operands).sum(0), None
 
-    shape = len(x), len(weight.codes)
+    shape = len(x), weight.rows
     if weight.grouped:
-        return jax.lax.scan(grouped, jnp.zeros(shape), (packed, tokens, totals, weight.scales))[0]
-    acc, _ = jax.lax.scan(single, jnp.zeros(shape, exact), (packed, tokens))
+        return jax.lax.scan(grouped, jnp.zeros(shape), (weight.codes, tokens, totals, weight.scales))[0]
+    acc, _ = jax.lax.scan(single, jnp.zeros(shape, exact), (weight.codes, tokens))
     alpha, mu = weight.of_planes(weight.scales[0])
     return alpha * acc.astype(jnp.float32) + mu * sums.sum(-1, keepdims=True).astype(jnp.float32)

@@ -9,10 +9,6 @@ ROWS = 128  # matrices are filled up to a multiple of this
 FEW_TOKENS = 32  # up to which int8 tokens are bound by the weights' way from memory
 STREAMING_MULTIPROCESSORS = 132  # of an H100
 MULTIPROCESSOR_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor share
-_FEW_ROWS, _MANY_ROWS = 6144, 32768  # up to and from where `few_tiles` are faster than `integer_tiles`
-_ROWS_OF_MANY = 112  # of a block where there are many
-_WARPGROUPS = 2  # that share its columns: with four, 4096×11008 took 7.2 µs instead of 6.9
-_MOST_SLOTS = 32  # each has a barrier, of which Mosaic GPU takes no more at once
 _SHARED_MEMORY = 220 * 1024  # bytes a block of an H100 may take, less what barriers need
 
 
@@ -71,50 +67,6 @@ def integer_tiles(tokens: int, rows: int, tiles: int) -> IntegerTiles:
     return IntegerTiles(tokens=block, warpgroups=warpgroups, stages=min(2, -(-tiles // warpgroups)))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FewTiles:
-    """Weight rows of a block, warpgroups that share its columns, and how many tiles of all of them have a slot."""
-
-    rows: int
-    warpgroups: int
-    slots: int
-
-
-# For up to so many tokens, by rows and tiles: what `benchmarks/tune.py --few` found faster than the rule.
-TUNED_FEW = {
-    (10240, 16): (8, FewTiles(rows=80, warpgroups=2, slots=7)),  # 11.1 µs instead of 12.8
-    (8192, 16): (1, FewTiles(rows=64, warpgroups=2, slots=16)),  # 8.8 instead of 9.3
-    (8192, 56): (1, FewTiles(rows=64, warpgroups=4, slots=10)),  # 24.3 instead of 24.6
-    (22016, 8): (1, FewTiles(rows=168, warpgroups=4, slots=4)),  # 11.4 instead of 11.6
-}
-
-
-def few_tiles(tokens: int, rows: int, tiles: int) -> FewTiles:
-    """Tiles for up to eight int8 tokens and a matrix of `rows` by `512·tiles`: those of `TUNED_FEW`, else by rule.
-
-    By rule there are few rows or many. Few go to one block for each multiprocessor, with all its weights under way from
-    the beginning. Many go to small blocks, two at a time to each. In between are `integer_tiles`.
-
-    Raises:
-      ValueError: the rows are in between, or the tokens leave no room for the weights.
-    """
-    most, tuned = TUNED_FEW.get((rows, tiles), (0, None))
-    if tuned and tokens <= most:
-        return tuned
-    if _FEW_ROWS < rows < _MANY_ROWS:
-        raise ValueError(f"{rows} rows are neither few nor many")
-    few = rows <= _FEW_ROWS
-    resident, groups = 1 if few else 2, min(_WARPGROUPS, tiles)
-    waves = 1 if few else -(-rows // (_ROWS_OF_MANY * STREAMING_MULTIPROCESSORS))
-    each = max(8 * -(-rows // (8 * waves * STREAMING_MULTIPROCESSORS)), 32)
-    parts = 4 * groups * (2 if each <= 32 else 1) * tokens * each
-    other = max(parts, tokens * token_bytes(tiles)) + 128 * tiles + 4096
-    slots = min((MULTIPROCESSOR_MEMORY // resident - other) // tile_bytes(each), tiles, _MOST_SLOTS)
-    if slots < (tiles if few else groups):
-        raise ValueError(f"{tokens} tokens of {tiles} tiles leave no room for weights")
-    return FewTiles(rows=each, warpgroups=groups, slots=slots)
-
-
 def filled_up(rows: int) -> int:
     """So many rows' pairs of scales for every plane are a multiple of the 128 bytes that the copy engine writes to."""
     return -(-rows // 16) * 16
@@ -123,11 +75,6 @@ def filled_up(rows: int) -> int:
 def tile_bytes(rows: int) -> int:
     """Of codes and pairs of scales."""
     return PLANE * rows + 8 * filled_up(rows)
-
-
-def token_bytes(tiles: int) -> int:
-    """Between one token's codes and the next one's: such that eight of them lie in different banks."""
-    return 512 * tiles + 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,14 +20,16 @@ def matmul(
     scale: Float32[Array, " t"],
     zero_point: Float32[Array, " t"],
     weight: KernelWeight,
+    residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype,
     tiles: tuning.TpuTiles | None = None,
     interpret=False,
-) -> Float[Array, "t rows"]:
+) -> Float[Array, "t n"]:
     """What `reference.matmul` computes, for int8 or bf16 x."""
     by_token, by_row = (scale, zero_point), (weight.row_sums, weight.bias, weight.steps)
-    return product(x, sums, weight, by_token, by_row, out_dtype=out_dtype, tiles=tiles, interpret=interpret)
+    y = product(x, sums, weight, by_token, by_row, out_dtype=out_dtype, tiles=tiles, interpret=interpret)
+    return weight.finished(y, residual)
 
 
 def product(
@@ -42,14 +44,14 @@ def product(
     interpret=False,
 ) -> Float[Array, "t rows"]:
     """What `reference.product` computes; with scales and zero points, row sums, biases, steps, what `matmul` does."""
-    tiles = tiles or tuning.tpu_tiles(len(x), len(weight.codes))
+    tiles = tiles or tuning.tpu_tiles(len(x), weight.rows)
     t, planes = len(x), weight.planes
     groups, padding = weight.tiles * planes, -t % tiles.tokens
     x = jnp.pad(x, ((0, padding), (0, groups * PLANE - x.shape[1])))
     # A token's sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to so few.
     totals = jnp.pad(sums[:, :groups], ((0, padding), (0, 0)))
     totals = totals.reshape(len(x), weight.tiles, planes).swapaxes(0, 1)
-    grid = (len(x) // tiles.tokens, len(weight.codes) // tiles.rows, weight.tiles)
+    grid = (len(x) // tiles.tokens, weight.rows // tiles.rows, weight.tiles)
     column = pl.BlockSpec((tiles.tokens, 1), lambda i, j, k: (i, 0))
     row = pl.BlockSpec((1, tiles.rows), lambda i, j, k: (0, j))
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
@@ -59,7 +61,7 @@ def product(
         in_specs=[
             pl.BlockSpec((tiles.tokens, planes * PLANE), lambda i, j, k: (i, k)),
             pl.BlockSpec((1, tiles.tokens, planes), lambda i, j, k: (k, i, 0)),
-            pl.BlockSpec((tiles.rows, PLANE), lambda i, j, k: (j, k)),
+            pl.BlockSpec((1, tiles.rows, PLANE), lambda i, j, k: (k, j, 0)),
             pl.BlockSpec(
                 (1, weight.parameters, tiles.rows),
                 lambda i, j, k: (k if weight.grouped else 0, 0, j),
@@ -68,7 +70,7 @@ def product(
             *[row for _ in by_row],
         ],
         out_specs=pl.BlockSpec((tiles.tokens, tiles.rows), lambda i, j, k: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((len(x), len(weight.codes)), out_dtype),
+        out_shape=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
         scratch_shapes=[
             pltpu.VMEM((tiles.tokens, tiles.rows), jnp.float32 if weight.grouped else exact),
             pltpu.VMEM((tiles.tokens, 1), exact),
@@ -96,7 +98,7 @@ def _kernel(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeigh
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     # Vectors of bytes have no shifts here; four rows lie in the bytes of one word.
-    words = pltpu.bitcast(codes_ref[...], jnp.int32)
+    words = pltpu.bitcast(codes_ref[0], jnp.int32)
     exact = jnp.int32 if operand == jnp.int8 else jnp.float32
     planes = weight.planes
     for plane in range(planes):

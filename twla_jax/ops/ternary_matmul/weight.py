@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float16, Float32, Int16, Int32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Int16, Int32, UInt8
 
 from twla_jax import packing
 from twla_jax.errors import TwlaError
@@ -17,14 +17,15 @@ from twla_jax.ternary import TernaryTensor, row_steps
 class PackedWeight:
     """What the weight-only kernels read: codes of `bits` bits, planar in tiles, and scales.
 
-    Byte c of a tile holds columns c, c + 128, …, lowest bits first: one of each of the tile's `planes`. A stored code
-    is `offset` above the one it stands for, C. Where `relative`, a weight is `α·(C + μ)`, elsewhere `α·C + μ`.
+    Byte c of a tile holds columns c, c + 128, …, lowest bits first: one of each of the tile's `planes`. Rows of a tile
+    lie together, as the kernels bring several at a time. A stored code is `offset` above the one it stands for, C.
+    Where `relative`, a weight is `α·(C + μ)`, elsewhere `α·C + μ`.
 
     `scales` are α and μ in float16, or, for TPUs, int16 of the same bits: see `scale_bits`. Where `paired`, both are
     whole numbers of a row's steps, each a signed byte of an int16: see `pair`.
     """
 
-    codes: UInt8[Array, "rows bytes"]
+    codes: UInt8[Array, "tiles rows 128"]
     scales: Float16[Array, "tiles parameters rows"] | Int16[Array, "tiles parameters rows"]
     in_features: int = dataclasses.field(metadata={"static": True})
 
@@ -56,7 +57,12 @@ class PackedWeight:
     @property
     def tiles(self) -> int:
         """Tiles of `128·planes` columns."""
-        return self.codes.shape[1] // packing.PLANE
+        return self.codes.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Rows, those that fill up the last block among them."""
+        return self.codes.shape[1]
 
     @property
     def gpu_scales(self) -> Float16[Array, "tiles parameters rows"] | Int16[Array, "tiles parameters rows"]:
@@ -92,7 +98,7 @@ class PackedWeight:
 class KernelWeight(PackedWeight):
     """One ternary matrix, or several that read the same input one below the other.
 
-    Invariants: `codes` is planar in tiles of 512 columns as `packing.pack` makes them, but the last tile is whole.
+    Invariants: a tile of `codes` is 512 columns as `packing.pack` makes them, the last one filled up.
     `row_sums[r] = Σ_k Ŵ[r, k]`. What lies past the first `sum(splits)` rows and past `in_features` columns is zero.
 
     Where there are several groups, α and μ of a row are whole numbers of its `steps`, as the quantisers round them,
@@ -130,6 +136,13 @@ class KernelWeight(PackedWeight):
     def out_features(self) -> int:
         """Rows that stand for outputs."""
         return sum(self.splits)
+
+    def finished(
+        self, y: Float[Array, "t rows"], residual: Float[Array, "t n"] | None
+    ) -> Float[Array, "t n"]:
+        """Outputs of all rows, less those that stand for none, and the residual added to them."""
+        y = y[:, : self.out_features]
+        return y if residual is None else residual + y
 
 
 def as_type(scales: jax.Array, dtype) -> jax.Array:
@@ -178,6 +191,7 @@ def kernel_weight(
     )
     whole = _whole_tiles(codes, m)
     tiles = whole.shape[1] // packing.PLANE
+    whole = jnp.pad(whole, ((0, padding), (0, 0))).reshape(-1, tiles, packing.PLANE)
     if single:
         steps = jnp.ones(rows)
         scales = jnp.stack([alpha[:, 0], mu[:, 0]])[None]
@@ -186,7 +200,7 @@ def kernel_weight(
         alpha, mu = (jnp.round(each / steps[:, None]).astype(jnp.int32) for each in (alpha, mu))
         scales = _by_plane(pair(alpha, mu - alpha), size // packing.PLANE, tiles)
     return KernelWeight(
-        codes=jnp.pad(whole, ((0, padding), (0, 0))),
+        codes=whole.swapaxes(0, 1),
         scales=jnp.pad(scales, ((0, 0), (0, 0), (0, padding))),
         row_sums=jnp.pad(steps * _row_sums(codes, alpha, mu, m, size), (0, padding)),
         steps=jnp.pad(steps, (0, padding), constant_values=1.0),

@@ -1,13 +1,12 @@
-"""Tiles of two-bit codes times one to four tokens, on `mma.sync`, thread by thread (Mosaic GPU).
+"""Tiles of two-bit codes times one to eight tokens, on `mma.sync`, thread by thread (Mosaic GPU).
 
-A product's eight columns are four planes' codes of two tokens, or two planes' of four. Each plane of a tile is masked
-where it lies in its bytes, `4ᵖ` times too large, and multiplied with all columns; of these products a thread keeps that
-whose plane is its columns'. So the sums of a tile's four groups come out apart, next to each other, as they meet their
+A product's eight columns are four planes' codes of two tokens, two planes' of four, or one's of eight. Each plane of a
+tile is masked where it lies in its bytes, `4ᵖ` times too large, and multiplied with all columns; of these products a
+thread keeps that whose plane is its columns'. So the sums of a tile's four groups come out apart, as they meet their
 scales, and add up in whole numbers of a row's steps. A single token's second columns are the first ones again.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,12 @@ from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Word
 from twla_jax.ops.ternary_matmul.gpu_rows import (
     PLANES,
+    SWIZZLED,
     Lane,
     Rows,
     add_paired,
     load_pair,
     plane_of,
-    tile_by_tile,
 )
 from twla_jax.packing import PLANE, TILE
 
@@ -66,7 +65,7 @@ class Columns:
     @property
     def of_unit(self) -> int:
         """Sums of a thread for a unit."""
-        return self.products * _HALVES * self.used
+        return _HALVES * self.used
 
     def first_token(self, me: Lane) -> Word:
         """Of a thread's columns."""
@@ -76,9 +75,13 @@ class Columns:
         """That a thread's columns have of a product's planes."""
         return (me.pair * _PER_THREAD) // self.width
 
-    def shift(self, me: Lane, product: int) -> Word:
-        """By how many bits a thread's sums of a product are too large."""
-        return (self.plane(me) + product * self.at_once) * 2
+    def shift(self, me: Lane) -> Word:
+        """By how many bits a thread's sums of the first product are too large."""
+        return self.plane(me) * 2
+
+    def more(self, product: int) -> int:
+        """By how many more those of another are."""
+        return 2 * product * self.at_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +104,9 @@ class Flat:
         return count + 16 * (count // self.run)
 
     def stride(self, count: int) -> int:
-        """Bytes from a token of so many codes to the next one, which begins in another bank."""
-        return self.size(count) + 16
+        """Bytes from a token of so many codes to the next one: two of them are read at once, 64 bytes each."""
+        size = self.size(count)
+        return size + (64 - size) % 128
 
     def token(self, codes: ir.Value, index: int) -> Word:
         """The address of a token in `[tokens, stride]`."""
@@ -119,13 +123,13 @@ class Flat:
 
 
 def start(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
-    """Sums to begin with: for every unit of a warp and every product, of a row and of that eight below it.
+    """Sums to begin with: for every unit of a warp, of a row and of that eight below it.
 
-    If a row has but one pair of scales, they are sums of products as they are, `4ᵖ` times too large, and each product's
-    sums of codes come after them.
+    If a row has but one pair of scales, they are sums of products as they are, as much too large as the first one's,
+    and sums of codes come after them.
     """
     columns = Columns(tokens)
-    count = columns.of_unit * rows.of_warp + (0 if grouped else columns.products * columns.used)
+    count = columns.of_unit * rows.of_warp + (0 if grouped else columns.used)
 
     @threads.on_threads(return_type=threads.values(count, jnp.int32))
     def nothing(_):
@@ -141,7 +145,7 @@ def add_tile(
 
     Args:
       sums: as `start` makes them.
-      codes_smem: `[rows, tiles · PLANE]` bytes of a copy, `tile_by_tile`.
+      codes_smem: `[tiles, rows, PLANE]` bytes of a copy.
       scales_smem: `[parts, tiles, PLANES, rows.scales]` int16, their pairs (α, μ); None if a row has but one.
       token_smem: `[tokens, bytes]`, tokens' codes, as `flat` says, all tiles'.
       table_smem: `[tiles + 1, numbers]` int32: see `write_table`.
@@ -149,8 +153,7 @@ def add_tile(
       tile: which of all it is.
     """
     count, grouped = sums.shape[0] // 128, scales_smem is not None
-    transforms = tile_by_tile(rows.each, codes_smem.shape[1] // PLANE)
-    refs = [plgpu.RefType(transforms), *[plgpu.RefType()] * (3 if grouped else 2)]
+    refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if grouped else 2)]
     columns = Columns(token_smem.shape[0])
 
     @threads.on_threads(
@@ -160,17 +163,16 @@ def add_tile(
     def add(_, sums, place, tile, codes, tokens, table, *scales):
         y, me = list(threads.words(sums)), Lane(rows)
         place, tile = threads.splat_word(place), threads.splat_word(tile)
-        at_codes = threads.address(codes) + place * (rows.each * PLANE)
+        at_codes = threads.address(codes) + place * (rows.count * PLANE)
         operands = _load_tokens(me, tokens, tile, flat, columns)
         of_codes = _load_sums(me, table, tile, columns)
         if scales:
             of_codes = [[each & 0xFFFF for each in found] for found in of_codes]
         else:
-            at = columns.of_unit * rows.of_warp
-            for i, value in enumerate(value for found in of_codes for value in found):
-                y[at + i] = y[at + i] + value
+            for found in of_codes:
+                y[-columns.used :] = [one + each for one, each in zip(y[-columns.used :], found, strict=True)]
         factors = [
-            threads.word(1) << (threads.word(16) - columns.shift(me, k)) for k in range(columns.products)
+            threads.word(1 << (16 - columns.more(k))) >> columns.shift(me) for k in range(columns.products)
         ]
         kinds = [(product, half) for product in range(columns.products) for half in range(_HALVES)]
         for i in range(rows.of_warp):
@@ -184,12 +186,12 @@ def add_tile(
             found = [_multiply(packed, operands[k], k, columns, me) for k in range(columns.products)]
             for j, (product, half) in enumerate(kinds):
                 for other in range(columns.used):
-                    at = i * columns.of_unit + j * columns.used + other
+                    at = i * columns.of_unit + half * columns.used + other
                     value = found[product][half * _PER_THREAD + other]
                     if pairs:
                         y[at] = add_paired(value, factors[product], of_codes[product][other], pairs[j], y[at])
                     else:
-                        y[at] = y[at] + value
+                        y[at] = y[at] + (value >> columns.more(product))
         return threads.as_array(y)
 
     operands = [codes_smem, token_smem, table_smem, *([scales_smem] if grouped else [])]
@@ -285,18 +287,14 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows, of_part:
         values, me = threads.words(sums), Lane(rows)
         first, plane = threads.splat_word(first_row), columns.plane(me)
 
-        def total(at: int, stride: int, *, too_large: bool) -> Word:
-            found = [values[at + stride * k] for k in range(columns.products)]
-            if too_large:
-                found = [each >> columns.shift(me, k) for k, each in enumerate(found)]
-            value = functools.reduce(Word.__add__, found)
+        def total(value: Word) -> Word:
             for distance in (1, 2):
                 if distance * _PER_THREAD >= columns.width:
                     value = value + threads.shuffle(value, distance)
             return value
 
         of_codes = [
-            total(columns.of_unit * rows.of_warp + other, columns.used, too_large=False)
+            total(values[columns.of_unit * rows.of_warp + other])
             for other in range(columns.used)
             if scales is not None
         ]
@@ -313,7 +311,7 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows, of_part:
                     pair = [threads.load_real(scales, at + kind * n) for kind in range(2)]
                 for other in range(columns.used):
                     at = i * columns.of_unit + half * columns.used + other
-                    acc = total(at, _HALVES * columns.used, too_large=bool(pair))
+                    acc = total(values[at] >> columns.shift(me) if pair else values[at])
                     value = acc.converted()
                     if pair:  # α and μ of T, but U is what was multiplied
                         q = of_codes[other]
