@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twla_jax import cli
-from twla_jax.benchmark import SHAPES, decode, measure, shapes
+from twla_jax.benchmark import SHAPES, decode, measure, shapes, timing
 from twla_jax.errors import TwlaError
 from twla_jax.ternary import dequantize
 
@@ -68,6 +68,8 @@ def test_figures_follow_from_each_other(printed):
     assert row["bytes"] == n * m // 4 + n * m // 64 + 12 * n + m + 2 * n
     assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["microseconds"] * 1e6)
     assert row["copy_fraction"] == pytest.approx(row["bytes_per_second"] / result["copy_bytes_per_second"])
+    copied = 1e6 * timing.copy_seconds(row["bytes"])
+    assert row["small_copy_fraction"] == pytest.approx(copied / row["microseconds"])
     assert row["speedup_bf16"] == pytest.approx(row["bf16_microseconds"] / row["microseconds"])
     block, parts = result["prefill"][-1], result["prefill"][:-1]
     assert block["microseconds"] == pytest.approx(sum(part["microseconds"] for part in parts))

@@ -26,6 +26,7 @@ Row = dict[str, Any]
 _CONTEXT = 512  # positions that attention sees
 _ROOM = generation.cache_size(_CONTEXT + 1)
 _ROUNDS = 3  # over all caches
+_LEAST_COPY = 1e5  # bytes below which it is not memory that an op waits for
 
 
 def decode_rows(
@@ -205,6 +206,8 @@ def _row(name, n, m, tokens, taken, size, base) -> Row:
     row = {"name": name, "rows": n, "columns": m, "tokens": tokens, "bytes": size}
     row |= {"operations": 2 * n * m * tokens, "microseconds": taken * 1e6, "bytes_per_second": rate}
     row["copy_fraction"] = rate / timing.copy_bandwidth()
+    if size >= _LEAST_COPY:
+        row["small_copy_fraction"] = timing.copy_seconds(size) / taken
     for kind, other in base.items():
         row |= {f"{kind}_microseconds": other * 1e6, f"speedup_{kind}": other / taken}
     return row

@@ -23,6 +23,7 @@ _COLUMNS: dict[str, list[_Column]] = {
         ("µs", _number("microseconds", ".1f")),
         ("GB/s", _number("bytes_per_second", ".0f", 1e-9)),
         ("of copy", _number("copy_fraction", ".0%")),
+        ("of a copy as small", _number("small_copy_fraction", ".0%")),
         ("XLA bf16 µs", _number("bf16_microseconds", ".1f")),
         ("× bf16", _number("speedup_bf16", ".2f")),
         ("XLA int8 µs", _number("int8_microseconds", ".1f")),

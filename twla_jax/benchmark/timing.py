@@ -86,6 +86,13 @@ def copy_bandwidth(*, by_clock: bool = False) -> float:
 
 
 @functools.cache
+def copy_seconds(size: int) -> float:
+    """Seconds of `2 x` that reads and writes so many bytes, none of which it finds in a cache."""
+    x = jax.ShapeDtypeStruct((max(size // 8, 1),), jnp.float32)
+    return seconds_each(lambda x: 2 * x, lambda key: (jax.random.uniform(key, x.shape),), 4 * x.size)
+
+
+@functools.cache
 def product_rate(dtype: str) -> float:
     """Operations a second of XLA's own large square product, bf16 or int8."""
     size = 8192 if _measured() else 256
