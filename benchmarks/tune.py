@@ -1,7 +1,7 @@
 """Times of kernels with other tiles than they take: `python benchmarks/tune.py --shape llama-2-7b`.
 
 For each matrix of the shapes, at one token, what the one-kernel linear takes by `ops/quantized_linear/tiles.py`, and
-the fastest of the tiles around it; with `--few`, `ternary_matmul` at one and eight tokens, and `gpu_few` with others.
+the fastest of the tiles around it; with `--few`, `ternary_matmul` at one to sixteen tokens, and `gpu_few` with others.
 """
 
 import argparse
@@ -105,7 +105,7 @@ if __name__ == "__main__":
         for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
             name = f"{shape}, {name} {n}x{m}"
             if options.few:
-                for tokens in (1, 8):
+                for tokens in (1, 4, 8, 16):
                     _print(f"{name}, {tokens} tokens", *timed_few(tokens, n, m))
                 continue
             try:

@@ -138,6 +138,8 @@ def test_accumulators_are_exact(size):
         (8, 128, 1536, 1536, 32, 2, 2),
         (8, 512, 2048, 128, 40, 2, 2),
         (4, 512, 512, 512, 40, 2, 1),  # one warpgroup has no tile
+        (16, 128, 1024, 128, 72, 2, 1),
+        (11, 512, 1040, 1040, 32, 2, 2),
         (1, 256, 3072, 128, 168, 2, (2, 2)),
         (4, 128, 2048, 2048, 40, 2, 1),
     ],
@@ -253,20 +255,21 @@ def test_tiles_of_few_tokens_fit_memory():
     }
     assert {shape[:2] for shape in few_tiles.TUNED} <= published
     odd = {(64, 1), (576, 3), (152064, 8)}
-    for (rows, columns), t in itertools.product(sorted(published | odd), (1, 2, 3, 8)):
-        width = gpu_products.Columns(t).width
+    for (rows, columns), t in itertools.product(sorted(published | odd), (1, 2, 3, 8, 13)):
+        filled = gpu_products.Columns(t).filled
         other = t * gpu_products.Flat(128).stride(512 * columns)
-        if t == 8 and columns == 56:
-            with pytest.raises(ValueError, match="leave no room"):
-                few_tiles.tiles(rows, columns, width, other)
+        if t * columns > (8 * 24 if t <= 8 else 16 * 8):
             continue
-        chosen = few_tiles.tiles(rows, columns, width, other)
+        chosen = few_tiles.tiles(rows, columns, filled, other)
         assert chosen.rows % 8 == 0
         passes = -(-rows // (132 * chosen.rows))
         assert chosen.stages * chosen.together <= passes * -(-columns // chosen.warpgroups)
         used = chosen.warpgroups * chosen.stages * chosen.together * ring_tiles.tile_bytes(chosen.rows)
         parts = min(passes, 2) * chosen.warpgroups * (2 if chosen.rows <= 32 else 1) * 4 * t * chosen.rows
         assert used + other + parts <= 226 * 1024
+        assert used >= min(40 * 1024, columns * ring_tiles.tile_bytes(chosen.rows))
+    with pytest.raises(ValueError, match="leave no room"):
+        few_tiles.tiles(8192, 56, 8, 8 * gpu_products.Flat(128).stride(512 * 56))
 
 
 def test_matrices_that_share_an_input_are_one_product():
@@ -367,6 +370,8 @@ def test_tpu_kernel_compiles(target, t, n, m, size, dtype, compile_for):
         (8, 4096, 11008, 128),
         (8, 57344, 8192, 128),
         (2, 3584, 18944, 128),
+        (16, 12288, 4096, 128),
+        (16, 22016, 4096, 4096),
         (16, 4096, 11008, 128),
         (24, 960, 576, 128),
     ],

@@ -2,6 +2,7 @@
 
 from twla_jax.ops.ternary_matmul import ring_tiles
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
+from twla_jax.ops.ternary_matmul.tiles import MULTIPROCESSOR_MEMORY
 
 # Bytes of weights that a block asks for ahead: more would only stand in the way of the token.
 _UNDER_WAY = 96 * 1024
@@ -20,6 +21,10 @@ def tiles(rows: int, parts: int, columns: int, lines: int, other: int, *, tokens
       ValueError: there is no room for a single tile.
     """
     tuned = TUNED.get((rows, parts, columns)) if tokens == 1 else None
-    if tuned and tuned.warpgroups >= lines and ring_tiles.fits(tuned, parts, other):
+    if (
+        tuned
+        and tuned.warpgroups >= lines
+        and ring_tiles.under_way(tuned, parts) + other <= MULTIPROCESSOR_MEMORY
+    ):
         return tuned
     return ring_tiles.tiles(rows, parts, columns, lines, other, under_way=_UNDER_WAY)

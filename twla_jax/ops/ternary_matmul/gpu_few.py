@@ -1,4 +1,4 @@
-"""Two-bit weights times up to eight int8 tokens on Hopper GPUs (Pallas Mosaic GPU), thread by thread.
+"""Two-bit weights times up to sixteen int8 tokens on Hopper GPUs (Pallas Mosaic GPU), thread by thread.
 
 Every block reads the tokens whole, through its threads into shared memory, and some rows of weights: see `gpu_ring`.
 """
@@ -21,12 +21,13 @@ from twla_jax.packing import PLANE, TILE
 
 _CHUNK = 16  # bytes that a thread reads at once
 _FLAT = Flat(PLANE)
+_MOST_TOKENS = 2 * COLUMNS
 
 
 def obstacle(tokens: int, weight: KernelWeight) -> str | None:
     """Why the kernel cannot take so many tokens, or None."""
-    if tokens > COLUMNS:
-        return f"there are {tokens} tokens, more than {COLUMNS}"
+    if tokens > _MOST_TOKENS:
+        return f"there are {tokens} tokens, more than {_MOST_TOKENS}"
     try:
         plan(tokens, weight)
     except ValueError as error:
@@ -45,7 +46,7 @@ def plan(tokens: int, weight: KernelWeight) -> Tiles:
         + 4 * Columns(tokens).numbers * (weight.tiles + 1)
         + 2048  # for what is small
     )
-    return tuning.tiles(weight.rows, weight.tiles, Columns(tokens).width, other)
+    return tuning.tiles(weight.rows, weight.tiles, Columns(tokens).filled, other)
 
 
 def matmul(

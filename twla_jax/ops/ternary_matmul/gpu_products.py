@@ -1,12 +1,14 @@
-"""Tiles of two-bit codes times one to eight tokens, on `mma.sync`, thread by thread (Mosaic GPU).
+"""Tiles of two-bit codes times one to sixteen tokens, on `mma.sync`, thread by thread (Mosaic GPU).
 
 A product's eight columns are four planes' codes of two tokens, two planes' of four, or one's of eight. Each plane of a
 tile is masked where it lies in its bytes, `4ᵖ` times too large, and multiplied with all columns; of these products a
 thread keeps that whose plane is its columns'. So the sums of a tile's four groups come out apart, as they meet their
-scales, and add up in whole numbers of a row's steps. A single token's second columns are the first ones again.
+scales, and add up in whole numbers of a row's steps. A single token's second columns are the first ones again; more
+than eight tokens take two rounds of products.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +35,24 @@ _HALVES = 2  # of a unit's rows, of which a thread has one each
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Column `width · p + i` of a product has token i and plane p of those planes that it has at once."""
+    """Column `width · p + i` of a product has token i of its round, and plane p of those planes that it has at once."""
 
     tokens: int
 
     @property
+    def rounds(self) -> int:
+        """Of products, each with up to eight tokens."""
+        return -(-self.tokens // COLUMNS)
+
+    @property
     def width(self) -> int:
-        """Tokens, filled up to a power of two."""
-        return max(1 << (self.tokens - 1).bit_length(), _PER_THREAD)
+        """Tokens of a round, filled up to a power of two."""
+        return min(max(1 << (self.tokens - 1).bit_length(), _PER_THREAD), COLUMNS)
+
+    @property
+    def filled(self) -> int:
+        """Tokens of all rounds."""
+        return self.rounds * self.width
 
     @property
     def at_once(self) -> int:
@@ -49,7 +61,7 @@ class Columns:
 
     @property
     def products(self) -> int:
-        """For all planes."""
+        """Of a round, for all planes."""
         return PLANES // self.at_once
 
     @property
@@ -60,15 +72,23 @@ class Columns:
     @property
     def numbers(self) -> int:
         """Of all products' columns."""
-        return COLUMNS * self.products
+        return self.rounds * self.products * COLUMNS
 
     @property
     def of_unit(self) -> int:
         """Sums of a thread for a unit."""
-        return _HALVES * self.used
+        return self.rounds * _HALVES * self.used
+
+    def place(self, i: int, turn: int, half: int, other: int) -> int:
+        """Where a thread has the sum of its unit i's half, and of a round's column."""
+        return i * self.of_unit + (turn * _HALVES + half) * self.used + other
+
+    def number(self, token: int) -> int:
+        """Which one a token's first is of all `numbers`."""
+        return token // COLUMNS * (self.products * COLUMNS) + token % COLUMNS
 
     def first_token(self, me: Lane) -> Word:
-        """Of a thread's columns."""
+        """Of a thread's columns in the first round."""
         return (me.pair * _PER_THREAD) % self.width
 
     def plane(self, me: Lane) -> Word:
@@ -129,7 +149,7 @@ def start(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
     and sums of codes come after them.
     """
     columns = Columns(tokens)
-    count = columns.of_unit * rows.of_warp + (0 if grouped else columns.used)
+    count = columns.of_unit * rows.of_warp + (0 if grouped else columns.rounds * columns.used)
 
     @threads.on_threads(return_type=threads.values(count, jnp.int32))
     def nothing(_):
@@ -164,17 +184,18 @@ def add_tile(
         y, me = list(threads.words(sums)), Lane(rows)
         place, tile = threads.splat_word(place), threads.splat_word(tile)
         at_codes = threads.address(codes) + place * (rows.count * PLANE)
-        operands = _load_tokens(me, tokens, tile, flat, columns)
-        of_codes = _load_sums(me, table, tile, columns)
+        rounds, products = range(columns.rounds), range(columns.products)
+        operands = [_load_tokens(me, tokens, tile, flat, columns, turn) for turn in rounds]
+        of_codes = [_load_sums(me, table, tile, columns, turn) for turn in rounds]
         if scales:
-            of_codes = [[each & 0xFFFF for each in found] for found in of_codes]
+            of_codes = [[[each & 0xFFFF for each in found] for found in of_round] for of_round in of_codes]
         else:
-            for found in of_codes:
-                y[-columns.used :] = [one + each for one, each in zip(y[-columns.used :], found, strict=True)]
-        factors = [
-            threads.word(1 << (16 - columns.more(k))) >> columns.shift(me) for k in range(columns.products)
-        ]
-        kinds = [(product, half) for product in range(columns.products) for half in range(_HALVES)]
+            first = columns.of_unit * rows.of_warp
+            for turn, product, other in itertools.product(rounds, products, range(columns.used)):
+                at = first + turn * columns.used + other
+                y[at] = y[at] + of_codes[turn][product][other]
+        factors = [threads.word(1 << (16 - columns.more(k))) >> columns.shift(me) for k in products]
+        kinds = list(itertools.product(products, range(_HALVES)))
         for i in range(rows.of_warp):
             packed = me.codes(at_codes, i)
             # Before the products, which they would wait for.
@@ -183,34 +204,38 @@ def add_tile(
                 for product, half in kinds
                 if scales
             ]
-            found = [_multiply(packed, operands[k], k, columns, me) for k in range(columns.products)]
-            for j, (product, half) in enumerate(kinds):
-                for other in range(columns.used):
-                    at = i * columns.of_unit + half * columns.used + other
-                    value = found[product][half * _PER_THREAD + other]
-                    if pairs:
-                        y[at] = add_paired(value, factors[product], of_codes[product][other], pairs[j], y[at])
-                    else:
-                        y[at] = y[at] + (value >> columns.more(product))
+            for turn in rounds:
+                found = [_multiply(packed, operands[turn][k], k, columns, me) for k in products]
+                for j, (product, half) in enumerate(kinds):
+                    for other in range(columns.used):
+                        at = columns.place(i, turn, half, other)
+                        value, q = found[product][half * _PER_THREAD + other], of_codes[turn][product][other]
+                        if pairs:
+                            y[at] = add_paired(value, factors[product], q, pairs[j], y[at])
+                        else:
+                            y[at] = y[at] + (value >> columns.more(product))
         return threads.as_array(y)
 
     operands = [codes_smem, token_smem, table_smem, *([scales_smem] if grouped else [])]
     return add(sums, place, tile, *operands)
 
 
-def _load_sums(me: Lane, table: ir.Value, tile: Word, columns: Columns) -> list[list[Word]]:
-    """For each product, what μ of a thread's columns is multiplied by."""
+def _load_sums(me: Lane, table: ir.Value, tile: Word, columns: Columns, turn: int) -> list[list[Word]]:
+    """For each product of a round, what μ of a thread's columns is multiplied by."""
     at = threads.address(table) + tile * (4 * columns.numbers)
     if me.rows.shares > 1:
         at = threads.select(me.share.equals(0), at, _zeros(table))
     at = at + me.pair * (4 * _PER_THREAD)
-    return [threads.load(at, columns.used, offset=4 * COLUMNS * k) for k in range(columns.products)]
+    first = turn * columns.products
+    return [threads.load(at, columns.used, offset=4 * COLUMNS * (first + k)) for k in range(columns.products)]
 
 
-def _load_tokens(me: Lane, tokens: ir.Value, tile: Word, flat: Flat, columns: Columns) -> list[list[Word]]:
-    """For each product, the right operands of a warp's share of the columns."""
+def _load_tokens(
+    me: Lane, tokens: ir.Value, tile: Word, flat: Flat, columns: Columns, turn: int
+) -> list[list[Word]]:
+    """For each product of a round, the right operands of a warp's share of the columns."""
     # Of a token that is missing, the last one's codes: nobody reads those sums.
-    token = (me.group % columns.width).least(columns.tokens - 1)
+    token = (me.group % columns.width + turn * COLUMNS).least(columns.tokens - 1)
     at = threads.address(tokens) + token * threads.shape(tokens)[1]
     at = at + tile * flat.size(TILE) + (me.group // columns.width) * flat.size(PLANE)
     at = at + me.share * flat.size(PLANE // 2) + (me.lane & 3) * 16
@@ -246,7 +271,8 @@ def _multiply(
 def write_table(codes: ir.Value, table: ir.Value, flat: Flat, count: int) -> None:
     """Every tile's sums of tokens' codes; after the last, zeros.
 
-    Of plane p and token i that is number `width · p + i`. `count` threads share the work, and are to be waited for.
+    Of plane p and token i that is number `width · p + i`, and those of the second round come after the first one's.
+    `count` threads share the work, and are to be waited for.
     """
     me, first = threads.thread(), threads.address(table)
     tokens, tiles = threads.shape(codes)[0], threads.shape(table)[0] - 1
@@ -267,7 +293,7 @@ def write_table(codes: ir.Value, table: ir.Value, flat: Flat, count: int) -> Non
         with threads.when(threads.both((chunk & 7).equals(0), chunk < chunks)):
             at = first + (group // PLANES) * (4 * columns.numbers) + (group & 3) * (4 * columns.width)
             for token, total in enumerate(totals):
-                threads.store(at, total, offset=4 * token)
+                threads.store(at, total, offset=4 * columns.number(token))
     with threads.when(me < columns.numbers):
         threads.store(_zeros(table) + me * 4, threads.word(0))
 
@@ -295,7 +321,7 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows, of_part:
 
         of_codes = [
             total(values[columns.of_unit * rows.of_warp + other])
-            for other in range(columns.used)
+            for other in range(columns.rounds * columns.used)
             if scales is not None
         ]
         for i in range(rows.of_warp):
@@ -309,16 +335,16 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows, of_part:
                     )
                     at = (first + row + of_first).least(n - 1)
                     pair = [threads.load_real(scales, at + kind * n) for kind in range(2)]
-                for other in range(columns.used):
-                    at = i * columns.of_unit + half * columns.used + other
+                for turn, other in itertools.product(range(columns.rounds), range(columns.used)):
+                    at = columns.place(i, turn, half, other)
                     acc = total(values[at] >> columns.shift(me) if pair else values[at])
                     value = acc.converted()
                     if pair:  # α and μ of T, but U is what was multiplied
-                        q = of_codes[other]
+                        q = of_codes[turn * columns.used + other]
                         value = q.converted().times_plus(pair[1], (acc - q).converted() * pair[0])
-                    writes = threads.both(plane.equals(0), token + other < t, row < rows.count)
-                    with threads.when(writes):
-                        at = (me.share * t + token + other) * rows.count + row
+                    mine = token + (turn * COLUMNS + other)
+                    with threads.when(threads.both(plane.equals(0), mine < t, row < rows.count)):
+                        at = (me.share * t + mine) * rows.count + row
                         threads.store(threads.address(parts) + at * 4, value)
 
     operands = [parts_smem] + ([] if scales_gmem is None else [scales_gmem])

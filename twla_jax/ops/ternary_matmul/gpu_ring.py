@@ -142,6 +142,8 @@ def run(
         pl.when(steps == 0)(alongside)
 
     def take(index, of_rows):
+        """A pass: all products of its rows, and their outputs."""
+
         def step(k, sums):
             each = index * steps + k if several else k
             slot = lax.rem(each, jnp.int32(stages))

@@ -64,10 +64,9 @@ def tiles(
             raise ValueError(f"{other} bytes leave no room for tiles of {slot}")
 
 
-def fits(tiles: Tiles, parts: int, other: int) -> bool:
-    """Whether a block's weights under way have room beside `other` bytes."""
-    used = tiles.warpgroups * tiles.stages * tiles.together * parts * tile_bytes(tiles.rows)
-    return used + other <= MULTIPROCESSOR_MEMORY
+def under_way(tiles: Tiles, parts: int) -> int:
+    """Bytes of a block's weights that there is room for."""
+    return tiles.warpgroups * tiles.stages * tiles.together * parts * tile_bytes(tiles.rows)
 
 
 def _together(each: int, tiles: int) -> int:
