@@ -10,22 +10,27 @@ the windows that are drawn. Each finished (row, seed) is a line of `--results`; 
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# XLA's search for the best matrix products would cost more than all else here. Before JAX starts.
-if "xla_gpu_enable_triton_gemm" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false".strip()
-
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from twla_jax import blockwise, calibration, clip_training, evaluation, pipeline, recipe, refinement, workflow
+from twla_jax import (
+    blockwise,
+    calibration,
+    clip_training,
+    evaluation,
+    pipeline,
+    recipe,
+    refinement,
+    workflow,
+    xla_flags,
+)
 from twla_jax.errors import TwlaError
 from twla_jax.models.attention import can_fuse
 
@@ -231,6 +236,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs, and prints the table."""
+    xla_flags.take_products_from_libraries()
     try:
         print(table(ablate(parse(arguments))))
     except TwlaError as error:

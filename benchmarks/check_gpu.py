@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twla_jax import xla_flags
 from twla_jax.kotms import KroneckerRotation
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV, empty_layer, write
@@ -374,6 +375,7 @@ def _largest(values: jax.Array) -> float:
 CHECKS = (check, check_linears, check_integers, check_attention, check_qkv_attention)
 
 if __name__ == "__main__":
+    xla_flags.take_products_from_libraries()  # before the reference uses the GPU
     for each in CHECKS:
         each("gpu")
         print(f"{each.__name__}: equal to the reference", flush=True)

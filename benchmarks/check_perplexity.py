@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import twla_jax
-from twla_jax import calibration, inference, workflow
+from twla_jax import calibration, inference, workflow, xla_flags
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.integer import prepare_for_inference
 
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
     options = parser.parse_args()
+    xla_flags.take_products_from_libraries()
     model, tokenizer = workflow.load(options.out, dtype=jnp.bfloat16)
     text = calibration.load_corpus(options.corpus, "evaluation")
     tokens = calibration.tokenize(text, tokenizer, model.config.vocab_size)

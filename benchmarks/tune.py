@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from twla_jax import xla_flags
 from twla_jax.benchmark import shapes, timing
 from twla_jax.ops.quantized_linear import gpu
 from twla_jax.ops.rotate_quantize import quantizer_settings
@@ -100,6 +101,7 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=shapes.SHAPES, action="append", required=True)
     parser.add_argument("--few", action="store_true")
     options = parser.parse_args()
+    xla_flags.take_products_from_libraries()
     timing.copy_bandwidth()  # what is timed first takes longer
     for shape in options.shape:
         for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import tyro
 
+from twla_jax import xla_flags
 from twla_jax.cli_bench import bench
 from twla_jax.cli_make import allocate, compare, demo, quantize
 from twla_jax.cli_use import evaluate, generate, inspect
@@ -32,7 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, else 1."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    _compile_quickly()
+    xla_flags.take_products_from_libraries()
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
@@ -49,13 +50,6 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("TWLA_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (TWLA_DEBUG=1 shows where)", 1)
-
-
-def _compile_quickly() -> None:
-    """Takes matrix products from the GPU's libraries: XLA would spend minutes on timing its own, each time anew."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_triton_gemm" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
 
 
 def _run(arguments: list[str]) -> None:

@@ -1,8 +1,14 @@
 """What the default device can do."""
 
+import functools
+import logging
 import sys
 
 import jax
+
+from twla_jax import xla_flags
+
+_log = logging.getLogger(__name__)
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -24,3 +30,13 @@ def gpu_obstacle() -> str | None:
     if jax.default_backend() != "gpu" or ((found := compute_capability()) is not None and found[0] == 9):
         return None
     return f"{jax.devices()[0].device_kind} is no Hopper GPU"
+
+
+@functools.cache
+def warn_of_products() -> None:
+    """Logs, once, that XLA may take a GPU's matrix products from its own compiler: see `xla_flags`."""
+    if jax.default_backend() == "gpu" and not xla_flags.says_where_products_are_from():
+        _log.warning(
+            "set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false before JAX starts: XLA's own matrix products take long "
+            "to be chosen, and have been wrong on an H100"
+        )

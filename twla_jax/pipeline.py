@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from twla_jax import compensation, kotms, quantizers, resume, rotation_fitting, sharding, ternary
 from twla_jax.activation import OFF, ActivationQuantizer, fit_clips
+from twla_jax.devices import warn_of_products
 from twla_jax.embedding import quantize_embeddings
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import check_vocabulary
@@ -57,6 +58,7 @@ def quantize(
     Raises:
       TwlaError: a token outside the vocabulary, a working folder of other work, or a layer whose errors are not finite.
     """
+    warn_of_products()
     windows = np.asarray(windows, np.int32)
     check_vocabulary(windows, model.config.vocab_size)
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, recipe)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from twla_jax.activation import OFF, ActivationQuantizer, select_clip
+from twla_jax.devices import warn_of_products
 from twla_jax.errors import TwlaError
 from twla_jax.kotms import rotate
 from twla_jax.models import tensor_parallel
@@ -54,6 +55,7 @@ def prepare_for_inference(
     Raises:
       TwlaError: its weights are integers, or of a group size that the kernels have no place for.
     """
+    warn_of_products()
     if isinstance(model.blocks.q.kernel.get_value(), IntegerTensor):
         raise TwlaError("there are no kernels for integer weights, only for ternary and float ones")
     if mesh is not None:
