@@ -124,13 +124,9 @@ def _roofline_points(result: Mapping[str, Any]) -> dict[tuple[str, str], list[tu
     for row in result.get("kernels", []):
         if "bf16_microseconds" in row:
             work, matrix = row["operations"], row["rows"] * row["columns"]
-            add(
-                row["name"].split(", ")[-1] + " × ternary, few tokens",
-                "o",
-                work,
-                row["bytes"],
-                row["microseconds"],
-            )
+            name, kind = row["name"].split(", ")[0], row["name"].split(", ")[-1]
+            weights = "integers" if name.startswith("head") else "ternary"
+            add(f"{kind} × {weights}, few tokens", "o", work, row["bytes"], row["microseconds"])
             add("XLA bf16, few tokens", "x", work, 2 * matrix, row["bf16_microseconds"])
     for row in result.get("prefill", []):
         if n := row["rows"]:

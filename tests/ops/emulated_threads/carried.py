@@ -1,6 +1,6 @@
 """What Pallas carries from one function to the next, as it is."""
 
-from emulated_threads.scalars import Real, Word
+from emulated_threads.scalars import Word
 
 
 def on_threads(*, arg_types=(), return_type=None):
@@ -36,12 +36,8 @@ def reals(array):
     return array
 
 
-def as_splat(value):
-    return value.value
-
-
 def bfloat16_pairs(array):
     return array
 
 
-splat_word, splat_real = Word, Real
+splat_word = Word

@@ -5,12 +5,10 @@ Functions that use them are wrapped in `on_threads`, and run on every thread.
 
 from twla_jax.ops.gpu_threads.carried import (
     as_array,
-    as_splat,
     bfloat16_pairs,
     on_threads,
     per_thread,
     reals,
-    splat_real,
     splat_word,
     values,
     words,
@@ -84,7 +82,6 @@ __all__ = [
     "address",
     "address_of_block",
     "as_array",
-    "as_splat",
     "barrier",
     "bfloat16_pairs",
     "bits",
@@ -123,7 +120,6 @@ __all__ = [
     "shape",
     "shuffle",
     "signed_bytes",
-    "splat_real",
     "splat_word",
     "store",
     "store_byte",

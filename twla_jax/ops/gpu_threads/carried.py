@@ -21,16 +21,6 @@ def splat_word(array: mgpu.FragmentedArray) -> Word:
     return Word(array.registers.flat[0])
 
 
-def splat_real(array: mgpu.FragmentedArray) -> Real:
-    """The float that all threads were given."""
-    return Real(array.registers.flat[0])
-
-
-def as_splat(value: Real) -> mgpu.FragmentedArray:
-    """A float that is the same on all threads, for Pallas."""
-    return mgpu.FragmentedArray.splat(value.value, ())
-
-
 def per_thread(count: int):
     """The layout in which Pallas carries so many 32-bit values of a thread from one function to the next."""
     return plgpu.Layout.WG_STRIDED((128 * count,), vec_size=1)

@@ -1,9 +1,7 @@
 """Norm, rotation, codes and product of a token or a few in one kernel on Hopper GPUs (Pallas Mosaic GPU).
 
 A token's rotation takes one multiprocessor longer to wait for than to compute, and a kernel of its own as long again
-to start. So every block computes it for itself, while its weights come from memory, as many of them under way as memory
-needs and no more. Warpgroups share the columns, each with a ring of its own, and their sums meet in shared memory.
-If all of a block's weights have room, they come in a few copies, as it takes a while to begin one.
+to start. So every block computes it for itself, while its weights come from memory: see `ternary_matmul.gpu_ring`.
 """
 
 import functools
