@@ -93,22 +93,19 @@ def integer_weight(tensor: IntegerTensor) -> IntegerWeight:
 
 def integer_rows(weight: IntegerWeight, rows: Int[Array, "*shape"], dtype) -> Float[Array, "*shape m"]:
     """Some rows of `Ŵ`, in `dtype`, as `uniform.take_rows` gives them: only these are unpacked."""
-    flat = rows.reshape(-1)
-    values = jax.lax.platform_dependent(weight, flat, tpu=_two_rows_at_least, default=_rows)
+    values = _rows(weight, rows.reshape(-1))
     return values.reshape(*rows.shape, -1).astype(dtype)
 
 
-def _two_rows_at_least(weight: IntegerWeight, rows: Int[Array, " t"]) -> Float[Array, "t m"]:
-    """For a single row, XLA on TPUs would first bring the whole matrix into another layout."""
-    return _rows(weight, jnp.pad(rows, (0, 1 if rows.size == 1 else 0)))[: rows.size]
-
-
 def _rows(weight: IntegerWeight, rows: Int[Array, " t"]) -> Float[Array, "t m"]:
-    # Rows of the first axis, which XLA on TPUs takes where they lie.
+    # As rows of the first axis: else XLA on TPUs would bring the whole matrix into another layout, as it would the
+    # scales for a single row.
     places = jnp.arange(weight.tiles) * weight.rows + rows[:, None]
-    packed = weight.codes.reshape(-1, PLANE)[places][:, :, None]
+    packed = weight.codes.reshape(-1, PLANE).at[places].get(mode="promise_in_bounds")[:, :, None]
+    two = jnp.pad(rows, (0, 1 if rows.size == 1 else 0))
     shifts = weight.bits * jnp.arange(weight.planes, dtype=jnp.uint8)[:, None]
     codes = ((packed >> shifts) & (2**weight.bits - 1)).astype(jnp.float32) - weight.offset
-    scales = as_type(weight.scales[:, :, rows], jnp.float16).transpose(2, 0, 1).astype(jnp.float32)
+    scales = as_type(weight.scales[:, :, two], jnp.float16)[..., : rows.size]
+    scales = scales.transpose(2, 0, 1).astype(jnp.float32)
     alpha, mu = scales[..., : weight.planes, None], scales[..., weight.planes :, None]
     return (alpha * (codes + mu)).reshape(len(rows), -1)[:, : weight.in_features]
