@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import logging
-import types
 
 import emulated_threads
 import emulated_warpgroups
@@ -15,10 +13,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax import inference, ternary
+from twla_jax import ternary
 from twla_jax.benchmark import shapes
 from twla_jax.errors import TwlaError
-from twla_jax.ops import dispatch
 from twla_jax.ops.ternary_matmul import (
     few_tiles,
     gpu,
@@ -306,34 +303,6 @@ def test_kernels_leave_float32_activations_to_the_reference():
 def test_an_implementation_that_is_none_is_refused():
     with pytest.raises(TwlaError, match="'triton' is none of xla, gpu, tpu"):
         ternary_matmul(tokens(1, 128), kernel_weight([matrix(8, 128, 128)]), implementation="triton")
-
-
-def test_a_fallback_is_logged_and_a_forced_kernel_refused(caplog):
-    arguments = ("op", lambda x: x + 1, {"gpu": lambda x: x, "tpu": lambda x: x}, {"gpu": "too odd"})
-    with caplog.at_level(logging.INFO):
-        assert dispatch.dispatch("op", None, *arguments[1:], jnp.int32(1)) == 2
-    assert "op: the reference stands in for the gpu kernel: too odd" in caplog.text
-    with pytest.raises(TwlaError, match="'gpu' cannot be used: too odd"):
-        dispatch.dispatch("op", "gpu", *arguments[1:], jnp.int32(1))
-
-
-@pytest.mark.parametrize(
-    ("capability", "fits"), [("8.0", False), ("9.0", True), ("10.0", False), (None, False)]
-)
-def test_gpus_that_are_no_hoppers_are_left_to_the_reference(capability, fits, monkeypatch, caplog):
-    device = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability=capability)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert inference.has_kernels() == fits
-    assert inference.path() == ("gpu kernels" if fits else "XLA reference: NVIDIA A100 is no Hopper GPU")
-    op = functools.partial(dispatch.dispatch, f"op on {capability}")
-    arguments = lambda x: x + 1, {"gpu": lambda x: x}, {}, jnp.int32(1)
-    with caplog.at_level(logging.INFO):
-        assert op(None, *arguments) == 2  # which is compiled for a CPU in any case
-    assert ("NVIDIA A100 is no Hopper GPU" in caplog.text) != fits
-    if not fits:
-        with pytest.raises(TwlaError, match="'gpu' cannot be used: NVIDIA A100 is no Hopper GPU"):
-            op("gpu", *arguments)
 
 
 def matrix_of_shape(n, m, size):

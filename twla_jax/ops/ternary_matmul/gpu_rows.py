@@ -13,7 +13,6 @@ from twla_jax.packing import PLANE
 
 WARPS = 4  # of a warpgroup
 UNIT = 16  # rows of an `mma.sync`
-SUMS = 4  # of a thread for a unit: an `mma.sync` leaves it so many
 PLANES = 4
 SWIZZLED = (
     plgpu.TilingTransform((8, 128)),  # pyright: ignore[reportAbstractUsage]
