@@ -17,6 +17,8 @@ from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul, integer_weight
+from twla_jax.ops.linear_pair import LinearOperands, linear_pair
+from twla_jax.ops.linear_pair import new_exchange as new_pair_exchange
 from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
@@ -294,6 +296,40 @@ QKV_ATTENTION = (
 )
 
 
+# Columns, residual stream's and MLP's width; first ones in as many rows as the rotations' left and right factors.
+LINEAR_PAIRS = (((64, 64), (64, 64), 11008), ((64, 64), (64, 64), 12288), ((32, 64), (40, 64), 6912))
+
+
+def check_linear_pairs(implementation: str, cases=LINEAR_PAIRS, *, repetitions: int = 20) -> None:
+    """A token's in one kernel as in two ops, bit for bit, of attention whole and in parts; and every time the same."""
+    for of_first, of_second, hidden in cases:
+        (x, one, settings), (residual, two, _) = random_input(1, *of_first), random_input(1, *of_second)
+        n = residual.shape[-1]
+        weight = random_weight(jax.random.key(4), 2 * hidden, n)
+        first = LinearOperands(
+            rotation=one, settings=settings, weight=random_weight(jax.random.key(3), n, x.shape[-1])
+        )
+        second = LinearOperands(
+            rotation=two,
+            settings=settings,
+            weight=dataclasses.replace(weight, splits=(hidden, hidden)),
+            norm_scale=jnp.linspace(0.5, 1.5, n),
+            epsilon=1e-5,
+        )
+        parts = AttentionParts(
+            mixed=jax.random.normal(jax.random.key(5), (1, 4, x.shape[-1]), jnp.bfloat16),
+            softmax=jnp.abs(jax.random.normal(jax.random.key(6), (1, 4, x.shape[-1] // 128, 2))) + 0.1,
+        )
+        pair = jax.jit(functools.partial(linear_pair, implementation=implementation))
+        for tokens in (x, parts):
+            *expected, _ = pair(tokens, first, second, residual)
+            exchange = new_pair_exchange(1, first, second)
+            assert exchange is not None
+            for _ in range(repetitions):
+                *found, exchange = pair(tokens, first, second, residual, exchange)
+                jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def check_qkv_attention(
     implementation: str, cases=QKV_ATTENTION, *, d: int = 128, repetitions: int = 20
 ) -> None:
@@ -372,7 +408,7 @@ def _largest(values: jax.Array) -> float:
     return float(jnp.abs(values).max())
 
 
-CHECKS = (check, check_linears, check_integers, check_attention, check_qkv_attention)
+CHECKS = (check, check_linears, check_linear_pairs, check_integers, check_attention, check_qkv_attention)
 
 if __name__ == "__main__":
     xla_flags.take_products_from_libraries()  # before the reference uses the GPU

@@ -33,6 +33,7 @@ def test_check_tells_right_from_wrong(monkeypatch):
     products, rotations = check_gpu.PRODUCTS[3:5], check_gpu.ROTATIONS[3:]
     check_gpu.check("xla", products, rotations)
     check_gpu.check_linears("xla", check_gpu.LINEARS[-2:])
+    check_gpu.check_linear_pairs("xla", [((16, 64), (32, 64), 64)], repetitions=2)
     check_gpu.check_integers("xla", check_gpu.INTEGERS[:1])
     check_gpu.check_attention("xla", check_gpu.ATTENTION[1:2])
     check_gpu.check_qkv_attention("xla", [((16, 64), 4, 2, 320, 3, 100)], d=64, repetitions=2)

@@ -89,6 +89,20 @@ def test_the_cache_changes_nothing(quantised):
     np.testing.assert_array_equal(found, logits[:, 4:7].argmax(-1))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_an_exchange_changes_nothing(quantised, tokens):
+    """That of a device whose kernels pass outputs on, where a block goes another way."""
+    model = prepare_for_inference(set_activation_bits(quantised[0], 8))
+    cache = model.init_cache(1, 64)
+    words = jnp.zeros((1, 200), jnp.int32)
+    layers = tuple(dataclasses.replace(layer, output_exchange=words) for layer in cache.layers)
+    other = dataclasses.replace(cache, layers=layers)
+    step = jax.jit(lambda cache: model.decode(jnp.asarray(quantised[1][:1, :tokens]), cache))
+    (found, after), (expected, _) = step(other), step(cache)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(after.layers[0].output_exchange, words)
+
+
 def test_attention_in_parts_ends_a_block_as_the_whole_does(quantised):
     block = prepare_for_inference(set_activation_bits(quantised[0], 8)).blocks[0]
     config = quantised[0].config

@@ -60,15 +60,17 @@ def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
 
 
 @pytest.mark.aot
-def test_a_step_on_a_gpu_is_four_kernels_a_layer_in_place(compile_for, monkeypatch):
+@pytest.mark.parametrize(("width", "kernels"), [(1024, 4), (2048, 3)])
+def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compile_for, monkeypatch):
     monkeypatch.setattr(IntegerBlock, "takes_parts", True)
-    model = decoder(8, 4, tied=False, hidden_size=1024)
+    model = decoder(8, 4, tied=False, hidden_size=width, num_heads=16)
     cache = model.init_cache(1, 640)
     arguments = model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0)
     program = compile_for("h100", loop, *arguments).as_text()
     within = program[: program.index("ENTRY")]
-    assert within.count('custom_call_target="mosaic') == 4 * model.config.num_layers + 1  # and the head's
-    assert not re.search(r"= (bf16\[2,1,8,640,64\]|s32\[1,1536\])\S* copy", within)
+    of_head = 1
+    assert within.count('custom_call_target="mosaic') == kernels * model.config.num_layers + of_head
+    assert not re.search(r"= (bf16\[2,1,8,640,64\]|s32\[1,\d+\])\S* copy", within)
 
 
 @pytest.mark.aot

@@ -63,7 +63,9 @@ def test_a_number_is_there_for_all_once_it_is_sent_with_its_tag():
     with threads.when(me < 127):
         threads.send(ref, me * 4, tag + me)
     with pytest.raises(AssertionError, match="nobody sends it"):
-        threads.receive(ref, fours, tag)
+        threads.receive(ref, [fours], tag)
     with threads.when(me.equals(127)):
         threads.send(ref, me * 4, tag + me)
-    np.testing.assert_array_equal(threads.receive(ref, fours, tag)[3].value & 0xFFFF, me.value % 32 * 4 + 3)
+    found = threads.receive(ref, [fours, threads.Word(0)], tag)
+    np.testing.assert_array_equal(found[3].value & 0xFFFF, me.value % 32 * 4 + 3)
+    np.testing.assert_array_equal(found[7].value & 0xFFFF, 3)

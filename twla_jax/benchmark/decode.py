@@ -109,8 +109,7 @@ def _random_cache(model: Decoder, batch: int, settings: DecodeSettings) -> KVCac
             values = jax.random.normal(key, leaf.shape)
             return (30 * values if leaf.dtype == jnp.int8 else values).astype(leaf.dtype)
 
-        stores = dataclasses.replace(layer, exchange=None)
-        return dataclasses.replace(jax.tree.map(random, stores), exchange=layer.exchange)
+        return layer.with_stores(jax.tree.map(random, layer.stores))
 
     layers = tuple(fill(cache.layer(i), jax.random.key(i)) for i in range(model.config.num_layers))
     return KVCache(layers=layers, length=jnp.int32(settings.context))

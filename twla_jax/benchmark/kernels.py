@@ -17,6 +17,8 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul
+from twla_jax.ops.linear_pair import LinearOperands, linear_pair
+from twla_jax.ops.linear_pair import new_exchange as new_pair_exchange
 from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
@@ -68,6 +70,11 @@ def decode_rows(
             n, m = shapes.matrices(config)["q,k,v"]
             size += _bytes(functools.partial(shapes.weight, n=n, m=m)) + 2 * m
             yield _row(f"q,k,v and attention{label}, from bf16", n, m, batch, taken, size, {})
+    if batch == 1 and (taken := _linear_pair_seconds(config)):
+        sizes = [shapes.matrices(config)[name] for name in ("o", "gate,up")]
+        size = sum(_bytes(functools.partial(shapes.weight, n=n, m=m)) for n, m in sizes)
+        (n, _), (more, m) = sizes
+        yield _row("o, gate and up, from bf16", n + more, m, batch, taken, size + 2 * n + more, {})
     if embedding_bits < OFF:
         yield _head_row(config.vocab_size, config.hidden_size, batch, embedding_bits)
 
@@ -101,10 +108,40 @@ def _qkv_attention_seconds(config: DecoderConfig, dtype) -> float | None:
     return _seconds_in_place(op, _activations(jax.random.key(0), 1, m), make, config)
 
 
-def _seconds_in_place(op, x, make, config: DecoderConfig) -> float:
-    """Seconds of `op(x, weight, layer, positions, window)`, in a loop, as tokens are generated, on caches in place.
+def _linear_pair_seconds(config: DecoderConfig) -> float | None:
+    """Seconds of `linear_pair` for one token, gate included; None if it is no kernel of its own."""
+    (n, m), (more, _) = (shapes.matrices(config)[name] for name in ("o", "gate,up"))
+    rotations = [shapes.rotation_for_kernels(jax.random.key(2), *sizes) for sizes in ((m, n), (n, more))]
 
-    `make` makes a weight and a layer from a key.
+    def pair(weights):
+        settings, scale = quantizer_settings(8, 0.9), jnp.ones(n, jnp.bfloat16)
+        first, second = (
+            LinearOperands(rotation=rotation, settings=settings, weight=weight)
+            for rotation, weight in zip(rotations, weights, strict=True)
+        )
+        return first, dataclasses.replace(second, norm_scale=scale)
+
+    def make(key):
+        second = dataclasses.replace(shapes.weight(key, more, n), splits=(more // 2, more // 2))
+        weights = shapes.weight(key, n, m), second
+        return weights, new_pair_exchange(1, *pair(weights))
+
+    if not has_kernels() or jax.eval_shape(make, jax.random.key(0))[1] is None:
+        return None
+
+    residual = _activations(jax.random.key(1), 1, n)
+
+    def op(x, weights, exchange, *_):
+        *outputs, exchange = linear_pair(x, *pair(weights), residual, exchange)
+        return outputs, exchange
+
+    return _seconds_in_place(op, _activations(jax.random.key(0), 1, m), make, config)
+
+
+def _seconds_in_place(op, x, make, config: DecoderConfig) -> float:
+    """Seconds of `op(x, weight, layer, positions, window)`, in a loop, as tokens are generated, on layers in place.
+
+    `make` makes a weight and a layer, or whatever else is written, from a key.
     """
     angle = jax.random.normal(jax.random.key(1), (1, config.head_dim // 2))
     positions = Positions(

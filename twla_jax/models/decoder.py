@@ -144,9 +144,16 @@ class Block(nnx.Module):
         return rope.rotate(q, positions.cos, positions.sin), rope.rotate(k, positions.cos, positions.sin), v
 
     def decode(
+        self, x: Float[Array, "b t d"], layer: LayerKV, positions: Positions, window: Int32[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], LayerKV]:
+        """The block's output for tokens that follow those in the cache, and the cache with them added."""
+        mixed, layer = self.attend_cached(self.qkv_input(self.input_norm(x)), layer, positions, window)
+        return self.finish(x, mixed), layer
+
+    def attend_cached(
         self, h: Float[Array, "b t d"], layer: LayerKV, positions: Positions, window: Int32[Array, ""]
     ) -> tuple[Float[Array, "b t heads_d"], LayerKV]:
-        """Attention of tokens that follow those in the cache, and the cache with them added."""
+        """`attend`, of tokens that follow those in the cache, and the cache with them added."""
         q, k, v = self.project(h, positions)
         layer = write(layer, k, v, positions.query[0])
         return attention(q, layer, positions, window), layer
@@ -297,6 +304,4 @@ def _apply_block(block: Block, x: jax.Array, positions: Positions, window: jax.A
 def _decode_block(
     block: Block, x: jax.Array, layer: LayerKV, positions: Positions, window: jax.Array
 ) -> tuple[jax.Array, LayerKV]:
-    h = block.qkv_input(block.input_norm(x))
-    mixed, layer = block.decode(h, layer, positions, window)
-    return block.finish(x, mixed), layer
+    return block.decode(x, layer, positions, window)

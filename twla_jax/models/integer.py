@@ -29,6 +29,8 @@ from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
+from twla_jax.ops.linear_pair import LinearOperands, linear_pair
+from twla_jax.ops.linear_pair import new_exchange as new_pair_exchange
 from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import MOST_TOKENS, quantized_linear
 from twla_jax.ops.rotate_quantize import gate, kernel_rotation, quantizer_settings, rotate_quantize
@@ -111,7 +113,7 @@ class IntegerDecoder(Decoder):
         shape = self._cache_shape(batch, size)
         layers = (empty_layer(shape, dtype or self.dtype) for _ in self.blocks)
         layers = tuple(
-            dataclasses.replace(layer, exchange=block.exchange(layer))  # pyright: ignore[reportAttributeAccessIssue]
+            block.with_exchanges(layer)  # pyright: ignore[reportAttributeAccessIssue]
             for layer, block in zip(layers, self.blocks, strict=True)
         )
         cache = KVCache(layers=layers, length=jnp.int32(0))
@@ -151,6 +153,18 @@ class KernelInput(nnx.Module):
     def takes_gate(self) -> bool:
         """Whether the op can begin a step earlier, with a gate's output and what it gates beside each other."""
         return self.settings is not None and self.mesh is None
+
+    def operands(self, linear: "KernelLinear") -> LinearOperands | None:
+        """For an op that begins with this input; None if it is not rotated, or the linear no single ternary plane."""
+        if self.settings is None or self.rotation is None or linear.plane is None or self.mesh is not None:
+            return None
+        return LinearOperands(
+            rotation=self.rotation.get_value(),
+            settings=self.settings.get_value(),
+            weight=linear.plane,
+            norm_scale=None if self.norm is None else self.norm.scale.get_value(),
+            epsilon=0.0 if self.norm is None else self.norm.epsilon,
+        )
 
     def __call__(
         self, x: Float[Array, "*tokens width"] | AttentionParts, *, gated: bool = False
@@ -282,15 +296,37 @@ class IntegerBlock(Block):
         self.implementation: Implementation | None = implementation
 
     def decode(
+        self, x: Float[Array, "b t d"], layer: LayerKV, positions: Positions, window: Int32[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], LayerKV]:
+        """As `Block.decode`; for a single token the output linear and the MLP's first ones may be one op."""
+        mixed, layer = self.attend_cached(self.qkv_input(x), layer, positions, window)
+        pair = self.pair()
+        if len(positions.query) > 1 or layer.output_exchange is None or pair is None:
+            return self.finish(x, mixed), layer
+        tokens = mixed if isinstance(mixed, AttentionParts) else mixed[:, 0]
+        options = {"exchange": layer.output_exchange, "implementation": self.implementation}
+        h, hidden, exchange = linear_pair(tokens, *pair, x[:, 0], **options)
+        layer = dataclasses.replace(layer, output_exchange=exchange)
+        return self.down(self.down_input(hidden[:, None]), h[:, None]), layer
+
+    def pair(self) -> tuple[LinearOperands, LinearOperands] | None:
+        """The output linear and the MLP's first ones for `linear_pair`; None if they are not single ternary planes."""
+        o, gate_up = (
+            site.operands(linear)
+            for site, linear in ((self.o_input, self.o), (self.mlp_input, self.gate_up_linear))
+        )
+        return None if o is None or gate_up is None else (o, gate_up)
+
+    def attend_cached(
         self,
         h: Any,  # what `qkv` takes
         layer: LayerKV,
         positions: Positions,
         window: Int32[Array, ""],
     ) -> tuple[Any, LayerKV]:  # what `finish` takes
-        """As `Block.decode`; for a single token it is one op, which may leave the mix in parts."""
+        """As `Block.attend_cached`; for a single token it is one op, which may leave the mix in parts."""
         if len(positions.query) > 1 or self.mesh is not None:
-            return super().decode(h, layer, positions, window)
+            return super().attend_cached(h, layer, positions, window)
         scales, epsilon = None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
             scales = self.q_norm.scale.get_value(), self.k_norm.scale.get_value()
@@ -313,12 +349,17 @@ class IntegerBlock(Block):
         gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
         return gpu and self.mesh is None and self.o_input.settings is not None and self.o.plane is not None
 
-    def exchange(self, layer: LayerKV) -> Int32[Array, "1 n"] | None:
-        """What a cache's layer needs for `qkv_attention` in one kernel, zeros; None if it is not to be one."""
-        weight, of_input = self.qkv_linear.plane, self.qkv_input
-        if not self.takes_parts or weight is None or of_input.settings is None or of_input.rotation is None:
-            return None
-        return new_exchange(layer, of_input.rotation.get_value(), weight)
+    def with_exchanges(self, layer: LayerKV) -> LayerKV:
+        """A cache's layer, with what `qkv_attention` and `linear_pair` need to be one kernel where they are to be."""
+        if not self.takes_parts:
+            return layer
+        qkv, pair = self.qkv_input.operands(self.qkv_linear), self.pair()
+        if qkv is not None:
+            layer = dataclasses.replace(layer, exchange=new_exchange(layer, qkv.rotation, qkv.weight))
+        if pair is not None:
+            exchange = new_pair_exchange(layer.entries.shape[1], *pair)
+            layer = dataclasses.replace(layer, output_exchange=exchange)
+        return layer
 
     def qkv(
         self, h: QuantizedTokens | FewTokens | Float[Array, "b t d"]

@@ -15,13 +15,24 @@ class LayerKV:
     """Keys and values of one layer, one above the other; heads before positions, as attention reads.
 
     With a leading axis of layers for all of them. int8 entries stand for `scale · entry`; floats have no scales.
-    `exchange` is where blocks of a kernel pass on queries, keys and values (see `ops.qkv_attention`), None where there
-    is no such kernel.
+    `exchange` is where blocks of a kernel pass on queries, keys and values (see `ops.qkv_attention`), and
+    `output_exchange` where they pass on what the output linear makes (`ops.linear_pair`), None where there is no such
+    kernel.
     """
 
     entries: Float[Array, "*layers 2 b kv s d"] | Int8[Array, "*layers 2 b kv s d"]
     scales: Float32[Array, "*layers 2 b kv s"] | None = None
     exchange: Int32[Array, "1 all_heads_d"] | None = None
+    output_exchange: Int32[Array, "1 words"] | None = None
+
+    @property
+    def stores(self) -> "LayerKV":
+        """Entries and their scales alone."""
+        return LayerKV(entries=self.entries, scales=self.scales)
+
+    def with_stores(self, stores: "LayerKV") -> "LayerKV":
+        """With others in their place."""
+        return dataclasses.replace(self, entries=stores.entries, scales=stores.scales)
 
 
 @jax.tree_util.register_dataclass
@@ -82,8 +93,7 @@ def write(
             store, cuda=_row_major, tpu=_without_padding, default=lambda store: store
         )
 
-    stores = dataclasses.replace(layer, exchange=None)
-    return dataclasses.replace(jax.tree.map(put, stores, new), exchange=layer.exchange)
+    return layer.with_stores(jax.tree.map(put, layer.stores, new))
 
 
 def dequantize(layer: LayerKV, dtype) -> Float[Array, "2 b kv s d"]:

@@ -119,9 +119,10 @@ def send(ref, offset, value):
     _store_global(ref, offset, _as_bytes(value))
 
 
-def receive(ref, offset, tag):
+def receive(ref, offsets, tag):
     """As all threads go in step, those that wait have missed what is not there yet."""
-    found, active = load_global(ref, offset, 4), here.machine.masks[-1]
+    found = [each for offset in offsets for each in load_global(ref, offset, 4)]
+    active = here.machine.masks[-1]
     for each in found:
         assert (((each.value ^ tag.value) < 0x10000) | ~active).all(), "nobody sends it"
     return found

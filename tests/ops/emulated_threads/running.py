@@ -44,9 +44,11 @@ def emulate(monkeypatch, *modules):
 
 
 def scratch(kind):
-    """What a kernel gets for a type of `plgpu`'s, or for each of several by name."""
+    """What a kernel gets for a type of `plgpu`'s, or for each of several."""
     if isinstance(kind, dict):
         return {name: scratch(each) for name, each in kind.items()}
+    if isinstance(kind, list):
+        return [scratch(each) for each in kind]
     if isinstance(kind, plgpu.RefUnion):
         first = here.machine.used
         parts, ends = [], []

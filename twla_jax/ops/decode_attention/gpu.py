@@ -8,7 +8,6 @@ sums that meet through one cost 2 µs. The new token's own key and value never p
 begins with them.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -83,7 +82,7 @@ def decode_attention(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="decode_attention",
     )
-    cache = jax.tree.map(jax.new_ref, dataclasses.replace(layer, exchange=None))
+    cache = jax.tree.map(jax.new_ref, layer.stores)
     mixed, *softmax = kernel(
         *jax.tree.leaves(cache),
         qkv,
@@ -95,7 +94,7 @@ def decode_attention(
     mixed = mixed.reshape(*outputs[:-1], heads * d)
     if softmax:
         mixed = AttentionParts(mixed=mixed, softmax=softmax[0])
-    return mixed, dataclasses.replace(jax.tree.map(jax.freeze, cache), exchange=layer.exchange)
+    return mixed, layer.with_stores(jax.tree.map(jax.freeze, cache))
 
 
 def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):

@@ -126,14 +126,19 @@ def send(ref: ir.Value, offset: Word, value: Word) -> None:
     utils.inline_ptx(ptx, value.value, _global(ref, offset), has_side_effects=True)
 
 
-def receive(ref: ir.Value, offset: Word, tag: Word) -> list[Word]:
-    """Four words, so many bytes from a reference's first, as soon as the upper half of each is the tag's."""
-    load = f"ld.relaxed.gpu.global.v4.b32 {registers(4)}, [$4];"
+def receive(ref: ir.Value, offsets: Sequence[Word], tag: Word) -> list[Word]:
+    """Four words at each offset in bytes, as soon as the upper half of every one is the tag's."""
+    count = 4 * len(offsets)
+    loads = "".join(
+        f" ld.relaxed.gpu.global.v4.b32 {registers(4, i)}, [${count + i // 4}];" for i in range(0, count, 4)
+    )
     # Bits that differ in any of them.
-    compare = "xor.b32 a, $0, $5;" + "".join(f" xor.b32 b, ${i}, $5; or.b32 a, a, b;" for i in (1, 2, 3))
+    wanted = f"${count + len(offsets)}"
+    compare = f" xor.b32 a, $0, {wanted};"
+    compare += "".join(f" xor.b32 b, ${i}, {wanted}; or.b32 a, a, b;" for i in range(1, count))
     again = "setp.ge.u32 p, a, 0x10000; @p bra again;"
-    ptx = f"{{.reg .pred p; .reg .b32 a, b; again: {load} {compare} {again}}}"
-    return ptx_words(ptx, 4, _global(ref, offset), tag)
+    ptx = f"{{.reg .pred p; .reg .b32 a, b; again: {loads} {compare} {again}}}"
+    return ptx_words(ptx, count, *(_global(ref, offset) for offset in offsets), tag)
 
 
 def rounded(value: Real, ref: ir.Value) -> Real:

@@ -155,9 +155,9 @@ def ptx_real(ptx: str, *operands, effects: bool = False) -> Real:
     return Real(utils.inline_ptx(ptx, *values, result_types=ir.F32Type.get(), has_side_effects=effects))
 
 
-def registers(count: int) -> str:
-    """A list of the first so many, as instructions on vectors have it."""
-    return "{" + ",".join(f"${i}" for i in range(count)) + "}" if count > 1 else "$0"
+def registers(count: int, first: int = 0) -> str:
+    """A list of so many from the first on, as instructions on vectors have it."""
+    return "{" + ",".join(f"${first + i}" for i in range(count)) + "}" if count > 1 else f"${first}"
 
 
 def operand(value) -> ir.Value:

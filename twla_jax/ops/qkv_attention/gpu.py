@@ -5,6 +5,7 @@ the two it waits for the few blocks that made its head's, through memory: `gpu_e
 once, one to each multiprocessor. Entries of the cache come behind the weights, while products and waits go on.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32
 from twla_jax.devices import multiprocessors
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import LayerKV
+from twla_jax.ops import gpu_tags
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention import AttentionParts, gpu_entries
 from twla_jax.ops.decode_attention import gpu as attention
@@ -29,6 +31,7 @@ from twla_jax.ops.qkv_attention import gpu_exchange as exchange
 from twla_jax.ops.quantized_linear import gpu as linear
 from twla_jax.ops.quantized_linear import gpu_token as turning
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
+from twla_jax.ops.ternary_matmul import gpu_ring as ring
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
@@ -144,7 +147,7 @@ def qkv_attention(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="qkv_attention",
     )
-    cache = jax.tree.map(jax.new_ref, layer)
+    cache = jax.tree.map(jax.new_ref, dataclasses.replace(layer, output_exchange=None))
     of_cache = [cache.entries] if cache.scales is None else [cache.entries, cache.scales]
     mixed, softmax = kernel(
         cache.exchange,
@@ -156,7 +159,8 @@ def qkv_attention(
         *linear.operands((x,), rotation, settings, weight, norm),
     )
     parts = AttentionParts(mixed=mixed.reshape(1, splits, heads * d), softmax=softmax)
-    return parts, jax.tree.map(jax.freeze, cache)
+    written = jax.tree.map(jax.freeze, cache)
+    return parts, dataclasses.replace(written, output_exchange=layer.output_exchange)
 
 
 def _kernel(
@@ -184,7 +188,7 @@ def _kernel(
     head = lax.div(block, jnp.int32(shape.tiles.splits))
     kv_head = lax.div(head, jnp.int32(shape.heads // shape.kv_heads))
     attends = head < shape.heads
-    tag = exchange.next_tag(exchange_gmem.at[0], block * rows.each)
+    tag = gpu_tags.next_tag(exchange_gmem.at[0], block * rows.each)
     cache = [ref.at[kind, 0, kv_head] for ref in of_cache for kind in range(2)]
     staged = [staged_smem.at[group, kind] for kind in range(2)]
     limit = length_gmem[0], window_gmem[0]
@@ -199,18 +203,19 @@ def _kernel(
                 target = to.at[pl.ds(piece * positions, positions)]
                 plgpu.copy_gmem_to_smem(ref.at[pl.ds(first, positions)], target, arrived.at[group])
 
-    linear.run(
+    fetch, end = linear.begin(
         *operands,
-        exchange_gmem,
+        outputs=ring.Outputs(sent=exchange_gmem, tag=tag),
         rows=rows,
         tiles=tiles,
         shape=of_token,
         weight=weight,
         epsilon=epsilon,
-        tag=tag,
-        alongside=lambda: pl.when(attends)(stage),
         **of_linear,
     )
+    ahead = tiles.ahead
+    fetch(0, ahead)
+    end(then=lambda: fetch(ahead), alongside=lambda: pl.when(attends)(stage))
 
     @pl.when(attends)
     def attend():

@@ -140,22 +140,36 @@ def plan(
       ValueError: there is no room.
     """
     parts = 2 if gated else 1
+    lines = min(turning.shape(x, rotation, MOST_WARPGROUPS).lines, MOST_WARPGROUPS)
+    other, t = beside_weights(x, rotation, weight) + beside, len(_tokens(x))
+    tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, lines, other, tokens=t)
+    return Rows(tiles.rows, parts), tiles
+
+
+def beside_weights(x: jax.Array | AttentionParts, rotation: KernelRotation, weight: KernelWeight) -> int:
+    """Bytes of shared memory that all takes but the ring of weights."""
     shape = turning.shape(x, rotation, MOST_WARPGROUPS)
     t, flat, lines = shape.tokens, Flat(shape.r), min(shape.lines, MOST_WARPGROUPS)
     of_row = 4 * max(WARPGROUPS, lines) * t  # of sums, of two passes
-    other = (
+    return (
         t * max(2 * shape.rows * shape.columns, flat.stride(weight.tiles * TILE))
         + max(2 * shape.rows * shape.rows, 2 * of_row * MOST_ROWS)
         + 2 * shape.columns * shape.columns
         + 4 * Columns(t).numbers * (weight.tiles + 1)
         + 2048  # for what is small
-        + beside
     )
-    tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, lines, other, tokens=t)
-    return Rows(tiles.rows, parts), tiles
 
 
-def run(
+def run(*refs, **options):
+    """The kernel."""
+    *given, out_gmem = refs
+    fetch, end = begin(*given, outputs=ring.Outputs(stored=out_gmem), **options)
+    ahead = options["tiles"].ahead
+    fetch(0, ahead)
+    end(then=lambda: fetch(ahead))
+
+
+def begin(
     codes_gmem,
     scales_gmem,
     row_sums_gmem,
@@ -165,6 +179,7 @@ def run(
     right_gmem,
     settings_gmem,
     *refs,
+    outputs: ring.Outputs,
     token_or_x_smem,
     left_or_parts_smem,
     right_smem,
@@ -174,48 +189,52 @@ def run(
     shape: turning.Shape,
     weight: KernelWeight,
     epsilon: float | None,
-    tag: jax.Array | None = None,
-    alongside: Callable[[], None] | None = None,
+    received: tuple[Any, jax.Array] | None = None,
+    of_all: int | None = None,
     **of_ring,
-):
-    """The kernel, or the first part of one whose second part waits for the outputs.
+) -> tuple[Callable[..., None], Callable[..., jax.Array | None]]:
+    """Asks for a linear's operands, and returns what `gpu_ring.begin` does, but that `end` needs no answer.
 
     Args:
-      tag: of outputs that are sent: see `gpu_ring.run`.
-      alongside: what a warpgroup does when its last weights are there.
+      received: where tokens are sent to, and the tag that they have; None if they are among `refs`.
+      of_all: as there.
+    Returns:
+      `end` calls `then`, if it is given that, as soon as tokens are there.
     """
-    *inputs, out_gmem = refs
-    count = 2 if shape.parts else 1
-    x_gmem, optional = inputs[:count], inputs[count:]
+    count = 0 if received else 2 if shape.parts else 1
+    x_gmem, optional = refs[:count], refs[count:]
     token_smem, x_smem = token_or_x_smem
     left_smem, parts_smem = left_or_parts_smem
     norm, residual = optional[: epsilon is not None], optional[epsilon is not None :]
     norm_gmem = norm[0] if norm else None
-
-    def ask():
-        found = gpu_fetch.fetch(x_gmem, left_gmem, right_gmem, norm_gmem, settings_gmem, shape=shape)
-        return *found, settings_gmem[0]
-
-    def answer(asked) -> jax.Array:
-        words, settings, levels = asked
-        words = gpu_fetch.ready(words, levels, warps_smem, shape=shape, epsilon=epsilon)
-        gpu_fetch.load(words, token_smem, left_smem, right_smem, shape=shape)
-        z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
-        return gpu_codes.quantize(z, settings, x_smem, of_ring["table_smem"], warps_smem, shape=shape)
-
-    ring.run(
+    asked, settings = gpu_fetch.fetch(x_gmem, left_gmem, right_gmem, norm_gmem, settings_gmem, shape=shape)
+    levels = settings_gmem[0]
+    fetch, end_ring = ring.begin(
         (codes_gmem, scales_gmem, row_sums_gmem, bias_gmem, steps_gmem),
         residual,
-        out_gmem,
-        ask,
-        answer,
+        outputs,
         x_smem=x_smem,
         parts_smem=parts_smem,
         rows=rows,
         tiles=tiles,
         weight=weight,
         flat=Flat(shape.r),
-        tag=tag,
-        alongside=alongside,
+        of_all=of_all,
         **of_ring,
     )
+
+    def end(*, then: Callable[[], None] | None = None, **options):
+        def answer() -> jax.Array:
+            words = gpu_fetch.receive(asked, *received, shape=shape) if received else asked
+            if received and then:
+                then()
+            words = gpu_fetch.ready(words, levels, warps_smem, shape=shape, epsilon=epsilon)
+            gpu_fetch.load(words, token_smem, left_smem, right_smem, shape=shape)
+            if not received and then:
+                then()
+            z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
+            return gpu_codes.quantize(z, settings, x_smem, of_ring["table_smem"], warps_smem, shape=shape)
+
+        return end_ring(answer, **options)
+
+    return fetch, end

@@ -27,23 +27,24 @@ def fetch(
     """Starts the way of the tokens, both factors and the norm's weights to the threads, for `load`; and the settings.
 
     Not by the copy engine, which would bring them in turn with the weights. `x_gmem` lists the tokens or, of attention
-    left in parts, mixes and softmaxes.
+    left in parts, mixes and softmaxes; nothing, if they are to be `receive`d.
     """
     refs = [settings_gmem, left_gmem, right_gmem, *x_gmem, *([] if norm_gmem is None else [norm_gmem])]
     *tokens, left, right = _pieces(shape)
     wide = 0 if norm_gmem is None else norm_gmem.dtype.itemsize // 2
-    count = sum(len(pieces) for pieces in tokens) * _words(shape)
+    given = tokens if x_gmem else []
+    count = sum(len(pieces) for pieces in given) * _words(shape)
     count += _OF_PIECE * (len(left) + len(right) + wide * len(tokens[0]))
 
     @threads.on_threads(
         arg_types=(plgpu.RefType(),) * len(refs),
         return_type=(threads.values(count, jnp.int32), threads.values(3, jnp.float32)),
     )
-    def start(_, settings, left_ref, right_ref, x, *more):
+    def start(_, settings, left_ref, right_ref, *more):
         found = []
-        for token, pieces in enumerate(tokens):
+        for token, pieces in enumerate(given):
             for matrix, i in pieces:
-                found += _fetch_piece(x, more[0] if shape.parts else None, token, matrix, i, shape)
+                found += _fetch_piece(*more[: len(x_gmem)], token=token, matrix=matrix, i=i, shape=shape)
         for ref, pieces, width in (
             (left_ref, left, 1),
             (right_ref, right, 1),
@@ -69,7 +70,7 @@ def _words(shape: Shape) -> int:
 
 
 def _fetch_piece(
-    x: ir.Value, softmax: ir.Value | None, token: int, matrix: "_Matrix", i: int, shape: Shape
+    x: ir.Value, softmax: ir.Value | None = None, *, token: int, matrix: "_Matrix", i: int, shape: Shape
 ) -> list[Word]:
     """Eight features of a token; or of each of its parts, with its softmax's two numbers after them."""
     size, offset, real = shape.size * shape.r, matrix.offset(i), matrix.real(i)
@@ -80,6 +81,34 @@ def _fetch_piece(
         found += threads.load_global(x, offset + part * size * 2, 4, condition=real)
         found += threads.load_global(softmax, (head + part * shape.heads) * 8, 2, condition=real)
     return found
+
+
+def receive(words, sent_gmem, tag, *, shape: Shape) -> jax.Array:
+    """What `fetch` found but for tokens, with tokens that are sent, `[tokens, m]` words with this tag, before it."""
+    *tokens, _, _ = _pieces(shape)
+    count, size = words.shape[0] // 128, shape.size * shape.r
+    found = count + _OF_PIECE * sum(len(pieces) for pieces in tokens)
+
+    @threads.on_threads(
+        arg_types=(threads.per_thread(count), threads.per_thread(1), plgpu.RefType()),
+        return_type=threads.values(found, jnp.int32),
+    )
+    def run(_, words, tag, sent):
+        (tag,), found = threads.words(tag), []
+        pieces = [(token, *piece) for token, of_token in enumerate(tokens) for piece in of_token]
+        offsets = [
+            threads.select(matrix.real(i), matrix.offset(i) * 2, threads.word(0)) + token * size * 4 + half
+            for token, matrix, i in pieces
+            for half in (0, 16)
+        ]
+        low = [each & 0xFFFF for each in threads.receive(sent, offsets, tag)]
+        for k, (_, matrix, i) in enumerate(pieces):
+            mine, real = low[8 * k : 8 * k + 8], matrix.real(i)
+            four = [mine[j] + (mine[j + 1] << 16) for j in range(0, 8, 2)]
+            found += [threads.select(real, each, threads.word(0)) for each in four]
+        return threads.as_array(found + threads.words(words))
+
+    return run(words, tag, sent_gmem)
 
 
 def ready(words, levels, warps_smem, *, shape: Shape, epsilon: float | None) -> jax.Array:

@@ -85,26 +85,18 @@ def _kernel(*refs, rows: Rows, tiles: Tiles, weight: KernelWeight, **memory):
     of_weight, (x_gmem, scale_gmem, zero_point_gmem, *residual, out_gmem) = refs[:5], refs[5:]
     count = 128 * tiles.warpgroups
 
-    def ask() -> tuple[jax.Array, jax.Array]:
-        return _fetch_tokens(x_gmem, weight.tiles, count), _fetch_ends(scale_gmem, zero_point_gmem)
+    words, ends = _fetch_tokens(x_gmem, weight.tiles, count), _fetch_ends(scale_gmem, zero_point_gmem)
+    outputs = ring.Outputs(stored=out_gmem)
+    fetch, end = ring.begin(
+        of_weight, residual, outputs, rows=rows, tiles=tiles, weight=weight, flat=_FLAT, **memory
+    )
 
-    def answer(asked: tuple[jax.Array, jax.Array]) -> jax.Array:
-        words, ends = asked
+    def answer() -> jax.Array:
         _store_tokens(words, memory["x_smem"], memory["table_smem"], count)
         return ends
 
-    ring.run(
-        of_weight,
-        residual,
-        out_gmem,
-        ask,
-        answer,
-        rows=rows,
-        tiles=tiles,
-        weight=weight,
-        flat=_FLAT,
-        **memory,
-    )
+    fetch()
+    end(answer)
 
 
 def _chunks(t: int, tiles: int, count: int) -> int:

@@ -8,6 +8,7 @@ multiprocessor has more rows than a block takes at once, its block takes them on
 weights are under way while the sums of those before are written: it has the tokens already.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,18 @@ from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
 from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.packing import PLANE, TILE
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where they go: `stored` `[tokens, n]`, and `sent` as words to whoever waits for them, likewise.
+
+    What is sent is rounded to bf16, and lies below a `tag` in the upper half of its word.
+    """
+
+    stored: Any = None
+    sent: Any = None
+    tag: jax.Array | None = None
 
 
 def blocks(n: int, rows: Rows) -> int:
@@ -70,12 +83,10 @@ def parts_memory(n: int, rows: Rows, tiles: Tiles, *, tokens: int):
     return plgpu.SMEM((passes, tiles.warpgroups, rows.shares, tokens, rows.count), jnp.float32)
 
 
-def run(
+def begin(
     of_weight,
     residual,
-    out_gmem,
-    ask: Callable[[], Any],
-    answer: Callable[[Any], jax.Array],
+    outputs: Outputs,
     *,
     codes_smem,
     scales_smem,
@@ -87,24 +98,27 @@ def run(
     tiles: Tiles,
     weight: KernelWeight,
     flat: Flat,
-    tag: jax.Array | None = None,
-    alongside: Callable[[], None] | None = None,
-) -> None:
-    """The outputs of a block's rows, of `blocks` blocks.
+    of_all: int | None = None,
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Starts on the outputs of a block's rows, of `blocks` blocks or of more, and returns what goes on with them.
+
+    What tokens' codes are made of is to be asked for before: behind weights it would queue up.
 
     Args:
       of_weight: the `operands`, in global memory.
       residual: a list of nothing, or of `[tokens, n]`, to be added to the outputs.
-      ask: starts the way of what tokens' codes are made of: before the weights', behind which it would queue up.
-      answer: takes what `ask` returned, leaves codes in x_smem, as `flat` says, and their sums in table_smem, as
-        `gpu_products.write_table` does, for all of the block; and returns each token's scale and zero point, as
-        `threads.as_array` has them.
-      tag: of outputs that are sent: see `_finish`.
-      alongside: what a warpgroup does when its last weights are there.
+      of_all: how many blocks there are, if some may have no rows.
+    Returns:
+      fetch: of the ring's places, starts the way of weights to those from the first argument on to before the second,
+        by default to all. Every place once.
+      end: the products, and all that follows. Its argument `answer` leaves codes in x_smem, as `flat` says, and their
+        sums in table_smem, as `gpu_products.write_table` does, for all of the block; and returns each token's scale and
+        zero point, as `threads.as_array` has them. `alongside` is what a warpgroup does when its last weights are
+        there.
     """
     codes_gmem, scales_gmem, *of_rows_gmem = of_weight
     groups, stages, together = tiles.warpgroups, tiles.stages, tiles.together
-    t, n = out_gmem.shape
+    t, n = x_smem.shape[0], weight.out_features // rows.parts
     group, block = lax.axis_index("warpgroup"), lax.axis_index("rows")
     several, others = _passes(n, rows) > 1, blocks(n, rows)
     if together > 1:  # neighbours
@@ -114,7 +128,8 @@ def run(
         first, distance, count = group, groups, lax.div(weight.tiles - group + groups - 1, groups)
     steps = lax.div(count + together - 1, together)
     passes = lax.div(pl.cdiv(n, rows.each) - block + others - 1, others)
-    all_steps, least = passes * steps if several else steps, jnp.maximum(steps, 1)
+    idle = of_all is not None and of_all > others
+    all_steps, least = passes * steps if several or idle else steps, jnp.maximum(steps, 1)
 
     def first_row(index):
         """Of a pass."""
@@ -133,15 +148,13 @@ def run(
     def fetch_rows(index):
         return _fetch_rows(of_rows_gmem, residual, first_row(index), n, rows=rows)
 
-    asked = ask()
     of_first = None if several else fetch_rows(0)
-    for slot in range(stages):
-        pl.when(slot < all_steps)(functools.partial(fetch, jnp.int32(slot), slot))
-    ends = answer(asked)
-    if alongside:
-        pl.when(steps == 0)(alongside)
 
-    def take(index, of_rows):
+    def fetch_places(begin: int = 0, end: int = stages):
+        for slot in range(begin, min(end, stages)):
+            pl.when(slot < all_steps)(functools.partial(fetch, jnp.int32(slot), slot))
+
+    def take(index, of_rows, ends, alongside):
         """A pass: all products of its rows, and their outputs."""
 
         def step(k, sums):
@@ -167,17 +180,22 @@ def run(
 
         sums = lax.fori_loop(0, steps, step, products.start(rows, t, weight.grouped))
         parts = parts_smem.at[lax.rem(index, jnp.int32(2)) if several else 0]
-        of_all, row = None if weight.grouped else scales_gmem, first_row(index)
-        products.write_sums(sums, parts.at[group], of_all, row, rows=rows, of_part=n)
-        _finish(parts, ends, row, of_rows, out_gmem, tag, rows=rows)
+        of_row, row = None if weight.grouped else scales_gmem, first_row(index)
+        products.write_sums(sums, parts.at[group], of_row, row, rows=rows, of_part=n)
+        _finish(parts, ends, row, of_rows, outputs, n=n, rows=rows)
 
-    if not several:
-        take(0, of_first)
-        return
+    def end(answer: Callable[[], jax.Array], alongside: Callable[[], None] | None = None):
+        ends = answer()
+        if alongside:
+            pl.when(jnp.logical_or(steps == 0, passes == 0))(alongside)
+        if several:
+            pl.loop(0, passes)(lambda index: take(index, fetch_rows(index), ends, alongside))
+        elif idle:
+            pl.when(passes > 0)(lambda: take(0, of_first, ends, alongside))
+        else:
+            take(0, of_first, ends, alongside)
 
-    @pl.loop(0, passes)
-    def _(index):
-        take(index, fetch_rows(index))
+    return fetch_places, end
 
 
 def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array:
@@ -203,25 +221,24 @@ def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array
     return start(first_row, *refs)
 
 
-def _finish(parts_smem, ends, first_row, of_rows, out_gmem, tag=None, *, rows: Rows) -> None:
-    """Adds up what warpgroups have, and scales and writes it, each row by a thread; waits for the block before.
-
-    With a tag, which lies in the upper half of a word, outputs are sent: rounded to bf16, each below it.
-    """
-    groups, (t, n) = parts_smem.shape[0], out_gmem.shape
-    tags = [] if tag is None else [tag]
+def _finish(parts_smem, ends, first_row, of_rows, outputs: Outputs, *, n: int, rows: Rows) -> None:
+    """Adds up what warpgroups have, and scales and writes it, each row by a thread; waits for the block before."""
+    groups, t = parts_smem.shape[0], parts_smem.shape[2]
+    sent = [] if outputs.tag is None else [outputs.tag]
+    refs = [ref for ref in (outputs.stored, outputs.sent) if ref is not None]
 
     @threads.on_threads(
         arg_types=(
             threads.per_thread(2 * t),
             plgpu.Layout.WG_SPLAT,
             threads.per_thread(of_rows.shape[0] // 128),
-            *[threads.per_thread(1)] * len(tags),
-            *[plgpu.RefType()] * 2,
+            *[threads.per_thread(1)] * len(sent),
+            *[plgpu.RefType()] * (1 + len(refs)),
         )
     )
     def write(_, ends, first_row, of_rows, *more):
-        *tag, parts, out = more
+        tag, (parts, *refs) = more[: len(sent)], more[len(sent) :]
+        stored, to = refs[: outputs.stored is not None], refs[outputs.stored is not None :]
         ends = threads.reals(ends)
         first, row = threads.splat_word(first_row), threads.thread()
         of_rows = threads.reals(of_rows)
@@ -243,15 +260,15 @@ def _finish(parts_smem, ends, first_row, of_rows, out_gmem, tag=None, *, rows: R
                 if rows.parts == 2:
                     y = _gated(y, total(token, 1))
                 if residuals:  # rounded before, as two ops would
-                    y = threads.rounded(y, out) + residuals[token]
+                    y = (y.to_bfloat16() if to else threads.rounded(y, stored[0])) + residuals[token]
                 index = first + row + token * n
-                if tag:
+                for ref in to:
                     value = threads.pack_bfloat16(y, threads.real(0.0)) + threads.words(tag[0])[0]
-                    threads.send(out, index * 4, value)
-                else:
-                    threads.store_real(out, index, y)
+                    threads.send(ref, index * 4, value)
+                for ref in stored:
+                    threads.store_real(ref, index, y)
 
-    write(ends, first_row, of_rows, *tags, parts_smem, out_gmem)
+    write(ends, first_row, of_rows, *sent, parts_smem, *refs)
 
 
 def _gated(gate: Real, up: Real) -> Real:

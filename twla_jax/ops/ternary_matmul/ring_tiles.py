@@ -29,6 +29,11 @@ class Tiles:
     stages: int
     together: int = 1
 
+    @property
+    def ahead(self) -> int:
+        """Copies that are under way before a token is there, which has to share the memory's time with them."""
+        return -(-self.stages // 2)
+
 
 def tiles(
     rows: int, parts: int, columns: int, lines: int, other: int, *, of_row: int = 0, under_way: int
