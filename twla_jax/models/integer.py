@@ -158,29 +158,27 @@ class KernelInput(nnx.Module):
         """For an op that begins with this input; None if it is not rotated, or the linear no single ternary plane."""
         if self.settings is None or self.rotation is None or linear.plane is None or self.mesh is not None:
             return None
-        return LinearOperands(
-            rotation=self.rotation.get_value(),
-            settings=self.settings.get_value(),
-            weight=linear.plane,
-            norm_scale=None if self.norm is None else self.norm.scale.get_value(),
-            epsilon=0.0 if self.norm is None else self.norm.epsilon,
-        )
+        return LinearOperands(weight=linear.plane, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """What `rotate_quantize` has of it; not without a quantiser."""
+        assert self.settings is not None
+        return {
+            "rotation": None if self.rotation is None else self.rotation.get_value(),
+            "settings": self.settings.get_value(),
+            "norm_scale": None if self.norm is None else self.norm.scale.get_value(),
+            "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
+        }
 
     def __call__(
         self, x: Float[Array, "*tokens width"] | AttentionParts, *, gated: bool = False
     ) -> QuantizedTokens | FewTokens | Float[Array, "*tokens m"]:
         """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
-        rotation = None if self.rotation is None else self.rotation.get_value()
         if self.settings is None:
             assert not isinstance(x, AttentionParts)
             x = x if self.norm is None else self.norm(x)
-            return x if rotation is None else rotate(x, *rotation.factors)
-        settings = {
-            "rotation": rotation,
-            "settings": self.settings.get_value(),
-            "norm_scale": None if self.norm is None else self.norm.scale.get_value(),
-            "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
-        }
+            return x if self.rotation is None else rotate(x, *self.rotation.get_value().factors)
+        settings = self._options()
         if isinstance(x, AttentionParts):
             return FewTokens(x=x, settings=settings)
         if self.mesh is None and x.size <= MOST_TOKENS * x.shape[-1]:

@@ -100,12 +100,12 @@ def quantized_linear(
 
 
 def operands(inputs, rotation: KernelRotation, settings, weight: KernelWeight, norm) -> tuple[jax.Array, ...]:
-    """What `run` has of global memory, but for residuals and the output."""
+    """What `begin` has of global memory, but for residuals and the output."""
     return *ring.operands(weight), rotation.left, rotation.right_transposed, settings, *inputs, *norm
 
 
 def memory(rows: Rows, tiles: Tiles, shape: turning.Shape, weight: KernelWeight) -> dict[str, Any]:
-    """What `run` has of shared memory."""
+    """What `begin` has of shared memory."""
     n = weight.out_features // rows.parts
     return ring.memory(rows, tiles, weight, tokens=shape.tokens) | {
         # Tokens are used up when their codes are written, and L when sums are.
@@ -192,7 +192,7 @@ def begin(
     received: tuple[Any, jax.Array] | None = None,
     of_all: int | None = None,
     **of_ring,
-) -> tuple[Callable[..., None], Callable[..., jax.Array | None]]:
+) -> tuple[Callable[..., None], Callable[..., None]]:
     """Asks for a linear's operands, and returns what `gpu_ring.begin` does, but that `end` needs no answer.
 
     Args:

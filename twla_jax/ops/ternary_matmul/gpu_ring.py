@@ -53,12 +53,12 @@ def _passes(n: int, rows: Rows) -> int:
 
 
 def operands(weight: KernelWeight) -> tuple[jax.Array, ...]:
-    """What `run` has of a weight."""
+    """What `begin` has of a weight."""
     return weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, weight.steps
 
 
 def memory(rows: Rows, tiles: Tiles, weight: KernelWeight, *, tokens: int) -> dict[str, Any]:
-    """What `run` has of shared memory for itself."""
+    """What `begin` has of shared memory for itself."""
     groups, stages, together = tiles.warpgroups, tiles.stages, tiles.together
     return {
         "codes_smem": plgpu.SMEM(
