@@ -16,6 +16,7 @@ from test_quantized_linear import permutation, turned
 from twla_jax.benchmark import shapes
 from twla_jax.models.attention import Positions
 from twla_jax.models.kv_cache import empty_layer, write
+from twla_jax.ops import gpu_tags
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention, gpu_entries, gpu_finish, gpu_lanes
 from twla_jax.ops.decode_attention import gpu as attention_gpu
 from twla_jax.ops.decode_attention import tiles as attention_tiles
@@ -140,7 +141,7 @@ def test_gpu_kernel_thread_by_thread(
     )
     emulated_threads.emulate(
         monkeypatch,
-        *(gpu, gpu_exchange, attention_gpu, gpu_entries, gpu_lanes, gpu_finish),
+        *(gpu, gpu_exchange, gpu_tags, attention_gpu, gpu_entries, gpu_lanes, gpu_finish),
         *(linear_gpu, gpu_fetch, gpu_token, gpu_codes, gpu_ring, gpu_products, gpu_rows),
     )
     emulated_threads.emulate_kernel(monkeypatch, pl)
