@@ -72,7 +72,11 @@ def test_figures_follow_from_each_other(printed):
     assert row["small_copy_fraction"] == pytest.approx(copied / row["microseconds"])
     assert row["speedup_bf16"] == pytest.approx(row["bf16_microseconds"] / row["microseconds"])
     block, parts = result["prefill"][-1], result["prefill"][:-1]
-    assert block["microseconds"] == pytest.approx(sum(part["microseconds"] for part in parts))
+    for key in ("microseconds", "bytes"):
+        assert block[key] == pytest.approx(sum(part[key] for part in parts))
+    part = parts[1]
+    n, m, t = part["rows"], part["columns"], part["tokens"]
+    assert part["bytes"] == n * m // 4 + n * m // 64 + 12 * n + t * (m + 2 * n)
     assert [row["name"] for row in result["decode"]] == [
         "bf16",
         *(f"W1.58A{bits}, head of {HEAD} bits" for bits in (8, 4)),

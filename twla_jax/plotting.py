@@ -131,7 +131,7 @@ def _roofline_points(result: Mapping[str, Any]) -> dict[tuple[str, str], list[tu
     for row in result.get("prefill", []):
         if n := row["rows"]:
             m, t, work = row["columns"], row["tokens"], row["operations"]
-            add("int8 × ternary, many tokens", "s", work, 0.28 * n * m + t * (m + 2 * n), row["microseconds"])
+            add("int8 × ternary, many tokens", "s", work, row["bytes"], row["microseconds"])
             add("XLA bf16, many tokens", "+", work, 2 * (n * m + t * (m + n)), row["bf16_microseconds"])
             add("XLA int8, many tokens", "1", work, n * m + t * (m + 4 * n), row["int8_microseconds"])
     return points

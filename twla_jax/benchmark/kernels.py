@@ -205,29 +205,32 @@ def _whole_linear(weight, x, *, rotation):
 def prefill_rows(config: DecoderConfig, tokens: int) -> Iterator[Row]:
     """Every matrix alone, and with the rotation and quantisation of its input; then a whole block's."""
     total = {"product": 0.0, "whole": 0.0, "bf16": 0.0, "int8": 0.0}
-    work = 0
+    work = moved = 0
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, tokens)
         make = functools.partial(shapes.weight, n=n, m=m)
+        size = _bytes(make)
         # Two operands will do: the products are bound by arithmetic.
-        size = max(_bytes(make), 150_000_000)
-        product = timing.seconds_each(_product, _with_input(make, shapes.tokens, tokens, m), size)
+        of_each = max(size, 150_000_000)
+        product = timing.seconds_each(_product, _with_input(make, shapes.tokens, tokens, m), of_each)
+        size += tokens * (m + 2 * n)
         whole = product + _rotation_seconds(m, n, tokens, None)
-        work += 2 * n * m * tokens
+        work, moved = work + 2 * n * m * tokens, moved + size
         for key, value in zip(total, (product, whole, base["bf16"], base["int8"]), strict=True):
             total[key] += value
-        yield _prefill_row(name, n, m, tokens, 2 * n * m * tokens, product, whole, base)
+        yield _prefill_row(name, n, m, tokens, 2 * n * m * tokens, size, product, whole, base)
     base = {"bf16": total["bf16"], "int8": total["int8"]}
-    yield _prefill_row("block", 0, 0, tokens, work, total["product"], total["whole"], base)
+    yield _prefill_row("block", 0, 0, tokens, work, moved, total["product"], total["whole"], base)
 
 
-def _prefill_row(name, n, m, tokens, work, product, whole, base) -> Row:
+def _prefill_row(name, n, m, tokens, work, size, product, whole, base) -> Row:
     return {
         "name": name,
         "rows": n,
         "columns": m,
         "tokens": tokens,
         "operations": work,
+        "bytes": size,
         "microseconds": product * 1e6,
         "with_rotation_microseconds": whole * 1e6,
         "bf16_microseconds": base["bf16"] * 1e6,
