@@ -296,7 +296,7 @@ QKV_ATTENTION = (
 )
 
 
-# Columns, residual stream's and MLP's width; first ones in as many rows as the rotations' left and right factors.
+# Columns and the residual stream's width, each as sizes of its rotation's factors, and the MLP's width.
 LINEAR_PAIRS = (((64, 64), (64, 64), 11008), ((64, 64), (64, 64), 12288), ((32, 64), (40, 64), 6912))
 
 

@@ -188,11 +188,10 @@ def _kernel(exchange_gmem, *refs, unions, own, links: tuple[_Link, _Link], count
         )
 
     outputs = ring.Outputs(stored=h_gmem, sent=words, tag=tag), ring.Outputs(stored=out_gmem)
-    fetch, end = begin(0, *operands[:count], outputs=outputs[0])
-    fetch_second, end_second = begin(1, *operands[count:], outputs=outputs[1], received=(words, tag))
-    ahead = links[1].tiles.ahead
-    fetch()
-    fetch_second(0, ahead)
+    start, end = begin(0, *operands[:count], outputs=outputs[0], ahead=links[0].tiles.stages)
+    start_second, end_second = begin(1, *operands[count:], outputs=outputs[1], received=(words, tag))
+    start()
+    start_second()
     end()
     gpu_tags.keep_tag(words, place, tag)
-    end_second(then=lambda: fetch_second(ahead))
+    end_second()

@@ -147,10 +147,10 @@ def qkv_attention(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="qkv_attention",
     )
-    cache = jax.tree.map(jax.new_ref, dataclasses.replace(layer, output_exchange=None))
+    cache, words = jax.tree.map(jax.new_ref, (layer.stores, layer.exchange))
     of_cache = [cache.entries] if cache.scales is None else [cache.entries, cache.scales]
     mixed, softmax = kernel(
-        cache.exchange,
+        words,
         *of_cache,
         jnp.stack([positions.cos[0], positions.sin[0]]),
         positions.query[:1],
@@ -159,8 +159,8 @@ def qkv_attention(
         *linear.operands((x,), rotation, settings, weight, norm),
     )
     parts = AttentionParts(mixed=mixed.reshape(1, splits, heads * d), softmax=softmax)
-    written = jax.tree.map(jax.freeze, cache)
-    return parts, dataclasses.replace(written, output_exchange=layer.output_exchange)
+    cache, words = jax.tree.map(jax.freeze, (cache, words))
+    return parts, dataclasses.replace(layer.with_stores(cache), exchange=words)
 
 
 def _kernel(
@@ -203,7 +203,7 @@ def _kernel(
                 target = to.at[pl.ds(piece * positions, positions)]
                 plgpu.copy_gmem_to_smem(ref.at[pl.ds(first, positions)], target, arrived.at[group])
 
-    fetch, end = linear.begin(
+    start, end = linear.begin(
         *operands,
         outputs=ring.Outputs(sent=exchange_gmem, tag=tag),
         rows=rows,
@@ -213,9 +213,8 @@ def _kernel(
         epsilon=epsilon,
         **of_linear,
     )
-    ahead = tiles.ahead
-    fetch(0, ahead)
-    end(then=lambda: fetch(ahead), alongside=lambda: pl.when(attends)(stage))
+    start()
+    end(alongside=lambda: pl.when(attends)(stage))
 
     @pl.when(attends)
     def attend():

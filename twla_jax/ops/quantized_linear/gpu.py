@@ -163,10 +163,9 @@ def beside_weights(x: jax.Array | AttentionParts, rotation: KernelRotation, weig
 def run(*refs, **options):
     """The kernel."""
     *given, out_gmem = refs
-    fetch, end = begin(*given, outputs=ring.Outputs(stored=out_gmem), **options)
-    ahead = options["tiles"].ahead
-    fetch(0, ahead)
-    end(then=lambda: fetch(ahead))
+    start, end = begin(*given, outputs=ring.Outputs(stored=out_gmem), **options)
+    start()
+    end()
 
 
 def begin(
@@ -190,17 +189,21 @@ def begin(
     weight: KernelWeight,
     epsilon: float | None,
     received: tuple[Any, jax.Array] | None = None,
+    ahead: int | None = None,
     of_all: int | None = None,
     **of_ring,
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Asks for a linear's operands, and returns what `gpu_ring.begin` does, but that `end` needs no answer.
+) -> tuple[Callable[[], None], Callable[..., None]]:
+    """Asks for all that a linear has but its weights, and returns what goes on with it.
 
     Args:
       received: where tokens are sent to, and the tag that they have; None if they are among `refs`.
-      of_all: as there.
+      ahead: how many of its ring's places are to be filled before tokens are there; None for `tiles.ahead`.
+      of_all: as `gpu_ring.begin` takes it.
     Returns:
-      `end` calls `then`, if it is given that, as soon as tokens are there.
+      start: starts the way of these first weights.
+      end: all the rest; it takes `alongside` as `gpu_ring.begin`'s does.
     """
+    ahead = tiles.ahead if ahead is None else ahead
     count = 0 if received else 2 if shape.parts else 1
     x_gmem, optional = refs[:count], refs[count:]
     token_smem, x_smem = token_or_x_smem
@@ -223,18 +226,18 @@ def begin(
         **of_ring,
     )
 
-    def end(*, then: Callable[[], None] | None = None, **options):
+    def end(**options):
         def answer() -> jax.Array:
             words = gpu_fetch.receive(asked, *received, shape=shape) if received else asked
-            if received and then:
-                then()
+            if received:
+                fetch(ahead)
             words = gpu_fetch.ready(words, levels, warps_smem, shape=shape, epsilon=epsilon)
             gpu_fetch.load(words, token_smem, left_smem, right_smem, shape=shape)
-            if not received and then:
-                then()
+            if not received:
+                fetch(ahead)
             z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
             return gpu_codes.quantize(z, settings, x_smem, of_ring["table_smem"], warps_smem, shape=shape)
 
         return end_ring(answer, **options)
 
-    return fetch, end
+    return functools.partial(fetch, 0, ahead), end
