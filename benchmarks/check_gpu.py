@@ -71,8 +71,9 @@ def random_tokens(key: jax.Array, t: int, m: int, *, exact: bool = False) -> Qua
 
 
 # Tokens, rows, columns, whether there are groups. Few tokens first; of many, a short last tile and 8 tokens cut, then
-# three blocks of rows, which clusters of two do not divide; at last, few tokens with more rows and tiles of their own:
-# more than a block has at once, and a last block of rows that is cut.
+# three blocks of rows, which clusters of two do not divide, and warpgroups that share columns or have rows of their own;
+# at last, few tokens with more rows and tiles of their own: more than a block has at once, and a last block of rows that
+# is cut.
 PRODUCTS = (
     (1, 1024, 4096, True),
     (TOKENS, 1024, 4096, False),
@@ -80,6 +81,9 @@ PRODUCTS = (
     (100, 128, 576, True),
     (100, 128, 576, False),
     (300, 384, 4096, True),
+    (40, 4096, 4096, True),
+    (64, 12288, 1024, False),
+    (200, 4096, 2048, True),
     (TOKENS, 8192, 1024, True),
     (13, 1024, 4096, False),
     (16, 22016, 4096, True),

@@ -66,7 +66,7 @@ class Barrier:
 
     def wait(self):
         """For the end of the phase after the last one that this warpgroup waited for."""
-        group = _here.axes["warpgroup"]
+        group = _here.axes["warpgroup"], _here.axes.get("warp")
         with self.changed:
             before = self.waited.get(group, 0)
             self.changed.wait_for(lambda: self.phases > before or self.broken, TIMEOUT)
@@ -88,12 +88,16 @@ class Barriers:
         return self
 
     def __getitem__(self, index):
-        return Barriers([each[int(index)] for each in self.blocks], self.own, self.of_cluster)
+        """Of several, one; a single one is there under both names."""
+        one = [each[int(index)] if isinstance(each, list) else each for each in self.blocks]
+        return Barriers(one, self.own, self.of_cluster)
 
     def wait(self):
         self.blocks[self.own].wait()
 
-    def arrive(self):
+    def arrive(self, predicate=None):
+        if predicate is not None and not predicate:
+            return
         for barrier in self.blocks if self.of_cluster else [self.blocks[self.own]]:
             barrier.count(1)
 
@@ -120,6 +124,8 @@ def emulate(monkeypatch, module, pl, plgpu):
             arrivals = kind.num_arrivals * (blocks if of_cluster else 1)
             count = np.prod(kind.num_barriers, dtype=int)
             barriers = [[Barrier(arrivals, changed) for _ in range(count)] for _ in range(blocks)]
+            if count == 1:
+                return lambda own: Barriers(barriers, own, of_cluster)[0]
             return lambda own: Barriers(barriers, own, of_cluster)
         arrays = [np.zeros(kind.shape, kind.dtype) for _ in range(blocks)]
         return lambda own: Ref(arrays, own)
@@ -200,6 +206,24 @@ def emulate(monkeypatch, module, pl, plgpu):
             carry = function(i, carry)
         return carry
 
+    def warp_map(function):
+        axes, failures = _here.axes, []
+
+        def run(warp):
+            _here.axes = axes | {"warp": warp}
+            try:
+                function(warp)
+            except BaseException as error:
+                failures.append(error)
+
+        running = [threading.Thread(target=run, args=(warp,)) for warp in range(4)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        if failures:
+            raise failures[0]
+
     nothing = lambda *_, **__: None  # noqa: E731
     on_gpu = {
         "kernel": kernel,
@@ -215,6 +239,7 @@ def emulate(monkeypatch, module, pl, plgpu):
         "commit_smem": nothing,
         "wait_smem_to_gmem": nothing,
         "set_max_registers": nothing,
+        "warp_map": warp_map,
     }
     for name, function in on_gpu.items():
         monkeypatch.setattr(plgpu, name, function)

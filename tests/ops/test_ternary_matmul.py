@@ -168,10 +168,20 @@ def test_sums_of_a_group_fit_16_bits_at_their_largest(code, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("t", "n", "m", "size", "block_tokens"),
-    [(100, 384, 1536, 128, 32), (40, 256, 1024, 1024, 64), (20, 200, 576, 128, 16)],
+    ("t", "n", "m", "size", "block_tokens", "lines"),
+    [
+        (100, 384, 1536, 128, 32, 1),
+        (40, 256, 1024, 1024, 64, 1),
+        (20, 200, 576, 128, 16, 1),
+        (100, 384, 1536, 128, 32, 2),
+        (40, 256, 1024, 1024, 64, 2),
+        (20, 200, 400, 128, 16, 2),
+    ],
 )
-def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(t, n, m, size, block_tokens, monkeypatch):
+@pytest.mark.parametrize("x_planes", [1, 4])
+def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(
+    t, n, m, size, block_tokens, lines, x_planes, monkeypatch
+):
     # α and μ are whole 64ths, so that the steps to which the kernel rounds weights lose nothing.
     rng = np.random.default_rng(0)
     shape = (n, -(-m // size))
@@ -185,10 +195,16 @@ def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(t, n, m, size, block_t
     monkeypatch.setattr(gpu_prefill, "unpack_rows", unpacked_rows)
     monkeypatch.setattr(gpu_prefill, "unpack_weights", unpacked_weights)
     monkeypatch.setattr(tiles, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, for several outputs each
-    monkeypatch.setattr(
-        gpu_prefill, "_X_BYTES", 3 * 128 * block_tokens
-    )  # three slots, filled again and again
-    found = gpu_prefill.matmul(*arguments, weight, out_dtype=jnp.float32, block_tokens=block_tokens)
+    # Few slots, filled again and again.
+    chosen = tiles.ManyTiles(
+        tokens=block_tokens,
+        lines=lines,
+        cluster=2,
+        stages=2,
+        x_slots=3 if x_planes == 1 else 1,
+        x_planes=x_planes,
+    )
+    found = gpu_prefill.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
     np.testing.assert_allclose(found[:, :n], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
@@ -354,18 +370,24 @@ def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, size, dtype, c
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("t", "n", "m", "size"),
+    ("t", "n", "m", "size", "out_dtype"),
     [
-        (2048, 12288, 4096, 128),
-        (2048, 12288, 4096, 4096),
-        (2048, 4096, 11008, 128),
-        (2048, 4096, 11008, 11008),
-        (2048, 960, 576, 128),
-        (100, 960, 576, 576),
+        (2048, 12288, 4096, 128, jnp.bfloat16),
+        (2048, 12288, 4096, 4096, jnp.bfloat16),
+        (2048, 4096, 11008, 128, jnp.bfloat16),
+        (2048, 960, 576, 128, jnp.bfloat16),
+        (256, 4096, 11008, 11008, jnp.float32),
+        (128, 12288, 4096, 128, jnp.bfloat16),
+        (100, 960, 576, 576, jnp.bfloat16),
+        (64, 12288, 4096, 128, jnp.float32),
+        (64, 22016, 4096, 128, jnp.float32),
+        (24, 4096, 11008, 128, jnp.bfloat16),
     ],
 )
-def test_gpu_kernel_of_many_tokens_spills_nothing_and_copies_no_weights(t, n, m, size, compile_for_h100):
-    function = functools.partial(gpu.matmul, out_dtype=jnp.bfloat16)
+def test_gpu_kernel_of_many_tokens_spills_nothing_and_copies_no_weights(
+    t, n, m, size, out_dtype, compile_for_h100
+):
+    function = functools.partial(gpu.matmul, out_dtype=out_dtype)
     compiled, reports = compile_for_h100(function, *operand_shapes(t, n, m, size, jnp.int8))
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
     # Sums of tokens, tokens filled up to whole tiles, and what of the output is past the last token.

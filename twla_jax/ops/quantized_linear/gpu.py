@@ -94,6 +94,7 @@ def quantized_linear(
         grid_names=("rows",),
         num_threads=groups,
         thread_name="warpgroup",
+        kernel_name="quantized_linear",
         scratch_types=memory(rows, chosen, shape, weight),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(*operands(inputs, rotation, settings, weight, norm), *added)

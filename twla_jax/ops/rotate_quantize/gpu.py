@@ -65,6 +65,7 @@ def rotate_quantize(
         ),
         grid=(blocks,),
         grid_names=("block",),
+        kernel_name="rotate_quantize",
         scratch_types={
             "left_smem": plgpu.SMEM((rows, rows), x.dtype, transforms=swizzled(rows)),
             "right_smem": plgpu.SMEM((r, r), x.dtype, transforms=swizzled(r)),

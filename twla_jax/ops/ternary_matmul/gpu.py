@@ -76,6 +76,7 @@ def product(
         grid_names=("rows", "tokens"),
         num_threads=groups,
         thread_name="warpgroup",
+        kernel_name="packed_matmul",
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
             "scales_smem": plgpu.SMEM((groups, stages, weight.parameters, n), weight.gpu_scales.dtype),

@@ -72,6 +72,7 @@ def matmul(
         grid_names=("rows",),
         num_threads=tiles.warpgroups,
         thread_name="warpgroup",
+        kernel_name="ternary_matmul_few",
         scratch_types=ring.memory(rows, tiles, weight, tokens=t)
         | {
             "x_smem": ring.token_memory(t, weight, _FLAT),

@@ -1,10 +1,10 @@
-"""Two-bit weights times int8 tokens on Hopper GPUs (Pallas Mosaic GPU), made for few tokens.
+"""Two-bit weights times up to sixteen int8 tokens on Hopper GPUs (Pallas Mosaic GPU), too long for `gpu_few`.
 
 Those are bound by the weights' way from memory. Weight rows are the rows of `mma.sync` and tokens its columns, so that
 no more than eight tokens are multiplied where there are no more. K is split between the warpgroups of a block, each
-with its own ring of tiles in shared memory, and added up there in a fixed order. Several blocks share a multiprocessor:
-while one waits for its tiles, another multiplies. Tokens are read and written as they are, so nothing stands between
-this kernel and the one that made the codes.
+with its own ring of tiles in shared memory, of weights and of tokens, and added up there in a fixed order. Several
+blocks share a multiprocessor: while one waits for its tiles, another multiplies. Tokens are read and written as they
+are, so nothing stands between this kernel and the one that made the codes.
 """
 
 import functools
@@ -52,10 +52,11 @@ def matmul(
     return plgpu.kernel(
         functools.partial(_kernel, t=t, tiles=tiles, weight=weight),
         out_type=jax.ShapeDtypeStruct((t, weight.rows), out_dtype),
-        grid=(pl.cdiv(t, n), weight.rows // ROWS),
-        grid_names=("tokens", "rows"),
+        grid=(weight.rows // ROWS,),
+        grid_names=("rows",),
         num_threads=groups,
         thread_name="warpgroup",
+        kernel_name="ternary_matmul_integer",
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, ROWS, PLANE), jnp.uint8, transforms=SWIZZLED),
             "x_smem": plgpu.SMEM((groups, stages, n, TILE), jnp.int8, transforms=SWIZZLED),
@@ -91,15 +92,15 @@ def _kernel(
 ):
     n = tiles.tokens
     group = lax.axis_index("warpgroup")
-    first_token, first_row = lax.axis_index("tokens") * n, lax.axis_index("rows") * ROWS
-    tokens, rows = pl.ds(first_token, n), pl.ds(first_row, ROWS)
+    first_row = lax.axis_index("rows") * ROWS
+    rows = pl.ds(first_row, ROWS)
     steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
 
     def load_tokens(ref):
         column = plgpu.broadcasted_iota(jnp.int32, (ROWS, n), 1, layout=ACC)
         value = plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.float32), ACC)
-        for i in range(min(t, n)):
-            value = jnp.where(column == i, ref[jnp.minimum(first_token + i, t - 1)], value)
+        for i in range(t):
+            value = jnp.where(column == i, ref[i], value)
         return value
 
     def fetch(step, slot):
@@ -110,7 +111,7 @@ def _kernel(
             plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
 
         copy(codes_gmem.at[tile, rows], codes_smem)
-        copy(x_gmem.at[tokens, pl.ds(tile * TILE, TILE)], x_smem)
+        copy(x_gmem.at[pl.ds(0, n), pl.ds(tile * TILE, TILE)], x_smem)
         if weight.grouped:
             copy(scales_gmem.at[tile, :, rows], scales_smem)
 
@@ -157,7 +158,7 @@ def _kernel(
         plgpu.barrier_wait(added)
         parts = [plgpu.load(parts_smem.at[i], layout=ACC, optimized=False) for i in range(tiles.warpgroups)]
         total = row_steps * functools.reduce(jnp.add, parts) - zero_point * row_sums
-        _store((scale * total + bias).astype(out_gmem.dtype), out_gmem, first_token, first_row)
+        _store((scale * total + bias).astype(out_gmem.dtype), out_gmem, first_row)
 
 
 def _load_row(ref) -> jax.Array:
@@ -170,21 +171,21 @@ def _spread(row: jax.Array, tokens: int) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(row.astype(jnp.float32), (ROWS, tokens), (0,)), ACC)
 
 
-def _store(y: jax.Array, out_gmem, first_token: jax.Array, first_row: jax.Array) -> None:
+def _store(y: jax.Array, out_gmem, first_row: jax.Array) -> None:
     """Writes `yᵀ`, of which only the tokens that there are."""
     t = out_gmem.shape[0]
 
-    @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
-    def put_registers(_, y, out, token_offset, row_offset):
+    @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def put_registers(_, y, out, row_offset):
         index = ir.IndexType.get()
-        offsets = [arith.index_cast(index, offset.registers.flat[0]) for offset in (token_offset, row_offset)]
+        offset = arith.index_cast(index, row_offset.registers.flat[0])
 
         def put(value, position):
             row, token = position
-            token, row = arith.addi(token, offsets[0]), arith.addi(row, offsets[1])
+            row = arith.addi(row, offset)
             with utils.when(arith.cmpi(arith.CmpIPredicate.ult, token, utils.c(t, index))):
                 memref.store(value, out, [token, row])
 
         y.foreach(put)
 
-    put_registers(y, out_gmem, first_token, first_row)  # pyright: ignore[reportCallIssue]
+    put_registers(y, out_gmem, first_row)  # pyright: ignore[reportCallIssue]

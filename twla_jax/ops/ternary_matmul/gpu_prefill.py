@@ -1,9 +1,10 @@
 """Two-bit weights times many int8 tokens on Hopper GPUs (Pallas Mosaic GPU), bound by the tensor cores.
 
-A block computes 128 weight rows, 64 to each of two warpgroups, which unpack them in registers as the left operand of
-`wgmma`; a third warpgroup keeps rings of tiles filled, across the outputs that a block computes one after the other.
-While one warpgroup scales what it has summed, the other multiplies. Blocks of a cluster share tokens, which are read
-once for all.
+Two warpgroups multiply, 64 weight rows each, which they unpack in registers as the left operand of `wgmma`. Each has
+rows of its own; or both have the same, where that keeps more multiprocessors busy, and every other tile of columns. A
+third warpgroup keeps rings of tiles filled, a warp for each line of columns, across the outputs that a block computes
+one after the other. While one warpgroup scales what it has summed, the other multiplies. Blocks of a cluster share
+tokens, which are read once for all.
 
 Where a row has several (α, μ), its weights are unpacked to whole numbers of its step, which int8 holds: sums of all
 columns stay integers, and registers have room for more tokens than they would beside sums in float32.
@@ -27,9 +28,6 @@ from twla_jax.packing import PLANE
 
 _WARPGROUPS = 2  # that multiply; one more copies
 _ROWS = 64  # of a warpgroup: those of `wgmma`
-_BLOCK_ROWS = _WARPGROUPS * _ROWS
-_STAGES = 2  # tiles of 512 columns of weights under way
-_X_BYTES = 128 * 1024  # of tokens under way, 128 columns at a time
 _LAYOUT = plgpu.Layout.WGMMA
 
 
@@ -41,46 +39,49 @@ def matmul(
     weight: KernelWeight,
     *,
     out_dtype,
-    block_tokens: int | None = None,
-    cluster: int = 2,
+    tiles: tuning.ManyTiles | None = None,
 ) -> Float[Array, "t rows"]:
-    """What `reference.matmul` computes, for int8 x.
-
-    Args:
-      block_tokens: of a block, at most 256.
-      cluster: blocks that share tokens.
-    """
+    """What `reference.matmul` computes, for int8 x."""
     t, grouped = len(x), weight.grouped
-    block = block_tokens or (128 if t <= 128 else 256)
+    tiles = tiles or tuning.many_tiles(t, weight.rows)
+    block, lines, cluster = tiles.tokens, tiles.lines, tiles.cluster
+    parts = _WARPGROUPS // lines
+    rows = _ROWS * parts
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8), (0, 0)))
     # Sums of int8 weights need nothing beside them.
     last = weight.steps if grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
-    outputs = pl.cdiv(weight.rows, _BLOCK_ROWS * cluster) * pl.cdiv(t, block)
-    x_slots, itemsize = _X_BYTES // (block * PLANE), jnp.dtype(out_dtype).itemsize
+    outputs = pl.cdiv(weight.rows, rows * cluster) * pl.cdiv(t, block)
+    stages, x_slots, itemsize = tiles.stages, tiles.x_slots, jnp.dtype(out_dtype).itemsize
     scratch = {
-        "codes_smem": plgpu.SMEM((_STAGES, _BLOCK_ROWS, PLANE), jnp.uint8, transforms=_swizzled(128, 1)),
-        "x_smem": plgpu.SMEM((x_slots, block, PLANE), jnp.int8, transforms=_swizzled(128, 1)),
-        "scales_smem": plgpu.SMEM((_STAGES, weight.planes, _BLOCK_ROWS), jnp.int16),
-        "token_smem": plgpu.SMEM((_WARPGROUPS, 3, block), jnp.float32),
-        "row_smem": plgpu.SMEM((_WARPGROUPS, 3, _ROWS), jnp.float32),
-        "row_scales_smem": plgpu.SMEM((_WARPGROUPS, 2, _ROWS), jnp.float16),
+        "codes_smem": plgpu.SMEM((lines, stages, rows, PLANE), jnp.uint8, transforms=_swizzled(128, 1)),
+        "x_smem": plgpu.SMEM(
+            (lines, x_slots, block, tiles.x_planes * PLANE), jnp.int8, transforms=_swizzled(128, 1)
+        ),
+        "scales_smem": plgpu.SMEM((lines, stages, weight.planes, rows), jnp.int16),
+        "token_smem": plgpu.SMEM((parts, 3, block), jnp.float32),
+        "row_smem": plgpu.SMEM((parts, 3, _ROWS), jnp.float32),
+        "row_scales_smem": plgpu.SMEM((parts, 2, _ROWS), jnp.float16),
+        "sums_smem": plgpu.SMEM((_ROWS, block), jnp.int32) if lines > 1 else None,
         "out_smem": plgpu.SMEM(
-            (_WARPGROUPS, math.gcd(block, 256 // itemsize), _ROWS),
+            (parts, math.gcd(block, 256 // itemsize), _ROWS),
             out_dtype,
             transforms=_swizzled(128, itemsize),
         ),
-        "filled": plgpu.Barrier(num_arrivals=2 if grouped else 1, num_barriers=_STAGES),
-        "freed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
-        "x_filled": plgpu.Barrier(num_barriers=x_slots),
+        "filled": plgpu.Barrier(num_arrivals=2 if grouped else 1, num_barriers=lines * stages),
+        "freed": plgpu.Barrier(num_arrivals=parts, num_barriers=lines * stages),
+        "x_filled": plgpu.Barrier(num_barriers=lines * x_slots),
         "x_freed": plgpu.ClusterBarrier(
-            collective_axes=("cluster",), num_arrivals=_WARPGROUPS, num_barriers=x_slots
+            collective_axes=("cluster",), num_arrivals=parts, num_barriers=lines * x_slots
         ),
-        "loaded": plgpu.Barrier(num_arrivals=5 if grouped else 7, num_barriers=_WARPGROUPS),
+        "loaded": plgpu.Barrier(num_arrivals=5 if grouped else 7, num_barriers=parts),
+        "added": plgpu.Barrier(),
+        "taken": plgpu.Barrier(),
     }
+    scratch = {name: kind for name, kind in scratch.items() if kind is not None}
     y = plgpu.kernel(
-        functools.partial(_kernel, outputs=outputs, cluster=cluster, weight=weight),
+        functools.partial(_kernel, outputs=outputs, tiles=tiles, weight=weight),
         out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
         grid=(min(outputs, tuning.STREAMING_MULTIPROCESSORS // cluster),),
         grid_names=("block",),
@@ -88,6 +89,7 @@ def matmul(
         cluster_names=("cluster",),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
+        kernel_name="ternary_matmul_many",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last)
@@ -117,12 +119,17 @@ def _kernel(
     x_filled,
     x_freed,
     loaded,
+    added,
+    taken,
+    sums_smem=None,
     outputs: int,
-    cluster: int,
+    tiles: tuning.ManyTiles,
     weight: KernelWeight,
 ):
     steps, planes = weight.tiles, weight.planes
-    x_slots, block_tokens, _ = x_smem.shape
+    lines, stages, x_slots, cluster = tiles.lines, tiles.stages, tiles.x_slots, tiles.cluster
+    block_tokens, rows_each = tiles.tokens, _ROWS * _WARPGROUPS // lines
+    width, shares = tiles.x_planes * PLANE, planes // tiles.x_planes
     group = lax.axis_index("warpgroup")
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
     mine = lax.div(outputs - block + blocks - 1, blocks)
@@ -132,82 +139,104 @@ def _kernel(
         tokens = pl.cdiv(out_gmem.shape[0], block_tokens)
         output = block + i * blocks
         rows = lax.div(output, tokens) * cluster + lax.axis_index("cluster")
-        return lax.rem(output, tokens) * block_tokens, rows * _BLOCK_ROWS
+        return lax.rem(output, tokens) * block_tokens, rows * rows_each
+
+    def of_line(line):
+        """How many of an output's tiles."""
+        return lax.div(steps - line + lines - 1, lines)
+
+    def copy_line(line):
+        """All that the warpgroups of a line read, tile after tile."""
+        own = of_line(line)
+
+        @pl.loop(0, mine * own)
+        def _(k):
+            i, turn = lax.div(k, own), lax.rem(k, own)
+            first_token, first_row = place(i)
+            tile, slot = turn * lines + line, lax.rem(k, stages)
+            tokens, rows = pl.ds(first_token, block_tokens), pl.ds(first_row, rows_each)
+            barrier = line * stages + slot
+            pl.when(k >= stages)(lambda: plgpu.barrier_wait(freed.at[barrier]))
+
+            def copy(source, target):
+                plgpu.copy_gmem_to_smem(source, target.at[line, slot], filled.at[barrier])
+
+            copy(codes_gmem.at[tile, rows], codes_smem)
+            if weight.grouped:
+                copy(scales_gmem.at[tile, :, rows], scales_smem)
+            for share in range(shares):
+                x_step = shares * k + share
+                x_slot = lax.rem(x_step, x_slots)
+                barrier = line * x_slots + x_slot
+                pl.when(x_step >= x_slots)(lambda barrier=barrier: plgpu.barrier_wait(x_freed.at[barrier]))
+                source = x_gmem.at[tokens, pl.ds((shares * tile + share) * width, width)]
+                plgpu.copy_gmem_to_smem(
+                    source, x_smem.at[line, x_slot], x_filled.at[barrier], collective_axes="cluster"
+                )
+
+        # Other blocks of the cluster must be done with this one's memory before it ends.
+        for barrier, slots, last in (
+            (freed, stages, mine * own),
+            (x_freed, x_slots, shares * mine * own),
+        ):
+
+            @pl.loop(jnp.maximum(0, last - slots), last)
+            def _(step, barrier=barrier, slots=slots):
+                plgpu.barrier_wait(barrier.at[line * slots + lax.rem(step, jnp.int32(slots))])
 
     @pl.when(group == _WARPGROUPS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
 
-        @pl.loop(0, mine * steps)
-        def _(step):
-            first_token, first_row = place(lax.div(step, steps))
-            tile, slot = lax.rem(step, steps), lax.rem(step, _STAGES)
-            tokens, rows = pl.ds(first_token, block_tokens), pl.ds(first_row, _BLOCK_ROWS)
-            pl.when(step >= _STAGES)(lambda: plgpu.barrier_wait(freed.at[slot]))
-
-            def copy(source, target):
-                plgpu.copy_gmem_to_smem(source, target, filled.at[slot])
-
-            copy(codes_gmem.at[tile, rows], codes_smem.at[slot])
-            if weight.grouped:
-                copy(scales_gmem.at[tile, :, rows], scales_smem.at[slot])
-            for plane in range(planes):
-                x_step = planes * step + plane
-                x_slot = lax.rem(x_step, x_slots)
-                pl.when(x_step >= x_slots)(lambda x_slot=x_slot: plgpu.barrier_wait(x_freed.at[x_slot]))
-                source = x_gmem.at[tokens, pl.ds((planes * tile + plane) * PLANE, PLANE)]
-                plgpu.copy_gmem_to_smem(
-                    source, x_smem.at[x_slot], x_filled.at[x_slot], collective_axes="cluster"
-                )
-
-        # Other blocks of the cluster must be done with this one's memory before it ends.
-        for barrier, slots, last in (
-            (freed, _STAGES, mine * steps),
-            (x_freed, x_slots, planes * mine * steps),
-        ):
-
-            @pl.loop(jnp.maximum(0, last - slots), last)
-            def _(step, barrier=barrier, slots=slots):
-                plgpu.barrier_wait(barrier.at[lax.rem(step, jnp.int32(slots))])
+        @plgpu.warp_map
+        def _(line):
+            pl.when(line < lines)(lambda: copy_line(line))
 
     @pl.when(group < _WARPGROUPS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        of_group = pl.ds(group * _ROWS, _ROWS)
+        line, part = lax.rem(group, lines), lax.div(group, lines)
+        own = of_line(line)
+        of_group = pl.ds(part * _ROWS, _ROWS)
 
         def load_row(ref):
             return plgpu.load(ref, layout=_LAYOUT.reduce(1), optimized=False).astype(jnp.float32)
 
-        def unpack(packed, slot, plane):
+        def unpack(packed, pairs, plane):
             if not weight.grouped:
                 return unpack_rows(packed, plane, exact=True, wide=True)[0]
-            pairs = plgpu.load(
-                scales_smem.at[slot, plane, of_group], layout=_LAYOUT.reduce(1), optimized=False
-            )
-            return unpack_weights(packed, plane, pairs.astype(jnp.int32))
+            return unpack_weights(packed, plane, pairs[plane].astype(jnp.int32))
 
-        def add_tile(tile, acc_ref):
-            slot = lax.rem(tile, _STAGES)
-            plgpu.barrier_wait(filled.at[slot])
-            packed = plgpu.load(
-                codes_smem.at[slot, of_group], layout=plgpu.Layout.WGMMA_8BIT, optimized=False
+        def load_pairs(slot, plane):
+            return plgpu.load(
+                scales_smem.at[line, slot, plane, of_group], layout=_LAYOUT.reduce(1), optimized=False
             )
+
+        def add_tile(k, acc_ref):
+            slot = lax.rem(k, stages)
+            plgpu.barrier_wait(filled.at[line * stages + slot])
+            packed = plgpu.load(
+                codes_smem.at[line, slot, of_group], layout=plgpu.Layout.WGMMA_8BIT, optimized=False
+            )
+            pairs = [load_pairs(slot, plane) for plane in range(planes) if weight.grouped]
             x_slot = None
             for plane in range(planes):
-                codes, previous = unpack(packed, slot, plane), x_slot
-                x_slot = lax.rem(planes * tile + plane, x_slots)
-                plgpu.barrier_wait(x_filled.at[x_slot])
-                plgpu.wgmma(acc_ref, codes, x_smem.at[x_slot].T)
-                if previous is not None:
+                share, place = divmod(plane, tiles.x_planes)
+                codes, previous = unpack(packed, pairs, plane), x_slot
+                if place == 0:
+                    x_slot = lax.rem(shares * k + share, x_slots)
+                    plgpu.barrier_wait(x_filled.at[line * x_slots + x_slot])
+                plgpu.wgmma(acc_ref, codes, x_smem.at[line, x_slot, :, pl.ds(place * PLANE, PLANE)].T)
+                if plane:
                     plgpu.wgmma_wait(1)
-                    plgpu.barrier_arrive(x_freed.at[previous])
+                if plane and place == 0:
+                    plgpu.barrier_arrive(x_freed.at[line * x_slots + previous])
 
-        def step(tile, acc):
-            slot, x_slot = lax.rem(tile, _STAGES), lax.rem(planes * tile + planes - 1, x_slots)
-            acc = pl.run_state(functools.partial(add_tile, tile))(plgpu.WGMMAAccumulatorRef.init(acc))
-            plgpu.barrier_arrive(x_freed.at[x_slot])
-            plgpu.commit_smem()  # the whole warpgroup has read
-            plgpu.barrier_arrive(freed.at[slot])
+        def step(k, acc):
+            slot, x_slot = lax.rem(k, stages), lax.rem(shares * k + shares - 1, x_slots)
+            acc = pl.run_state(functools.partial(add_tile, k))(plgpu.WGMMAAccumulatorRef.init(acc))
+            plgpu.barrier_arrive(x_freed.at[line * x_slots + x_slot])
+            plgpu.barrier_arrive(freed.at[line * stages + slot])
             return acc
 
         def write(acc, tokens, out_slice):
@@ -218,11 +247,11 @@ def _kernel(
                 return plgpu.layout_cast(lax.broadcast_in_dim(values, shape, (axis,)), _LAYOUT)
 
             def load_token(j):
-                ref = token_smem.at[group, j, tokens]
+                ref = token_smem.at[part, j, tokens]
                 return spread(plgpu.load(ref, layout=_LAYOUT.reduce(0), optimized=False), 1)
 
             def row(ref, j):
-                return load_row(ref.at[group, j])
+                return load_row(ref.at[part, j])
 
             y = acc.astype(jnp.float32)
             if weight.grouped:
@@ -237,35 +266,63 @@ def _kernel(
             if out_smem.dtype.itemsize == 4:  # what has fewer bytes is transposed on the way
                 value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem.at[group].T[...] = value
+            out_smem.at[part].T[...] = value
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[group], out_slice)
+            plgpu.copy_smem_to_gmem(out_smem.at[part], out_slice)
+
+        def fetch_ends(first_token, first_row):
+            tokens, rows = pl.ds(first_token, block_tokens), pl.ds(first_row, _ROWS)
+
+            def copy(source, target):
+                plgpu.copy_gmem_to_smem(source, target, loaded.at[part])
+
+            for j, source in enumerate((scale_gmem, zero_point_gmem)):
+                copy(source.at[tokens], token_smem.at[part, j])
+            for j, source in enumerate((row_sums_gmem, bias_gmem)):
+                copy(source.at[rows], row_smem.at[part, j])
+            if weight.grouped:
+                copy(last_gmem.at[rows], row_smem.at[part, 2])
+            else:
+                copy(last_gmem.at[tokens], token_smem.at[part, 2])
+                for j in range(2):
+                    copy(scales_gmem.at[0, j, rows], row_scales_smem.at[part, j])
+
+        def finish(acc, first_token, first_row):
+            rows = pl.ds(first_row, _ROWS)
+            plgpu.barrier_wait(loaded.at[part])
+            width = out_smem.shape[1]
+            for j in range(0, block_tokens, width):
+                write(
+                    acc[:, j : j + width], pl.ds(j, width), out_gmem.at[pl.ds(first_token + j, width), rows]
+                )
 
         @pl.loop(0, mine)
         def _(i):
             first_token, first_row = place(i)
-            tokens, rows = pl.ds(first_token, block_tokens), pl.ds(first_row + group * _ROWS, _ROWS)
+            first_row += part * _ROWS
 
-            def copy(source, target):
-                plgpu.copy_gmem_to_smem(source, target, loaded.at[group])
+            def fetch():
+                fetch_ends(first_token, first_row)
 
-            for j, source in enumerate((scale_gmem, zero_point_gmem)):
-                copy(source.at[tokens], token_smem.at[group, j])
-            for j, source in enumerate((row_sums_gmem, bias_gmem)):
-                copy(source.at[rows], row_smem.at[group, j])
-            if weight.grouped:
-                copy(last_gmem.at[rows], row_smem.at[group, 2])
-            else:
-                copy(last_gmem.at[tokens], token_smem.at[group, 2])
-                for j in range(2):
-                    copy(scales_gmem.at[0, j, rows], row_scales_smem.at[group, j])
-
+            # Of two lines, the first one finishes what both have summed.
+            fetch() if lines == 1 else pl.when(line == 0)(fetch)
             start = plgpu.layout_cast(jnp.zeros((_ROWS, block_tokens), jnp.int32), _LAYOUT)
-            acc = lax.fori_loop(i * steps, (i + 1) * steps, step, start)
-            plgpu.barrier_wait(loaded.at[group])
-            part = out_smem.shape[1]
-            for j in range(0, block_tokens, part):
-                write(acc[:, j : j + part], pl.ds(j, part), out_gmem.at[pl.ds(first_token + j, part), rows])
+            acc = lax.fori_loop(i * own, (i + 1) * own, step, start)
+            if lines == 1:
+                return finish(acc, first_token, first_row)
+
+            @pl.when(line == 1)
+            def _():
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(taken))
+                sums_smem[...] = acc
+                plgpu.barrier_arrive(added)
+
+            @pl.when(line == 0)
+            def _():
+                plgpu.barrier_wait(added)
+                total = acc + plgpu.load(sums_smem, layout=_LAYOUT, optimized=False)
+                plgpu.barrier_arrive(taken)
+                finish(total, first_token, first_row)
 
         plgpu.wait_smem_to_gmem(0)
 

@@ -6,7 +6,9 @@ from twla_jax.packing import PLANE
 
 ROWS = 128  # matrices are filled up to a multiple of this
 
-FEW_TOKENS = 32  # up to which int8 tokens are bound by the weights' way from memory
+FEW_TOKENS = 16  # up to which int8 tokens are bound by the weights' way from memory
+_MANY_TOKENS = 128  # up to which they are one block
+_X_BYTES = 128 * 1024  # of those that are under way
 STREAMING_MULTIPROCESSORS = 132  # of an H100
 MULTIPROCESSOR_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor share
 _SHARED_MEMORY = 220 * 1024  # bytes a block of an H100 may take, less what barriers need
@@ -60,11 +62,55 @@ def integer_tiles(tokens: int, rows: int, tiles: int) -> IntegerTiles:
     Two stages beat four on an H100, as more blocks then share a multiprocessor. Warpgroups are added until there is
     work for two to each, as far as their registers go.
     """
-    block, most = next(pair for pair in ((8, 4), (16, 2), (FEW_TOKENS, 1)) if tokens <= pair[0])
+    block, most = next(pair for pair in ((8, 4), (FEW_TOKENS, 2)) if tokens <= pair[0])
     warpgroups = 1
     while 2 * warpgroups <= min(most, tiles) and rows // 64 * warpgroups < 2 * STREAMING_MULTIPROCESSORS:
         warpgroups *= 2
     return IntegerTiles(tokens=block, warpgroups=warpgroups, stages=min(2, -(-tiles // warpgroups)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManyTiles:
+    """Tokens of a block, a multiple of 32, and how its two warpgroups share the work.
+
+    Of one line, each has 64 rows of its own; of two, both have the same, and share the columns. Blocks of a `cluster`
+    share tokens. A line has `stages` tiles of weights under way, and `x_slots` times `x_planes` of a tile's planes of
+    tokens.
+    """
+
+    tokens: int
+    lines: int
+    cluster: int
+    stages: int
+    x_slots: int
+    x_planes: int
+
+
+def many_tiles(tokens: int, rows: int) -> ManyTiles:
+    """Tiles for so many int8 tokens.
+
+    Of two lines, blocks have half as many rows: that is faster where the last multiprocessor is then done earlier, but
+    for many tokens only where there is no more than one block for each.
+    """
+
+    def rounds(block_rows: int, block_tokens: int) -> int:
+        return -(-(-(-rows // block_rows) * -(-tokens // block_tokens)) // STREAMING_MULTIPROCESSORS)
+
+    if tokens > _MANY_TOKENS:
+        few = rounds(64, _MANY_TOKENS) == 1
+        block, lines = (_MANY_TOKENS, 2) if few else (2 * _MANY_TOKENS, 1)
+    else:
+        block = -(-tokens // 32) * 32
+        lines = 2 if rounds(64, block) < 2 * rounds(128, block) else 1
+    x_planes = 4 if block <= 64 else 2 if block <= _MANY_TOKENS else 1
+    return ManyTiles(
+        tokens=block,
+        lines=lines,
+        cluster=2 if lines == 1 and block > 64 else 1,
+        stages=3 if block <= 64 else 2,
+        x_slots=min(4, _X_BYTES // (lines * block * PLANE * x_planes)),
+        x_planes=x_planes,
+    )
 
 
 def filled_up(rows: int) -> int:
