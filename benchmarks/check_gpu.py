@@ -71,9 +71,9 @@ def random_tokens(key: jax.Array, t: int, m: int, *, exact: bool = False) -> Qua
 
 
 # Tokens, rows, columns, whether there are groups. Few tokens first; of many, a short last tile and 8 tokens cut, then
-# three blocks of rows, which clusters of two do not divide, and warpgroups that share columns or have rows of their own;
-# at last, few tokens with more rows and tiles of their own: more than a block has at once, and a last block of rows that
-# is cut.
+# three blocks of rows, which clusters of two do not divide, and warpgroups that share columns or have rows of their
+# own; at last, few tokens with more rows and tiles of their own: more than a block has at once, and a last block of
+# rows that is cut.
 PRODUCTS = (
     (1, 1024, 4096, True),
     (TOKENS, 1024, 4096, False),

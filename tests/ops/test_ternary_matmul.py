@@ -191,10 +191,7 @@ def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(
     weight = packed([ternary.from_codes(codes, alpha, mu, size)])
     arguments = operands(tokens(t, m))
     expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*arguments, weight)
-    emulated_warpgroups.emulate(monkeypatch, gpu_prefill, pl, plgpu)
-    monkeypatch.setattr(gpu_prefill, "unpack_rows", unpacked_rows)
-    monkeypatch.setattr(gpu_prefill, "unpack_weights", unpacked_weights)
-    monkeypatch.setattr(tiles, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, for several outputs each
+    emulate_warpgroups(monkeypatch)
     # Few slots, filled again and again.
     chosen = tiles.ManyTiles(
         tokens=block_tokens,
@@ -205,7 +202,30 @@ def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(
         x_planes=x_planes,
     )
     found = gpu_prefill.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
-    np.testing.assert_allclose(found[:, :n], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_gpu_kernel_of_many_tokens_adds_a_residual(lines, monkeypatch):
+    t, n, m = 200, 256, 600
+    weight, arguments = packed([matrix(n, m, 128)]), operands(tokens(t, m))
+    residual = jax.random.normal(jax.random.key(0), (t, n), jnp.bfloat16) * 1e4
+    options = {"out_dtype": jnp.bfloat16}
+    expected = reference.matmul(*arguments, weight, residual, **options).astype(jnp.float32)
+    emulate_warpgroups(monkeypatch)
+    # Outputs of a block leave in three parts.
+    chosen = tiles.ManyTiles(tokens=192, lines=lines, cluster=1, stages=2, x_slots=2, x_planes=2)
+    found = gpu_prefill.matmul(*arguments, weight, residual, **options, tiles=chosen)
+    # Sums are rounded on one side or the other of an edge.
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=np.abs(expected).max() / 128)
+    assert (found == expected).mean() > 0.99
+
+
+def emulate_warpgroups(monkeypatch):
+    emulated_warpgroups.emulate(monkeypatch, gpu_prefill, pl, plgpu)
+    monkeypatch.setattr(gpu_prefill, "unpack_rows", unpacked_rows)
+    monkeypatch.setattr(gpu_prefill, "unpack_weights", unpacked_weights)
+    monkeypatch.setattr(tiles, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, for several outputs each
 
 
 def unpacked_rows(packed, plane, *, exact, wide):
@@ -331,6 +351,15 @@ def matrix_of_shape(n, m, size):
 def operand_shapes(t, n, m, size, dtype):
     x = jnp.zeros((t, m), dtype)
     return jax.eval_shape(lambda: (*operands(x), kernel_weight([matrix_of_shape(n, m, size)])))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("t", [24, 128, 2048])
+def test_gpu_kernel_of_many_tokens_adds_a_residual_itself(t, compile_for_h100):
+    operands = *operand_shapes(t, 4096, 4096, 128, jnp.int8), jax.ShapeDtypeStruct((t, 4096), jnp.bfloat16)
+    compiled, reports = compile_for_h100(functools.partial(gpu.matmul, out_dtype=jnp.bfloat16), *operands)
+    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+    assert "fusion" not in compiled.as_text()
 
 
 @pytest.mark.aot

@@ -39,8 +39,8 @@ def matmul(
     if x.dtype == jnp.int8 and gpu_few.obstacle(len(x), weight) is None:
         return gpu_few.matmul(x, scale, zero_point, weight, residual, out_dtype=out_dtype)
     if x.dtype == jnp.int8 and len(x) > tuning.FEW_TOKENS:
-        y = gpu_prefill.matmul(x, sums, scale, zero_point, weight, out_dtype=out_dtype)
-    elif x.dtype == jnp.int8:
+        return gpu_prefill.matmul(x, sums, scale, zero_point, weight, residual, out_dtype=out_dtype)
+    if x.dtype == jnp.int8:
         y = gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
     else:  # Floats have no scale and no zero point.
         y = product(x, sums, weight, (weight.steps, weight.bias), out_dtype=out_dtype)

@@ -37,12 +37,13 @@ def matmul(
     scale: Float32[Array, " t"],
     zero_point: Float32[Array, " t"],
     weight: KernelWeight,
+    residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype,
     tiles: tuning.ManyTiles | None = None,
-) -> Float[Array, "t rows"]:
-    """What `reference.matmul` computes, for int8 x."""
-    t, grouped = len(x), weight.grouped
+) -> Float[Array, "t n"]:
+    """What `reference.matmul` computes, for int8 x, and the residual added."""
+    t, grouped, itemsize = len(x), weight.grouped, jnp.dtype(out_dtype).itemsize
     tiles = tiles or tuning.many_tiles(t, weight.rows)
     block, lines, cluster = tiles.tokens, tiles.lines, tiles.cluster
     parts = _WARPGROUPS // lines
@@ -50,10 +51,18 @@ def matmul(
     # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8), (0, 0)))
+    added = []
+    if (
+        residual is not None
+        and residual.dtype == out_dtype
+        and itemsize == 2
+        and weight.rows == residual.shape[1]
+    ):
+        added = [jnp.pad(residual, ((0, -t % 8), (0, 0)))]
     # Sums of int8 weights need nothing beside them.
     last = weight.steps if grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
     outputs = pl.cdiv(weight.rows, rows * cluster) * pl.cdiv(t, block)
-    stages, x_slots, itemsize = tiles.stages, tiles.x_slots, jnp.dtype(out_dtype).itemsize
+    stages, x_slots = tiles.stages, tiles.x_slots
     scratch = {
         "codes_smem": plgpu.SMEM((lines, stages, rows, PLANE), jnp.uint8, transforms=_swizzled(128, 1)),
         "x_smem": plgpu.SMEM(
@@ -76,6 +85,7 @@ def matmul(
             collective_axes=("cluster",), num_arrivals=parts, num_barriers=lines * x_slots
         ),
         "loaded": plgpu.Barrier(num_arrivals=5 if grouped else 7, num_barriers=parts),
+        "residual_filled": plgpu.Barrier(num_barriers=parts),
         "added": plgpu.Barrier(),
         "taken": plgpu.Barrier(),
     }
@@ -92,8 +102,8 @@ def matmul(
         kernel_name="ternary_matmul_many",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last)
-    return y[:t]
+    )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last, *added)
+    return weight.finished(y[:t], None if added else residual)
 
 
 def _kernel(
@@ -105,8 +115,7 @@ def _kernel(
     scale_gmem,
     zero_point_gmem,
     last_gmem,  # steps of rows where they have several groups, else sums of tokens
-    out_gmem,
-    *,
+    *residual_and_out_gmem,
     codes_smem,
     x_smem,
     scales_smem,
@@ -119,6 +128,7 @@ def _kernel(
     x_filled,
     x_freed,
     loaded,
+    residual_filled,
     added,
     taken,
     sums_smem=None,
@@ -126,6 +136,7 @@ def _kernel(
     tiles: tuning.ManyTiles,
     weight: KernelWeight,
 ):
+    *residual_gmem, out_gmem = residual_and_out_gmem
     steps, planes = weight.tiles, weight.planes
     lines, stages, x_slots, cluster = tiles.lines, tiles.stages, tiles.x_slots, tiles.cluster
     block_tokens, rows_each = tiles.tokens, _ROWS * _WARPGROUPS // lines
@@ -239,6 +250,12 @@ def _kernel(
             plgpu.barrier_arrive(freed.at[line * stages + slot])
             return acc
 
+        def fetch_residual(tokens, rows):
+            """What is to be added, into the place of the outputs, once those before have left it."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for ref in residual_gmem:
+                plgpu.copy_gmem_to_smem(ref.at[tokens, rows], out_smem.at[part], residual_filled.at[part])
+
         def write(acc, tokens, out_slice):
             """Scales sums of some tokens, and sends them to their place."""
             shape = acc.shape
@@ -263,6 +280,10 @@ def _kernel(
             row_sums, bias = (spread(row(row_smem, j), 0) for j in range(2))
             y = load_token(0) * (y - load_token(1) * row_sums) + bias
             value = y.astype(out_smem.dtype)
+            if residual_gmem:
+                plgpu.barrier_wait(residual_filled.at[part])
+                value += plgpu.load(out_smem.at[part].T, layout=_LAYOUT, optimized=False)
+                plgpu.commit_smem()  # all have read before it is overwritten
             if out_smem.dtype.itemsize == 4:  # what has fewer bytes is transposed on the way
                 value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -288,13 +309,13 @@ def _kernel(
                     copy(scales_gmem.at[0, j, rows], row_scales_smem.at[part, j])
 
         def finish(acc, first_token, first_row):
-            rows = pl.ds(first_row, _ROWS)
+            rows, width = pl.ds(first_row, _ROWS), out_smem.shape[1]
             plgpu.barrier_wait(loaded.at[part])
-            width = out_smem.shape[1]
             for j in range(0, block_tokens, width):
-                write(
-                    acc[:, j : j + width], pl.ds(j, width), out_gmem.at[pl.ds(first_token + j, width), rows]
-                )
+                tokens = pl.ds(first_token + j, width)
+                if j and residual_gmem:
+                    fetch_residual(tokens, rows)
+                write(acc[:, j : j + width], pl.ds(j, width), out_gmem.at[tokens, rows])
 
         @pl.loop(0, mine)
         def _(i):
@@ -303,6 +324,8 @@ def _kernel(
 
             def fetch():
                 fetch_ends(first_token, first_row)
+                if residual_gmem:
+                    fetch_residual(pl.ds(first_token, out_smem.shape[1]), pl.ds(first_row, _ROWS))
 
             # Of two lines, the first one finishes what both have summed.
             fetch() if lines == 1 else pl.when(line == 0)(fetch)
