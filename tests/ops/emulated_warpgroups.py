@@ -114,11 +114,14 @@ class Sums:
             self.value += np.asarray(codes, np.int64) @ ref.array.astype(np.int64)
 
 
-def emulate(monkeypatch, module, pl, plgpu):
-    """Makes `plgpu.kernel` run its clusters one after the other, and all that `module` calls in it run here."""
+def emulate(monkeypatch, pl, plgpu, *modules):
+    """Makes `plgpu.kernel` run its clusters one after the other, and all that `modules` call in it run here."""
 
     def memory(kind, blocks, changed):
-        """Of all blocks of a cluster."""
+        """Of all blocks of a cluster; of a dictionary of kinds, likewise."""
+        if isinstance(kind, dict):
+            found = {name: memory(each, blocks, changed) for name, each in kind.items()}
+            return lambda own: {name: of_block(own) for name, of_block in found.items()}
         if isinstance(kind, plgpu.Barrier | plgpu.ClusterBarrier):
             of_cluster = isinstance(kind, plgpu.ClusterBarrier)
             arrivals = kind.num_arrivals * (blocks if of_cluster else 1)
@@ -140,19 +143,18 @@ def emulate(monkeypatch, module, pl, plgpu):
 
         def run_cluster(block, inputs, out):
             changed, failures = threading.Condition(), []
-            scratch = {name: memory(kind, cluster[0], changed) for name, kind in scratch_types.items()}
+            scratch = memory(scratch_types, cluster[0], changed)
 
             def run(own, group):
                 _here.axes = {grid_names[0]: block, cluster_names[0]: own, "warpgroup": group}
-                mine = {name: of_block(own) for name, of_block in scratch.items()}
+                mine = scratch(own)
                 try:
                     body(*inputs, out, **mine)
                 except BaseException as error:
                     failures.append(error)
                     with changed:  # the others would wait in vain
-                        for each in mine.values():
-                            for barrier in np.ravel(each.blocks) if isinstance(each, Barriers) else []:
-                                barrier.broken = True
+                        for barrier in barriers_of(mine):
+                            barrier.broken = True
                         changed.notify_all()
 
             places = [(own, group) for own in range(cluster[0]) for group in range(num_threads)]
@@ -168,6 +170,11 @@ def emulate(monkeypatch, module, pl, plgpu):
         return call
 
     sizes = {}
+
+    def barriers_of(memory):
+        if isinstance(memory, dict):
+            return [barrier for each in memory.values() for barrier in barriers_of(each)]
+        return np.ravel(memory.blocks) if isinstance(memory, Barriers) else []
 
     def copy(source, target, barrier, collective_axes=None):
         data = np.zeros(target.shape, target.dtype)
@@ -256,4 +263,5 @@ def emulate(monkeypatch, module, pl, plgpu):
         broadcast_in_dim=lax.broadcast_in_dim,
         bitcast_convert_type=lax.bitcast_convert_type,
     )
-    monkeypatch.setattr(module, "lax", fake)
+    for module in modules:
+        monkeypatch.setattr(module, "lax", fake)

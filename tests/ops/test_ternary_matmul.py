@@ -20,7 +20,9 @@ from twla_jax.ops.ternary_matmul import (
     few_tiles,
     gpu,
     gpu_few,
-    gpu_prefill,
+    gpu_many,
+    gpu_many_outputs,
+    gpu_many_rings,
     gpu_products,
     gpu_ring,
     gpu_rows,
@@ -201,7 +203,7 @@ def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(
         x_slots=3 if x_planes == 1 else 1,
         x_planes=x_planes,
     )
-    found = gpu_prefill.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
+    found = gpu_many.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
@@ -215,16 +217,16 @@ def test_gpu_kernel_of_many_tokens_adds_a_residual(lines, monkeypatch):
     emulate_warpgroups(monkeypatch)
     # Outputs of a block leave in three parts.
     chosen = tiles.ManyTiles(tokens=192, lines=lines, cluster=1, stages=2, x_slots=2, x_planes=2)
-    found = gpu_prefill.matmul(*arguments, weight, residual, **options, tiles=chosen)
+    found = gpu_many.matmul(*arguments, weight, residual, **options, tiles=chosen)
     # Sums are rounded on one side or the other of an edge.
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=np.abs(expected).max() / 128)
     assert (found == expected).mean() > 0.99
 
 
 def emulate_warpgroups(monkeypatch):
-    emulated_warpgroups.emulate(monkeypatch, gpu_prefill, pl, plgpu)
-    monkeypatch.setattr(gpu_prefill, "unpack_rows", unpacked_rows)
-    monkeypatch.setattr(gpu_prefill, "unpack_weights", unpacked_weights)
+    emulated_warpgroups.emulate(monkeypatch, pl, plgpu, gpu_many, gpu_many_rings, gpu_many_outputs)
+    monkeypatch.setattr(gpu_many_rings, "unpack_rows", unpacked_rows)
+    monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
     monkeypatch.setattr(tiles, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, for several outputs each
 
 

@@ -1,5 +1,5 @@
 """Packed weights on Hopper GPUs (Pallas Mosaic GPU): bf16 tokens here, and of ternary weights alone, int8 tokens by
-`gpu_few`, `gpu_integer` and `gpu_prefill`, the more of them the later.
+`gpu_few`, `gpu_integer` and `gpu_many`, the more of them the later.
 
 Tokens are the 16 rows of `mma.sync`, weight rows its columns; tokens that are not there are neither read nor written.
 Each warp unpacks its own weights in registers. K is split between the warpgroups of a block, each with its own ring of
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from twla_jax.ops.ternary_matmul import gpu_few, gpu_integer, gpu_prefill
+from twla_jax.ops.ternary_matmul import gpu_few, gpu_integer, gpu_many
 from twla_jax.ops.ternary_matmul import tiles as tuning
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, parts_of_pair
@@ -39,7 +39,7 @@ def matmul(
     if x.dtype == jnp.int8 and gpu_few.obstacle(len(x), weight) is None:
         return gpu_few.matmul(x, scale, zero_point, weight, residual, out_dtype=out_dtype)
     if x.dtype == jnp.int8 and len(x) > tuning.FEW_TOKENS:
-        return gpu_prefill.matmul(x, sums, scale, zero_point, weight, residual, out_dtype=out_dtype)
+        return gpu_many.matmul(x, sums, scale, zero_point, weight, residual, out_dtype=out_dtype)
     if x.dtype == jnp.int8:
         y = gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
     else:  # Floats have no scale and no zero point.

@@ -1,0 +1,165 @@
+"""Two-bit weights times more than sixteen int8 tokens on Hopper GPUs (Pallas Mosaic GPU), for the tensor cores.
+
+Two warpgroups multiply, 64 weight rows each, which they unpack in registers as the left operand of `wgmma`. Each has
+rows of its own; or both have the same, where that keeps more multiprocessors busy, and every other tile of columns. A
+third warpgroup keeps rings of tiles filled, across the outputs that a block computes one after the other. While one
+warpgroup scales what it has summed, the other multiplies. Blocks of a cluster share tokens, which are read once for
+all.
+
+Where a row has several (α, μ), its weights are unpacked to whole numbers of its step, which int8 holds: sums of all
+columns stay integers, and registers have room for more tokens than they would beside sums in float32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+from twla_jax.ops.ternary_matmul import gpu_many_outputs, gpu_many_rings
+from twla_jax.ops.ternary_matmul import tiles as tuning
+from twla_jax.ops.ternary_matmul.gpu_many_outputs import Outputs
+from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ROWS, WARPGROUPS, Rings, Work
+from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.ops.tokens import pad_columns
+from twla_jax.packing import PLANE
+
+
+def matmul(
+    x: Int8[Array, "t m"],
+    sums: Int32[Array, "t groups"],
+    scale: Float32[Array, " t"],
+    zero_point: Float32[Array, " t"],
+    weight: KernelWeight,
+    residual: Float[Array, "t n"] | None = None,
+    *,
+    out_dtype,
+    tiles: tuning.ManyTiles | None = None,
+) -> Float[Array, "t n"]:
+    """What `reference.matmul` computes, for int8 x."""
+    t, tiles = len(x), tiles or tuning.many_tiles(len(x), weight.rows)
+    # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
+    x = pad_columns(x) if x.shape[1] % PLANE else x
+    x = jnp.pad(x, ((0, -t % 8), (0, 0)))
+    added = []
+    if residual is not None and _adds(residual, weight, out_dtype):
+        added = [jnp.pad(residual, ((0, -t % 8), (0, 0)))]
+    # Sums of int8 weights need nothing beside them.
+    last = weight.steps if weight.grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
+    rows = ROWS * WARPGROUPS // tiles.lines
+    outputs = pl.cdiv(weight.rows, rows * tiles.cluster) * pl.cdiv(t, tiles.tokens)
+    work = Work(tokens=len(x), outputs=outputs, tiles=tiles)
+    y = plgpu.kernel(
+        functools.partial(_kernel, work=work, weight=weight),
+        out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
+        grid=(min(outputs, tuning.STREAMING_MULTIPROCESSORS // tiles.cluster),),
+        grid_names=("block",),
+        cluster=(tiles.cluster,),
+        cluster_names=("cluster",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="ternary_matmul_many",
+        scratch_types={
+            "of_rings": gpu_many_rings.memory(work, weight),
+            "of_outputs": gpu_many_outputs.memory(work, out_dtype, grouped=weight.grouped),
+            "of_lines": _memory_of_lines(tiles),
+        },
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last, *added)
+    return weight.finished(y[:t], None if added else residual)
+
+
+def _adds(residual: jax.Array, weight: KernelWeight, out_dtype) -> bool:
+    """Whether the kernel adds it itself: it is of all rows, and of two bytes as the outputs are."""
+    dtype = residual.dtype
+    return residual.shape[1] == weight.rows and dtype == out_dtype and dtype.itemsize == 2
+
+
+def _memory_of_lines(tiles: tuning.ManyTiles) -> dict[str, Any]:
+    """For the second line's sums on their way to the first, if there are two."""
+    if tiles.lines == 1:
+        return {}
+    sums = plgpu.SMEM((ROWS, tiles.tokens), jnp.int32)
+    return {"sums": sums, "added": plgpu.Barrier(), "taken": plgpu.Barrier()}
+
+
+def _kernel(
+    codes_gmem,
+    scales_gmem,
+    row_sums_gmem,
+    bias_gmem,
+    x_gmem,
+    scale_gmem,
+    zero_point_gmem,
+    last_gmem,  # steps of rows where they have several groups, else sums of tokens
+    *residual_and_out_gmem,
+    of_rings,
+    of_outputs,
+    of_lines,
+    work: Work,
+    weight: KernelWeight,
+):
+    *residual_gmem, out_gmem = residual_and_out_gmem
+    group, lines = lax.axis_index("warpgroup"), work.tiles.lines
+    rings = Rings(work=work, weight=weight, **of_rings)
+
+    @pl.when(group == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+
+        @plgpu.warp_map
+        def _(line):
+            pl.when(line < lines)(lambda: rings.fill(line, codes_gmem, scales_gmem, x_gmem))
+
+    @pl.when(group < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        line, part = lax.rem(group, lines), lax.div(group, lines)
+        outputs = Outputs(
+            part=part,
+            scale_gmem=scale_gmem,
+            zero_point_gmem=zero_point_gmem,
+            row_sums_gmem=row_sums_gmem,
+            bias_gmem=bias_gmem,
+            steps_gmem=last_gmem if weight.grouped else None,
+            scales_gmem=scales_gmem,
+            sums_gmem=last_gmem,
+            residual_gmem=residual_gmem[0] if residual_gmem else None,
+            out_gmem=out_gmem,
+            **of_outputs,
+        )
+
+        @pl.loop(0, work.mine())
+        def _(i):
+            first_token, first_row = work.place(i)
+            first_row += part * ROWS
+            if lines == 1:
+                outputs.fetch(first_token, first_row)
+                return outputs.finish(rings.sums(i, line, part), first_token, first_row)
+            pl.when(line == 0)(lambda: outputs.fetch(first_token, first_row))
+            sums = rings.sums(i, line, part)
+            _add_lines(i, line, sums, lambda sums: outputs.finish(sums, first_token, first_row), **of_lines)
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _add_lines(i, line, own: jax.Array, finish: Callable[[jax.Array], None], *, sums, added, taken) -> None:
+    """Of two lines, the first one finishes what both have summed."""
+
+    @pl.when(line == 1)
+    def _():
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(taken))
+        sums[...] = own
+        plgpu.barrier_arrive(added)
+
+    @pl.when(line == 0)
+    def _():
+        plgpu.barrier_wait(added)
+        total = own + plgpu.load(sums, layout=LAYOUT, optimized=False)
+        plgpu.barrier_arrive(taken)
+        finish(total)

@@ -1,0 +1,186 @@
+"""A block's tiles of weights and tokens in rings of shared memory (Mosaic GPU): a warp keeps those of a line filled.
+
+The warpgroups of a line unpack weights in registers and multiply them by `wgmma`, whose right operand are the tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows, unpack_weights
+from twla_jax.ops.ternary_matmul.tiles import ManyTiles
+from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.packing import PLANE
+
+WARPGROUPS = 2  # that multiply
+ROWS = 64  # of a warpgroup: those of `wgmma`
+LAYOUT = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """Of all blocks: `outputs`, one after the other, of each block of a cluster so many tokens by `rows`."""
+
+    tokens: int
+    outputs: int
+    tiles: ManyTiles
+
+    @property
+    def parts(self) -> int:
+        """Of 64 rows each, that a block has at once."""
+        return WARPGROUPS // self.tiles.lines
+
+    @property
+    def rows(self) -> int:
+        """That a block has at once."""
+        return ROWS * self.parts
+
+    def mine(self) -> jax.Array:
+        """How many outputs this block has."""
+        block, blocks = lax.axis_index("block"), lax.axis_size("block")
+        return lax.div(self.outputs - block + blocks - 1, blocks)
+
+    def place(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First token and first row of this block's output i."""
+        tokens = pl.cdiv(self.tokens, self.tiles.tokens)
+        output = lax.axis_index("block") + i * lax.axis_size("block")
+        rows = lax.div(output, tokens) * self.tiles.cluster + lax.axis_index("cluster")
+        return lax.rem(output, tokens) * self.tiles.tokens, rows * self.rows
+
+
+def memory(work: Work, weight: KernelWeight) -> dict[str, Any]:
+    """What `Rings` has of shared memory, by its fields."""
+    tiles, lines, parts = work.tiles, work.tiles.lines, work.parts
+    return {
+        "codes": plgpu.SMEM((lines, tiles.stages, work.rows, PLANE), jnp.uint8, transforms=swizzled(1)),
+        "scales": plgpu.SMEM((lines, tiles.stages, weight.planes, work.rows), jnp.int16),
+        "x": plgpu.SMEM(
+            (lines, tiles.x_slots, tiles.tokens, tiles.x_planes * PLANE), jnp.int8, transforms=swizzled(1)
+        ),
+        "filled": plgpu.Barrier(num_arrivals=2 if weight.grouped else 1, num_barriers=lines * tiles.stages),
+        "freed": plgpu.Barrier(num_arrivals=parts, num_barriers=lines * tiles.stages),
+        "x_filled": plgpu.Barrier(num_barriers=lines * tiles.x_slots),
+        "x_freed": plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=parts, num_barriers=lines * tiles.x_slots
+        ),
+    }
+
+
+def swizzled(itemsize: int):
+    """Transforms of shared memory that the copy engine and `wgmma` know."""
+    tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore[reportAbstractUsage]
+    return (tiling, plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rings:
+    """Of each line `stages` tiles of codes and scales, and tokens in shares of a tile's planes."""
+
+    work: Work
+    weight: KernelWeight
+    codes: Any
+    scales: Any
+    x: Any
+    filled: Any
+    freed: Any
+    x_filled: Any
+    x_freed: Any
+
+    @property
+    def shares(self) -> int:
+        """Of a tile's tokens."""
+        return self.weight.planes // self.work.tiles.x_planes
+
+    def own(self, line: jax.Array) -> jax.Array:
+        """How many of an output's tiles a line has."""
+        lines = self.work.tiles.lines
+        return lax.div(self.weight.tiles - line + lines - 1, lines)
+
+    def fill(self, line: jax.Array, codes_gmem, scales_gmem, x_gmem) -> None:
+        """Brings all that a line reads, by one warp."""
+        work, tiles, own = self.work, self.work.tiles, self.own(line)
+        stages, x_slots, width = tiles.stages, tiles.x_slots, tiles.x_planes * PLANE
+        last = work.mine() * own
+
+        @pl.loop(0, last)
+        def _(k):
+            i, turn = lax.div(k, own), lax.rem(k, own)
+            first_token, first_row = work.place(i)
+            tile, slot = turn * tiles.lines + line, lax.rem(k, stages)
+            tokens, rows = pl.ds(first_token, tiles.tokens), pl.ds(first_row, work.rows)
+            barrier = line * stages + slot
+            pl.when(k >= stages)(lambda: plgpu.barrier_wait(self.freed.at[barrier]))
+
+            def copy(source, target):
+                plgpu.copy_gmem_to_smem(source, target.at[line, slot], self.filled.at[barrier])
+
+            copy(codes_gmem.at[tile, rows], self.codes)
+            if self.weight.grouped:
+                copy(scales_gmem.at[tile, :, rows], self.scales)
+            for share in range(self.shares):
+                x_slot, barrier = self._x_slot(k, share, line)
+                again = self.shares * k + share >= x_slots
+                pl.when(again)(lambda barrier=barrier: plgpu.barrier_wait(self.x_freed.at[barrier]))
+                source = x_gmem.at[tokens, pl.ds((self.shares * tile + share) * width, width)]
+                plgpu.copy_gmem_to_smem(
+                    source, self.x.at[line, x_slot], self.x_filled.at[barrier], collective_axes="cluster"
+                )
+
+        # Other blocks of the cluster must be done with this one's memory before it ends.
+        for barrier, slots, end in ((self.freed, stages, last), (self.x_freed, x_slots, self.shares * last)):
+
+            @pl.loop(jnp.maximum(0, end - slots), end)
+            def _(step, barrier=barrier, slots=slots):
+                plgpu.barrier_wait(barrier.at[line * slots + lax.rem(step, jnp.int32(slots))])
+
+    def sums(self, i: jax.Array, line: jax.Array, part: jax.Array) -> jax.Array:
+        """`[64, tokens]` int32 of this block's output i, over the line's columns."""
+        own, tokens = self.own(line), self.work.tiles.tokens
+
+        def step(k, acc):
+            slot = lax.rem(k, self.work.tiles.stages)
+            add = functools.partial(self._add_tile, k, slot, line, part)
+            acc = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))
+            plgpu.barrier_arrive(self.x_freed.at[self._x_slot(k, self.shares - 1, line)[1]])
+            plgpu.barrier_arrive(self.freed.at[line * self.work.tiles.stages + slot])
+            return acc
+
+        start = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.int32), LAYOUT)
+        return lax.fori_loop(i * own, (i + 1) * own, step, start)
+
+    def _x_slot(self, k, share: int, line) -> tuple[jax.Array, jax.Array]:
+        """Of a tile's share: where it lies in the line's ring, and which of all barriers is its own."""
+        slots = self.work.tiles.x_slots
+        slot = lax.rem(self.shares * k + share, slots)
+        return slot, line * slots + slot
+
+    def _add_tile(self, k, slot, line, part, acc_ref) -> None:
+        tiles, planes = self.work.tiles, range(self.weight.planes)
+        rows = pl.ds(part * ROWS, ROWS)
+        plgpu.barrier_wait(self.filled.at[line * tiles.stages + slot])
+        packed = plgpu.load(self.codes.at[line, slot, rows], layout=plgpu.Layout.WGMMA_8BIT, optimized=False)
+        of_planes = [self.scales.at[line, slot, plane, rows] for plane in planes if self.weight.grouped]
+        pairs = [plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False) for ref in of_planes]
+        x_slot = x_barrier = None
+        for plane in planes:
+            share, place = divmod(plane, tiles.x_planes)
+            codes, previous = self._unpack(packed, pairs, plane), x_barrier
+            if place == 0:
+                x_slot, x_barrier = self._x_slot(k, share, line)
+                plgpu.barrier_wait(self.x_filled.at[x_barrier])
+            plgpu.wgmma(acc_ref, codes, self.x.at[line, x_slot, :, pl.ds(place * PLANE, PLANE)].T)
+            if plane:
+                plgpu.wgmma_wait(1)
+            if plane and place == 0:
+                plgpu.barrier_arrive(self.x_freed.at[previous])
+
+    def _unpack(self, packed, pairs, plane: int) -> jax.Array:
+        if not self.weight.grouped:
+            return unpack_rows(packed, plane, exact=True, wide=True)[0]
+        return unpack_weights(packed, plane, pairs[plane].astype(jnp.int32))
