@@ -92,6 +92,8 @@ PRODUCTS = (
     (TOKENS, 57344, 1024, False),
     (TOKENS, 10240, 8192, True),
     (TOKENS, 4096, 11008, True),
+    (16, 4096, 11008, True),
+    (TOKENS, 8192, 28672, True),
     (1, 22016, 4096, True),
     (3, 22016, 4096, True),
     (1, 8192, 28672, True),

@@ -170,17 +170,16 @@ def test_sums_of_a_group_fit_16_bits_at_their_largest(code, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("t", "n", "m", "size", "block_tokens", "lines"),
+    ("t", "n", "m", "size", "block_tokens", "lines", "x_planes"),
     [
-        (100, 384, 1536, 128, 32, 1),
-        (40, 256, 1024, 1024, 64, 1),
-        (20, 200, 576, 128, 16, 1),
-        (100, 384, 1536, 128, 32, 2),
-        (40, 256, 1024, 1024, 64, 2),
-        (20, 200, 400, 128, 16, 2),
+        (100, 384, 1536, 128, 32, 1, 1),
+        (40, 256, 1024, 1024, 64, 1, 4),
+        (20, 200, 576, 128, 16, 1, 2),
+        (100, 384, 1536, 128, 32, 2, 4),
+        (40, 256, 1024, 1024, 64, 2, 1),
+        (20, 200, 400, 128, 16, 2, 2),  # one line has no tile
     ],
 )
-@pytest.mark.parametrize("x_planes", [1, 4])
 def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(
     t, n, m, size, block_tokens, lines, x_planes, monkeypatch
 ):
@@ -195,13 +194,9 @@ def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(
     expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*arguments, weight)
     emulate_warpgroups(monkeypatch)
     # Few slots, filled again and again.
+    x_slots = {1: 3, 2: 2, 4: 1}[x_planes]
     chosen = tiles.ManyTiles(
-        tokens=block_tokens,
-        lines=lines,
-        cluster=2,
-        stages=2,
-        x_slots=3 if x_planes == 1 else 1,
-        x_planes=x_planes,
+        tokens=block_tokens, lines=lines, cluster=2, stages=2, x_slots=x_slots, x_planes=x_planes
     )
     found = gpu_many.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
@@ -403,7 +398,6 @@ def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, size, dtype, c
 @pytest.mark.parametrize(
     ("t", "n", "m", "size", "out_dtype"),
     [
-        (2048, 12288, 4096, 128, jnp.bfloat16),
         (2048, 12288, 4096, 4096, jnp.bfloat16),
         (2048, 4096, 11008, 128, jnp.bfloat16),
         (2048, 960, 576, 128, jnp.bfloat16),
@@ -411,8 +405,6 @@ def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, size, dtype, c
         (128, 12288, 4096, 128, jnp.bfloat16),
         (100, 960, 576, 576, jnp.bfloat16),
         (64, 12288, 4096, 128, jnp.float32),
-        (64, 22016, 4096, 128, jnp.float32),
-        (24, 4096, 11008, 128, jnp.bfloat16),
     ],
 )
 def test_gpu_kernel_of_many_tokens_spills_nothing_and_copies_no_weights(
