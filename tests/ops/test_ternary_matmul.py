@@ -302,6 +302,25 @@ def test_tiles_of_few_tokens_fit_memory():
         few_tiles.tiles(8192, 56, 8, 8 * gpu_products.Flat(128).stride(512 * 56))
 
 
+def test_tiles_of_many_tokens_fit_memory():
+    weight = packed([matrix(128, 512, 128)])
+    rows = (640, 1024, 4096, 8192, 10240, 12288, 22016, 57344)
+    for n, t, out_dtype in itertools.product(
+        rows, (17, 33, 64, 65, 96, 128, 129, 300, 2048), (jnp.bfloat16, jnp.float32)
+    ):
+        chosen = tiles.many_tiles(t, n)
+        assert chosen.tokens >= min(t, 128)
+        work = gpu_many_rings.Work(tokens=t, outputs=1, tiles=chosen)
+        memory = (
+            gpu_many_rings.memory(work, weight),
+            gpu_many_outputs.memory(work, out_dtype, grouped=True),
+            gpu_many.memory_of_lines(chosen),
+        )
+        kinds = [kind for part in memory for kind in part.values()]
+        arrays = [kind for kind in kinds if not isinstance(kind, plgpu.Barrier | plgpu.ClusterBarrier)]
+        assert sum(np.prod(kind.shape) * np.dtype(kind.dtype).itemsize for kind in arrays) <= 226 * 1024
+
+
 def test_matrices_that_share_an_input_are_one_product():
     parts = [matrix(n, 576, 128, seed=n) for n in (64, 32, 32)]
     x = tokens(2, 576)

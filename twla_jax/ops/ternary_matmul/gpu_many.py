@@ -67,7 +67,7 @@ def matmul(
         scratch_types={
             "of_rings": gpu_many_rings.memory(work, weight),
             "of_outputs": gpu_many_outputs.memory(work, out_dtype, grouped=weight.grouped),
-            "of_lines": _memory_of_lines(tiles),
+            "of_lines": memory_of_lines(tiles),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last, *added)
@@ -80,7 +80,7 @@ def _adds(residual: jax.Array, weight: KernelWeight, out_dtype) -> bool:
     return residual.shape[1] == weight.rows and dtype == out_dtype and dtype.itemsize == 2
 
 
-def _memory_of_lines(tiles: tuning.ManyTiles) -> dict[str, Any]:
+def memory_of_lines(tiles: tuning.ManyTiles) -> dict[str, Any]:
     """For the second line's sums on their way to the first, if there are two."""
     if tiles.lines == 1:
         return {}
