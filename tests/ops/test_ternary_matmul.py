@@ -140,7 +140,6 @@ def test_accumulators_are_exact(size):
         (16, 128, 1024, 128, 72, 2, 1),
         (11, 512, 1040, 1040, 32, 2, 2),
         (1, 256, 3072, 128, 168, 2, (2, 2)),
-        (4, 128, 2048, 2048, 40, 2, 1),
     ],
 )
 def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgroups, stages, monkeypatch):
