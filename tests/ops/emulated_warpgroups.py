@@ -114,6 +114,17 @@ class Sums:
             self.value += np.asarray(codes, np.int64) @ ref.array.astype(np.int64)
 
 
+def run_at_once(function, places, failures):
+    """A thread for each of the places; then raises the first of the failures that they have noted."""
+    running = [threading.Thread(target=function, args=place) for place in places]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
 def emulate(monkeypatch, pl, plgpu, *modules):
     """Makes `plgpu.kernel` run its clusters one after the other, and all that `modules` call in it run here."""
 
@@ -158,13 +169,7 @@ def emulate(monkeypatch, pl, plgpu, *modules):
                         changed.notify_all()
 
             places = [(own, group) for own in range(cluster[0]) for group in range(num_threads)]
-            running = [threading.Thread(target=run, args=place) for place in places]
-            for thread in running:
-                thread.start()
-            for thread in running:
-                thread.join()
-            if failures:
-                raise failures[0]
+            run_at_once(run, places, failures)
 
         sizes.update({grid_names[0]: grid[0], cluster_names[0]: cluster[0]})
         return call
@@ -223,13 +228,7 @@ def emulate(monkeypatch, pl, plgpu, *modules):
             except BaseException as error:
                 failures.append(error)
 
-        running = [threading.Thread(target=run, args=(warp,)) for warp in range(4)]
-        for thread in running:
-            thread.start()
-        for thread in running:
-            thread.join()
-        if failures:
-            raise failures[0]
+        run_at_once(run, [(warp,) for warp in range(4)], failures)
 
     nothing = lambda *_, **__: None  # noqa: E731
     on_gpu = {

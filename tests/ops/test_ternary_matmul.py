@@ -5,13 +5,12 @@ import functools
 import itertools
 
 import emulated_threads
-import emulated_warpgroups
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from ternary_operands import matrix, matrix_of_shape, operand_shapes, operands, packed, tokens
 
 from twla_jax import ternary
 from twla_jax.benchmark import shapes
@@ -20,9 +19,6 @@ from twla_jax.ops.ternary_matmul import (
     few_tiles,
     gpu,
     gpu_few,
-    gpu_many,
-    gpu_many_outputs,
-    gpu_many_rings,
     gpu_products,
     gpu_ring,
     gpu_rows,
@@ -30,7 +26,6 @@ from twla_jax.ops.ternary_matmul import (
     reference,
     ring_tiles,
     ternary_matmul,
-    tiles,
     tpu,
 )
 from twla_jax.ops.ternary_matmul.weight import pair, parts_of_pair
@@ -39,36 +34,6 @@ from twla_jax.ops.tokens import QuantizedTokens, group_sums
 # rows, columns, group size: whole tiles, a short last tile, a short last group, groups of two planes, one group a row.
 SHAPES = [(128, 1024, 128), (192, 576, 128), (130, 1000, 256), (64, 172, 128), (96, 576, 576)]
 TPUS = ["v5e", "v6e", "v7x"]
-packed = jax.jit(kernel_weight)  # whose steps would each be compiled for every shape
-
-
-def matrix(n, m, size, *, alpha=None, mu=None, seed=0):
-    rng = np.random.default_rng(seed)
-    shape = (n, -(-m // size))
-    codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
-    alpha = jnp.asarray(rng.normal(size=shape) if alpha is None else np.full(shape, alpha))
-    mu = jnp.asarray(rng.normal(size=shape) * 0.1 if mu is None else np.full(shape, mu))
-    return ternary.from_codes(codes, *in_whole_steps(alpha, mu, size), size)
-
-
-in_whole_steps = jax.jit(ternary.in_whole_steps, static_argnums=2)
-
-
-def tokens(t, m, seed=0):
-    rng = np.random.default_rng(seed)
-    codes = jnp.asarray(rng.integers(-128, 128, (t, m)), jnp.int8)
-    return QuantizedTokens(
-        codes=codes,
-        scale=jnp.asarray(rng.random(t), jnp.float32),
-        zero_point=jnp.asarray(rng.integers(-99, 99, t), jnp.float32),
-        sums=group_sums(codes),
-    )
-
-
-def operands(x):
-    if isinstance(x, QuantizedTokens):
-        return x.codes, x.sums, x.scale, x.zero_point
-    return x, group_sums(x), jnp.ones(len(x)), jnp.zeros(len(x))
 
 
 def dequantized(x):
@@ -168,74 +133,6 @@ def test_sums_of_a_group_fit_16_bits_at_their_largest(code, monkeypatch):
     np.testing.assert_array_equal(found[:, :32], 126 * 1024 * code)
 
 
-@pytest.mark.parametrize(
-    ("t", "n", "m", "size", "block_tokens", "lines", "x_planes"),
-    [
-        (100, 384, 1536, 128, 32, 1, 1),
-        (40, 256, 1024, 1024, 64, 1, 4),
-        (20, 200, 576, 128, 16, 1, 2),
-        (100, 384, 1536, 128, 32, 2, 4),
-        (40, 256, 1024, 1024, 64, 2, 1),
-        (20, 200, 400, 128, 16, 2, 2),  # one line has no tile
-    ],
-)
-def test_gpu_kernel_of_many_tokens_warpgroup_by_warpgroup(
-    t, n, m, size, block_tokens, lines, x_planes, monkeypatch
-):
-    # α and μ are whole 64ths, so that the steps to which the kernel rounds weights lose nothing.
-    rng = np.random.default_rng(0)
-    shape = (n, -(-m // size))
-    alpha, mu = (jnp.asarray(rng.integers(-limit, limit + 1, shape) / 64) for limit in (40, 20))
-    alpha, mu = alpha.at[:, 0].set(43 / 64), mu.at[:, 0].set(20 / 64)
-    codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
-    weight = packed([ternary.from_codes(codes, alpha, mu, size)])
-    arguments = operands(tokens(t, m))
-    expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*arguments, weight)
-    emulate_warpgroups(monkeypatch)
-    # Few slots, filled again and again.
-    x_slots = {1: 3, 2: 2, 4: 1}[x_planes]
-    chosen = tiles.ManyTiles(
-        tokens=block_tokens, lines=lines, cluster=2, stages=2, x_slots=x_slots, x_planes=x_planes
-    )
-    found = gpu_many.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("lines", [1, 2])
-def test_gpu_kernel_of_many_tokens_adds_a_residual(lines, monkeypatch):
-    t, n, m = 200, 256, 600
-    weight, arguments = packed([matrix(n, m, 128)]), operands(tokens(t, m))
-    residual = jax.random.normal(jax.random.key(0), (t, n), jnp.bfloat16) * 1e4
-    options = {"out_dtype": jnp.bfloat16}
-    expected = reference.matmul(*arguments, weight, residual, **options).astype(jnp.float32)
-    emulate_warpgroups(monkeypatch)
-    # Outputs of a block leave in three parts.
-    chosen = tiles.ManyTiles(tokens=192, lines=lines, cluster=1, stages=2, x_slots=2, x_planes=2)
-    found = gpu_many.matmul(*arguments, weight, residual, **options, tiles=chosen)
-    # Sums are rounded on one side or the other of an edge.
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=np.abs(expected).max() / 128)
-    assert (found == expected).mean() > 0.99
-
-
-def emulate_warpgroups(monkeypatch):
-    emulated_warpgroups.emulate(monkeypatch, pl, plgpu, gpu_many, gpu_many_rings, gpu_many_outputs)
-    monkeypatch.setattr(gpu_many_rings, "unpack_rows", unpacked_rows)
-    monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
-    monkeypatch.setattr(tiles, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, for several outputs each
-
-
-def unpacked_rows(packed, plane, *, exact, wide):
-    assert exact
-    assert wide
-    return (np.asarray(packed) >> 2 * plane & 3).astype(np.int8), 1
-
-
-def unpacked_weights(packed, plane, pairs):
-    unsigned = (np.asarray(packed) >> 2 * plane & 3).astype(int)
-    alpha, mu = (np.asarray(part)[:, None] for part in parts_of_pair(pairs))
-    return alpha * unsigned + mu
-
-
 def test_a_pair_holds_every_two_bytes():
     alpha, mu = np.mgrid[-128:128, -128:128]
     pairs = pair(jnp.asarray(alpha), jnp.asarray(mu))
@@ -301,25 +198,6 @@ def test_tiles_of_few_tokens_fit_memory():
         few_tiles.tiles(8192, 56, 8, 8 * gpu_products.Flat(128).stride(512 * 56))
 
 
-def test_tiles_of_many_tokens_fit_memory():
-    weight = packed([matrix(128, 512, 128)])
-    rows = (640, 1024, 4096, 8192, 10240, 12288, 22016, 57344)
-    for n, t, out_dtype in itertools.product(
-        rows, (17, 33, 64, 65, 96, 128, 129, 300, 2048), (jnp.bfloat16, jnp.float32)
-    ):
-        chosen = tiles.many_tiles(t, n)
-        assert chosen.tokens >= min(t, 128)
-        work = gpu_many_rings.Work(tokens=t, outputs=1, tiles=chosen)
-        memory = (
-            gpu_many_rings.memory(work, weight),
-            gpu_many_outputs.memory(work, out_dtype, grouped=True),
-            gpu_many.memory_of_lines(chosen),
-        )
-        kinds = [kind for part in memory for kind in part.values()]
-        arrays = [kind for kind in kinds if not isinstance(kind, plgpu.Barrier | plgpu.ClusterBarrier)]
-        assert sum(np.prod(kind.shape) * np.dtype(kind.dtype).itemsize for kind in arrays) <= 226 * 1024
-
-
 def test_matrices_that_share_an_input_are_one_product():
     parts = [matrix(n, 576, 128, seed=n) for n in (64, 32, 32)]
     x = tokens(2, 576)
@@ -356,27 +234,6 @@ def test_an_implementation_that_is_none_is_refused():
         ternary_matmul(tokens(1, 128), kernel_weight([matrix(8, 128, 128)]), implementation="triton")
 
 
-def matrix_of_shape(n, m, size):
-    groups = -(-m // size)
-    return ternary.from_codes(
-        jnp.zeros((n, m), jnp.int8), jnp.zeros((n, groups)), jnp.zeros((n, groups)), size
-    )
-
-
-def operand_shapes(t, n, m, size, dtype):
-    x = jnp.zeros((t, m), dtype)
-    return jax.eval_shape(lambda: (*operands(x), kernel_weight([matrix_of_shape(n, m, size)])))
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("t", [24, 128, 2048])
-def test_gpu_kernel_of_many_tokens_adds_a_residual_itself(t, compile_for_h100):
-    operands = *operand_shapes(t, 4096, 4096, 128, jnp.int8), jax.ShapeDtypeStruct((t, 4096), jnp.bfloat16)
-    compiled, reports = compile_for_h100(functools.partial(gpu.matmul, out_dtype=jnp.bfloat16), *operands)
-    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
-    assert "fusion" not in compiled.as_text()
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
 @pytest.mark.parametrize(("t", "n", "m", "size"), [(1, 4096, 4096, 128), (300, 960, 576, 576)])
@@ -410,31 +267,6 @@ def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, size, dtype, c
     compiled, reports = compile_for_h100(function, *operand_shapes(t, n, m, size, dtype))
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
     assert compiled.memory_analysis().temp_size_in_bytes < n * m // 4
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize(
-    ("t", "n", "m", "size", "out_dtype"),
-    [
-        (2048, 12288, 4096, 4096, jnp.bfloat16),
-        (2048, 4096, 11008, 128, jnp.bfloat16),
-        (2048, 960, 576, 128, jnp.bfloat16),
-        (256, 4096, 11008, 11008, jnp.float32),
-        (128, 12288, 4096, 128, jnp.bfloat16),
-        (100, 960, 576, 576, jnp.bfloat16),
-        (64, 12288, 4096, 128, jnp.float32),
-    ],
-)
-def test_gpu_kernel_of_many_tokens_spills_nothing_and_copies_no_weights(
-    t, n, m, size, out_dtype, compile_for_h100
-):
-    function = functools.partial(gpu.matmul, out_dtype=out_dtype)
-    compiled, reports = compile_for_h100(function, *operand_shapes(t, n, m, size, jnp.int8))
-    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
-    # Sums of tokens, tokens filled up to whole tiles, and what of the output is past the last token.
-    ragged = t * (m + 512) if m % 128 else 0
-    ragged += 2 * t * (n + 128) + t * m if t % 8 else 0
-    assert compiled.memory_analysis().temp_size_in_bytes <= t * -(-m // 512) * 32 + 2 * ragged
 
 
 @pytest.mark.aot

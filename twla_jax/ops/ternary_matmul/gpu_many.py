@@ -51,13 +51,11 @@ def matmul(
         added = [jnp.pad(residual, ((0, -t % 8), (0, 0)))]
     # Sums of int8 weights need nothing beside them.
     last = weight.steps if weight.grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
-    rows = ROWS * WARPGROUPS // tiles.lines
-    outputs = pl.cdiv(weight.rows, rows * tiles.cluster) * pl.cdiv(t, tiles.tokens)
-    work = Work(tokens=len(x), outputs=outputs, tiles=tiles)
+    work = Work(tokens=len(x), weight_rows=weight.rows, tiles=tiles)
     y = plgpu.kernel(
         functools.partial(_kernel, work=work, weight=weight),
         out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
-        grid=(min(outputs, tuning.STREAMING_MULTIPROCESSORS // tiles.cluster),),
+        grid=(min(work.outputs, tuning.STREAMING_MULTIPROCESSORS // tiles.cluster),),
         grid_names=("block",),
         cluster=(tiles.cluster,),
         cluster_names=("cluster",),

@@ -25,10 +25,10 @@ LAYOUT = plgpu.Layout.WGMMA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """Of all blocks: `outputs`, one after the other, of each block of a cluster so many tokens by `rows`."""
+    """So many tokens by weight rows, in `outputs`, of which each block of a cluster has its own `rows`."""
 
     tokens: int
-    outputs: int
+    weight_rows: int
     tiles: ManyTiles
 
     @property
@@ -40,6 +40,13 @@ class Work:
     def rows(self) -> int:
         """That a block has at once."""
         return ROWS * self.parts
+
+    @property
+    def outputs(self) -> int:
+        """That clusters share, each one after the other."""
+        return pl.cdiv(self.weight_rows, self.rows * self.tiles.cluster) * pl.cdiv(
+            self.tokens, self.tiles.tokens
+        )
 
     def mine(self) -> jax.Array:
         """How many outputs this block has."""

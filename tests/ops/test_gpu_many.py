@@ -1,0 +1,136 @@
+"""The GPU kernel of many tokens: warpgroup by warpgroup against the reference, and what it compiles to."""
+
+import functools
+import itertools
+
+import emulated_warpgroups
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from ternary_operands import matrix, operand_shapes, operands, packed, tokens
+
+from twla_jax import ternary
+from twla_jax.ops.ternary_matmul import gpu, gpu_many, gpu_many_outputs, gpu_many_rings, reference, tiles
+from twla_jax.ops.ternary_matmul.weight import parts_of_pair
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "m", "size", "block_tokens", "lines", "x_planes"),
+    [
+        (100, 384, 1536, 128, 32, 1, 1),
+        (40, 256, 1024, 1024, 64, 1, 4),
+        (20, 200, 576, 128, 16, 1, 2),
+        (100, 384, 1536, 128, 32, 2, 4),
+        (40, 256, 1024, 1024, 64, 2, 1),
+        (20, 200, 400, 128, 16, 2, 2),  # one line has no tile
+    ],
+)
+def test_equals_the_reference_warpgroup_by_warpgroup(
+    t, n, m, size, block_tokens, lines, x_planes, monkeypatch
+):
+    # α and μ are whole 64ths, so that the steps to which the kernel rounds weights lose nothing.
+    rng = np.random.default_rng(0)
+    shape = (n, -(-m // size))
+    alpha, mu = (jnp.asarray(rng.integers(-limit, limit + 1, shape) / 64) for limit in (40, 20))
+    alpha, mu = alpha.at[:, 0].set(43 / 64), mu.at[:, 0].set(20 / 64)
+    codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
+    weight = packed([ternary.from_codes(codes, alpha, mu, size)])
+    arguments = operands(tokens(t, m))
+    expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*arguments, weight)
+    emulate_warpgroups(monkeypatch)
+    # Few slots, filled again and again.
+    x_slots = {1: 3, 2: 2, 4: 1}[x_planes]
+    chosen = tiles.ManyTiles(
+        tokens=block_tokens, lines=lines, cluster=2, stages=2, x_slots=x_slots, x_planes=x_planes
+    )
+    found = gpu_many.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_adds_a_residual(lines, monkeypatch):
+    t, n, m = 200, 256, 600
+    weight, arguments = packed([matrix(n, m, 128)]), operands(tokens(t, m))
+    residual = jax.random.normal(jax.random.key(0), (t, n), jnp.bfloat16) * 1e4
+    options = {"out_dtype": jnp.bfloat16}
+    expected = reference.matmul(*arguments, weight, residual, **options).astype(jnp.float32)
+    emulate_warpgroups(monkeypatch)
+    # Outputs of a block leave in three parts.
+    chosen = tiles.ManyTiles(tokens=192, lines=lines, cluster=1, stages=2, x_slots=2, x_planes=2)
+    found = gpu_many.matmul(*arguments, weight, residual, **options, tiles=chosen)
+    # Sums are rounded on one side or the other of an edge.
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=np.abs(expected).max() / 128)
+    assert (found == expected).mean() > 0.99
+
+
+def emulate_warpgroups(monkeypatch):
+    emulated_warpgroups.emulate(monkeypatch, pl, plgpu, gpu_many, gpu_many_rings, gpu_many_outputs)
+    monkeypatch.setattr(gpu_many_rings, "unpack_rows", unpacked_rows)
+    monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
+    monkeypatch.setattr(tiles, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, for several outputs each
+
+
+def unpacked_rows(packed, plane, *, exact, wide):
+    assert exact
+    assert wide
+    return (np.asarray(packed) >> 2 * plane & 3).astype(np.int8), 1
+
+
+def unpacked_weights(packed, plane, pairs):
+    unsigned = (np.asarray(packed) >> 2 * plane & 3).astype(int)
+    alpha, mu = (np.asarray(part)[:, None] for part in parts_of_pair(pairs))
+    return alpha * unsigned + mu
+
+
+def test_tiles_fit_memory():
+    weight = packed([matrix(128, 512, 128)])
+    rows = (640, 1024, 4096, 8192, 10240, 12288, 22016, 57344)
+    for n, t, out_dtype in itertools.product(
+        rows, (17, 33, 64, 65, 96, 128, 129, 300, 2048), (jnp.bfloat16, jnp.float32)
+    ):
+        chosen = tiles.many_tiles(t, n)
+        assert chosen.tokens >= min(t, 128)
+        work = gpu_many_rings.Work(tokens=t, weight_rows=n, tiles=chosen)
+        memory = (
+            gpu_many_rings.memory(work, weight),
+            gpu_many_outputs.memory(work, out_dtype, grouped=True),
+            gpu_many.memory_of_lines(chosen),
+        )
+        kinds = [kind for part in memory for kind in part.values()]
+        arrays = [kind for kind in kinds if not isinstance(kind, plgpu.Barrier | plgpu.ClusterBarrier)]
+        assert sum(np.prod(kind.shape) * np.dtype(kind.dtype).itemsize for kind in arrays) <= 226 * 1024
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("t", [24, 128, 2048])
+def test_adds_a_residual_itself(t, compile_for_h100):
+    operands = *operand_shapes(t, 4096, 4096, 128, jnp.int8), jax.ShapeDtypeStruct((t, 4096), jnp.bfloat16)
+    compiled, reports = compile_for_h100(functools.partial(gpu.matmul, out_dtype=jnp.bfloat16), *operands)
+    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+    assert "fusion" not in compiled.as_text()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("t", "n", "m", "size", "out_dtype"),
+    [
+        (2048, 12288, 4096, 4096, jnp.bfloat16),
+        (2048, 4096, 11008, 128, jnp.bfloat16),
+        (2048, 960, 576, 128, jnp.bfloat16),
+        (256, 4096, 11008, 11008, jnp.float32),
+        (128, 12288, 4096, 128, jnp.bfloat16),
+        (100, 960, 576, 576, jnp.bfloat16),
+        (64, 12288, 4096, 128, jnp.float32),
+    ],
+)
+def test_spills_nothing_and_copies_no_weights(t, n, m, size, out_dtype, compile_for_h100):
+    function = functools.partial(gpu.matmul, out_dtype=out_dtype)
+    compiled, reports = compile_for_h100(function, *operand_shapes(t, n, m, size, jnp.int8))
+    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+    # Sums of tokens, tokens filled up to whole tiles, and what of the output is past the last token.
+    ragged = t * (m + 512) if m % 128 else 0
+    ragged += 2 * t * (n + 128) + t * m if t % 8 else 0
+    assert compiled.memory_analysis().temp_size_in_bytes <= t * -(-m // 512) * 32 + 2 * ragged
