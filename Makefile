@@ -16,7 +16,7 @@ demo: $(VENV)/package $(VENV)/smollm2
 # Two processes and few optimisations: most of the time goes into compilation, which uses one core, of programs that
 # mostly run once or twice. Files in order: else those of few tests and much time come last, and a process has none left.
 test: $(VENV)/test
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # Kernels compiled for chips that this machine lacks; the compilers' own back ends would look for those.
 aot: $(VENV)/aot

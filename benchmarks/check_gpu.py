@@ -98,11 +98,9 @@ PRODUCTS = (
     (3, 22016, 4096, True),
     (1, 8192, 28672, True),
 )
-# Factors' rows, whether there is a gate before.
-ROTATIONS = ((64, 64, False), (86, 128, False), (86, 128, True), (32, 48, True))
 
 
-def check(implementation: str, products=PRODUCTS, rotations=ROTATIONS) -> None:
+def check(implementation: str, products=PRODUCTS) -> None:
     """Integer sums exact, everything else to 1e-4 of the largest value, at whole and at ragged shapes."""
     product = jax.jit(
         functools.partial(ternary_matmul, out_dtype=jnp.float32),
@@ -120,15 +118,39 @@ def check(implementation: str, products=PRODUCTS, rotations=ROTATIONS) -> None:
         values = jax.random.normal(key, (t, m), jnp.bfloat16)
         found, expected = (product(values, weight, implementation=name) for name in (implementation, "xla"))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * _largest(expected))
-    for left, right, gated in rotations:
+
+
+# Factors' rows, and what is before them: columns that are filled up, one, two and four warpgroups, and at 600 tokens
+# several for a block.
+ROTATIONS = (
+    (64, 64, "norm"),
+    (24, 24, "norm"),
+    (86, 128, None),
+    (86, 128, "gate"),
+    (32, 48, "gate"),
+    (112, 128, "gate"),
+    (128, 224, "gate"),
+)
+
+
+def check_rotations(implementation: str, rotations=ROTATIONS) -> None:
+    """Codes of 8 bits, of which some differ by one where sums are added up in another order, and their sums."""
+    for left, right, kind in rotations:
+        options = {"gated": kind == "gate", "epsilon": 1e-5}
+        if kind == "norm":
+            options["norm_scale"] = jnp.linspace(0.5, 1.5, left * right)
         for t in (TOKENS, 600):
-            arguments = random_input(t, left, right, gated=gated)
+            arguments = random_input(t, left, right, gated=options["gated"])
             found, expected = (
-                rotate_quantize(*arguments, gated=gated, implementation=name)
+                rotate_quantize(*arguments, **options, implementation=name)
                 for name in (implementation, "xla")
             )
-            assert np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int)).max() <= 1
+            difference = np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int))
+            assert difference.max() <= 1
+            assert difference.mean() < 0.01
             np.testing.assert_array_equal(found.sums, group_sums(found.codes))
+            np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-2)
+            np.testing.assert_allclose(found.zero_point, expected.zero_point, atol=1)
 
 
 # Tokens, rows, columns, group size.
@@ -414,7 +436,15 @@ def _largest(values: jax.Array) -> float:
     return float(jnp.abs(values).max())
 
 
-CHECKS = (check, check_linears, check_linear_pairs, check_integers, check_attention, check_qkv_attention)
+CHECKS = (
+    check,
+    check_rotations,
+    check_linears,
+    check_linear_pairs,
+    check_integers,
+    check_attention,
+    check_qkv_attention,
+)
 
 if __name__ == "__main__":
     xla_flags.take_products_from_libraries()  # before the reference uses the GPU

@@ -1,14 +1,11 @@
 """Chips to compile for without having them."""
 
-import functools
 import importlib.util
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import SingleDeviceSharding
 
 TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
@@ -56,24 +53,6 @@ def pytest_runtest_setup(item):
     """Skips before a test has built what it would compile."""
     if item.get_closest_marker("aot") and not any(map(_installed, ("libtpu", "jax_plugins.xla_cuda13"))):
         pytest.skip("no compilers are installed: pip install '.[aot]'")
-
-
-@pytest.fixture
-def interpreted_gpu(monkeypatch):
-    """GPU kernels run on the CPU: memory, copies and barriers are simulated, layouts of registers left out."""
-
-    def mma(acc, a, b):
-        return acc + jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-
-    replaced = {
-        "kernel": functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()),
-        "mma": mma,
-        "load": lambda ref, **_: ref[...],
-        "layout_cast": lambda x, _: x,
-        "broadcasted_iota": lambda *args, **_: jax.lax.broadcasted_iota(*args),
-    }
-    for name, function in replaced.items():
-        monkeypatch.setattr(plgpu, name, function)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from twla_jax.benchmark import shapes
 from twla_jax.ops import gpu_tags
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.linear_pair import LinearOperands, gpu, linear_pair, new_exchange
-from twla_jax.ops.quantized_linear import gpu_codes, gpu_fetch, gpu_token, quantized_linear
-from twla_jax.ops.rotate_quantize import quantizer_settings
+from twla_jax.ops.quantized_linear import quantized_linear
+from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, gpu_token, quantizer_settings
 from twla_jax.ops.ternary_matmul import gpu_products, gpu_ring, gpu_rows
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles

@@ -23,8 +23,8 @@ from twla_jax.ops.decode_attention import tiles as attention_tiles
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
 from twla_jax.ops.qkv_attention import gpu, gpu_exchange, new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import gpu as linear_gpu
-from twla_jax.ops.quantized_linear import gpu_codes, gpu_fetch, gpu_token, quantized_linear
-from twla_jax.ops.rotate_quantize import quantizer_settings
+from twla_jax.ops.quantized_linear import quantized_linear
+from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, gpu_token, quantizer_settings
 from twla_jax.ops.ternary_matmul import gpu_products, gpu_ring, gpu_rows
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles

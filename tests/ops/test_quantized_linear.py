@@ -16,16 +16,15 @@ from twla_jax import ternary
 from twla_jax.benchmark import SHAPES, shapes
 from twla_jax.kotms import KroneckerRotation
 from twla_jax.ops.decode_attention import AttentionParts
-from twla_jax.ops.quantized_linear import (
-    gpu,
+from twla_jax.ops.quantized_linear import gpu, quantized_linear, reference, tiles
+from twla_jax.ops.rotate_quantize import (
     gpu_codes,
     gpu_fetch,
     gpu_token,
-    quantized_linear,
-    reference,
-    tiles,
+    kernel_rotation,
+    quantizer_settings,
+    rotate_quantize,
 )
-from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import (
     gpu_products,
     gpu_ring,

@@ -2,15 +2,22 @@
 
 import functools
 
+import emulated_machine
+import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from test_quantized_linear import turned
 
 from twla_jax import activation, kotms
 from twla_jax.errors import TwlaError
 from twla_jax.ops.rotate_quantize import (
     gpu,
+    gpu_codes,
+    gpu_fetch,
+    gpu_token,
     kernel_rotation,
     quantizer_settings,
     reference,
@@ -81,24 +88,41 @@ def test_tpu_kernel_equals_the_reference(left, right, norm, gated):
     assert_close(tpu.rotate_quantize(*arguments, **options, interpret=True), expected)
 
 
-@pytest.mark.usefixtures("interpreted_gpu")
 @pytest.mark.parametrize(
-    ("left", "right", "norm", "gated"), [(24, 64, True, False), (20, 64, False, True), (32, 48, True, True)]
+    ("left", "right", "norm", "gated"),
+    [
+        (24, 64, True, False),  # one warpgroup, rows filled up
+        (8, 24, True, False),  # columns filled up, and a group of 128 that ends in the second row
+        (20, 128, False, True),
+        (32, 96, True, True),
+        (5, 128, False, False),
+    ],
 )
-def test_gpu_kernel_equals_the_reference(left, right, norm, gated, monkeypatch):
-    monkeypatch.setattr(gpu, "_BLOCKS", 2)  # one has two of the tokens
+def test_gpu_kernel_equals_the_reference_thread_by_thread(left, right, norm, gated, monkeypatch):
     (x, *arguments), options = kernel_operands(left, right, norm, gated)
-    found = gpu.rotate_quantize(x, *arguments, **options)
-    if gated:  # compiled for a CPU, which then leaves out some of the roundings
-        x = jax.jit(gpu.silu_product)(*jnp.split(x, 2, axis=-1))
-    assert_close(found, reference.rotate_quantize(x, *arguments, epsilon=1e-5))
+    expected = reference.rotate_quantize(x, *arguments, **options)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes)
+    emulated_threads.emulate_kernel(monkeypatch, pl)
+    monkeypatch.setattr(gpu_token, "turn", turned)
+    for blocks in (2, 3):  # one has two of the three tokens, or each has one
+        monkeypatch.setattr(gpu, "STREAMING_MULTIPROCESSORS", blocks)
+        monkeypatch.setattr(gpu, "_WARPGROUPS", max(1, right // 64))
+        assert_close(gpu.rotate_quantize(x, *arguments, **options), expected)
 
 
-def test_the_gate_in_the_gpu_kernel_is_that_of_xla_bit_by_bit():
+def test_the_gate_in_the_gpu_kernel_is_that_of_xla_bit_by_bit(monkeypatch):
     largest = jnp.finfo(jnp.bfloat16).max
-    gate = jnp.concatenate([jnp.linspace(-100, 100, 4001), jnp.array([-0.0, 1e-30, -largest, largest])])
+    gate = jnp.concatenate([jnp.linspace(-100, 100, 4092), jnp.array([-0.0, 1e-30, -largest, largest])])
     gate, x = gate.astype(jnp.bfloat16), jnp.full(gate.shape, 0.3, jnp.bfloat16)
-    np.testing.assert_array_equal(gpu.silu_product(gate, x), jax.nn.silu(gate) * x)
+    emulated_threads.emulate(monkeypatch, gpu_fetch)
+    emulated_machine.start(512)
+
+    def words(each):
+        parts = np.asarray(each).view(np.uint32).reshape(1, 512, 4)
+        return [emulated_threads.Word(parts[..., i]) for i in range(4)]
+
+    found = np.stack([each.value for each in gpu_fetch._gated(words(gate) + words(x))], -1)
+    np.testing.assert_array_equal(found.reshape(-1).view(jnp.bfloat16), jax.nn.silu(gate) * x)
 
 
 def kernel_operands(left, right, norm, gated):
@@ -119,19 +143,20 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found.zero_point, expected.zero_point, atol=1)
 
 
-def test_kernels_refuse_what_they_cannot_take():
-    x, _ = values(1, 64 * 24, jnp.float32)
-    rotation = kernel_rotation(rotation_of(64, 24), jnp.float32)
-    for dtype, reason in ((jnp.float32, "float32, not bfloat16"), (jnp.bfloat16, "24 rows, not a multiple")):
-        with pytest.raises(TwlaError, match=reason):
-            rotate_quantize(x.astype(dtype), rotation, quantizer_settings(4, CLIP), implementation="gpu")
-
-
-def test_a_product_too_small_for_four_warps_runs_on_the_reference():
-    rotation = kernel_rotation(rotation_of(16, 16), jnp.bfloat16)
-    operands = values(1, 256)[0], rotation, quantizer_settings(4, CLIP)
+@pytest.mark.parametrize(
+    ("left", "right", "dtype", "reason"),
+    [
+        (64, 24, jnp.float32, "float32, not bfloat16"),
+        (64, 20, jnp.bfloat16, "20 rows, not a multiple of 8"),
+        (144, 64, jnp.bfloat16, "144 rows, more than 128"),
+        (64, 384, jnp.bfloat16, "take .* bytes, more than"),
+    ],
+)
+def test_what_the_gpu_kernel_cannot_take_runs_on_the_reference(left, right, dtype, reason):
+    rotation = kernel_rotation(rotation_of(left, right), dtype)
+    operands = values(1, left * right, dtype)[0], rotation, quantizer_settings(4, CLIP)
     rotate_quantize(*operands)  # which traces every platform's branch
-    with pytest.raises(TwlaError, match="four warps cannot share products of 16×16"):
+    with pytest.raises(TwlaError, match=reason):
         rotate_quantize(*operands, implementation="gpu")
 
 
@@ -157,11 +182,14 @@ def test_tpu_kernel_compiles(target, left, right, norm, compile_for):
         (86, 128, False, False),
         (86, 128, False, True),
         (64, 128, True, False),
-        (32, 48, False, False),
+        (24, 24, True, False),
         (32, 48, False, True),
+        (112, 128, False, True),
+        (128, 224, False, True),
     ],
 )
-def test_gpu_kernel_spills_nothing(left, right, norm, gated, compile_for_h100):
+@pytest.mark.parametrize("t", [8, 2048])  # a block for each, or one for several
+def test_gpu_kernel_spills_nothing(t, left, right, norm, gated, compile_for_h100):
     function = functools.partial(gpu.rotate_quantize, epsilon=1e-5, gated=gated)
-    _, reports = compile_for_h100(function, *shapes(64, left, right, norm, gated))
+    _, reports = compile_for_h100(function, *shapes(t, left, right, norm, gated))
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]

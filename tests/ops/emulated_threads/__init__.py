@@ -41,6 +41,7 @@ from emulated_threads.numbers import (
     exponential,
     least_bfloat16,
     most_bfloat16,
+    multiply_bfloat16,
     multiply_bytes,
     multiply_halves,
     nearest,
@@ -79,6 +80,7 @@ from emulated_threads.together import (
     thread,
     warp_least,
     warp_most,
+    warp_sum,
     when,
 )
 
@@ -110,6 +112,7 @@ __all__ = [
     "load_real",
     "load_short",
     "most_bfloat16",
+    "multiply_bfloat16",
     "multiply_bytes",
     "multiply_halves",
     "nearest",
@@ -145,6 +148,7 @@ __all__ = [
     "values",
     "warp_least",
     "warp_most",
+    "warp_sum",
     "when",
     "word",
     "words",

@@ -44,6 +44,11 @@ def most_bfloat16(one, other):
     return _by_halves(Real.most, one, other)
 
 
+def multiply_bfloat16(one, other):
+    with np.errstate(all="ignore"):
+        return _by_halves(lambda a, b: a * b, one, other)
+
+
 def _by_halves(choose, one, other):
     halves = zip(unpack_bfloat16(one), unpack_bfloat16(other), strict=True)
     return pack_bfloat16(*(choose(*pair) for pair in halves))
@@ -66,7 +71,11 @@ def exponential(value):
 
 
 def reciprocal(value):
-    return Real(1 / value.value)
+    """What is too small for a normal number is zero."""
+    found = 1 / value.value
+    return Real(
+        np.where(np.abs(found) < np.finfo(np.float32).tiny, np.copysign(0, found), found).astype(np.float32)
+    )
 
 
 def reciprocal_root(value):

@@ -71,11 +71,12 @@ def emulate_kernel(monkeypatch, pl):
     def kernel(body, *, out_type, grid, grid_names, num_threads, scratch_types, **_):
         def call(*inputs):
             refs = [Global(np.array(each)) for each in inputs]
-            out = Global(np.full(out_type.shape, np.nan, out_type.dtype))
+            several = isinstance(out_type, tuple)
+            out = [Global(_unwritten(each)) for each in (out_type if several else (out_type,))]
             for block in range(grid[0]):
                 start(128 * num_threads, **{grid_names[0]: block})
-                body(*refs, out, **scratch(scratch_types))
-            return out.array
+                body(*refs, *out, **scratch(scratch_types))
+            return tuple(each.array for each in out) if several else out[0].array
 
         return call
 
@@ -101,6 +102,12 @@ def emulate_kernel(monkeypatch, pl):
     monkeypatch.setattr(pl, "when", when_called)
     monkeypatch.setattr(pl, "loop", looped)
     monkeypatch.setattr(pl, "ds", Slice)
+
+
+def _unwritten(kind):
+    """What shows if it is read; of integers, nothing that codes or their sums come to."""
+    integer = np.issubdtype(kind.dtype, np.integer)
+    return np.full(kind.shape, np.iinfo(kind.dtype).min if integer else np.nan, kind.dtype)
 
 
 class Barriers:

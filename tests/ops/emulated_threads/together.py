@@ -51,14 +51,18 @@ def of_lane(value, lane):
     return Real(lanes.reshape(here.machine.shape))
 
 
+def warp_sum(value):
+    return _over_warp(value, np.sum)
+
+
 def _over_warp(value, operation):
     warps = operation(value.value.reshape(*here.machine.shape[:1], -1, WARP), -1, keepdims=True)
-    return Real(np.repeat(warps, WARP, -1).reshape(here.machine.shape))
+    return type(value)(np.repeat(warps, WARP, -1).reshape(here.machine.shape))
 
 
 def warp_least(value):
-    return _over_warp(value, lambda x, *args, **more: x.min(*args, **more))
+    return _over_warp(value, np.min)
 
 
 def warp_most(value):
-    return _over_warp(value, lambda x, *args, **more: x.max(*args, **more))
+    return _over_warp(value, np.max)

@@ -39,6 +39,7 @@ from twla_jax.ops.gpu_threads.numbers import (
     exponential,
     least_bfloat16,
     most_bfloat16,
+    multiply_bfloat16,
     multiply_bytes,
     multiply_halves,
     nearest,
@@ -71,6 +72,7 @@ from twla_jax.ops.gpu_threads.together import (
     thread,
     warp_least,
     warp_most,
+    warp_sum,
     when,
 )
 
@@ -98,6 +100,7 @@ __all__ = [
     "load_real",
     "load_short",
     "most_bfloat16",
+    "multiply_bfloat16",
     "multiply_bytes",
     "multiply_halves",
     "nearest",
@@ -132,6 +135,7 @@ __all__ = [
     "values",
     "warp_least",
     "warp_most",
+    "warp_sum",
     "when",
     "word",
     "words",

@@ -114,9 +114,9 @@ def store_real(ref: ir.Value, index: Word, value: Real) -> None:
 
 
 def store_global_words(ref: ir.Value, offset: Word, values: Sequence[Word]) -> None:
-    """Four words."""
-    pointer = _global(ref, offset)
-    ptx = f"st.global.v4.b32 [$4], {registers(4)};"
+    """1, 2 or 4 words."""
+    pointer, count = _global(ref, offset), len(values)
+    ptx = f"st.global{'' if count == 1 else f'.v{count}'}.b32 [${count}], {registers(count)};"
     utils.inline_ptx(ptx, *(each.value for each in values), pointer, has_side_effects=True)
 
 

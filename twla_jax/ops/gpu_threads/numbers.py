@@ -17,6 +17,11 @@ def most_bfloat16(one: Word, other: Word) -> Word:
     return ptx_words("max.bf16x2 $0, $1, $2;", 1, one, other, effects=False)[0]
 
 
+def multiply_bfloat16(one: Word, other: Word) -> Word:
+    """Both words' halves, each product rounded."""
+    return ptx_words("mul.rn.bf16x2 $0, $1, $2;", 1, one, other, effects=False)[0]
+
+
 def eight_reals(words: Sequence[Word]) -> list[Real]:
     """Four words' bf16 halves, or eight words' float32."""
     if len(words) == 8:

@@ -67,6 +67,11 @@ def warp_most(value: Real) -> Real:
     return _ordered(_reduce(_ordered(value.word()), "max")).real()
 
 
+def warp_sum(value: Word) -> Word:
+    """The sum over a warp."""
+    return _reduce(value, "add")
+
+
 def _ordered(bits: Word) -> Word:
     """Floats' bits as integers in the same order, and back."""
     sign = Word(arith.shrsi(bits.value, word(31).value))

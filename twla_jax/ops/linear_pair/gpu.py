@@ -22,7 +22,7 @@ from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.linear_pair.operands import LinearOperands
 from twla_jax.ops.quantized_linear import gpu as linear
-from twla_jax.ops.quantized_linear import gpu_token as turning
+from twla_jax.ops.rotate_quantize import gpu_token as turning
 from twla_jax.ops.ternary_matmul import gpu_ring as ring
 from twla_jax.ops.ternary_matmul import ring_tiles
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows

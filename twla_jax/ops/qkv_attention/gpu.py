@@ -29,7 +29,7 @@ from twla_jax.ops.decode_attention import tiles as attention_tuning
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
 from twla_jax.ops.qkv_attention import gpu_exchange as exchange
 from twla_jax.ops.quantized_linear import gpu as linear
-from twla_jax.ops.quantized_linear import gpu_token as turning
+from twla_jax.ops.rotate_quantize import gpu_token as turning
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul import gpu_ring as ring
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention import AttentionParts
-from twla_jax.ops.quantized_linear import gpu_codes, gpu_fetch
-from twla_jax.ops.quantized_linear import gpu_token as turning
 from twla_jax.ops.quantized_linear import tiles as tuning
+from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch
+from twla_jax.ops.rotate_quantize import gpu_token as turning
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul import gpu_ring as ring
 from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat
@@ -211,7 +211,8 @@ def begin(
     left_smem, parts_smem = left_or_parts_smem
     norm, residual = optional[: epsilon is not None], optional[epsilon is not None :]
     norm_gmem = norm[0] if norm else None
-    asked, settings = gpu_fetch.fetch(x_gmem, left_gmem, right_gmem, norm_gmem, settings_gmem, shape=shape)
+    asked, settings = gpu_fetch.fetch(x_gmem, norm_gmem, settings_gmem, shape=shape)
+    factors = gpu_fetch.fetch_factors(left_gmem, right_gmem, shape=shape)
     levels = settings_gmem[0]
     fetch, end_ring = ring.begin(
         (codes_gmem, scales_gmem, row_sums_gmem, bias_gmem, steps_gmem),
@@ -233,11 +234,14 @@ def begin(
             if received:
                 fetch(ahead)
             words = gpu_fetch.ready(words, levels, warps_smem, shape=shape, epsilon=epsilon)
-            gpu_fetch.load(words, token_smem, left_smem, right_smem, shape=shape)
+            gpu_fetch.load(words, token_smem, shape=shape)
+            gpu_fetch.load_factors(factors, left_smem, right_smem, shape=shape)
+            gpu_fetch.meet(shape=shape)
             if not received:
                 fetch(ahead)
             z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
-            return gpu_codes.quantize(z, settings, x_smem, of_ring["table_smem"], warps_smem, shape=shape)
+            memory = x_smem, of_ring["table_smem"], warps_smem
+            return gpu_codes.quantize(z, settings, *memory, shape=shape, lie=Flat(shape.r))
 
         return end_ring(answer, **options)
 

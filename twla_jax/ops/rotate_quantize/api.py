@@ -49,7 +49,7 @@ def rotate_quantize(
     Raises:
       TwlaError: the implementation asked for cannot be used.
     """
-    lead = x.shape[:-1]
+    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     options = {"epsilon": epsilon, "gated": gated}
     tokens = dispatch(
         "rotate_quantize",
@@ -59,8 +59,8 @@ def rotate_quantize(
             "gpu": functools.partial(gpu.rotate_quantize, **options),
             "tpu": functools.partial(tpu.rotate_quantize, **options),
         },
-        {"gpu": gpu.obstacle(x.dtype, rotation), "tpu": tpu.obstacle(x.dtype, rotation)},
-        x.reshape(-1, x.shape[-1]),
+        {"gpu": gpu.obstacle(x, rotation, gated=gated), "tpu": tpu.obstacle(x.dtype, rotation)},
+        x,
         rotation,
         settings,
         norm_scale,

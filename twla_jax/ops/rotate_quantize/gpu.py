@@ -1,8 +1,7 @@
 """Norm, rotation and quantiser on Hopper GPUs (Pallas Mosaic GPU): a block goes from token to token.
 
-The rotation is two products on the tensor cores, `Yᵀ = Rᵀ Xᵀ` and `Z = L Y`; written so, every operand lies in shared
-memory as it comes, and the factors stay there for all tokens of a block. A token's matrix is copied as it lies in
-memory, too: what L is filled up with, the copy engine adds as rows of zeros.
+A block has a warpgroup for every 64 columns of a token's matrix, and keeps both factors of the rotation in shared
+memory. While it turns a token, the next one is on its way.
 """
 
 import functools
@@ -14,28 +13,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from twla_jax.ops.rotate_quantize import layout
+from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch
+from twla_jax.ops.rotate_quantize import gpu_token as turning
+from twla_jax.ops.rotate_quantize.gpu_codes import Plain
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
+from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.tokens import QuantizedTokens
+from twla_jax.packing import PLANE, TILE
 
-_LARGEST = 96 * 128  # features whose float32 matrix fits the registers of 128 threads
-_BLOCKS = 2 * 132  # at most; two share a multiprocessor of an H100
+_MEMORY = 226 * 1024  # bytes of shared memory
+# Of the blocks that share a multiprocessor. 2048 tokens of 64×64 (a warpgroup each) took 17.2, 21.5 and 17.8 µs with
+# two, three and four, of 86×128 with a gate (two each) 58.2, 59.7 and 62.1 with two, four and six.
+_WARPGROUPS = 2
 
 
-def obstacle(dtype, rotation: KernelRotation | None) -> str | None:
-    """Why the kernel cannot take such activations, or None."""
+def obstacle(x: jax.Array, rotation: KernelRotation | None, *, gated: bool = False) -> str | None:
+    """Why the kernel cannot take such tokens, or None."""
     if rotation is None:
         return "there is no rotation"
-    rows, r = len(rotation.left), len(rotation.right_transposed)
-    if dtype != jnp.bfloat16:
-        return f"activations are {dtype}, not bfloat16"
-    if r % 16:
-        return f"the right factor has {r} rows, not a multiple of 16"
-    if rows * r > _LARGEST:
-        return f"{rows}×{r} activations are more than {_LARGEST}"
-    if not (_warps(r, rows) and _warps(rows, r)):
-        return f"four warps cannot share products of {rows}×{r}"
-    return None
+    if x.dtype != jnp.bfloat16:
+        return f"activations are {x.dtype}, not bfloat16"
+    shape = _shape(x, rotation, gated=gated)
+    used = 2 * (shape.rows * shape.columns + shape.rows**2 + shape.columns**2)
+    if used > _MEMORY:
+        return f"a token of {shape.size}×{shape.r} and its rotation take {used} bytes, more than {_MEMORY}"
+    return turning.obstacle(shape)
 
 
 def rotate_quantize(
@@ -48,42 +51,46 @@ def rotate_quantize(
     gated: bool = False,
 ) -> QuantizedTokens:
     """What `reference.rotate_quantize` computes, for bf16 x."""
-    t, size = len(x), rotation.size
-    rows, r = len(rotation.left), len(rotation.right_transposed)
-    chunks = r // layout.chunk(r)
-    norm = () if norm_scale is None else (layout.as_matrices(norm_scale[None], rotation)[0],)
-    blocks = min(t, _BLOCKS)
+    t, shape = len(x), _shape(x, rotation, gated=gated)
+    norm = () if norm_scale is None else (threads.readable(norm_scale),)
+    m, lie = shape.size * shape.r, Plain(shape.r)
+    # More warpgroups leave a thread too few registers for a token on its way beside the one that is turned.
+    of_multiprocessor = _WARPGROUPS // shape.warpgroups
+    blocks = min(t, STREAMING_MULTIPROCESSORS * of_multiprocessor) if of_multiprocessor else t
     codes, scale, zero_point, sums = plgpu.kernel(
         functools.partial(
-            _kernel, t=t, blocks=blocks, size=size, epsilon=epsilon if norm else None, gated=gated
+            _kernel, shape=shape, lie=lie, t=t, blocks=blocks, epsilon=epsilon if norm else None
         ),
         out_type=(
-            jax.ShapeDtypeStruct((t, size, r), jnp.int8),
+            jax.ShapeDtypeStruct((t, m), jnp.int8),
             jax.ShapeDtypeStruct((t,), jnp.float32),
             jax.ShapeDtypeStruct((t,), jnp.float32),
-            jax.ShapeDtypeStruct((t, chunks, rows), jnp.int32),
+            jax.ShapeDtypeStruct((t, TILE // PLANE * pl.cdiv(m, TILE)), jnp.int32),
         ),
         grid=(blocks,),
         grid_names=("block",),
+        num_threads=shape.warpgroups,
+        thread_name="warpgroup",
         kernel_name="rotate_quantize",
         scratch_types={
-            "left_smem": plgpu.SMEM((rows, rows), x.dtype, transforms=swizzled(rows)),
-            "right_smem": plgpu.SMEM((r, r), x.dtype, transforms=swizzled(r)),
-            "x_smem": token_memory(rows, r, x.dtype),
-            "gate_or_y_smem": gate_or_turned_memory(rows, r, x.dtype),
-            "codes_smem": plgpu.SMEM((rows, r), jnp.int8),
-            "factors_filled": plgpu.Barrier(num_arrivals=2),
-            "filled": plgpu.Barrier(num_arrivals=2 if gated else 1),
+            # A token is used up when its codes are written.
+            "token_or_codes_smem": plgpu.RefUnion(
+                turning.token_memory(shape, x.dtype), plgpu.SMEM((1, shape.rows * lie.stride), jnp.int8)
+            ),
+            "left_smem": turning.left_memory(shape, x.dtype),
+            "right_smem": turning.right_memory(shape, x.dtype),
+            "warps_smem": turning.warps_memory(shape),
         },
-        compiler_params=compiler_params(gated),
-    )(
-        layout.parts(x, rotation),
-        rotation.left,
-        rotation.right_transposed,
-        settings,
-        *norm,
-    )
-    return layout.collect(codes, scale, zero_point, sums[:, :, :size].swapaxes(1, 2))
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(x, rotation.left, rotation.right_transposed, settings, *norm)
+    return QuantizedTokens(codes=codes, scale=scale, zero_point=zero_point, sums=sums)
+
+
+def _shape(x: jax.Array, rotation: KernelRotation, *, gated: bool) -> turning.Shape:
+    """Of one token, on as many warpgroups as it has lines."""
+    one = jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype)
+    lines = turning.shape(one, rotation, 1).lines
+    return turning.shape(one, rotation, lines, gated=gated)
 
 
 def _kernel(
@@ -92,163 +99,83 @@ def _kernel(
     right_gmem,
     settings_gmem,
     *refs,
+    token_or_codes_smem,
     left_smem,
     right_smem,
-    x_smem,
-    gate_or_y_smem,
-    codes_smem,
-    factors_filled,
-    filled,
+    warps_smem,
+    shape: turning.Shape,
+    lie: Plain,
     t: int,
     blocks: int,
-    size: int,
     epsilon: float | None,
-    gated: bool,
 ):
     *norm, codes_gmem, scale_gmem, zero_point_gmem, sums_gmem = refs
-    gate_smem, y_smem = gate_or_y_smem
-    block = lax.axis_index("block")
+    token_smem, codes_smem = token_or_codes_smem
+    norm_gmem = norm[0] if norm else None
+    first = lax.axis_index("block")
 
-    def fetch_gate(token):
-        if gated:
-            fetch(x_gmem.at[token, 0], gate_smem, filled)
+    def fetch(token, more=None):
+        return gpu_fetch.fetch((x_gmem.at[token],), norm_gmem, settings_gmem, shape=shape, more=more)
 
-    def fetch_x(token):
-        fetch(x_gmem.at[token, int(gated)], x_smem, filled)
+    def finish(token, words, settings):
+        words = gpu_fetch.ready(words, settings_gmem[0], warps_smem, shape=shape, epsilon=epsilon)
+        gpu_fetch.load(words, token_smem, shape=shape)
+        gpu_fetch.meet(shape=shape)
+        z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
+        found = gpu_codes.quantize(z, settings, codes_smem, None, warps_smem, shape=shape, lie=lie)
+        of_token = codes_gmem.at[token], sums_gmem.at[token]
+        _write(found, token, codes_smem, *of_token, scale_gmem, zero_point_gmem, shape=shape, lie=lie)
 
-    fetch_gate(block)
-    fetch_x(block)
-    plgpu.copy_gmem_to_smem(right_gmem, right_smem, factors_filled)
-    plgpu.copy_gmem_to_smem(left_gmem, left_smem, factors_filled)
-    norm = load_norm(norm, x_smem.shape, epsilon)
-    plgpu.barrier_wait(factors_filled)
+    asked = fetch(first)
+    factors = gpu_fetch.fetch_factors(left_gmem, right_gmem, shape=shape)
+    gpu_fetch.load_factors(factors, left_smem, right_smem, shape=shape)
+    if blocks == t:
+        return finish(first, *asked)
 
-    @pl.loop(0, lax.div(t - block + blocks - 1, blocks))
-    def _(step):
-        token = block + step * blocks
-        after = token + blocks
-        plgpu.barrier_wait(filled)
-        if gated:
-            apply_gate(gate_smem, x_smem)
-        turn_right(x_smem, right_smem, y_smem, norm, size=size)
-        pl.when(after < t)(lambda: fetch_x(after))
-        z = turn_left(y_smem, left_smem)
-        if gated:
-            plgpu.commit_smem()  # Yᵀ has been read by all before the next gate overwrites it
-        pl.when(after < t)(lambda: fetch_gate(after))
-        codes, scale, zero_point = quantize(z, settings_gmem, size=size)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the token before
-        width = layout.chunk(x_smem.shape[1])
-        for i in range(x_smem.shape[1] // width):
-            # Not by way of shared memory, of which two blocks of 96×128 have all but some hundred bytes.
-            sums_gmem[token, i] = jnp.sum(codes[:, i * width : (i + 1) * width], axis=1)
-        codes_smem[...] = codes.astype(jnp.int8)
-        scale_gmem[token] = scale
-        zero_point_gmem[token] = zero_point
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(codes_smem.at[:size], codes_gmem.at[token])
+    def step(i, asked):
+        token = first + i * blocks
+        following = fetch(jnp.minimum(token + blocks, t - 1), jnp.where(token + blocks < t, 1, 0))
+        finish(token, *asked)
+        gpu_fetch.meet(shape=shape)  # codes have been read by all before the next token takes their place
+        return following
 
-    plgpu.wait_smem_to_gmem(0)
+    lax.fori_loop(0, lax.div(t - first + blocks - 1, blocks), step, asked)
 
 
-def compiler_params(gated: bool):
-    """With a gate, whose exponential is rounded to bf16 anyway, the fast exponential."""
-    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=gated)
+def _write(
+    found,
+    token,
+    codes_smem,
+    codes_gmem,
+    sums_gmem,
+    scale_gmem,
+    zero_point_gmem,
+    *,
+    shape: turning.Shape,
+    lie: Plain,
+) -> None:
+    """A token's codes, their sums by groups of 128, and `found`, its scale and zero point, to global memory."""
+    refs = codes_smem, codes_gmem, sums_gmem, scale_gmem, zero_point_gmem
 
-
-def token_memory(rows: int, r: int, dtype):
-    """Shared memory for a token's matrix: one tile high, which the copy engine fills up past the last row."""
-    return plgpu.SMEM((rows, r), dtype, transforms=swizzled(r, rows))
-
-
-def gate_or_turned_memory(rows: int, r: int, dtype):
-    """Shared memory for a gate and, once that is used up, for `Yᵀ`."""
-    return plgpu.RefUnion(
-        token_memory(rows, r, dtype), plgpu.SMEM((r, rows), dtype, transforms=swizzled(rows))
+    @threads.on_threads(
+        arg_types=(threads.per_thread(2), plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs))
     )
+    def write(_, found, token, codes, codes_out, sums_out, *out):
+        me, start = threads.thread(), lie.token(codes, 0)
+        lane, count, groups = me & (threads.WARP - 1), shape.size * shape.r, threads.shape(sums_out)[0]
+        for first in range(0, groups, shape.warps):
+            group = me // threads.WARP + first
+            index = group * PLANE + lane * 4
+            real = index < count
+            four = threads.load(start + lie.place(index.least(count - 4)))[0]
+            four = threads.select(real, four, threads.word(0))
+            with threads.when(real):
+                threads.store_global_words(codes_out, index, [four])
+            total = threads.warp_sum(threads.sum_of_bytes(four))
+            with threads.when(threads.both(lane.equals(0), group < groups)):
+                threads.store_global_words(sums_out, group * 4, [total])
+        with threads.when(me.equals(0)):
+            for value, ref in zip(threads.reals(found), out, strict=True):
+                threads.store_real(ref, threads.splat_word(token), value)
 
-
-def fetch(matrix_gmem, smem, filled) -> None:
-    """Starts the copy of a token's matrix; rows past its last become zeros."""
-    plgpu.copy_gmem_to_smem(matrix_gmem.at[pl.ds(jnp.int32(0), smem.shape[0])], smem, filled)
-
-
-def apply_gate(gate_smem, x_smem) -> None:
-    """`silu(gate) · x` in the place of x; gate_smem is free after that."""
-    kind = _layouts(*x_smem.shape)[2]
-    x_smem[...] = silu_product(*(plgpu.load(ref, layout=kind) for ref in (gate_smem, x_smem)))
-
-
-def silu_product(gate: jax.Array, x: jax.Array) -> jax.Array:
-    """`silu(gate) · x`, rounded to bf16 after every step, as XLA does it."""
-    divisor = 1 + jnp.exp(-gate.astype(jnp.float32)).astype(gate.dtype)
-    # A division takes many instructions, this takes two, and of such divisors it is the same once it is rounded.
-    sigmoid = lax.square(lax.rsqrt(divisor.astype(jnp.float32))).astype(gate.dtype)
-    return gate * sigmoid * x
-
-
-def load_norm(norm, shape: tuple[int, int], epsilon: float | None):
-    """Weights of a norm, in the layout that `turn_right` wants, and its ε; None without one."""
-    if epsilon is None:
-        return None
-    return plgpu.load(norm[0], layout=_layouts(*shape)[2], optimized=False), epsilon
-
-
-def turn_right(x_smem, right_smem, y_smem, norm, *, size: int) -> None:
-    """`Yᵀ = Rᵀ Xᵀ` into `y_smem`, after the norm; x_smem is free after that."""
-    rows, r = x_smem.shape
-    if norm is not None:
-        weights, epsilon = norm
-        x = plgpu.load(x_smem, layout=_layouts(rows, r)[2]).astype(jnp.float32)
-        mean = jnp.sum(jnp.sum(x * x, axis=1), axis=0) / (size * r)
-        x_smem[...] = (x * lax.rsqrt(mean + epsilon) * weights.astype(jnp.float32)).astype(x_smem.dtype)
-    y_smem[...] = _product(right_smem, x_smem)
-    plgpu.commit_smem()
-
-
-def turn_left(y_smem, left_smem) -> jax.Array:
-    """`Z = L Y`, float32."""
-    return _product(left_smem, y_smem).astype(jnp.float32)
-
-
-def quantize(z, settings_gmem, *, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Codes, scale and zero point of a token that is the first `size` rows of z; codes of other rows are zero."""
-    levels, clip, half = settings_gmem[0], settings_gmem[1], settings_gmem[2]
-    real = plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=_layouts(*z.shape)[2]) < size
-    low = clip * jnp.min(jnp.min(jnp.where(real, z, jnp.inf), axis=1), axis=0)
-    high = clip * jnp.max(jnp.max(jnp.where(real, z, -jnp.inf), axis=1), axis=0)
-    scale = jnp.maximum((high - low) / levels, 1e-8)
-    zero_point = jnp.round(-low / scale)
-    codes = jnp.clip(jnp.round(z / scale) + zero_point, 0.0, levels) - half
-    return jnp.where(real, codes, 0.0).astype(jnp.int32), scale, zero_point - half
-
-
-def _product(a_smem, b_smem) -> jax.Array:
-    """`a bᵀ`, rounded as the reference rounds what goes from one factor to the next, and to the quantiser."""
-    m, n = a_smem.shape[0], b_smem.shape[0]
-    left, right, total = _layouts(m, n)
-    a, b = plgpu.load(a_smem, layout=left), plgpu.load(b_smem.T, layout=right)
-    zero = plgpu.layout_cast(jnp.zeros((m, n), jnp.float32), total)
-    return plgpu.mma(zero, a, b).astype(a_smem.dtype)
-
-
-def _warps(m: int, n: int) -> int | None:
-    """How many of the four warps lie below each other in an `m × n` product: as many as it allows, or None."""
-    return next((w for w in (4, 2, 1) if m % (16 * w) == 0 and n % (32 // w) == 0), None)
-
-
-def _layouts(m: int, n: int):
-    """Left, right and sum of an `m × n` product."""
-    warps = _warps(m, n)
-    kinds = (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
-    return tuple(kind(jnp.bfloat16, m_warps=warps) for kind in kinds)
-
-
-def swizzled(columns: int, rows: int = 8):
-    """Transforms of 16-bit matrices with so many columns, a multiple of 16, for shared memory without conflicts.
-
-    `rows` are those of a tile, a multiple of 8.
-    """
-    swizzle = next(size for size in (128, 64, 32) if 2 * columns % size == 0)
-    tiling = plgpu.TilingTransform((rows, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
-    return (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
+    write(found, token, *refs)

@@ -1,18 +1,19 @@
 """Norm, rotation and quantiser on TPUs (Pallas Mosaic TPU): a block of tokens, one after the other."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from twla_jax.ops.rotate_quantize import layout
 from twla_jax.ops.rotate_quantize.reference import gate
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.tokens import QuantizedTokens
+from twla_jax.packing import PLANE
 
 _TOKENS = 8
 
@@ -37,10 +38,10 @@ def rotate_quantize(
     """What `reference.rotate_quantize` computes, for bf16 x; a gate is XLA's."""
     x = gate(x) if gated else x
     t = len(x)
-    x = jnp.pad(layout.as_matrices(x, rotation), ((0, -t % _TOKENS), (0, 0), (0, 0)))
+    x = jnp.pad(_as_matrices(x, rotation), ((0, -t % _TOKENS), (0, 0), (0, 0)))
     _, rows, r = x.shape
-    chunks = r // layout.chunk(r)
-    norm = () if norm_scale is None else (layout.as_matrices(norm_scale[None], rotation)[0],)
+    chunks = r // _chunk(r)
+    norm = () if norm_scale is None else (_as_matrices(norm_scale[None], rotation)[0],)
 
     def whole(shape):
         return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
@@ -69,7 +70,7 @@ def rotate_quantize(
         interpret=interpret,
     )(x, rotation.left, rotation.right_transposed, settings, *norm)
     codes, sums = codes[:t, : rotation.size], sums[:t, : rotation.size]
-    return layout.collect(codes, scale[:t, 0], zero_point[:t, 0], sums)
+    return _collect(codes, scale[:t, 0], zero_point[:t, 0], sums)
 
 
 def _kernel(x_ref, left_ref, right_ref, settings_ref, *refs, size: int, epsilon: float | None):
@@ -106,3 +107,31 @@ def _kernel(x_ref, left_ref, right_ref, settings_ref, *refs, size: int, epsilon:
         codes_ref[token] = codes.astype(jnp.int8)
         scale_ref[token : token + 1] = scale
         zero_point_ref[token : token + 1] = zero_point - half
+
+
+def _as_matrices(x: Float[Array, "t m"], rotation: KernelRotation) -> Float[Array, "t rows r"]:
+    """Each token as `mat(x)`, with rows of zeros up to those of the filled up L."""
+    rows, r = len(rotation.left), len(rotation.right_transposed)
+    return jnp.pad(x, ((0, 0), (0, rows * r - x.shape[1]))).reshape(len(x), rows, r)
+
+
+def _chunk(r: int) -> int:
+    """The columns of `mat(x)` that one sum of codes goes over: a group of 128 begins and ends between such chunks."""
+    return math.gcd(r, PLANE)
+
+
+def _collect(
+    codes: Int8[Array, "t l r"],
+    scale: Float32[Array, " t"],
+    zero_point: Float32[Array, " t"],
+    sums: Int32[Array, "t l chunks"],
+) -> QuantizedTokens:
+    """The kernel's outputs, without what was filled up, as flat tokens with a sum for every group of 128."""
+    t, _, r = codes.shape
+    # Groups are whole numbers of chunks; the last one may lack some.
+    flat = sums.reshape(t, -1)
+    per_group = PLANE // _chunk(r)
+    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % per_group)))
+    groups = flat.reshape(t, -1, per_group).sum(-1)
+    groups = jnp.pad(groups, ((0, 0), (0, -groups.shape[1] % 4)))
+    return QuantizedTokens(codes=codes.reshape(t, -1), scale=scale, zero_point=zero_point, sums=groups)

@@ -119,6 +119,15 @@ class Flat:
         """Codes that lie next to each other."""
         return 128 if self.r % 128 == 0 else 64
 
+    @property
+    def regular(self) -> bool:
+        """Whether one row of r codes begins where another does, so much further."""
+        return self.r % self.run == 0
+
+    def offset(self, row: int, column: int) -> int:
+        """Bytes from a code to that so many rows and 0 or 8 columns on, if rows are regular."""
+        return row * self.size(self.r) + column * 4
+
     def size(self, count: int) -> int:
         """Bytes of so many codes, whole runs, and what is left out."""
         return count + 16 * (count // self.run)

@@ -1,9 +1,10 @@
 """Tokens and the rotation's factors, from memory through threads into shared memory (Pallas Mosaic GPU).
 
-On their way tokens are normed, or merged of the parts that attention left them in.
+On their way tokens are merged of the parts that attention left them in, or gated, and normed.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,70 +13,106 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.decode_attention.parts import LEAST_SUM
+from twla_jax.ops.attention_parts import LEAST_SUM
 from twla_jax.ops.gpu_threads import Real, Word
-from twla_jax.ops.quantized_linear.gpu_token import Shape, load_reals, tree
-from twla_jax.ops.rotate_quantize.gpu import swizzled
+from twla_jax.ops.rotate_quantize.gpu_token import Shape, load_reals, swizzled, tree
 
 _OF_PIECE = 4  # words: eight features
 _OF_PART = _OF_PIECE + 2  # a piece of a part, and its softmax's two numbers
 
 
 def fetch(
-    x_gmem, left_gmem, right_gmem, norm_gmem, settings_gmem, *, shape: Shape
+    x_gmem, norm_gmem, settings_gmem, *, shape: Shape, more: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Starts the way of the tokens, both factors and the norm's weights to the threads, for `load`; and the settings.
+    """Starts the way of the tokens and the norm's weights to the threads, for `ready`; and the settings.
 
     Not by the copy engine, which would bring them in turn with the weights. `x_gmem` lists the tokens or, of attention
-    left in parts, mixes and softmaxes; nothing, if they are to be `receive`d.
+    left in parts, mixes and softmaxes; nothing, if they are to be `receive`d. Nothing is read if `more` is zero.
     """
-    refs = [settings_gmem, left_gmem, right_gmem, *x_gmem, *([] if norm_gmem is None else [norm_gmem])]
-    *tokens, left, right = _pieces(shape)
+    refs = [settings_gmem, *x_gmem, *([] if norm_gmem is None else [norm_gmem])]
+    flags = [] if more is None else [more]
+    tokens = _pieces_of_tokens(shape)
     wide = 0 if norm_gmem is None else norm_gmem.dtype.itemsize // 2
     given = tokens if x_gmem else []
-    count = sum(len(pieces) for pieces in given) * _words(shape)
-    count += _OF_PIECE * (len(left) + len(right) + wide * len(tokens[0]))
+    count = sum(len(pieces) for pieces in given) * _words(shape) + _OF_PIECE * wide * len(tokens[0])
 
     @threads.on_threads(
-        arg_types=(plgpu.RefType(),) * len(refs),
+        arg_types=(*[plgpu.Layout.WG_SPLAT] * len(flags), *[plgpu.RefType()] * len(refs)),
         return_type=(threads.values(count, jnp.int32), threads.values(3, jnp.float32)),
     )
-    def start(_, settings, left_ref, right_ref, *more):
+    def start(_, *arguments):
+        there = [threads.splat_word(flag) >= 1 for flag in arguments[: len(flags)]]
+        settings, *refs = arguments[len(flags) :]
         found = []
         for token, pieces in enumerate(given):
             for matrix, i in pieces:
-                found += _fetch_piece(*more[: len(x_gmem)], token=token, matrix=matrix, i=i, shape=shape)
-        for ref, pieces, width in (
-            (left_ref, left, 1),
-            (right_ref, right, 1),
-            *([(more[-1], tokens[0], wide)] if wide else []),
-        ):
-            found += [
-                word
-                for matrix, i in pieces
-                for part in range(width)
-                for word in threads.load_global(
-                    ref, matrix.offset(i) * width + 16 * part, 4, condition=matrix.real(i)
+                found += _fetch_piece(
+                    *refs[: len(x_gmem)],
+                    token=token,
+                    offset=matrix.offset(i),
+                    real=threads.both(matrix.real(i), *there),
+                    shape=shape,
                 )
-            ]
+        if wide:
+            found += _fetch_pieces(refs[-1], tokens[0], wide, there)
         values = [threads.load_global(settings, threads.word(4 * i))[0].real() for i in range(3)]
         return threads.as_array(found), threads.as_array(values)
 
-    return start(*refs)
+    return start(*flags, *refs)
+
+
+def fetch_factors(left_gmem, right_gmem, *, shape: Shape) -> jax.Array:
+    """Starts the way of both factors to the threads, for `load_factors`."""
+    pieces = _pieces_of_factors(shape)
+
+    @threads.on_threads(
+        arg_types=[plgpu.RefType()] * 2,
+        return_type=threads.values(_OF_PIECE * sum(map(len, pieces)), jnp.int32),
+    )
+    def start(_, *refs):
+        found = [_fetch_pieces(ref, of_factor) for ref, of_factor in zip(refs, pieces, strict=True)]
+        return threads.as_array([word for each in found for word in each])
+
+    return start(left_gmem, right_gmem)
+
+
+def _fetch_pieces(ref, pieces: "_Pieces", wide: int = 1, there: Sequence[ir.Value] = ()) -> list[Word]:
+    """Eight numbers each, of so many times two bytes."""
+    return [
+        word
+        for matrix, i in pieces
+        for part in range(wide)
+        for word in threads.load_global(
+            ref, matrix.offset(i) * wide + 16 * part, 4, condition=threads.both(matrix.real(i), *there)
+        )
+    ]
 
 
 def _words(shape: Shape) -> int:
     """Of a piece of a token, as it is fetched."""
-    return _OF_PART * shape.parts if shape.parts else _OF_PIECE
+    if shape.parts:
+        return _OF_PART * shape.parts
+    return 2 * _OF_PIECE if shape.gated else _OF_PIECE
 
 
 def _fetch_piece(
-    x: ir.Value, softmax: ir.Value | None = None, *, token: int, matrix: "_Matrix", i: int, shape: Shape
+    x: ir.Value,
+    softmax: ir.Value | None = None,
+    *,
+    token: int,
+    offset: Word,
+    real: ir.Value,
+    shape: Shape,
 ) -> list[Word]:
-    """Eight features of a token; or of each of its parts, with its softmax's two numbers after them."""
-    size, offset, real = shape.size * shape.r, matrix.offset(i), matrix.real(i)
+    """Eight features of a token, after those of its gate; or of each part, and then its softmax's two numbers."""
+    size = shape.size * shape.r
     if softmax is None:
-        return threads.load_global(x, offset + token * size * 2, 4, condition=real)
+        matrices = 2 if shape.gated else 1
+        return [
+            word
+            for each in range(token * matrices, (token + 1) * matrices)
+            for word in threads.load_global(x, offset + each * size * 2, 4, condition=real)
+        ]
     head, found = (offset // 2) // (size // shape.heads), []
     for part in range(token * shape.parts, (token + 1) * shape.parts):
         found += threads.load_global(x, offset + part * size * 2, 4, condition=real)
@@ -85,7 +122,7 @@ def _fetch_piece(
 
 def receive(words, sent_gmem, tag, *, shape: Shape) -> jax.Array:
     """What `fetch` found but for tokens, with tokens that are sent, `[tokens, m]` words with this tag, before it."""
-    *tokens, _, _ = _pieces(shape)
+    tokens = _pieces_of_tokens(shape)
     count, size = words.shape[0] // 128, shape.size * shape.r
     found = count + _OF_PIECE * sum(len(pieces) for pieces in tokens)
 
@@ -112,13 +149,13 @@ def receive(words, sent_gmem, tag, *, shape: Shape) -> jax.Array:
 
 
 def ready(words, levels, warps_smem, *, shape: Shape, epsilon: float | None) -> jax.Array:
-    """What `fetch` found, with tokens merged of their parts, and after an RMS norm if ε is not None.
+    """What `fetch` found, with tokens merged of their parts or gated, and after an RMS norm if ε is not None.
 
     `levels` are the settings' first number.
     """
-    if not shape.parts and epsilon is None:
+    if not (shape.parts or shape.gated) and epsilon is None:
         return words
-    *tokens, left, right = _pieces(shape)
+    tokens = _pieces_of_tokens(shape)
     width, count = _words(shape), words.shape[0] // 128
 
     @threads.on_threads(
@@ -129,8 +166,10 @@ def ready(words, levels, warps_smem, *, shape: Shape, epsilon: float | None) -> 
         fours = [_each(found[of_token * i :], width, len(tokens[0])) for i in range(len(tokens))]
         if shape.parts:
             fours = [[_merged(piece) for piece in each] for each in fours]
+        if shape.gated:
+            fours = [[_gated(piece) for piece in each] for each in fours]
         if epsilon is not None:
-            scales = found[of_token * len(tokens) + _OF_PIECE * (len(left) + len(right)) :]
+            scales = found[of_token * len(tokens) :]
             scales = _each(scales, len(scales) // len(tokens[0]), len(tokens[0]))
             fours = _normed(fours, scales, threads.address(warps), shape, epsilon)
         for i, four in enumerate(four for each in fours for four in each):
@@ -160,29 +199,59 @@ def _merged(words: list[Word]) -> list[Word]:
     return [threads.pack_bfloat16(*mixed[i : i + 2]) for i in range(0, 8, 2)]
 
 
-def load(words, token_smem, left_smem, right_smem, *, shape: Shape) -> None:
-    """What `fetch` found, and `ready` made of it, into shared memory. Waits for the block."""
-    matrices = [token_smem, left_smem, right_smem]
-    t = shape.tokens
+def _gated(words: list[Word]) -> list[Word]:
+    """`silu(gate) · x` of a piece's gate and x, rounded to bf16 after every step, as XLA does it."""
+    found = []
+    for gate, x in zip(words[:_OF_PIECE], words[_OF_PIECE:], strict=True):
+        powers = [threads.exponential(threads.real(0.0) - each) for each in threads.unpack_bfloat16(gate)]
+        divisors = [each + 1.0 for each in threads.unpack_bfloat16(threads.pack_bfloat16(*powers))]
+        divisors = threads.unpack_bfloat16(threads.pack_bfloat16(*divisors))
+        sigmoid = threads.pack_bfloat16(*map(threads.reciprocal, divisors))
+        found.append(threads.multiply_bfloat16(threads.multiply_bfloat16(gate, sigmoid), x))
+    return found
+
+
+def load(words, token_smem, *, shape: Shape) -> None:
+    """What `fetch` found, and `ready` made of it, into shared memory, where all have it after `meet`."""
 
     @threads.on_threads(
-        arg_types=(
-            threads.per_thread(words.shape[0] // 128),
-            *[plgpu.RefType(swizzled(ref.shape[1])) for ref in matrices],
-        )
+        arg_types=(threads.per_thread(words.shape[0] // 128), plgpu.RefType(swizzled(shape.columns)))
     )
-    def copy(_, words, token, left, right):
-        found = threads.words(words)
-        for k, (ref, pieces) in enumerate(zip((*[token] * t, left, right), _pieces(shape), strict=True)):
-            width = _words(shape) if k < t else _OF_PIECE
-            for four, (matrix, i) in zip(_each(found, width, len(pieces)), pieces, strict=True):
-                with threads.when(matrix.exists(i)):
-                    threads.store(threads.address(ref) + matrix.place(i), *four[:_OF_PIECE])
-            found = found[width * len(pieces) :]
+    def copy(_, words, token):
+        _store(threads.words(words), [token] * shape.tokens, _pieces_of_tokens(shape), _words(shape))
+
+    copy(words, token_smem)
+
+
+def load_factors(words, left_smem, right_smem, *, shape: Shape) -> None:
+    """What `fetch_factors` found into shared memory, where all have it after `meet`."""
+    refs = [plgpu.RefType(swizzled(each)) for each in (shape.rows, shape.columns)]
+
+    @threads.on_threads(arg_types=(threads.per_thread(words.shape[0] // 128), *refs))
+    def copy(_, words, *factors):
+        _store(threads.words(words), factors, _pieces_of_factors(shape), _OF_PIECE)
+
+    copy(words, left_smem, right_smem)
+
+
+def _store(words: list[Word], refs: Sequence[ir.Value], pieces: "Sequence[_Pieces]", width: int) -> None:
+    """The first four of every so many words."""
+    for ref, of_matrix in zip(refs, pieces, strict=True):
+        for four, (matrix, i) in zip(_each(words, width, len(of_matrix)), of_matrix, strict=True):
+            with threads.when(matrix.exists(i)):
+                threads.store(threads.address(ref) + matrix.place(i), *four[:_OF_PIECE])
+        words = words[width * len(of_matrix) :]
+
+
+def meet(*, shape: Shape) -> None:
+    """Waits for the block's threads, and for what they wrote to shared memory."""
+
+    @threads.on_threads()
+    def wait(_):
         threads.publish()
         threads.barrier(shape.threads)
 
-    copy(words, *matrices)
+    wait()
 
 
 def _each(words: list[Word], width: int, count: int) -> list[list[Word]]:
@@ -232,14 +301,24 @@ class _Matrix:
         return tile * (8 * width) + (row % 8) * width + turned * 16 + above
 
 
-def _pieces(shape: Shape) -> list[list[tuple[_Matrix, int]]]:
-    """What a thread copies of each token, of L and of Rᵀ: pieces by the index that its first thread has."""
-    matrices = (
-        *(_Matrix(shape.size, shape.r, shape.rows, shape.columns, i) for i in range(shape.tokens)),
-        _Matrix(shape.rows, shape.rows, shape.rows, shape.rows),
-        _Matrix(shape.r, shape.r, shape.columns, shape.columns),
-    )
-    return [[(matrix, i * shape.threads) for i in range(matrix.count(shape.threads))] for matrix in matrices]
+type _Pieces = list[tuple[_Matrix, int]]  # by the index that its first thread has
+
+
+def _pieces_of_tokens(shape: Shape) -> list[_Pieces]:
+    """What a thread copies of each token."""
+    matrices = (_Matrix(shape.size, shape.r, shape.rows, shape.columns, i) for i in range(shape.tokens))
+    return [_pieces(matrix, shape) for matrix in matrices]
+
+
+def _pieces_of_factors(shape: Shape) -> list[_Pieces]:
+    """What a thread copies of L and of Rᵀ."""
+    left = _Matrix(shape.rows, shape.rows, shape.rows, shape.rows)
+    right = _Matrix(shape.r, shape.r, shape.columns, shape.columns)
+    return [_pieces(matrix, shape) for matrix in (left, right)]
+
+
+def _pieces(matrix: _Matrix, shape: Shape) -> _Pieces:
+    return [(matrix, i * shape.threads) for i in range(matrix.count(shape.threads))]
 
 
 def _normed(

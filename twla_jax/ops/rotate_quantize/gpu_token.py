@@ -14,9 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.attention_parts import AttentionParts
 from twla_jax.ops.gpu_threads import Real, Word
-from twla_jax.ops.rotate_quantize.gpu import swizzled
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 
 WGMMA_ROWS = 64
@@ -39,6 +38,7 @@ class Shape:
     tokens: int
     parts: int = 0  # of an attention, that tokens are to be merged of; 0 for tokens as they are
     heads: int = 0
+    gated: bool = False  # a token is twice as wide, first what is its gate
 
     @property
     def columns(self) -> int:
@@ -72,7 +72,13 @@ class Shape:
         return self.tokens * self.rows // self.shares // 2
 
 
-def shape(x: jax.Array | AttentionParts, rotation: KernelRotation, warpgroups: int) -> Shape:
+def shape(
+    x: jax.Array | jax.ShapeDtypeStruct | AttentionParts,
+    rotation: KernelRotation,
+    warpgroups: int,
+    *,
+    gated: bool = False,
+) -> Shape:
     """How a rotation's tokens are shared between warpgroups."""
     parts = heads = 0
     if isinstance(x, AttentionParts):
@@ -82,9 +88,10 @@ def shape(x: jax.Array | AttentionParts, rotation: KernelRotation, warpgroups: i
         r=len(rotation.right_transposed),
         rows=len(rotation.left),
         warpgroups=warpgroups,
-        tokens=len(x),
+        tokens=x.shape[0],
         parts=parts,
         heads=heads,
+        gated=gated,
     )
 
 
@@ -174,3 +181,10 @@ def tree(values: list, combine):
             for i in range(0, len(values), 2)
         ]
     return values[0]
+
+
+def swizzled(columns: int):
+    """Transforms of 16-bit matrices with so many columns, a multiple of 16, as `wgmma` takes them."""
+    swizzle = next(size for size in (128, 64, 32) if 2 * columns % size == 0)
+    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
+    return (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]

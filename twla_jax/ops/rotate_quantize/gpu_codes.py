@@ -12,27 +12,59 @@ from jaxlib.mlir import ir
 
 from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.gpu_threads import Real, Word
-from twla_jax.ops.quantized_linear.gpu_token import WGMMA_ROWS, Shape, load_reals, place, tree
+from twla_jax.ops.rotate_quantize.gpu_token import WGMMA_ROWS, Shape, load_reals, place, tree
 from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat, write_table
 from twla_jax.packing import TILE
 
 
-def quantize(z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *, shape: Shape) -> jax.Array:
-    """Scale and zero point of every token, whose codes and sums go to shared memory. Waits for the block."""
-    t, flat = shape.tokens, Flat(shape.r)
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Codes in their order, where rows of r begin so far apart that a warp's bytes lie in different banks."""
+
+    r: int
+    regular = True
+
+    @property
+    def stride(self) -> int:
+        """Bytes from a row to the next one: of a warp's four rows, every other one, 8 bytes each."""
+        return self.r + (4 - self.r) % 64
+
+    def token(self, codes: ir.Value, index: int) -> Word:
+        """The address of a token in `[tokens, bytes]`."""
+        return threads.address(codes) + index * threads.shape(codes)[1]
+
+    def place(self, index: Word) -> Word:
+        """Where a code's byte is."""
+        return index // self.r * self.stride + index % self.r
+
+    def offset(self, row: int, column: int) -> int:
+        """Bytes from a code to that so many rows and columns on."""
+        return row * self.stride + column
+
+
+def quantize(
+    z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *, shape: Shape, lie: Flat | Plain
+) -> jax.Array:
+    """Scale and zero point of every token, whose codes go to shared memory. Waits for the block.
+
+    So do, for products, zeros after them and their sums; where they lie `Plain`, `table_smem` is None.
+    """
+    t = shape.tokens
+    refs = [codes_smem, warps_smem, *([table_smem] if isinstance(lie, Flat) else [])]
 
     @threads.on_threads(
         arg_types=(
             *[plgpu.Layout.WGMMA] * t,
             *[plgpu.Layout.WG_SPLAT] * 2,
             threads.per_thread(3),
-            *[plgpu.RefType()] * 3,
+            *[plgpu.RefType()] * len(refs),
         ),
         return_type=threads.values(2 * t, jnp.float32),
     )
     def write(_, *arguments):
-        z, (line, share, settings, codes, table, warps) = arguments[:t], arguments[t:]
-        parts = [_pairs(each, threads.splat_word(line), threads.splat_word(share), shape) for each in z]
+        z, (line, share, settings, codes, warps, *tables) = arguments[:t], arguments[t:]
+        line, share = threads.splat_word(line), threads.splat_word(share)
+        parts = [_pairs(each, line, share, shape, lie) for each in z]
         me, at = threads.thread(), threads.address(warps)
         ends = [_ends(pairs) for pairs in parts]
         with threads.when((me & (threads.WARP - 1)).equals(0)):
@@ -41,7 +73,8 @@ def quantize(z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *
         levels, clip, half = threads.reals(settings)
         threads.barrier(shape.threads)
         # Not before: codes may take the place of tokens, which other warpgroups turn until they come here.
-        _write_zeros(codes, table, shape, flat)
+        if isinstance(lie, Flat):
+            _write_zeros(codes, tables[0], shape, lie)
         # A token's by a lane, so that divisions are all tokens' at once.
         mine = (me % Columns(t).width).least(t - 1) if t > 1 else threads.word(0)
         both = load_reals(at + mine * (8 * shape.warps), 2 * shape.warps)
@@ -52,7 +85,7 @@ def quantize(z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *
         of_tokens = [[threads.of_lane(each, i) for each in ends] for i in range(t)] if t > 1 else [ends]
         last = threads.real(threads.WHOLE) - half
         for i, ((_, zero_point, inverse), pairs) in enumerate(zip(of_tokens, parts, strict=True)):
-            origin, start = zero_point - threads.WHOLE, flat.token(codes, i)
+            origin, start = zero_point - threads.WHOLE, lie.token(codes, i)
             for pair in pairs:
                 for k, value in enumerate(threads.unpack_bfloat16(pair.values)):
                     # Among numbers as large as WHOLE, sums are rounded to whole ones, whose lowest byte is the code's.
@@ -64,11 +97,12 @@ def quantize(z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *
                         condition=None if pair.real is None else pair.real[k],
                     )
         threads.barrier(shape.threads)
-        write_table(codes, table, flat, shape.threads)
-        threads.barrier(shape.threads)
+        if isinstance(lie, Flat):
+            write_table(codes, tables[0], lie, shape.threads)
+            threads.barrier(shape.threads)
         return threads.as_array([each for scale, zero, _ in of_tokens for each in (scale, zero - half)])
 
-    return write(*z, *place(shape), settings, codes_smem, table_smem, warps_smem)
+    return write(*z, *place(shape), settings, *refs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,23 +124,21 @@ class _Pair:
         return threads.select(first, both, threads.word(worst << 16 | worst))
 
 
-def _pairs(z, line: Word, share: Word, shape: Shape) -> list[_Pair]:
+def _pairs(z, line: Word, share: Word, shape: Shape, lie: Flat | Plain) -> list[_Pair]:
     """A thread's numbers of its warpgroup's part of a token's `Zᵀ`."""
-    flat, width = Flat(shape.r), shape.rows // shape.shares
+    width = shape.rows // shape.shares
     lane, warp = threads.thread() & (threads.WARP - 1), (threads.thread() // threads.WARP) & 3
     first_column, first_row = line * WGMMA_ROWS + warp * 16 + lane // 4, share * width + (lane & 3) * 2
-    regular = shape.r % flat.run == 0  # then one row begins where another does, so much further
-    start = flat.place(first_row * shape.r + first_column)
+    start = lie.place(first_row * shape.r + first_column)
     out = []
     # Rows next to each other, in one column and then eight columns on, which are two words.
     for i, values in enumerate(threads.bfloat16_pairs(z)):
         row, column = i // 2 * 8, i % 2 * 8
-        if regular:
-            places = [start, start]
-            offsets = [(row + each) * flat.size(shape.r) + column * 4 for each in range(2)]
+        if lie.regular:
+            places, offsets = [start, start], [lie.offset(row + each, column) for each in range(2)]
         else:
             first = (first_row + row) * shape.r + first_column + column
-            places, offsets = [flat.place(first), flat.place(first + shape.r)], [0, 0]
+            places, offsets = [lie.place(first), lie.place(first + shape.r)], [0, 0]
         last = (shape.shares - 1) * width + row + 7
         real = None
         if last >= shape.size or shape.columns != shape.r:
