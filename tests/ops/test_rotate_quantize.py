@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from test_quantized_linear import turned
+from test_quantized_linear import permutation, turned
 
 from twla_jax import activation, kotms
 from twla_jax.errors import TwlaError
@@ -108,6 +108,20 @@ def test_gpu_kernel_equals_the_reference_thread_by_thread(left, right, norm, gat
         monkeypatch.setattr(gpu, "STREAMING_MULTIPROCESSORS", blocks)
         monkeypatch.setattr(gpu, "_WARPGROUPS", max(1, right // 64))
         assert_close(gpu.rotate_quantize(x, *arguments, **options), expected)
+
+
+def test_half_way_between_two_codes_the_gpu_kernel_takes_the_even_one(monkeypatch):
+    """As a division does it, but not a product with `1 / scale`."""
+    rng = np.random.default_rng(0)
+    rotation = permutation(kernel_rotation(rotation_of(8, 24), jnp.bfloat16))
+    x = jnp.asarray([1.5 * rng.permutation(np.arange(192) % 31) for _ in range(3)], jnp.bfloat16)
+    turned_x = np.asarray(kotms.rotate(x, *rotation.factors), np.float32)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes)
+    emulated_threads.emulate_kernel(monkeypatch, pl)
+    monkeypatch.setattr(gpu_token, "turn", turned)
+    found = gpu.rotate_quantize(x, rotation, quantizer_settings(4, 1.0), None, epsilon=0.0)
+    np.testing.assert_array_equal(found.scale, 3)
+    np.testing.assert_array_equal(found.codes, np.minimum(np.round(turned_x / np.float32(3)), 15) - 8)
 
 
 def test_the_gate_in_the_gpu_kernel_is_that_of_xla_bit_by_bit(monkeypatch):

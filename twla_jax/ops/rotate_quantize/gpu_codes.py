@@ -84,12 +84,17 @@ def quantize(
         ends = scale, zero_point, threads.real(1.0) / scale
         of_tokens = [[threads.of_lane(each, i) for each in ends] for i in range(t)] if t > 1 else [ends]
         last = threads.real(threads.WHOLE) - half
-        for i, ((_, zero_point, inverse), pairs) in enumerate(zip(of_tokens, parts, strict=True)):
+        for i, ((scale, zero_point, inverse), pairs) in enumerate(zip(of_tokens, parts, strict=True)):
             origin, start = zero_point - threads.WHOLE, lie.token(codes, i)
             for pair in pairs:
                 for k, value in enumerate(threads.unpack_bfloat16(pair.values)):
+                    # Ends are bf16 numbers, too, so that many lie half way between two codes: the quotient is
+                    # rounded as a division's, by what the first one leaves (Markstein 1990).
+                    quotient = value * inverse
+                    rest = (quotient * -1.0).times_plus(scale, value)
+                    quotient = rest.times_plus(inverse, quotient)
                     # Among numbers as large as WHOLE, sums are rounded to whole ones, whose lowest byte is the code's.
-                    code = (value.times_plus(inverse, threads.WHOLE) + origin).most(0.0).least(levels) + last
+                    code = (quotient + threads.WHOLE + origin).most(0.0).least(levels) + last
                     threads.store_byte(
                         start + pair.places[k],
                         code.word(),
