@@ -111,8 +111,8 @@ def test_a_gate_of_many_tokens_is_read_as_it_lies(compile_for):
 
     rotation, _ = linear_shapes(4096, 11008)
     x = jax.ShapeDtypeStruct((1, 64, 2 * 11008), jnp.bfloat16)
-    # The kernel, and what adds up the sums that it wrote.
-    assert work(compile_for("h100", quantized, x, rotation)) == ["custom-call", "fusion", "tuple"]
+    # The kernel, which adds up its codes itself.
+    assert work(compile_for("h100", quantized, x, rotation)) == ["custom-call", "tuple"]
 
 
 def loop(model, token, cache, key):
