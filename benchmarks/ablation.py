@@ -20,19 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from twla_jax import (
-    blockwise,
-    calibration,
-    clip_training,
-    evaluation,
-    pipeline,
-    recipe,
-    refinement,
-    workflow,
-    xla_flags,
-)
+from twla_jax import recipe, xla_flags
 from twla_jax.errors import TwlaError
-from twla_jax.models.attention import can_fuse
+from twla_jax.evaluation import scoring
+from twla_jax.jobs import quantize_model
+from twla_jax.ops.attention.reference import can_fuse
+from twla_jax.quantization import pipeline
+from twla_jax.refinement import blockwise, clip_training, end_to_end
+from twla_jax.text import corpora
 
 _BITS = (16, 4)
 
@@ -83,16 +78,16 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         self._options = options
-        self._teacher, tokenizer = workflow.load(options.model, dtype=jnp.float16)
+        self._teacher, tokenizer = quantize_model.load(options.model, dtype=jnp.float16)
         size = self._teacher.config.vocab_size
 
         def read(name, split):
-            return calibration.tokenize(calibration.load_corpus(name, split), tokenizer, size)
+            return corpora.tokenize(corpora.load_corpus(name, split), tokenizer, size)
 
         self._calibration, self._refine_text = (
             read(name, "calibration") for name in (options.calibration, options.refine_text)
         )
-        self._test = evaluation.cut_windows(read(options.corpus, "evaluation"), options.seq_len)
+        self._test = scoring.cut_windows(read(options.corpus, "evaluation"), options.seq_len)
         self._shared: tuple[Any, Any] = (None, None)
 
     def run(self, row: Row, settings: recipe.Recipe) -> dict[str, Any]:
@@ -111,13 +106,11 @@ class Bench:
             model, _ = timed("blocks", lambda: blockwise.refine_blocks(model, *arguments, progress=False))
         text = self._calibration if row.narrow else self._refine_text
         count = max(settings.refine.steps, settings.refine.clip_steps) * settings.refine.batch
-        windows = calibration.sample_windows(
-            text, count, self._options.seq_len, settings.calibration.seed + 1
-        )
+        windows = corpora.sample_windows(text, count, self._options.seq_len, settings.calibration.seed + 1)
         if settings.refine.steps:
             model, figures = timed(
                 "refine",
-                lambda: refinement.refine(model, self._teacher, windows, settings.refine, progress=False),
+                lambda: end_to_end.refine(model, self._teacher, windows, settings.refine, progress=False),
             )
         if settings.refine.clip_steps:
             arguments = (self._teacher, windows, settings.refine)
@@ -135,12 +128,12 @@ class Bench:
 
     def _drawn(self, settings: recipe.Recipe) -> np.ndarray:
         drawn = settings.calibration
-        return calibration.sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed)
+        return corpora.sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed)
 
     def _score(self, model: Any, bits: int) -> float:
-        model = _computing_in(workflow.set_activation_bits(model, bits), jnp.dtype(self._options.dtype))
+        model = _computing_in(quantize_model.set_activation_bits(model, bits), jnp.dtype(self._options.dtype))
         options = {"max_windows": self._options.max_windows, "batch_size": self._options.batch_size}
-        return float(evaluation.evaluate(model, self._test, progress=False, **options)["perplexity"])
+        return float(scoring.evaluate(model, self._test, progress=False, **options)["perplexity"])
 
 
 def _computing_in(model: Any, dtype: Any) -> Any:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from twla_jax import xla_flags
-from twla_jax.kotms import KroneckerRotation
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import LayerKV, empty_layer, write
+from twla_jax.core.kotms import KroneckerRotation
+from twla_jax.core.packing import TILE
+from twla_jax.core.uniform import IntegerTensor
+from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer, write
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul, integer_weight
 from twla_jax.ops.linear_pair import LinearOperands, linear_pair
@@ -25,8 +27,6 @@ from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, ro
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
 from twla_jax.ops.ternary_matmul.weight import pair
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
-from twla_jax.packing import TILE
-from twla_jax.uniform import IntegerTensor
 
 TOKENS = 8
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from twla_jax import xla_flags
-from twla_jax.benchmark import shapes, timing
+from twla_jax.bench import shapes, timing
 from twla_jax.ops.quantized_linear import gpu
 from twla_jax.ops.rotate_quantize import quantizer_settings
 from twla_jax.ops.ternary_matmul import gpu_few, ternary_matmul

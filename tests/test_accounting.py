@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from twla_jax import accounting, checkpoint
 from twla_jax.recipe import Recipe
+from twla_jax.storage import accounting, checkpoint
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax import activation
+from twla_jax.core import activation
 
 CLIPS = (0.6, 0.8, 1.0)
 

@@ -9,12 +9,15 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import accounting, activation, allocation, checkpoint, refit, sensitivity, sites
-from twla_jax.calibration import Corpus, held_out_windows, sample_windows
+from twla_jax.allocation import choice, refit, sensitivity
+from twla_jax.core import activation
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation import evaluate
+from twla_jax.evaluation.scoring import evaluate
+from twla_jax.models import sites
 from twla_jax.models.decoder import SITES
 from twla_jax.recipe import ActivationRecipe, AllocationRecipe, CalibrationRecipe, Recipe, RefineRecipe
+from twla_jax.storage import accounting, checkpoint
+from twla_jax.text.corpora import Corpus, held_out_windows, sample_windows
 
 RECIPE = Recipe(
     name="tiny",
@@ -37,7 +40,7 @@ def corpus(split="calibration"):
 
 
 def prepared(model, recipe=RECIPE, **options):
-    return allocation.prepare(model, Letters(), corpus(), recipe, progress=False, **options)
+    return choice.prepare(model, Letters(), corpus(), recipe, progress=False, **options)
 
 
 def weights_of(folder):
@@ -72,7 +75,7 @@ def saved(tiny_ternary, tmp_path, monkeypatch):
 
 def allocate(folder, **options):
     settings = dataclasses.replace(RECIPE.allocation, budget=options.pop("budget", 4.0))
-    return allocation.allocate_folder(folder, settings, progress=False, **options)
+    return choice.allocate_folder(folder, settings, progress=False, **options)
 
 
 def test_text_for_evaluation_never_chooses_bits(tiny_ternary):
@@ -104,7 +107,7 @@ def test_windows_of_the_refinement_are_not_held_out(tiny_ternary, monkeypatch):
         avoided.extend((each.windows, each.seed) for each in drawn)
         return held_out_windows(tokens, drawn, *args, **options)
 
-    monkeypatch.setattr(allocation.calibration, "held_out_windows", held_out)
+    monkeypatch.setattr(choice.calibration, "held_out_windows", held_out)
     recipe = dataclasses.replace(RECIPE, refine=RefineRecipe(steps=3, batch=2))
     prepared(tiny_ternary, recipe)
     assert avoided == [(4, 0), (6, 1)]
@@ -137,22 +140,22 @@ def test_the_best_measured_allocation_is_taken_whatever_was_foretold(tiny_ternar
     def loss(model, windows):
         return 1.0 if np.array_equal(sites.input_bits(model), uniform) else 2.0
 
-    monkeypatch.setattr(allocation, "_loss", loss)
-    monkeypatch.setattr(allocation, "refit_clips", lambda model, *_, **__: model)
-    model, result = allocation.choose(measured, progress=False)
+    monkeypatch.setattr(choice, "_loss", loss)
+    monkeypatch.setattr(choice, "refit_clips", lambda model, *_, **__: model)
+    model, result = choice.choose(measured, progress=False)
     assert result["chosen"] == "uniform"
     np.testing.assert_array_equal(sites.input_bits(model), uniform)
     monkeypatch.setattr(
-        allocation, "_loss", lambda model, windows: float("nan") if loss(model, windows) > 1 else 9.0
+        choice, "_loss", lambda model, windows: float("nan") if loss(model, windows) > 1 else 9.0
     )
-    assert allocation.choose(measured, progress=False)[1]["chosen"] == "uniform"
+    assert choice.choose(measured, progress=False)[1]["chosen"] == "uniform"
 
 
 def test_refitted_clips_are_dropped_where_they_raise_the_loss(tiny_ternary, monkeypatch):
     measured = prepared(tiny_ternary)
     bad = {site: np.full((3, 4), 0.01) for site in SITES}
-    monkeypatch.setattr(allocation, "refit_clips", lambda model, *_, **__: sites.with_input_clips(model, bad))
-    model, result = allocation.choose(measured, progress=False)
+    monkeypatch.setattr(choice, "refit_clips", lambda model, *_, **__: sites.with_input_clips(model, bad))
+    model, result = choice.choose(measured, progress=False)
     assert result["clips"]["kept"] == "as_fitted"
     assert result["clips"]["refitted"] > result["clips"]["as_fitted"]
     for site, clips in sites.input_clips(measured.model).items():
@@ -185,7 +188,7 @@ def test_a_refitted_clip_is_the_best_for_what_reaches_its_input_and_others_stay(
 
 def test_the_frontier_never_rises_and_says_what_was_measured(tiny_ternary, monkeypatch):
     measured = prepared(tiny_ternary)
-    points = allocation.frontier(measured, [8, 2, 5, 3, 4], score=lambda _: {"perplexity": 7.0})
+    points = choice.frontier(measured, [8, 2, 5, 3, 4], score=lambda _: {"perplexity": 7.0})
     assert [point["budget"] for point in points] == [2, 3, 4, 5, 8]
     losses = [point["loss"] for point in points]
     assert losses == sorted(losses, reverse=True)
@@ -193,8 +196,8 @@ def test_the_frontier_never_rises_and_says_what_was_measured(tiny_ternary, monke
     assert all(point["average_bits"] <= point["from_budget"] <= point["budget"] for point in points)
     assert {point["perplexity"] for point in points} == {7.0}
     # Were more bits to measure worse, the cheaper allocation would be kept.
-    monkeypatch.setattr(allocation, "_loss", lambda model, _: float(sites.input_bits(model).mean()))
-    points = allocation.frontier(measured, [2, 8])
+    monkeypatch.setattr(choice, "_loss", lambda model, _: float(sites.input_bits(model).mean()))
+    points = choice.frontier(measured, [2, 8])
     assert [point["from_budget"] for point in points] == [2, 2]
     assert points[1]["losses"]["uniform"] == 8.0
 
@@ -236,7 +239,7 @@ def test_a_frontier_alone_leaves_the_bits(saved):
     model, _, info = checkpoint.load(saved)
     np.testing.assert_array_equal(sites.input_bits(model), before)
     assert info.report["frontier"] == json.loads(json.dumps(result["frontier"]))
-    assert (saved / allocation.TABLES).is_file()
+    assert (saved / choice.TABLES).is_file()
 
 
 @pytest.mark.parametrize("moment", ["write", "rename"])
@@ -275,10 +278,10 @@ def test_a_model_saved_with_its_inputs_off_gets_them_on(tiny_ternary, tmp_path):
 
 
 def test_the_figure_is_written_and_its_format_checked(tiny_ternary, tmp_path):
-    from twla_jax.plotting import plot_allocation
+    from twla_jax.reports.plotting import plot_allocation
 
     measured = prepared(tiny_ternary)
-    _, result = allocation.choose(measured, progress=False)
+    _, result = choice.choose(measured, progress=False)
     plot_allocation(tmp_path / "figure.png", measured.table, result)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(TwlaError, match=r"figure\.nothing"):

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from twla_jax import cli
-from twla_jax.benchmark import SHAPES, decode, measure, shapes, timing
+from twla_jax.bench import SHAPES, decode, measure, shapes, timing
+from twla_jax.cli import main
+from twla_jax.core.e2m_atq import dequantize
 from twla_jax.errors import TwlaError
-from twla_jax.ternary import dequantize
 
 SMALL = ["--shape", "tiny", "--layers", "1", "--tokens", "8", "--context", "8", "--steps", "2"]
 HEAD = 4  # bits of the ternary models' head
@@ -39,7 +39,7 @@ def printed(tmp_path_factory):
         embedding_bits=HEAD,
         on_row=lambda part, row: rows.append((part, row)),
     )
-    from twla_jax import plotting
+    from twla_jax.reports import plotting
 
     plotting.plot_roofline(path, result)
     return result, rows, path
@@ -102,7 +102,7 @@ def test_8_and_4_bits_are_one_program():
 
 
 def test_the_command_prints_tables(capsys):
-    cli.main(["bench", "decode", *SMALL, "--kv-cache", "int8", "--activation-bits", "16"])
+    main.main(["bench", "decode", *SMALL, "--kv-cache", "int8", "--activation-bits", "16"])
     out = capsys.readouterr().out
     assert out.index("## Whole-model decode") < out.index("| bf16 | 1 | 1 | 8 |") < out.index("| W1.58A16 |")
     assert "XLA reference" in out

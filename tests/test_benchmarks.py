@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twla_jax.benchmark import SHAPES, shapes
+from twla_jax.bench import SHAPES, shapes
 from twla_jax.ops.ternary_matmul import reference
 from twla_jax.recipe import Recipe, RefineRecipe
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax import blockwise, pipeline, resume
 from twla_jax.models.decoder import Decoder
+from twla_jax.quantization import pipeline
 from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
+from twla_jax.refinement import blockwise
+from twla_jax.storage import resume
 
 QUANTISE = Recipe(
     weights=WeightRecipe(group_size=16, euclidean_steps=5, rounds=1),

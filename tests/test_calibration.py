@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from twla_jax import calibration
 from twla_jax.errors import TwlaError
 from twla_jax.recipe import CalibrationRecipe
+from twla_jax.text import corpora
 
 
 class Letters:
@@ -25,15 +25,15 @@ def paragraphs(corpus):
 
 @pytest.mark.parametrize("name", ["pydoc", "wikitext2", "c4"])
 def test_calibration_and_evaluation_share_no_paragraph(data, name):
-    seen, unseen = (calibration.load_corpus(name, split) for split in ("calibration", "evaluation"))
+    seen, unseen = (corpora.load_corpus(name, split) for split in ("calibration", "evaluation"))
     assert min(len(seen.text), len(unseen.text)) > 100_000
     assert not paragraphs(seen) & paragraphs(unseen)
     assert seen.sha256 != unseen.sha256
 
 
 def test_wikitext2_is_the_raw_file(data):
-    corpus = calibration.load_corpus("wikitext2", "evaluation")
-    assert corpus.sha256 == calibration.WIKITEXT2_TEST_SHA256
+    corpus = corpora.load_corpus("wikitext2", "evaluation")
+    assert corpus.sha256 == corpora.WIKITEXT2_TEST_SHA256
     assert corpus.text.encode() == (data / "wikitext2" / "wiki.test.raw").read_bytes()
 
 
@@ -41,27 +41,25 @@ def test_published_rows_rebuild_the_raw_file(data, monkeypatch):
     raw = (data / "wikitext2" / "wiki.valid.raw").read_bytes().decode()
     lines = raw.splitlines(keepends=True)
     monkeypatch.delenv("TWLA_DATA")
-    monkeypatch.setattr(
-        calibration, "_online", lambda *_, **__: (line if line.strip() else "" for line in lines)
-    )
-    assert calibration.load_corpus("wikitext2", "calibration").text == raw
+    monkeypatch.setattr(corpora, "_online", lambda *_, **__: (line if line.strip() else "" for line in lines))
+    assert corpora.load_corpus("wikitext2", "calibration").text == raw
 
 
 def test_the_test_split_is_refused_for_calibration_under_any_name(data):
     with pytest.raises(TwlaError, match="test split"):
-        calibration.load_corpus(data / "wikitext2" / "wiki.test.raw", "calibration")
+        corpora.load_corpus(data / "wikitext2" / "wiki.test.raw", "calibration")
 
 
 def test_a_corpus_marked_for_evaluation_never_becomes_windows():
-    corpus = calibration.load_corpus("pydoc", "evaluation")
+    corpus = corpora.load_corpus("pydoc", "evaluation")
     with pytest.raises(TwlaError, match="marked for evaluation"):
-        calibration.calibration_windows(corpus, Letters(), 2**21, CalibrationRecipe(windows=1, seq_len=8))
+        corpora.calibration_windows(corpus, Letters(), 2**21, CalibrationRecipe(windows=1, seq_len=8))
 
 
 def test_user_files_folders_and_mixes(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("two", "three")))
-    load = calibration.load_corpus
+    load = corpora.load_corpus
     assert load(tmp_path / "a.txt", "calibration").text == "one\n"
     assert load(tmp_path / "b.jsonl", "evaluation").text == "two\n\nthree"
     assert load(tmp_path, "calibration").text == "one\n\n\ntwo\n\nthree"
@@ -85,7 +83,7 @@ def test_unusable_files_are_named(tmp_path, file, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(TwlaError, match=message) as caught:
-        calibration.load_corpus(path, "calibration")
+        corpora.load_corpus(path, "calibration")
     assert str(path) in str(caught.value)
 
 
@@ -93,28 +91,28 @@ def test_without_data_and_network_the_way_out_is_told(monkeypatch):
     monkeypatch.delenv("TWLA_DATA", raising=False)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(TwlaError, match="'wikitext2' needs the folder TWLA_DATA or the package `datasets`"):
-        calibration.load_corpus("wikitext2", "evaluation")
+        corpora.load_corpus("wikitext2", "evaluation")
 
 
 def test_windows_are_contiguous_and_drawn_again_from_the_same_seed():
     tokens = np.arange(1000, dtype=np.int32)
-    windows = calibration.sample_windows(tokens, 5, 100, seed=3)
+    windows = corpora.sample_windows(tokens, 5, 100, seed=3)
     assert windows.shape == (5, 100)
     assert windows.dtype == np.int32
     assert (np.diff(windows) == 1).all()
-    np.testing.assert_array_equal(windows, calibration.sample_windows(tokens, 5, 100, seed=3))
-    assert not np.array_equal(windows, calibration.sample_windows(tokens, 5, 100, seed=4))
+    np.testing.assert_array_equal(windows, corpora.sample_windows(tokens, 5, 100, seed=3))
+    assert not np.array_equal(windows, corpora.sample_windows(tokens, 5, 100, seed=4))
 
 
 def test_a_corpus_of_one_window_has_that_window_and_a_shorter_one_is_refused():
     tokens = np.arange(16, dtype=np.int32)
-    np.testing.assert_array_equal(calibration.sample_windows(tokens, 2, 16, seed=0), [tokens, tokens])
+    np.testing.assert_array_equal(corpora.sample_windows(tokens, 2, 16, seed=0), [tokens, tokens])
     with pytest.raises(TwlaError, match="16 tokens, fewer than one window of 17"):
-        calibration.sample_windows(tokens, 2, 17, seed=0)
+        corpora.sample_windows(tokens, 2, 17, seed=0)
 
 
 def test_an_id_outside_the_vocabulary_is_refused():
-    corpus = calibration.Corpus(name="mine", split="calibration", text="aé", source="here")
-    assert calibration.tokenize(corpus, Letters(), 256).tolist() == [97, 233]
+    corpus = corpora.Corpus(name="mine", split="calibration", text="aé", source="here")
+    assert corpora.tokenize(corpus, Letters(), 256).tolist() == [97, 233]
     with pytest.raises(TwlaError, match="token id 233, but the model's vocabulary ends at 127"):
-        calibration.tokenize(corpus, Letters(), 128)
+        corpora.tokenize(corpus, Letters(), 128)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax import accounting, checkpoint, quantizers
+from twla_jax.core import quantizers
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES
 from twla_jax.recipe import Recipe, WeightRecipe
+from twla_jax.storage import accounting, checkpoint
 
 REPORT = {"perplexity": 12.5, "corpus": {"name": "pydoc"}}
 

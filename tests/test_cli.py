@@ -8,7 +8,10 @@ import sys
 import pytest
 
 import twla_jax
-from twla_jax import cli, pipeline, refinement, self_calibration
+from twla_jax.cli import main
+from twla_jax.inference import self_sampling
+from twla_jax.quantization import pipeline
+from twla_jax.refinement import end_to_end
 
 SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
 QUICK = "[weights]\ngroup_size = 32\nrounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
@@ -28,19 +31,19 @@ def out(stories_model, texts, tmp_path_factory):
     calibration, evaluation = texts / "calibration.txt", texts / "evaluation.txt"
     options = ["--recipe", recipe, "--calibration", calibration, "--check-corpus", evaluation, *SMALL]
     options += ["--activation-budget", 6, "--site", "block"]
-    cli.main(list(map(str, ["quantize", stories_model, folder, *options])))
+    main.main(list(map(str, ["quantize", stories_model, folder, *options])))
     return folder
 
 
 def run(capsys, *arguments):
-    cli.main(list(map(str, arguments)))
+    main.main(list(map(str, arguments)))
     return capsys.readouterr()
 
 
 def fails(capsys, *arguments):
     """The one line of a command that must fail, and its exit status."""
     with pytest.raises(SystemExit) as stop:
-        cli.main(list(map(str, arguments)))
+        main.main(list(map(str, arguments)))
     printed = capsys.readouterr()
     assert printed.out == ""
     lines = [line for line in printed.err.splitlines() if line.startswith("twla: error: ")]
@@ -121,14 +124,14 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
     options = ["--recipe", recipe, "--calibration", "self", "--check-corpus", text, *SMALL]
     quantize = ["quantize", stories_model, folder, *options, "--json"]
     with monkeypatch.context() as patch:
-        patch.setattr(refinement, "_SNAPSHOT_SECONDS", 0)
-        patch.setattr(refinement, "harden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(end_to_end, "_SNAPSHOT_SECONDS", 0)
+        patch.setattr(end_to_end, "harden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert fails(capsys, *quantize)[1] == 130
     # What is finished is not done again.
-    for module, name in ((self_calibration, "_sample_batch"), (pipeline, "_quantize_block")):
+    for module, name in ((self_sampling, "_sample_batch"), (pipeline, "_quantize_block")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done twice"))
-    step, steps = refinement._step, []
-    monkeypatch.setattr(refinement, "_step", lambda *a, **k: steps.append(0) or step(*a, **k))
+    step, steps = end_to_end._step, []
+    monkeypatch.setattr(end_to_end, "_step", lambda *a, **k: steps.append(0) or step(*a, **k))
     report = json.loads(run(capsys, *quantize).out)
     assert len(steps) == 1 + 1 + 1  # which measure the result, train clips, and measure that
     assert report["train_clips"]["steps"] == 1
@@ -244,22 +247,22 @@ def test_interruption_and_defects_end_without_a_traceback(monkeypatch, capsys):
         def stop(*_, error=error):
             raise error
 
-        monkeypatch.setattr(cli, "_run", stop)
+        monkeypatch.setattr(main, "_run", stop)
         _, code = fails(capsys, "inspect", "anything")
         assert code == status
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+@pytest.mark.parametrize("command", [[], *([name] for name in main.COMMANDS)])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([*command, "--help"])
+        main.main([*command, "--help"])
     assert not stop.value.code
     assert "usage: twla" in capsys.readouterr().out
 
 
 @pytest.mark.smoke
 def test_help_imports_nothing_heavy():
-    code = "import sys, twla_jax.cli; assert not {'jax', 'flax', 'transformers', 'numpy'} & set(sys.modules)"
+    code = "import sys, twla_jax.cli.main; assert not {'jax', 'flax', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

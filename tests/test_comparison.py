@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
-from twla_jax import accounting, checkpoint, cli, comparison, workflow
-from twla_jax.uniform import IntegerTensor
+from twla_jax.cli import main
+from twla_jax.core.uniform import IntegerTensor
+from twla_jax.jobs import compare_recipes, quantize_model
+from twla_jax.storage import accounting, checkpoint
 
 QUICK = "[rotation]\nstart = 'none'\n[activations]\nclip_tokens = 64\n[weights]\ngroup_size = 32\n"
 
@@ -22,19 +24,19 @@ def compared(stories_model, texts, tmp_path_factory):
     arguments += ["--calibration", texts / "calibration.txt", "--windows", 4, "--seq-len", 64]
     arguments = [*map(str, arguments), "--max-windows", "4", "--activation-bits", "16,8", "--json"]
     rows = ["--recipes", ",".join(str(folder / f"{name}.toml") for name in recipes)]
-    cli.main([*arguments, *rows])
+    main.main([*arguments, *rows])
     return arguments, rows, folder
 
 
 def run(capsys, *arguments):
-    cli.main(list(map(str, arguments)))
+    main.main(list(map(str, arguments)))
     return json.loads(capsys.readouterr().out)
 
 
 def test_rows_are_sized_by_what_is_stored_and_taken_from_what_was_measured(compared, capsys, monkeypatch):
     arguments, rows, folder = compared
-    monkeypatch.setattr(workflow, "quantize_to_folder", None)
-    monkeypatch.setattr(comparison, "evaluate", None)
+    monkeypatch.setattr(quantize_model, "quantize_to_folder", None)
+    monkeypatch.setattr(compare_recipes, "evaluate", None)
     result = run(capsys, *arguments, *rows, "--plot", folder / "compare.svg")
     full, ours, integers = result["rows"]
     assert (folder / "compare.svg").stat().st_size > 0
@@ -48,18 +50,18 @@ def test_rows_are_sized_by_what_is_stored_and_taken_from_what_was_measured(compa
         params = folder / "out" / row["name"] / "params"
         chunks = [path for path in params.glob("*/*") if path.name.replace(".", "").isdigit()]
         assert row["bytes"] == sum(path.stat().st_size for path in chunks) < full["bytes"]
-    text = comparison.format_comparison(result)
+    text = compare_recipes.format_comparison(result)
     assert all(f"{row['perplexity']['A16']:.2f}" in text for row in result["rows"])
 
 
 def test_an_interrupted_comparison_measures_only_what_is_missing(compared, capsys, monkeypatch):
     arguments, rows, folder = compared
     before = run(capsys, *arguments, *rows)["rows"]
-    kept = json.loads((folder / "out" / comparison.RESULTS).read_text())
+    kept = json.loads((folder / "out" / compare_recipes.RESULTS).read_text())
     kept["scores"].popitem()  # the last one: integers at 8 bits
-    (folder / "out" / comparison.RESULTS).write_text(json.dumps(kept))
-    scored, evaluate = [], comparison.evaluate
-    monkeypatch.setattr(comparison, "evaluate", lambda *a, **k: scored.append(1) or evaluate(*a, **k))
+    (folder / "out" / compare_recipes.RESULTS).write_text(json.dumps(kept))
+    scored, evaluate = [], compare_recipes.evaluate
+    monkeypatch.setattr(compare_recipes, "evaluate", lambda *a, **k: scored.append(1) or evaluate(*a, **k))
     assert run(capsys, *arguments, *rows)["rows"] == before
     assert len(scored) == 1
 
@@ -75,14 +77,14 @@ def test_a_folder_is_a_row_as_it_is(compared, capsys, tmp_path):
 
 def test_a_recipe_that_breaks_the_model_is_a_row_like_any_other(compared, capsys, monkeypatch, tmp_path):
     arguments, _, folder = compared
-    whole = workflow.evaluate
+    whole = quantize_model.evaluate
 
     def evaluate(model, **options):
         found = whole(model, **options)
         broken = isinstance(model.blocks.q.kernel.get_value(), IntegerTensor)
         return {**found, "perplexity": 1e9} if broken else found
 
-    monkeypatch.setattr(workflow, "evaluate", evaluate)
+    monkeypatch.setattr(quantize_model, "evaluate", evaluate)
     rows = ["--recipes", str(folder / "integers.toml")]
     assert run(capsys, *arguments, *rows, "--out", tmp_path / "out")["rows"][1]["name"] == "integers"
     text = arguments[arguments.index("--calibration") + 1]
@@ -106,6 +108,6 @@ def test_a_recipe_that_breaks_the_model_is_a_row_like_any_other(compared, capsys
 def test_mistakes_take_one_line(compared, capsys, change, message):
     arguments, rows, _ = compared
     with pytest.raises(SystemExit) as stop:
-        cli.main([*arguments, *rows, *change])
+        main.main([*arguments, *rows, *change])
     assert stop.value.code == 1
     assert message in capsys.readouterr().err.splitlines()[-1]

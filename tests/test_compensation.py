@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax import compensation, quantizers, ternary
+from twla_jax.core import e2m_atq, gptq, quantizers
 from twla_jax.recipe import WeightRecipe
 
 N, M, TOKENS = 24, 40, 400
@@ -22,9 +22,7 @@ def layer():
 
 def ternarize(weight, moment, **settings):
     recipe = dataclasses.replace(RECIPE, **settings)
-    return compensation.quantize_matrix(
-        jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), recipe=recipe
-    )
+    return gptq.quantize_matrix(jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), recipe=recipe)
 
 
 def damped(moment, damping=0.01):
@@ -34,7 +32,7 @@ def damped(moment, damping=0.01):
 
 def test_factors_invert_each_other(layer):
     _, moment = layer
-    root, inverse, damping = compensation.factor(jnp.asarray(moment / TOKENS), jnp.ones(M, bool), 0.01)
+    root, inverse, damping = gptq.factor(jnp.asarray(moment / TOKENS), jnp.ones(M, bool), 0.01)
     h = damped(moment)
     np.testing.assert_allclose(root @ root.T, h, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(np.asarray(inverse).T @ inverse @ h, np.eye(M), atol=1e-3)
@@ -53,7 +51,7 @@ def test_column_sweep_is_gptq(layer):
         expected[:, j] = np.clip(np.round((w[:, j] - mu) / alpha), -1, 1)
         error = (w[:, j] - alpha * expected[:, j] - mu) / inverse[j, j]
         w[:, j:] -= error[:, None] * inverse[j, j:]
-    got = compensation.sweep_codes(
+    got = gptq.sweep_codes(
         jnp.asarray(weight),
         (jnp.asarray(alpha, jnp.float32), jnp.asarray(mu, jnp.float32)),
         jnp.asarray(inverse, jnp.float32),
@@ -68,14 +66,14 @@ def test_groupwise_sweep_is_gptq_between_groups(layer):
     weight, moment = layer
     tensor, _ = ternarize(weight, moment, rounds=0)
     inverse = np.linalg.cholesky(np.linalg.inv(damped(moment))).T
-    w, quantized = weight.astype(np.float64).copy(), np.asarray(ternary.dequantize(tensor), np.float64)
+    w, quantized = weight.astype(np.float64).copy(), np.asarray(e2m_atq.dequantize(tensor), np.float64)
     for j in range(16):
         error = (w[:, j] - quantized[:, j]) / inverse[j, j]
         w[:, j:] -= error[:, None] * inverse[j, j:]
     second = jnp.asarray(w[:, 16:32], jnp.float32)
-    _, _, codes = ternary.euclidean_fit(second, jnp.ones(16, bool))
+    _, _, codes = e2m_atq.euclidean_fit(second, jnp.ones(16, bool))
     stored = np.asarray(
-        jnp.round((ternary.dequantize(tensor)[:, 16:32] - tensor.mu[:, 1:2]) / tensor.alpha[:, 1:2])
+        jnp.round((e2m_atq.dequantize(tensor)[:, 16:32] - tensor.mu[:, 1:2]) / tensor.alpha[:, 1:2])
     )
     assert (stored != np.asarray(codes)).mean() < 0.01
 
@@ -83,7 +81,7 @@ def test_groupwise_sweep_is_gptq_between_groups(layer):
 def test_compensation_and_rounds_each_lower_the_output_error(layer):
     weight, moment = layer
     no_compensation = ternarize(weight, np.diag(np.diag(moment)), rounds=0)[0]
-    e = weight - np.asarray(ternary.dequantize(no_compensation))
+    e = weight - np.asarray(e2m_atq.dequantize(no_compensation))
     plain = np.einsum("ni,ij,nj->", e, moment, e) / np.einsum("ni,ij,nj->", weight, moment, weight)
     errors = [float(ternarize(weight, moment, rounds=r)[1]["output_error"]) for r in (0, 1, 3)]
     assert plain > errors[0] > errors[1] >= errors[2] * 0.99
@@ -99,9 +97,9 @@ def test_propagated_weights_minimise_the_damped_distance_to_full_precision_outpu
     ridge = np.sqrt(0.01 * np.diag(moment).mean() * TOKENS)
     system, target = np.vstack([x, ridge * np.eye(M)]), np.vstack([exact @ weight.T, ridge * weight.T])
     wanted = np.linalg.lstsq(system, target, rcond=None)[0].T
-    _, inverse, _ = compensation.factor(jnp.asarray(moment, jnp.float32), jnp.ones(M, bool), 0.01)
+    _, inverse, _ = gptq.factor(jnp.asarray(moment, jnp.float32), jnp.ones(M, bool), 0.01)
     for share in (0.5, 1.0):
-        got = compensation.propagated(jnp.asarray(weight), jnp.asarray(drift, jnp.float32), inverse, share)
+        got = gptq.propagated(jnp.asarray(weight), jnp.asarray(drift, jnp.float32), inverse, share)
         expected = weight + share * (wanted - weight)
         np.testing.assert_allclose(got, expected, atol=2e-3 * np.abs(wanted).max())
 
@@ -109,7 +107,7 @@ def test_propagated_weights_minimise_the_damped_distance_to_full_precision_outpu
 def test_reported_output_error_is_the_real_one(layer):
     weight, moment = layer
     tensor, stats = ternarize(weight, moment)
-    e = weight - np.asarray(ternary.dequantize(tensor))
+    e = weight - np.asarray(e2m_atq.dequantize(tensor))
     expected = np.einsum("ni,ij,nj->", e, moment, e) / np.einsum("ni,ij,nj->", weight, moment, weight)
     assert float(stats["output_error"]) == pytest.approx(expected, rel=1e-3)
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax import accounting, checkpoint
-from twla_jax.embedding import quantize_embeddings
+from twla_jax.core.uniform import IntegerTensor
 from twla_jax.errors import TwlaError
+from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models.decoder import Decoder, Linear
-from twla_jax.models.integer import prepare_for_inference
+from twla_jax.quantization.embedding import quantize_embeddings
 from twla_jax.recipe import EmbeddingRecipe, Recipe, WeightRecipe
-from twla_jax.uniform import IntegerTensor
+from twla_jax.storage import accounting, checkpoint
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 9)).astype(np.int32)
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation import cut_windows, evaluate
-from twla_jax.generation import generate
+from twla_jax.evaluation.scoring import cut_windows, evaluate
+from twla_jax.inference.generation import generate
 from twla_jax.models import load_model
 from twla_jax.models.decoder import Decoder
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax import generation
 from twla_jax.errors import TwlaError
-from twla_jax.generation import generate, stream
+from twla_jax.inference import generation
+from twla_jax.inference.generation import generate, stream
+from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.integer import prepare_for_inference
 
 PROMPT = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 

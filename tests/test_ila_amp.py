@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from twla_jax import ila_amp
+from twla_jax.core import ila_amp
+from twla_jax.core.ila_amp import SensitivityTable
 from twla_jax.errors import TwlaError
-from twla_jax.ila_amp import SensitivityTable
 
 pytestmark = pytest.mark.smoke
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax import kotms
+from twla_jax.core import kotms
 from twla_jax.recipe import RotationRecipe
 
 L, R = 6, 8

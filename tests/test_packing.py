@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax import packing
+from twla_jax.core import packing
 
 WIDTHS = [1, 5, 172, 512, 576, 1536]
 

@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import kotms, models, pipeline, rotation_fitting, stream, ternary
+from twla_jax import models
+from twla_jax.core import e2m_atq, kotms
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.quantization import pipeline, rotation_fitting, stream
 from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
 
 RECIPE = Recipe(
@@ -61,9 +63,9 @@ def test_every_linear_becomes_ternary_and_the_original_stays(model, quantised):
         for name in names:
             before = getattr(model.blocks, name).kernel.get_value()
             after = getattr(result.blocks, name).kernel.get_value()
-            assert isinstance(after, ternary.TernaryTensor)
+            assert isinstance(after, e2m_atq.TernaryTensor)
             assert after.shape == (before.shape[0], before.shape[2], before.shape[1])
-            assert not isinstance(before, ternary.TernaryTensor)
+            assert not isinstance(before, e2m_atq.TernaryTensor)
     assert result.embed.get_value() is model.embed.get_value()
 
 
@@ -89,7 +91,7 @@ def test_reported_errors_are_those_on_inputs_that_passed_the_quantised_part(mode
                         rotation.right,
                     )
                 )
-                approximation = np.asarray(ternary.dequantize(getattr(block, name).kernel.get_value()))
+                approximation = np.asarray(e2m_atq.dequantize(getattr(block, name).kernel.get_value()))
                 error += np.square(h @ (w - approximation).astype(np.float64).T).sum()
                 energy += np.square(h @ w.astype(np.float64).T).sum()
             np.testing.assert_allclose(reported[index, site], error / energy, rtol=1e-3)

@@ -9,20 +9,15 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import (
-    clip_training,
-    models,
-    pipeline,
-    quantizers,
-    refinement,
-    resume,
-    ternary,
-    two_plane_latents,
-)
-from twla_jax.activation import ActivationQuantizer, quantize_tokens
+from twla_jax import models
+from twla_jax.core import e2m_atq, quantizers
+from twla_jax.core.activation import ActivationQuantizer, quantize_tokens
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.quantization import pipeline
 from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
+from twla_jax.refinement import clip_training, end_to_end, two_plane_latents
+from twla_jax.storage import resume
 
 QUANTISE = Recipe(
     weights=WeightRecipe(group_size=16, euclidean_steps=5, rounds=1),
@@ -53,23 +48,23 @@ def kl(student, teacher, windows):
 
 
 def test_latents_start_as_the_student_itself(student, teacher):
-    latents = refinement.init_latents(student, teacher)
-    loss = refinement.kl_divergence(
+    latents = end_to_end.init_latents(student, teacher)
+    loss = end_to_end.kl_divergence(
         jax.tree.map(jnp.asarray, student), teacher, latents, jnp.asarray(WINDOWS[:3])
     )
     assert float(loss) == pytest.approx(kl(student, teacher, WINDOWS[:3]), rel=1e-4)
 
 
 def test_slope_is_that_of_the_divergence_written_out(student, teacher):
-    latents = refinement.init_latents(student, teacher)
+    latents = end_to_end.init_latents(student, teacher)
     placed, tokens = jax.tree.map(jnp.asarray, student), jnp.asarray(WINDOWS[:3])
 
     def written_out(latents):
         p = jax.nn.log_softmax(teacher(tokens))
-        q = jax.nn.log_softmax(placed.logits(refinement._hidden(placed, latents, tokens, 16)))
+        q = jax.nn.log_softmax(placed.logits(end_to_end._hidden(placed, latents, tokens, 16)))
         return (jnp.exp(p) * (p - q)).sum(-1).mean()
 
-    slope = jax.grad(lambda latents: refinement.kl_divergence(placed, teacher, latents, tokens))(latents)
+    slope = jax.grad(lambda latents: end_to_end.kl_divergence(placed, teacher, latents, tokens))(latents)
     for one, other in zip(
         jax.tree.leaves(slope), jax.tree.leaves(jax.grad(written_out)(latents)), strict=True
     ):
@@ -78,13 +73,13 @@ def test_slope_is_that_of_the_divergence_written_out(student, teacher):
 
 def test_gradients_pass_the_rounding_straight_within_reach():
     u = jnp.array([-2.0, -1.2, -0.3, 0.0, 0.7, 1.4, 1.6])
-    slope = jax.grad(lambda u: (refinement._straight_through(u) * jnp.arange(7.0)).sum())(u)
-    np.testing.assert_array_equal(refinement._straight_through(u), [-1, -1, 0, 0, 1, 1, 1])
+    slope = jax.grad(lambda u: (end_to_end._straight_through(u) * jnp.arange(7.0)).sum())(u)
+    np.testing.assert_array_equal(end_to_end._straight_through(u), [-1, -1, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(slope, [0, 1, 2, 3, 4, 5, 0])
 
 
 def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
-    refined, figures = refinement.refine(student, teacher, np.tile(WINDOWS, (8, 1)), REFINE, progress=False)
+    refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (8, 1)), REFINE, progress=False)
     assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
     assert figures["steps"] == 48
     assert figures["loss"][1] < figures["loss"][0]
@@ -96,7 +91,7 @@ def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
 
 def test_a_refinement_that_does_harm_is_not_kept(student, teacher, caplog):
     wild = dataclasses.replace(REFINE, code_rate=1.0, scale_rate=1.0)
-    result, figures = refinement.refine(student, teacher, WINDOWS, wild, progress=False)
+    result, figures = end_to_end.refine(student, teacher, WINDOWS, wild, progress=False)
     assert not figures["kept"]
     assert not figures["first_batch"][1] <= figures["first_batch"][0]
     assert "left as it was" in caplog.text
@@ -105,7 +100,7 @@ def test_a_refinement_that_does_harm_is_not_kept(student, teacher, caplog):
 
 
 def test_the_first_batch_is_measured_before_and_after(student, teacher):
-    refined, figures = refinement.refine(student, teacher, np.tile(WINDOWS, (8, 1)), REFINE, progress=False)
+    refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (8, 1)), REFINE, progress=False)
     for model, measured in zip((student, refined), figures["first_batch"], strict=True):
         # What is stored after that is rounded to float16.
         assert measured == pytest.approx(kl(model, teacher, WINDOWS[:4]), rel=1e-2)
@@ -115,7 +110,7 @@ def test_the_first_batch_is_measured_before_and_after(student, teacher):
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 480])
 def test_rates_rise_to_their_peaks_and_fall_to_nothing(steps):
-    rates = [refinement.rates_at(REFINE, step, steps) for step in range(steps)]
+    rates = [end_to_end.rates_at(REFINE, step, steps) for step in range(steps)]
     codes = np.array([rate["codes"] for rate in rates])
     top = codes.argmax()
     assert codes[top] == REFINE.code_rate
@@ -128,16 +123,16 @@ def test_rates_rise_to_their_peaks_and_fall_to_nothing(steps):
 
 
 def test_other_rates_and_lengths_compile_nothing_anew(student, teacher):
-    refinement.refine(student, teacher, WINDOWS[:8], REFINE, progress=False)
-    compiled = refinement._step._cache_size()
+    end_to_end.refine(student, teacher, WINDOWS[:8], REFINE, progress=False)
+    compiled = end_to_end._step._cache_size()
     other = dataclasses.replace(REFINE, code_rate=1e-3, scale_rate=1e-3)
-    refinement.refine(student, teacher, WINDOWS[:16], other, progress=False)
-    assert refinement._step._cache_size() == compiled > 0
+    end_to_end.refine(student, teacher, WINDOWS[:16], other, progress=False)
+    assert end_to_end._step._cache_size() == compiled > 0
 
 
 def test_fewer_windows_than_a_batch_are_refused(student, teacher):
     with pytest.raises(TwlaError, match="at least one batch of 4 windows, not 3"):
-        refinement.refine(student, teacher, WINDOWS[:3], REFINE, progress=False)
+        end_to_end.refine(student, teacher, WINDOWS[:3], REFINE, progress=False)
 
 
 def test_rotations_learn_on_the_manifold(student, teacher):
@@ -148,7 +143,7 @@ def test_rotations_learn_on_the_manifold(student, teacher):
     before = factors(student)
     for rate in (0.0, 1e-2):
         recipe = dataclasses.replace(REFINE, rotation_rate=rate)
-        after = factors(refinement.refine(student, teacher, WINDOWS[:8], recipe, progress=False)[0])
+        after = factors(end_to_end.refine(student, teacher, WINDOWS[:8], recipe, progress=False)[0])
         for old, new in zip(before, after, strict=True):
             assert (np.abs(new - old).max() > 1e-3) == (rate > 0)
             product = np.swapaxes(new, -1, -2) @ new
@@ -156,8 +151,8 @@ def test_rotations_learn_on_the_manifold(student, teacher):
 
 
 def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(refinement, "_SNAPSHOT_SECONDS", 0)
-    whole, figures = refinement.refine(student, teacher, WINDOWS, REFINE, progress=False)
+    monkeypatch.setattr(end_to_end, "_SNAPSHOT_SECONDS", 0)
+    whole, figures = end_to_end.refine(student, teacher, WINDOWS, REFINE, progress=False)
     save, taken = resume.WorkDir.save, []
 
     def interrupted(self, name, arrays):
@@ -169,8 +164,8 @@ def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, 
     monkeypatch.setattr(resume.WorkDir, "save", interrupted)
     arguments = (student, teacher, WINDOWS, REFINE)
     with pytest.raises(KeyboardInterrupt):
-        refinement.refine(*arguments, work_dir=tmp_path / "work", progress=False)
-    resumed, again = refinement.refine(*arguments, work_dir=tmp_path / "work", progress=False)
+        end_to_end.refine(*arguments, work_dir=tmp_path / "work", progress=False)
+    resumed, again = end_to_end.refine(*arguments, work_dir=tmp_path / "work", progress=False)
     assert taken == [1, 2, 3, 4, 5, 6]
     assert again == figures
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
@@ -184,7 +179,7 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
     text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
     windows = np.concatenate([start, text], axis=1)
     student, _ = pipeline.quantize(model, windows[:8], QUANTISE, progress=False)
-    refined, _ = refinement.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
+    refined, _ = end_to_end.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
 
     def nll(model):
         model = twla_jax.set_activation_bits(model, 16)
@@ -200,7 +195,7 @@ def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
         teacher, WINDOWS, dataclasses.replace(QUANTISE, weights=weights), progress=False
     )
     settings = dataclasses.replace(REFINE, code_rate=3e-3, scale_rate=2e-3)
-    refined, figures = refinement.refine(student, teacher, np.tile(WINDOWS, (4, 1)), settings, progress=False)
+    refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (4, 1)), settings, progress=False)
     assert figures["loss"][0] == pytest.approx(kl(student, teacher, WINDOWS), rel=0.3)
     assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
     assert 0 < figures["flipped"] < 0.2
@@ -219,7 +214,7 @@ def test_latents_of_two_planes_stand_for_the_codes_they_start_from():
     u = two_plane_latents.start(rows, tensor)
     stored = (tensor.alpha.astype(jnp.float32), tensor.residual_alpha, tensor.mu.astype(jnp.float32))
     dense = two_plane_latents.dense(u, tensor, stored)
-    np.testing.assert_allclose(dense, ternary.dequantize(tensor), atol=1e-5)
+    np.testing.assert_allclose(dense, e2m_atq.dequantize(tensor), atol=1e-5)
     # Gradients pass straight: one unit of weight for one of the latent, nothing beyond the outermost level.
     slope = jax.grad(lambda u: two_plane_latents.dense(u, tensor, stored).sum())(jnp.where(u > 0, 9.0, u))
     unit = np.repeat(np.asarray(two_plane_latents.unit(tensor)), 16, axis=1)[:, :24]
@@ -251,7 +246,7 @@ def test_a_clips_slope_is_that_of_the_quantised_value_between_two_roundings():
     quantizer = ActivationQuantizer(bits=jnp.int32(4), clips=jnp.full(4, 0.75, jnp.float16), enabled=True)
 
     def value(offset):
-        return refinement._StraightThrough(quantizer, offset)(x).sum()
+        return end_to_end._StraightThrough(quantizer, offset)(x).sum()
 
     # With the codes held fixed, x̂ = s·(q − z) is linear in the clip; straight through, x/s moves against it, unless
     # it is cut off (and by half where it ends on the last level).

@@ -7,10 +7,13 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import calibration, models, resume, self_calibration, text_windows
+from twla_jax import models
 from twla_jax.errors import TwlaError
+from twla_jax.inference import self_sampling
+from twla_jax.inference.self_sampling import SampledText, sample_text
 from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, RefineRecipe
-from twla_jax.self_calibration import SampledText, sample_text
+from twla_jax.storage import resume
+from twla_jax.text import corpora, window_sampling
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_a_model_without_bos_begins_with_random_tokens(model):
 
 
 def test_an_interrupted_sampling_goes_on(model, rows, tmp_path, monkeypatch):
-    sampled, sample = [], self_calibration._sample_batch
+    sampled, sample = [], self_sampling._sample_batch
 
     def interrupted(model, batch, seq_len, seed, index):
         if sampled == [0, 1]:
@@ -57,7 +60,7 @@ def test_an_interrupted_sampling_goes_on(model, rows, tmp_path, monkeypatch):
         sampled.append(index)
         return sample(model, batch, seq_len, seed, index)
 
-    monkeypatch.setattr(self_calibration, "_sample_batch", interrupted)
+    monkeypatch.setattr(self_sampling, "_sample_batch", interrupted)
     options = {"work_dir": tmp_path / "out.partial" / "self", "progress": False}
     with pytest.raises(KeyboardInterrupt):
         sample_text(model, 20, 64, **options)
@@ -80,9 +83,9 @@ def test_every_use_has_rows_of_its_own():
         allocation=AllocationRecipe(windows=2, seq_len=5),
     )
     text = SampledText(rows=np.arange(12 * 8, dtype=np.int32).reshape(12, 8), seed=0, held_out=2)
-    assert text_windows.count(recipe) == 12
-    seen, more = text_windows.seen_windows(text, recipe)
-    held_out, shared = text_windows.held_out_windows(text, recipe)
+    assert window_sampling.count(recipe) == 12
+    seen, more = window_sampling.seen_windows(text, recipe)
+    held_out, shared = window_sampling.held_out_windows(text, recipe)
     assert (seen.shape, more.shape, held_out.shape, shared) == ((4, 8), (6, 8), (2, 5), 0.0)
     used = np.concatenate([seen.ravel(), more.ravel(), held_out.ravel()])
     assert len(set(used.tolist())) == used.size
@@ -90,7 +93,7 @@ def test_every_use_has_rows_of_its_own():
     many = dataclasses.replace(recipe, allocation=AllocationRecipe(windows=3))
     for refused in (wide, many):
         with pytest.raises(TwlaError, match="has 2 of 8 that no calibration saw"):
-            text_windows.held_out_windows(text, refused)
+            window_sampling.held_out_windows(text, refused)
 
 
 @pytest.mark.parametrize(
@@ -98,4 +101,4 @@ def test_every_use_has_rows_of_its_own():
 )
 def test_the_models_own_text_is_no_corpus(name, split):
     with pytest.raises(TwlaError, match="'self' is text that the model samples itself"):
-        calibration.load_corpus(name, split)
+        corpora.load_corpus(name, split)

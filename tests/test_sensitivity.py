@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax import sensitivity, sites
+from twla_jax.allocation import sensitivity
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation import evaluate
+from twla_jax.evaluation.scoring import evaluate
+from twla_jax.models import sites
 from twla_jax.models.decoder import SITES, Decoder
 
 WINDOWS = np.random.default_rng(0).integers(0, 97, (4, 24)).astype(np.int32)

@@ -7,13 +7,16 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from twla_jax import checkpoint, pipeline, quantizers, sharding, ternary
-from twla_jax.generation import generate
+from twla_jax.core import e2m_atq, quantizers
+from twla_jax.inference.generation import generate
+from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.jobs.quantize_model import set_activation_bits
+from twla_jax.models import sharding
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.integer import prepare_for_inference
+from twla_jax.quantization import pipeline
 from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
-from twla_jax.workflow import set_activation_bits
+from twla_jax.storage import checkpoint
 
 RECIPE = Recipe(
     weights=WeightRecipe(group_size=128, euclidean_steps=3, rounds=1),
@@ -123,7 +126,7 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
         for name, figure in made[2].items():
             np.testing.assert_allclose(found[2][name], figure, rtol=0.01, err_msg=name)
         for here, one in zip(found[0], made[0], strict=True):
-            here, one = ternary.dequantize(here), ternary.dequantize(one)
+            here, one = e2m_atq.dequantize(here), e2m_atq.dequantize(one)
             assert jnp.square(here - one).sum() < 0.1 * jnp.square(one).sum()
         return jax.tree.map(lambda one, here: jax.device_put(one, here.sharding), made, found)
 

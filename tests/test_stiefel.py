@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from twla_jax import stiefel
+from twla_jax.core import stiefel
 
 RETRACTIONS = pytest.mark.parametrize("name", sorted(stiefel.RETRACTIONS))
 

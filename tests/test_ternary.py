@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax import ternary
+from twla_jax.core import e2m_atq
 
 G = 24
 
@@ -47,12 +47,12 @@ def group():
 
 def fit(w, mask=None):
     mask = np.ones(w.shape[1], bool) if mask is None else mask
-    return ternary.euclidean_fit(jnp.asarray(w, jnp.float32), jnp.asarray(mask))
+    return e2m_atq.euclidean_fit(jnp.asarray(w, jnp.float32), jnp.asarray(mask))
 
 
 def relocate(w, codes, alpha, mu, s):
     arrays = (jnp.asarray(a, jnp.float32) for a in (w, codes, alpha, mu, s))
-    return ternary.relocate(*arrays, jnp.ones(w.shape[1], bool))
+    return e2m_atq.relocate(*arrays, jnp.ones(w.shape[1], bool))
 
 
 def test_euclidean_fit_is_the_published_recurrence(group):
@@ -120,15 +120,15 @@ def test_dequantize_applies_each_groups_scale(m, group_size):
     groups = -(-m // group_size)
     codes = rng.integers(-1, 2, (2, 8, m)).astype(np.int8)
     alpha, mu = (rng.normal(size=(2, 8, groups)).astype(np.float16) for _ in range(2))
-    tensor = ternary.from_codes(jnp.asarray(codes), jnp.asarray(alpha), jnp.asarray(mu), group_size)
+    tensor = e2m_atq.from_codes(jnp.asarray(codes), jnp.asarray(alpha), jnp.asarray(mu), group_size)
     column_group = np.arange(m) // group_size
     expected = alpha.astype(np.float32)[..., column_group] * codes + mu.astype(np.float32)[..., column_group]
     assert tensor.shape == (2, 8, m)
-    np.testing.assert_allclose(ternary.dequantize(tensor), expected, rtol=1e-6, atol=1e-6)
-    one = ternary.from_codes(codes[0], alpha[0], mu[0], group_size)
+    np.testing.assert_allclose(e2m_atq.dequantize(tensor), expected, rtol=1e-6, atol=1e-6)
+    one = e2m_atq.from_codes(codes[0], alpha[0], mu[0], group_size)
     x = rng.normal(size=(3, m)).astype(np.float32)
     np.testing.assert_allclose(
-        ternary.packed_matmul(jnp.asarray(x), one), x @ expected[0].T, rtol=1e-4, atol=1e-4
+        e2m_atq.packed_matmul(jnp.asarray(x), one), x @ expected[0].T, rtol=1e-4, atol=1e-4
     )
 
 
@@ -136,20 +136,20 @@ def test_whole_steps_fit_int8_lie_near_and_stay():
     rng = np.random.default_rng(0)
     alpha = rng.uniform(0.5, 1.5, (4096, 32)) * np.exp(rng.normal(size=(4096, 1)))
     mu = alpha * rng.normal(size=alpha.shape) * 0.2
-    near = ternary.in_whole_steps(jnp.asarray(alpha), jnp.asarray(mu), 128)
+    near = e2m_atq.in_whole_steps(jnp.asarray(alpha), jnp.asarray(mu), 128)
     stored = [np.asarray(part).astype(np.float16).astype(np.float64) for part in near]
-    step = np.asarray(ternary.row_steps(*map(jnp.asarray, stored)), np.float64)[:, None]
+    step = np.asarray(e2m_atq.row_steps(*map(jnp.asarray, stored)), np.float64)[:, None]
     largest = (np.abs(alpha) + np.abs(mu)).max(axis=1, keepdims=True)
     for part, exact in zip(stored, (alpha, mu), strict=True):
         np.testing.assert_array_equal(part / step, np.round(part / step))
         assert (np.abs(part - exact) <= 0.0045 * largest).all()
     assert (np.abs(stored[0]) + np.abs(stored[1]) <= 127 * step).all()
-    again = ternary.in_whole_steps(*map(jnp.asarray, stored), 128)
+    again = e2m_atq.in_whole_steps(*map(jnp.asarray, stored), 128)
     np.testing.assert_array_equal(np.asarray(again), stored)
 
 
 @pytest.mark.parametrize(("groups", "group_size"), [(1, 128), (4, 32)])
 def test_scales_that_no_kernel_adds_up_stay(groups, group_size):
     alpha, mu = jnp.linspace(0.1, 0.2, groups)[None], jnp.linspace(0.03, 0.04, groups)[None]
-    near = ternary.in_whole_steps(alpha, mu, group_size)
+    near = e2m_atq.in_whole_steps(alpha, mu, group_size)
     np.testing.assert_array_equal(near, (alpha, mu))

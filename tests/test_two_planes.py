@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax import accounting, checkpoint, compensation, kotms, ternary, two_planes
+from twla_jax.core import e2m_atq, gptq, kotms, two_planes
+from twla_jax.core.quantizers import quantizer
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.quantizers import quantizer
 from twla_jax.recipe import Recipe, WeightRecipe, load_recipe
+from twla_jax.storage import accounting, checkpoint
 
 DIGITS = np.arange(-4, 5)
 TWO = WeightRecipe(planes=2, group_size=16)
@@ -124,8 +125,8 @@ def test_two_planes_are_never_worse_than_one_on_the_same_layer(group_size):
     error = {}
     for planes in (1, 2):
         recipe = WeightRecipe(planes=planes, group_size=group_size)
-        tensor, figures = compensation.quantize_matrix(weight, moment, jnp.float32(400), recipe=recipe)
-        e = np.asarray(weight - ternary.dequantize(tensor), np.float64)
+        tensor, figures = gptq.quantize_matrix(weight, moment, jnp.float32(400), recipe=recipe)
+        e = np.asarray(weight - e2m_atq.dequantize(tensor), np.float64)
         error[planes] = np.einsum("ni,ij,nj->n", e, x.T @ x, e)
         assert float(figures["output_error"]) == pytest.approx(
             error[planes].sum() / np.square(x @ np.asarray(weight).T).sum(), rel=1e-3
@@ -144,9 +145,9 @@ def test_planes_are_packed_apart_and_add_up():
     )
     alpha, residual_alpha, mu = (p.astype(np.float64)[:, np.arange(21) // 16] for p in scales)
     expected = np.take_along_axis(levels(alpha, residual_alpha, mu), codes[..., None] + 4, -1)[..., 0]
-    np.testing.assert_allclose(ternary.dequantize(tensor), expected, atol=1e-5)
+    np.testing.assert_allclose(e2m_atq.dequantize(tensor), expected, atol=1e-5)
     first, second = tensor.planes()
-    np.testing.assert_allclose(ternary.dequantize(first) + ternary.dequantize(second), expected, atol=2e-3)
+    np.testing.assert_allclose(e2m_atq.dequantize(first) + e2m_atq.dequantize(second), expected, atol=2e-3)
     assert not np.asarray(second.mu).any()
 
 

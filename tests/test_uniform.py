@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax import compensation, packing, uniform
+from twla_jax.core import gptq, packing, uniform
 from twla_jax.errors import TwlaError
 from twla_jax.recipe import Recipe, RefineRecipe, load_recipe
 
@@ -22,9 +22,7 @@ def layer():
 
 def quantize(name, weight, moment, group_size=16):
     recipe = dataclasses.replace(load_recipe(name).weights, group_size=group_size)
-    return compensation.quantize_matrix(
-        jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), recipe=recipe
-    )
+    return gptq.quantize_matrix(jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), recipe=recipe)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -4,51 +4,51 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twla_jax.activation import ActivationQuantizer
-    from twla_jax.allocation import allocate_bits
-    from twla_jax.calibration import Corpus, calibration_windows, load_corpus, tokenize
-    from twla_jax.checkpoint import save
+    from twla_jax.allocation.choice import allocate_bits
+    from twla_jax.core.activation import ActivationQuantizer
+    from twla_jax.core.e2m_atq import TernaryTensor
+    from twla_jax.core.kotms import KroneckerRotation
     from twla_jax.errors import TwlaError
-    from twla_jax.evaluation import evaluate
-    from twla_jax.generation import generate
-    from twla_jax.kotms import KroneckerRotation
+    from twla_jax.evaluation.scoring import evaluate
+    from twla_jax.inference.generation import generate
+    from twla_jax.inference.packed_decoder import prepare_for_inference
+    from twla_jax.inference.self_sampling import sample_text
+    from twla_jax.jobs.quantize_model import load, set_activation_bits
     from twla_jax.models import Decoder, DecoderConfig
-    from twla_jax.models.integer import prepare_for_inference
-    from twla_jax.pipeline import quantize
+    from twla_jax.quantization.pipeline import quantize
     from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, load_recipe
-    from twla_jax.refinement import refine
-    from twla_jax.self_calibration import sample_text
-    from twla_jax.ternary import TernaryTensor
-    from twla_jax.workflow import load, set_activation_bits
+    from twla_jax.refinement.end_to_end import refine
+    from twla_jax.storage.checkpoint import save
+    from twla_jax.text.corpora import Corpus, calibration_windows, load_corpus, tokenize
 
 __version__ = "0.1.0"
 
 # Where each public name lives. Imported when first used, so that `import twla_jax` and `twla --help` are quick.
 _HOMES = {
-    "ActivationQuantizer": "activation",
+    "ActivationQuantizer": "core.activation",
     "AllocationRecipe": "recipe",
     "CalibrationRecipe": "recipe",
-    "Corpus": "calibration",
+    "Corpus": "text.corpora",
     "Decoder": "models",
     "DecoderConfig": "models",
-    "KroneckerRotation": "kotms",
+    "KroneckerRotation": "core.kotms",
     "Recipe": "recipe",
-    "TernaryTensor": "ternary",
+    "TernaryTensor": "core.e2m_atq",
     "TwlaError": "errors",
-    "allocate_bits": "allocation",
-    "calibration_windows": "calibration",
-    "evaluate": "evaluation",
-    "generate": "generation",
-    "load": "workflow",
-    "load_corpus": "calibration",
+    "allocate_bits": "allocation.choice",
+    "calibration_windows": "text.corpora",
+    "evaluate": "evaluation.scoring",
+    "generate": "inference.generation",
+    "load": "jobs.quantize_model",
+    "load_corpus": "text.corpora",
     "load_recipe": "recipe",
-    "prepare_for_inference": "models.integer",
-    "quantize": "pipeline",
-    "refine": "refinement",
-    "sample_text": "self_calibration",
-    "save": "checkpoint",
-    "set_activation_bits": "workflow",
-    "tokenize": "calibration",
+    "prepare_for_inference": "inference.packed_decoder",
+    "quantize": "quantization.pipeline",
+    "refine": "refinement.end_to_end",
+    "sample_text": "inference.self_sampling",
+    "save": "storage.checkpoint",
+    "set_activation_bits": "jobs.quantize_model",
+    "tokenize": "text.corpora",
 }
 
 __all__ = [

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax.models import attention
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import dequantize, empty_layer, write
+from twla_jax.ops.attention import reference
+from twla_jax.ops.attention.kv_cache import dequantize, empty_layer, write
+from twla_jax.ops.attention.reference import Positions
 
 
 @pytest.mark.parametrize("window", [9, 1000])
@@ -27,6 +27,6 @@ def test_a_decode_step_mixes_what_the_cache_stands_for(heads, kv_heads, window):
     scores = np.einsum("bhd,bhsd->bhs", np.asarray(q[:, 0], float), k) / 4
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("bhs,bhsd->bhd", weights / weights.sum(-1, keepdims=True), v).reshape(2, 1, -1)
-    for form in (attention.attention, attention._one_query, attention._scaled_products):
+    for form in (reference.attention, reference._one_query, reference._scaled_products):
         found = form(q, layer, positions, jnp.int32(window))
         np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax.models import attention
+from twla_jax.core.e2m_atq import TernaryTensor, dequantize
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.models.kv_cache import LayerKV
-from twla_jax.ternary import TernaryTensor, dequantize
+from twla_jax.ops.attention import reference
+from twla_jax.ops.attention.kv_cache import LayerKV
 
 forward = jax.jit(lambda model, tokens: model(tokens))
 decode = jax.jit(lambda model, tokens, cache: model.decode(tokens, cache))
@@ -58,7 +58,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward(model, tokens):
 
 def test_a_chunk_of_queries_at_a_time_changes_nothing(model, tokens, monkeypatch):
     whole = model(tokens)
-    monkeypatch.setattr(attention, "_QUERY_CHUNK", 5)  # which does not divide 12
+    monkeypatch.setattr(reference, "_QUERY_CHUNK", 5)  # which does not divide 12
     np.testing.assert_allclose(model(tokens), whole, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_fused_attention_is_that_of_the_chunks():
     """Through JAX's own reference; cuDNN's kernels behind the same function exist on GPUs alone."""
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, heads, 8)) for i, heads in enumerate((4, 2, 2)))
     at = jnp.arange(9)
-    positions = attention.Positions(query=at, key=at, cos=None, sin=None)
+    positions = reference.Positions(query=at, key=at, cos=None, sin=None)
     kv = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3))
-    expected = attention.attention(q, kv, positions, jnp.int32(2**30))
-    np.testing.assert_allclose(attention.fused_attention(q, k, v, implementation="xla"), expected, atol=1e-5)
+    expected = reference.attention(q, kv, positions, jnp.int32(2**30))
+    np.testing.assert_allclose(reference.fused_attention(q, k, v, implementation="xla"), expected, atol=1e-5)

@@ -7,9 +7,10 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from twla_jax.errors import TwlaError
-from twla_jax.models import gguf as reader
-from twla_jax.models import huggingface, load_model, read_config, read_model
-from twla_jax.models.gguf_file import GgufFile
+from twla_jax.models import load_model, read_config, read_model
+from twla_jax.models.io import gguf as reader
+from twla_jax.models.io import huggingface
+from twla_jax.models.io.gguf_file import GgufFile
 
 forward = jax.jit(lambda model, tokens: model(tokens))
 # Published name → name in a GGUF file.

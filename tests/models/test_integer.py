@@ -9,14 +9,15 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax import models, quantizers
+from twla_jax import models
+from twla_jax.core import quantizers
 from twla_jax.errors import TwlaError
-from twla_jax.generation import generate
+from twla_jax.inference.generation import generate
+from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.jobs.quantize_model import set_activation_bits
 from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.models.integer import prepare_for_inference
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
-from twla_jax.workflow import set_activation_bits
 
 RECIPE = Recipe(
     name="quick",

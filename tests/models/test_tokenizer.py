@@ -4,8 +4,8 @@ import gguf
 import pytest
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.gguf_file import GgufFile
-from twla_jax.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_from_gguf
+from twla_jax.models.io.gguf_file import GgufFile
+from twla_jax.models.io.tokenizer import load_tokenizer, save_tokenizer, tokenizer_from_gguf
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
 CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax import ternary
+from twla_jax.core import e2m_atq
 from twla_jax.ops.ternary_matmul import kernel_weight
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
@@ -17,10 +17,10 @@ def matrix(n, m, size, *, alpha=None, mu=None, seed=0):
     codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
     alpha = jnp.asarray(rng.normal(size=shape) if alpha is None else np.full(shape, alpha))
     mu = jnp.asarray(rng.normal(size=shape) * 0.1 if mu is None else np.full(shape, mu))
-    return ternary.from_codes(codes, *in_whole_steps(alpha, mu, size), size)
+    return e2m_atq.from_codes(codes, *in_whole_steps(alpha, mu, size), size)
 
 
-in_whole_steps = jax.jit(ternary.in_whole_steps, static_argnums=2)
+in_whole_steps = jax.jit(e2m_atq.in_whole_steps, static_argnums=2)
 
 
 def tokens(t, m, seed=0):
@@ -42,7 +42,7 @@ def operands(x):
 
 def matrix_of_shape(n, m, size):
     groups = -(-m // size)
-    return ternary.from_codes(
+    return e2m_atq.from_codes(
         jnp.zeros((n, m), jnp.int8), jnp.zeros((n, groups)), jnp.zeros((n, groups)), size
     )
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax.models import kv_cache
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import LayerKV, empty_layer
+from twla_jax.ops.attention import kv_cache
+from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import (
     AttentionParts,
     decode_attention,
@@ -23,7 +23,7 @@ from twla_jax.ops.decode_attention import (
     gpu_finish,
     gpu_lanes,
     reference,
-    tiles,
+    split_sizes,
 )
 
 ALL = np.iinfo(np.int32).max
@@ -151,7 +151,7 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
 )
 def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeypatch):
     emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
-    chosen = tiles.Tiles(queries=queries, warps=warps, splits=splits)
+    chosen = split_sizes.Tiles(queries=queries, warps=warps, splits=splits)
     check(functools.partial(emulated, tiles=chosen), norm=norm, case=case)
 
 
@@ -161,7 +161,7 @@ def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeyp
 )
 def test_gpu_kernel_that_leaves_parts_apart_thread_by_thread(case, queries, splits, monkeypatch):
     emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
-    chosen = tiles.Tiles(queries=queries, warps=4, splits=splits, apart=True)
+    chosen = split_sizes.Tiles(queries=queries, warps=4, splits=splits, apart=True)
     check(functools.partial(emulated, tiles=chosen), norm=True, case=case)
 
 
@@ -182,7 +182,7 @@ def test_gpu_kernel_on_an_int8_cache_thread_by_thread(case, norm, queries, warps
     arguments = (qkv, layer, positions, window, scales if norm else None)
     expected, written = reference.decode_attention(*arguments, epsilon=EPSILON)
     emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
-    chosen = tiles.Tiles(queries=queries, warps=warps, splits=splits, loads=4)
+    chosen = split_sizes.Tiles(queries=queries, warps=warps, splits=splits, loads=4)
     found, cache = emulated(*arguments, epsilon=EPSILON, tiles=chosen)
     expected = np.asarray(expected, float)
     np.testing.assert_allclose(np.asarray(found, float), expected, atol=6e-3 * np.abs(expected).max())
@@ -199,7 +199,7 @@ def test_clusters_of_a_launch_are_all_there_at_once(shared, d):
     for kv_heads in (1, 3, 8, 32, 256):
         heads = kv_heads * shared
         for size in (64, 576, 1280, 8192):
-            chosen = tiles.tiles(heads, shared, size, d)
+            chosen = split_sizes.tiles(heads, shared, size, d)
             assert shared % chosen.queries == 0
             assert d % chosen.splits == 0
             if chosen.splits > 1:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax import generation
-from twla_jax.benchmark import SHAPES, shapes
-from twla_jax.models.attention import Positions, attention
-from twla_jax.models.integer import IntegerBlock
-from twla_jax.models.kv_cache import empty_layer
+from twla_jax.bench import SHAPES, shapes
+from twla_jax.inference import generation
+from twla_jax.inference.packed_decoder import IntegerBlock
+from twla_jax.ops.attention.kv_cache import empty_layer
+from twla_jax.ops.attention.reference import Positions, attention
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from twla_jax import inference
 from twla_jax.errors import TwlaError
+from twla_jax.inference import execution
 from twla_jax.ops import dispatch
 
 
@@ -29,8 +29,8 @@ def test_gpus_that_are_no_hoppers_are_left_to_the_reference(capability, fits, mo
     device = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert inference.has_kernels() == fits
-    assert inference.path() == ("gpu kernels" if fits else "XLA reference: NVIDIA A100 is no Hopper GPU")
+    assert execution.has_kernels() == fits
+    assert execution.path() == ("gpu kernels" if fits else "XLA reference: NVIDIA A100 is no Hopper GPU")
     op = functools.partial(dispatch.dispatch, f"op on {capability}")
     arguments = lambda x: x + 1, {"gpu": lambda x: x}, {}, jnp.int32(1)
     with caplog.at_level(logging.INFO):

@@ -12,8 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from ternary_operands import matrix, operand_shapes, operands, packed, tokens
 
-from twla_jax import ternary
-from twla_jax.ops.ternary_matmul import gpu, gpu_many, gpu_many_outputs, gpu_many_rings, reference, tiles
+from twla_jax.core import e2m_atq
+from twla_jax.ops.ternary_matmul import (
+    gpu,
+    gpu_many,
+    gpu_many_outputs,
+    gpu_many_rings,
+    reference,
+    tile_configs,
+)
 from twla_jax.ops.ternary_matmul.weight import parts_of_pair
 
 
@@ -37,13 +44,13 @@ def test_equals_the_reference_warpgroup_by_warpgroup(
     alpha, mu = (jnp.asarray(rng.integers(-limit, limit + 1, shape) / 64) for limit in (40, 20))
     alpha, mu = alpha.at[:, 0].set(43 / 64), mu.at[:, 0].set(20 / 64)
     codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
-    weight = packed([ternary.from_codes(codes, alpha, mu, size)])
+    weight = packed([e2m_atq.from_codes(codes, alpha, mu, size)])
     arguments = operands(tokens(t, m))
     expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*arguments, weight)
     emulate_warpgroups(monkeypatch)
     # Few slots, filled again and again.
     x_slots = {1: 3, 2: 2, 4: 1}[x_planes]
-    chosen = tiles.ManyTiles(
+    chosen = tile_configs.ManyTiles(
         tokens=block_tokens, lines=lines, cluster=2, stages=2, x_slots=x_slots, x_planes=x_planes
     )
     found = gpu_many.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
@@ -59,7 +66,7 @@ def test_adds_a_residual(lines, monkeypatch):
     expected = reference.matmul(*arguments, weight, residual, **options).astype(jnp.float32)
     emulate_warpgroups(monkeypatch)
     # Outputs of a block leave in three parts.
-    chosen = tiles.ManyTiles(tokens=192, lines=lines, cluster=1, stages=2, x_slots=2, x_planes=2)
+    chosen = tile_configs.ManyTiles(tokens=192, lines=lines, cluster=1, stages=2, x_slots=2, x_planes=2)
     found = gpu_many.matmul(*arguments, weight, residual, **options, tiles=chosen)
     # Sums are rounded on one side or the other of an edge.
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=np.abs(expected).max() / 128)
@@ -70,7 +77,9 @@ def emulate_warpgroups(monkeypatch):
     emulated_warpgroups.emulate(monkeypatch, pl, plgpu, gpu_many, gpu_many_rings, gpu_many_outputs)
     monkeypatch.setattr(gpu_many_rings, "unpack_rows", unpacked_rows)
     monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
-    monkeypatch.setattr(tiles, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, for several outputs each
+    monkeypatch.setattr(
+        tile_configs, "STREAMING_MULTIPROCESSORS", 4
+    )  # two clusters, for several outputs each
 
 
 def unpacked_rows(packed, plane, *, exact, wide):
@@ -91,7 +100,7 @@ def test_tiles_fit_memory():
     for n, t, out_dtype in itertools.product(
         rows, (17, 33, 64, 65, 96, 128, 129, 300, 2048), (jnp.bfloat16, jnp.float32)
     ):
-        chosen = tiles.many_tiles(t, n)
+        chosen = tile_configs.many_tiles(t, n)
         assert chosen.tokens >= min(t, 128)
         work = gpu_many_rings.Work(tokens=t, weight_rows=n, tiles=chosen)
         memory = (

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twla_jax.core.uniform import IntegerTensor, take_rows
 from twla_jax.errors import TwlaError
 from twla_jax.ops.integer_matmul import integer_matmul, integer_rows, integer_weight
 from twla_jax.ops.ternary_matmul import gpu, reference, tpu
 from twla_jax.ops.tokens import group_sums
-from twla_jax.uniform import IntegerTensor, take_rows
 
 # rows, columns, group size: whole tiles, a short last tile, an odd number of planes, a short last group, one a row.
 SHAPES = [(128, 512, 128), (192, 576, 128), (130, 1000, 256), (64, 172, 128), (97, 576, 576)]

@@ -13,9 +13,9 @@ from emulated_machine import Global
 from jax.experimental import pallas as pl
 from test_quantized_linear import in_parts, permutation, turned
 
-from twla_jax.benchmark import shapes
-from twla_jax.ops import gpu_tags
+from twla_jax.bench import shapes
 from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.hopper import tags
 from twla_jax.ops.linear_pair import LinearOperands, gpu, linear_pair, new_exchange
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, gpu_token, quantizer_settings
@@ -97,7 +97,7 @@ def test_gpu_kernel_thread_by_thread(m, n, rows, rows_of_second, parts, before, 
     expected = two_ops(x, first, second, residual)
     emulated_threads.emulate(
         monkeypatch,
-        *(gpu, gpu_tags, gpu_fetch, gpu_token, gpu_codes, gpu_ring, gpu_products, gpu_rows),
+        *(gpu, tags, gpu_fetch, gpu_token, gpu_codes, gpu_ring, gpu_products, gpu_rows),
     )
     emulated_threads.emulate_kernel(monkeypatch, pl)
     monkeypatch.setattr(gpu_token, "turn", turned)

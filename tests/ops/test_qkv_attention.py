@@ -13,14 +13,14 @@ from emulated_machine import Global
 from jax.experimental import pallas as pl
 from test_quantized_linear import permutation, turned
 
-from twla_jax.benchmark import shapes
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import empty_layer, write
-from twla_jax.ops import gpu_tags
+from twla_jax.bench import shapes
+from twla_jax.ops.attention.kv_cache import empty_layer, write
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention, gpu_entries, gpu_finish, gpu_lanes
 from twla_jax.ops.decode_attention import gpu as attention_gpu
-from twla_jax.ops.decode_attention import tiles as attention_tiles
+from twla_jax.ops.decode_attention import split_sizes as attention_tiles
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
+from twla_jax.ops.hopper import tags
 from twla_jax.ops.qkv_attention import gpu, gpu_exchange, new_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import gpu as linear_gpu
 from twla_jax.ops.quantized_linear import quantized_linear
@@ -141,7 +141,7 @@ def test_gpu_kernel_thread_by_thread(
     )
     emulated_threads.emulate(
         monkeypatch,
-        *(gpu, gpu_exchange, gpu_tags, attention_gpu, gpu_entries, gpu_lanes, gpu_finish),
+        *(gpu, gpu_exchange, tags, attention_gpu, gpu_entries, gpu_lanes, gpu_finish),
         *(linear_gpu, gpu_fetch, gpu_token, gpu_codes, gpu_ring, gpu_products, gpu_rows),
     )
     emulated_threads.emulate_kernel(monkeypatch, pl)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from twla_jax import ternary
-from twla_jax.benchmark import SHAPES, shapes
-from twla_jax.kotms import KroneckerRotation
+from twla_jax.bench import SHAPES, shapes
+from twla_jax.core import e2m_atq
+from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.ops.decode_attention import AttentionParts
-from twla_jax.ops.quantized_linear import gpu, quantized_linear, reference, tiles
+from twla_jax.ops.quantized_linear import gpu, quantized_linear, reference, tile_configs
 from twla_jax.ops.rotate_quantize import (
     gpu_codes,
     gpu_fetch,
@@ -168,7 +168,7 @@ def ungrouped(n, m):
     rng = np.random.default_rng(0)
     alpha, mu = rng.normal(size=(2, n, 1))
     codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
-    return jax.jit(lambda *parts: kernel_weight([ternary.from_codes(*parts, m)]))(codes, alpha, mu)
+    return jax.jit(lambda *parts: kernel_weight([e2m_atq.from_codes(*parts, m)]))(codes, alpha, mu)
 
 
 @pytest.mark.aot
@@ -235,7 +235,7 @@ def test_tiles_fit_memory_and_threads():
         for parts in (1, 2):
             for columns in (1, 2, 8, 16):
                 for lines in (1, 2, 4):
-                    chosen = tiles.tiles(rows, parts, columns, lines, 40_000)
+                    chosen = tile_configs.tiles(rows, parts, columns, lines, 40_000)
                     assert chosen.rows % 8 == 0
                     assert lines <= chosen.warpgroups <= ring_tiles.MOST_WARPGROUPS
                     assert chosen.rows <= 128 * chosen.warpgroups
@@ -248,7 +248,7 @@ def test_tiles_fit_memory_and_threads():
                     if chosen.stages * chosen.together == 1 and columns > chosen.warpgroups:
                         assert 2 * used + 40_000 > 226 * 1024  # no room for a second
     with pytest.raises(ValueError, match="leave no room"):
-        tiles.tiles(4096, 1, 8, 2, 230_000)
+        tile_configs.tiles(4096, 1, 8, 2, 230_000)
 
 
 def test_measured_tiles_come_before_the_rule():
@@ -257,10 +257,10 @@ def test_measured_tiles_come_before_the_rule():
         for config in SHAPES.values()
         for name, (n, m) in shapes.matrices(config).items()
     }
-    assert set(tiles.TUNED) <= published
-    for shape, measured in tiles.TUNED.items():
-        assert tiles.tiles(*shape, 2, 40_000) == measured
-        assert tiles.tiles(*shape, 2, 40_000, tokens=2) != measured
+    assert set(tile_configs.TUNED) <= published
+    for shape, measured in tile_configs.TUNED.items():
+        assert tile_configs.tiles(*shape, 2, 40_000) == measured
+        assert tile_configs.tiles(*shape, 2, 40_000, tokens=2) != measured
 
 
 @pytest.mark.aot

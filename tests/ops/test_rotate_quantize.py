@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from test_quantized_linear import permutation, turned
 
-from twla_jax import activation, kotms
+from twla_jax.core import activation, kotms
 from twla_jax.errors import TwlaError
 from twla_jax.ops.rotate_quantize import (
     gpu,

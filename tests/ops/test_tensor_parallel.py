@@ -8,9 +8,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from twla_jax.models import tensor_parallel
+from twla_jax.core.e2m_atq import TernaryTensor
+from twla_jax.inference import tensor_parallel
 from twla_jax.ops.ternary_matmul import kernel_weight, ternary_matmul
-from twla_jax.ternary import TernaryTensor
 
 
 @pytest.mark.aot

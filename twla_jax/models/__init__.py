@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twla_jax.errors import TwlaError
-from twla_jax.models import gguf, huggingface
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.models.gguf_file import GgufFile
-from twla_jax.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_from_gguf
+from twla_jax.models.io import gguf, huggingface
+from twla_jax.models.io.gguf_file import GgufFile
+from twla_jax.models.io.tokenizer import load_tokenizer, save_tokenizer, tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from twla_jax.core.e2m_atq import TernaryTensor, dequantize, packed_matmul
+from twla_jax.core.uniform import IntegerTensor, take_rows
 from twla_jax.models import rope
-from twla_jax.models.attention import Positions, attention, fused_attention
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.kv_cache import KVCache, LayerKV, empty_layer, write
+from twla_jax.ops.attention.kv_cache import KVCache, LayerKV, empty_layer, write
+from twla_jax.ops.attention.reference import Positions, attention, fused_attention
 from twla_jax.ops.rotate_quantize import rms_norm
-from twla_jax.ternary import TernaryTensor, dequantize, packed_matmul
-from twla_jax.uniform import IntegerTensor, take_rows
 
 # The inputs of a block that are rotated and quantised, and the linears that read each; input s is `block.{s}_input`.
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up"), "down": ("down",)}

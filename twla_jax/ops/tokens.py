@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8, Int32
 
-from twla_jax import packing
+from twla_jax.core import packing
 
 
 @jax.tree_util.register_dataclass

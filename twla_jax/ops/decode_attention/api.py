@@ -5,9 +5,9 @@ import functools
 from jaxtyping import Array, Float, Int32
 
 from twla_jax.devices import gpu_obstacle
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import LayerKV
-from twla_jax.ops.attention_parts import AttentionParts
+from twla_jax.ops.attention.kv_cache import LayerKV
+from twla_jax.ops.attention.parts import AttentionParts
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import gpu, reference
 from twla_jax.ops.dispatch import Implementation, dispatch
 

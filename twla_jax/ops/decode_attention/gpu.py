@@ -18,15 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import LayerKV
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.attention_parts import AttentionParts
+from twla_jax.ops.attention.kv_cache import LayerKV
+from twla_jax.ops.attention.parts import AttentionParts
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import gpu_entries
 from twla_jax.ops.decode_attention import gpu_lanes as lanes
-from twla_jax.ops.decode_attention import tiles as tuning
+from twla_jax.ops.decode_attention import split_sizes as tuning
 from twla_jax.ops.decode_attention.gpu_finish import finish
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
+from twla_jax.ops.hopper import threads as threads
 
 
 def obstacle(qkv: jax.Array, layer: LayerKV) -> str | None:

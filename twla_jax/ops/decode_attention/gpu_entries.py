@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention.gpu_lanes import BYTES, Lane, Shape
+from twla_jax.ops.hopper import threads as threads
 
 _SPLAT = plgpu.Layout.WG_SPLAT
 

@@ -4,10 +4,10 @@ import functools
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.attention_parts import LEAST_SUM
+from twla_jax.ops.attention.parts import LEAST_SUM
 from twla_jax.ops.decode_attention.gpu_lanes import Lane, Shape, dot
-from twla_jax.ops.gpu_threads import Real, Word
+from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper.threads import Real, Word
 
 
 def finish(state, parts_smem, of_blocks_smem, outputs, first_head, split, *, shape: Shape) -> None:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.decode_attention.tiles import Tiles
-from twla_jax.ops.gpu_threads import Real, Word
+from twla_jax.ops.decode_attention.split_sizes import Tiles
+from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper.threads import Real, Word
 
 _LOWEST = -1e30  # in place of −∞, whose difference from itself is no number
 BYTES = 16  # of an entry, that a thread reads at once

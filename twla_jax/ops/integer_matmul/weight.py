@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from twla_jax.core.packing import PLANE
+from twla_jax.core.uniform import IntegerTensor
 from twla_jax.errors import TwlaError
-from twla_jax.ops.ternary_matmul.tiles import ROWS
+from twla_jax.ops.ternary_matmul.tile_configs import ROWS
 from twla_jax.ops.ternary_matmul.weight import PackedWeight, as_type
-from twla_jax.packing import PLANE
-from twla_jax.uniform import IntegerTensor
 
 
 @jax.tree_util.register_dataclass

@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from twla_jax.devices import multiprocessors
-from twla_jax.ops import gpu_tags
-from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.hopper import tags
+from twla_jax.ops.hopper import threads as threads
 from twla_jax.ops.linear_pair.operands import LinearOperands
 from twla_jax.ops.quantized_linear import gpu as linear
 from twla_jax.ops.rotate_quantize import gpu_token as turning
@@ -27,7 +27,7 @@ from twla_jax.ops.ternary_matmul import gpu_ring as ring
 from twla_jax.ops.ternary_matmul import ring_tiles
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
-from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
+from twla_jax.ops.ternary_matmul.tile_configs import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 
 # Shared memory that both linears use, one after the other: each one's is a pair, or one.
@@ -169,7 +169,7 @@ def _kernel(exchange_gmem, *refs, unions, own, links: tuple[_Link, _Link], count
     *operands, h_gmem, out_gmem = refs
     words = exchange_gmem.at[0]
     place = links[0].n + lax.axis_index("rows")
-    tag = gpu_tags.next_tag(words, place)
+    tag = tags.next_tag(words, place)
 
     def begin(which: int, *of_linear, **options):
         memory = {name: unions[name][2 * which : 2 * which + 2] for name in _PAIRS}
@@ -193,5 +193,5 @@ def _kernel(exchange_gmem, *refs, unions, own, links: tuple[_Link, _Link], count
     start()
     start_second()
     end()
-    gpu_tags.keep_tag(words, place, tag)
+    tags.keep_tag(words, place, tag)
     end_second()

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from twla_jax.devices import gpu_obstacle
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import LayerKV
+from twla_jax.ops.attention.kv_cache import LayerKV
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.qkv_attention import gpu, reference

@@ -18,15 +18,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from twla_jax.devices import multiprocessors
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import LayerKV
-from twla_jax.ops import gpu_tags
-from twla_jax.ops import gpu_threads as threads
+from twla_jax.ops.attention.kv_cache import LayerKV
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import AttentionParts, gpu_entries
 from twla_jax.ops.decode_attention import gpu as attention
 from twla_jax.ops.decode_attention import gpu_lanes as lanes
-from twla_jax.ops.decode_attention import tiles as attention_tuning
+from twla_jax.ops.decode_attention import split_sizes as attention_tuning
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
+from twla_jax.ops.hopper import tags
+from twla_jax.ops.hopper import threads as threads
 from twla_jax.ops.qkv_attention import gpu_exchange as exchange
 from twla_jax.ops.quantized_linear import gpu as linear
 from twla_jax.ops.rotate_quantize import gpu_token as turning
@@ -34,7 +34,7 @@ from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul import gpu_ring as ring
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
-from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
+from twla_jax.ops.ternary_matmul.tile_configs import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 
 _PIECES = 2  # in which a warpgroup's first entries come
@@ -188,7 +188,7 @@ def _kernel(
     head = lax.div(block, jnp.int32(shape.tiles.splits))
     kv_head = lax.div(head, jnp.int32(shape.heads // shape.kv_heads))
     attends = head < shape.heads
-    tag = gpu_tags.next_tag(exchange_gmem.at[0], block * rows.each)
+    tag = tags.next_tag(exchange_gmem.at[0], block * rows.each)
     cache = [ref.at[kind, 0, kv_head] for ref in of_cache for kind in range(2)]
     staged = [staged_smem.at[group, kind] for kind in range(2)]
     limit = length_gmem[0], window_gmem[0]

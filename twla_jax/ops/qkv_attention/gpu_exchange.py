@@ -2,8 +2,8 @@
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops import gpu_threads as threads
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
+from twla_jax.ops.hopper import threads as threads
 
 VECTORS = 3  # a query, a key and a value
 

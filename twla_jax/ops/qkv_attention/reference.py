@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Float32, Int32
 
-from twla_jax.models.attention import Positions
-from twla_jax.models.kv_cache import LayerKV
+from twla_jax.ops.attention.kv_cache import LayerKV
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.quantized_linear import quantized_linear

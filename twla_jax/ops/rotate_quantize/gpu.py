@@ -13,14 +13,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from twla_jax.ops import gpu_threads as threads
+from twla_jax.core.packing import PLANE, TILE
+from twla_jax.ops.hopper import threads as threads
 from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch
 from twla_jax.ops.rotate_quantize import gpu_token as turning
 from twla_jax.ops.rotate_quantize.gpu_codes import Plain
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
-from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
+from twla_jax.ops.ternary_matmul.tile_configs import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.tokens import QuantizedTokens
-from twla_jax.packing import PLANE, TILE
 
 _MEMORY = 226 * 1024  # bytes of shared memory
 # Of the blocks that share a multiprocessor. 2048 tokens of 64×64 (a warpgroup each) took 17.2, 21.5 and 17.8 µs with

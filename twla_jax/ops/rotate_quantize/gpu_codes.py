@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.gpu_threads import Real, Word
+from twla_jax.core.packing import TILE
+from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper.threads import Real, Word
 from twla_jax.ops.rotate_quantize.gpu_token import WGMMA_ROWS, Shape, load_reals, place, tree
 from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat, write_table
-from twla_jax.packing import TILE
 
 
 @dataclasses.dataclass(frozen=True)

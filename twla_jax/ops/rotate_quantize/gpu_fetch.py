@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.attention_parts import LEAST_SUM
-from twla_jax.ops.gpu_threads import Real, Word
+from twla_jax.ops.attention.parts import LEAST_SUM
+from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper.threads import Real, Word
 from twla_jax.ops.rotate_quantize.gpu_token import Shape, load_reals, swizzled, tree
 
 _OF_PIECE = 4  # words: eight features

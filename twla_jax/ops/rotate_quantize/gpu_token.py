@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.attention_parts import AttentionParts
-from twla_jax.ops.gpu_threads import Real, Word
+from twla_jax.ops.attention.parts import AttentionParts
+from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper.threads import Real, Word
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 
 WGMMA_ROWS = 64

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from twla_jax import activation, kotms
+from twla_jax.core import activation, kotms
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 

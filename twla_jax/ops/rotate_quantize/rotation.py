@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from twla_jax.kotms import KroneckerRotation
+from twla_jax.core.kotms import KroneckerRotation
 
 _ROWS = 16  # what a tile of bf16 has on both matrix units
 

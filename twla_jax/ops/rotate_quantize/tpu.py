@@ -10,10 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from twla_jax.core.packing import PLANE
 from twla_jax.ops.rotate_quantize.reference import gate
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.tokens import QuantizedTokens
-from twla_jax.packing import PLANE
 
 _TOKENS = 8
 

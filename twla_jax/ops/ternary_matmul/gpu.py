@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from twla_jax.ops.ternary_matmul import gpu_few, gpu_integer, gpu_many
-from twla_jax.ops.ternary_matmul import tiles as tuning
+from twla_jax.core.packing import PLANE
+from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, gpu_mma
+from twla_jax.ops.ternary_matmul import tile_configs as tuning
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, parts_of_pair
 from twla_jax.ops.tokens import group_sums, pad_columns
-from twla_jax.packing import PLANE
 
 _COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
 
@@ -41,7 +41,7 @@ def matmul(
     if x.dtype == jnp.int8 and len(x) > tuning.FEW_TOKENS:
         return gpu_many.matmul(x, sums, scale, zero_point, weight, residual, out_dtype=out_dtype)
     if x.dtype == jnp.int8:
-        y = gpu_integer.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
+        y = gpu_mma.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
     else:  # Floats have no scale and no zero point.
         y = product(x, sums, weight, (weight.steps, weight.bias), out_dtype=out_dtype)
     return weight.finished(y, residual)

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8
 
-from twla_jax.ops import gpu_threads as threads
+from twla_jax.core.packing import PLANE, TILE
+from twla_jax.ops.hopper import threads as threads
 from twla_jax.ops.ternary_matmul import few_tiles as tuning
 from twla_jax.ops.ternary_matmul import gpu_ring as ring
 from twla_jax.ops.ternary_matmul.gpu_products import COLUMNS, Columns, Flat, write_table
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
-from twla_jax.packing import PLANE, TILE
 
 _CHUNK = 16  # bytes that a thread reads at once
 _FLAT = Flat(PLANE)

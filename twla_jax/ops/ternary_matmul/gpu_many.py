@@ -21,13 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from twla_jax.core.packing import PLANE
 from twla_jax.ops.ternary_matmul import gpu_many_outputs, gpu_many_rings
-from twla_jax.ops.ternary_matmul import tiles as tuning
+from twla_jax.ops.ternary_matmul import tile_configs as tuning
 from twla_jax.ops.ternary_matmul.gpu_many_outputs import Outputs
 from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ROWS, WARPGROUPS, Rings, Work
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
-from twla_jax.packing import PLANE
 
 
 def matmul(

@@ -13,10 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from twla_jax.core.packing import PLANE
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows, unpack_weights
-from twla_jax.ops.ternary_matmul.tiles import ManyTiles
+from twla_jax.ops.ternary_matmul.tile_configs import ManyTiles
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
-from twla_jax.packing import PLANE
 
 WARPGROUPS = 2  # that multiply
 ROWS = 64  # of a warpgroup: those of `wgmma`

@@ -15,18 +15,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.gpu_threads import Word
-from twla_jax.ops.ternary_matmul.gpu_rows import (
-    PLANES,
-    SWIZZLED,
-    Lane,
-    Rows,
-    add_paired,
-    load_pair,
-    plane_of,
-)
-from twla_jax.packing import PLANE, TILE
+from twla_jax.core.packing import PLANE, TILE
+from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper.threads import Word
+from twla_jax.ops.ternary_matmul.gpu_rows import PLANES, SWIZZLED, Lane, Rows, add_paired, load_pair, plane_of
 
 COLUMNS = 8  # of `mma.sync`
 _PER_THREAD = 2  # columns of a product that a thread has, neighbours; of two rows

@@ -19,15 +19,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.gpu_threads import Real
+from twla_jax.core.packing import PLANE, TILE
+from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper.threads import Real
 from twla_jax.ops.ternary_matmul import gpu_products as products
 from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat
 from twla_jax.ops.ternary_matmul.gpu_rows import PLANES, SWIZZLED, Rows, copy_tiles
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
-from twla_jax.ops.ternary_matmul.tiles import STREAMING_MULTIPROCESSORS
+from twla_jax.ops.ternary_matmul.tile_configs import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
-from twla_jax.packing import PLANE, TILE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from twla_jax.ops import gpu_threads as threads
-from twla_jax.ops.gpu_threads import Word
-from twla_jax.ops.ternary_matmul.tiles import filled_up
-from twla_jax.packing import PLANE
+from twla_jax.core.packing import PLANE
+from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper.threads import Word
+from twla_jax.ops.ternary_matmul.tile_configs import filled_up
 
 WARPS = 4  # of a warpgroup
 UNIT = 16  # rows of an `mma.sync`

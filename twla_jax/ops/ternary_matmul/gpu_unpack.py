@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Int32
 
-from twla_jax.packing import PLANE
+from twla_jax.core.packing import PLANE
 
 
 def unpack(packed: jax.Array, plane: int, rows: int, *, bits: int, offset: int) -> jax.Array:

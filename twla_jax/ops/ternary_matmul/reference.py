@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from twla_jax import packing
+from twla_jax.core import packing
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from twla_jax.ops.ternary_matmul.tiles import (
+from twla_jax.core.packing import PLANE
+from twla_jax.ops.ternary_matmul.tile_configs import (
     MULTIPROCESSOR_MEMORY,
     STREAMING_MULTIPROCESSORS,
     tile_bytes,
 )
-from twla_jax.packing import PLANE
 
 MOST_ROWS = 256  # of a block: what the copy engine takes at once, and what four warps have registers for
 MOST_WARPGROUPS = 4  # of a block

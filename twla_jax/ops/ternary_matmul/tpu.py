@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
-from twla_jax.ops.ternary_matmul import tiles as tuning
+from twla_jax.core.packing import PLANE
+from twla_jax.ops.ternary_matmul import tile_configs as tuning
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, parts_of_pair
-from twla_jax.packing import PLANE
 
 
 def matmul(

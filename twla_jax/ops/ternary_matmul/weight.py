@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Float32, Int16, Int32, UInt8
 
-from twla_jax import packing
+from twla_jax.core import packing
+from twla_jax.core.e2m_atq import TernaryTensor, row_steps
 from twla_jax.errors import TwlaError
-from twla_jax.ops.ternary_matmul.tiles import ROWS
-from twla_jax.ternary import TernaryTensor, row_steps
+from twla_jax.ops.ternary_matmul.tile_configs import ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

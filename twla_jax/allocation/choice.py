@@ -1,0 +1,409 @@
+"""ILA-AMP on a model: measure the table, choose bits under a budget, check them on held-out text, save.
+
+Held-out text is calibration text that the model was not calibrated on, as far as there is enough of it. Every choice is
+made on it and none on text for evaluation.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, Int32
+
+from twla_jax.allocation import sensitivity
+from twla_jax.allocation.refit import refit_clips
+from twla_jax.core import ila_amp
+from twla_jax.core.ila_amp import SensitivityTable
+from twla_jax.evaluation.scoring import check_length, evaluate, perplexity
+from twla_jax.inference import self_sampling
+from twla_jax.inference.self_sampling import SampledText
+from twla_jax.models import sites
+from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.recipe import AllocationRecipe, Recipe
+from twla_jax.reports import plotting
+from twla_jax.reports.run import Phases
+from twla_jax.storage import checkpoint
+from twla_jax.text import corpora, window_sampling
+from twla_jax.text.corpora import Corpus
+
+TABLES = "ila_amp.json"
+# The ways to spend a budget that are compared; of equal ones the first is taken.
+_METHODS = ("joint", "independent", "uniform")
+_LOSS_TOKENS = 16384  # tokens at a time when one allocation is measured or scored
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A quantised model and what its bits are chosen by.
+
+    Attributes:
+      model: with its clips as they were first fitted; what bits it has does not matter.
+      calibration: windows that clips are refitted on.
+      held_out: windows that losses are measured on.
+      table: of losses at fewer bits, on `held_out`.
+      figures: JSON-ready: `held_out`, `table` and `before`, the model as it came.
+      tables: JSON-ready; a later `prepare` that is given them measures nothing again.
+    """
+
+    model: Decoder
+    recipe: Recipe
+    calibration: Int32[np.ndarray, "n s"]
+    held_out: Int32[np.ndarray, "w t"]
+    table: SensitivityTable
+    figures: dict[str, Any]
+    tables: dict[str, Any]
+
+
+def allocate_bits(
+    model: Decoder,
+    tokenizer: Any,
+    corpus: Corpus | SampledText,
+    recipe: Recipe,
+    *,
+    tables: Mapping[str, Any] | None = None,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[Decoder, dict[str, Any], dict[str, Any]]:
+    """Gives each activation site of a quantised model its own bits, `recipe.allocation.budget` on average.
+
+    Args:
+      model: quantised, with fitted clips.
+      corpus: marked for calibration; the one that the model was calibrated on, so that its windows can be avoided.
+      recipe: `allocation` says what to do, `calibration` and `refine` what the model has seen of the text, which is
+        avoided, `activations` how to fit clips.
+      tables: what an earlier call returned for the same model and text; measured anew where it does not fit.
+      work_dir: an interrupted measurement goes on from what it left here.
+      progress: bars with an estimate of the time left, on stderr.
+    Returns:
+      The same model at the chosen bits; JSON-ready figures (see `choose`); and the tables, to be given to a later call.
+    Raises:
+      TwlaError: a corpus for evaluation, a text shorter than a window, a model that was not quantised, no feasible
+        budget, or what `sensitivity.measure` refuses.
+    """
+    measured = prepare(model, tokenizer, corpus, recipe, tables=tables, work_dir=work_dir, progress=progress)
+    allocated, result = choose(measured, progress=progress)
+    return allocated, result, measured.tables
+
+
+def prepare(
+    model: Decoder,
+    tokenizer: Any,
+    corpus: Corpus | SampledText,
+    recipe: Recipe,
+    *,
+    tables: Mapping[str, Any] | None = None,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Measured:
+    """Measures the sensitivity table, or takes it from `tables`. Arguments and errors as for `allocate_bits`."""
+    sites.require_quantizers(model)
+    settings, drawn = recipe.allocation, recipe.calibration
+    seq_len = settings.seq_len or drawn.seq_len
+    check_length(seq_len, model.config)
+    tokens = window_sampling.tokens_of(corpus, tokenizer, model.config.vocab_size)
+    held_out, overlap = window_sampling.held_out_windows(tokens, recipe)
+    seen, _ = window_sampling.seen_windows(tokens, recipe)
+    model = jax.tree.map(jnp.asarray, model)
+    average = ila_amp.average_bits(
+        sites.input_bits(model).ravel(), sites.site_weights(model.config, "input", settings.weighting)
+    )
+    before = {"average_bits": average, "loss": _loss(model, held_out)}
+
+    # An earlier allocation may have refitted some clips; the table is of those that were fitted for every bit-width.
+    if tables:
+        model = sites.with_input_clips(model, tables["clips"])
+    clips = {site: values.tolist() for site, values in sites.input_clips(model).items()}
+    identity = sensitivity.fingerprint(model, held_out, settings.site, settings.choices)
+    known = (tables or {}).get("tables", {})
+    entry = known.get(settings.site, {"fingerprint": None})
+    reused = entry["fingerprint"] == identity
+    if reused:
+        table = SensitivityTable.from_dict(entry["table"])
+    else:
+        table = sensitivity.measure(
+            model, held_out, settings.site, settings.choices, work_dir=work_dir, progress=progress
+        )
+    entry = {"fingerprint": identity, "table": table.to_dict()}
+    return Measured(
+        model=model,
+        recipe=recipe,
+        calibration=seen,
+        held_out=held_out,
+        table=table,
+        figures={
+            "held_out": {
+                **corpus.describe(),
+                "windows": len(held_out),
+                "seq_len": seq_len,
+                "seen_in_calibration": overlap,
+            },
+            "table": {**table.effort, "reused": reused},
+            "before": before,
+        },
+        tables={"clips": clips, "tables": {**known, settings.site: entry}},
+    )
+
+
+def choose(measured: Measured, *, progress: bool = True) -> tuple[Decoder, dict[str, Any]]:
+    """The model at the best measured allocation of the recipe's budget.
+
+    The joint allocation, the independent one (K = 0) and the uniform one are each measured on the held-out windows, and
+    the best is taken, whatever the table foretold. Then its clips are refitted, and kept where that lowers the loss.
+
+    Returns:
+      The model, and JSON-ready figures: the settings; `before` and `after` (`average_bits`, `loss`); measured `losses`
+      and the `predicted` ones of each method, and which was `chosen`; the loss with `clips` as fitted and refitted;
+      `bits` of every input by layer; `held_out` and `table` as in `Measured.figures`.
+    Raises:
+      TwlaError: a budget that the choices cannot give.
+    """
+    settings = measured.recipe.allocation
+    options, losses = _compare(measured, settings.budget)
+    best = _least(losses)
+    allocated = _at(measured, options[best])
+    refitted = refit_clips(
+        allocated,
+        measured.calibration,
+        measured.recipe.activations.clips,
+        measured.recipe.activations.clip_tokens,
+        progress=progress,
+    )
+    clips = {"refitted": _loss(refitted, measured.held_out), "as_fitted": losses[best]}
+    kept = _least(clips)
+    if kept == "refitted":
+        allocated = refitted
+    bits = sites.input_bits(allocated)
+    return allocated, {
+        "budget": settings.budget,
+        "site": settings.site,
+        "choices": list(settings.choices),
+        "beta": settings.beta,
+        "weighting": settings.weighting,
+        "before": measured.figures["before"],
+        "after": {"average_bits": _average(measured, options[best]), "loss": clips[kept]},
+        "losses": {"base": measured.table.base_loss, **losses},
+        "predicted": {
+            method: measured.table.predict(option, settings.beta) for method, option in options.items()
+        },
+        "chosen": best,
+        "clips": {**clips, "kept": kept},
+        "bits": {site: bits[:, column].tolist() for column, site in enumerate(SITES)},
+        "held_out": measured.figures["held_out"],
+        "table": measured.figures["table"],
+    }
+
+
+def frontier(
+    measured: Measured,
+    budgets: Sequence[float],
+    score: Callable[[Decoder], Mapping[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """The least held-out loss at each budget, from one table, with the clips as first fitted.
+
+    A budget takes the best measured allocation that it or any lower budget of the list affords, so `loss` never rises
+    from one budget to the next; `losses` says what was measured at the budget itself.
+
+    Args:
+      score: what `evaluate` says of a model on other text. Its `perplexity` is reported; nothing is chosen by it.
+    Returns:
+      For each budget, ascending: `budget`, `losses` by method, `chosen`, `from_budget`, `average_bits`, `loss`,
+      `predicted`, `perplexity` (None without `score`).
+    Raises:
+      TwlaError: a budget that the choices cannot give.
+    """
+    points: list[dict[str, Any]] = []
+    for budget in sorted(budgets):
+        options, losses = _compare(measured, budget)
+        chosen = _least(losses)
+        point = {
+            "chosen": chosen,
+            "from_budget": budget,
+            "average_bits": _average(measured, options[chosen]),
+            "loss": losses[chosen],
+            "predicted": measured.table.predict(options[chosen], measured.recipe.allocation.beta),
+        }
+        if points and points[-1]["loss"] <= point["loss"]:
+            point = {key: points[-1][key] for key in (*point, "perplexity")}
+        else:
+            point["perplexity"] = score(_at(measured, options[chosen]))["perplexity"] if score else None
+        points.append({"budget": budget, "losses": losses, **point})
+    return points
+
+
+def allocate_folder(
+    out: str | Path,
+    settings: AllocationRecipe,
+    *,
+    corpus: str | None = None,
+    budgets: Sequence[float] = (),
+    check_corpus: str | None = None,
+    max_windows: int | None = None,
+    plot: str | Path | None = None,
+    dtype: str = "float32",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Rewrites the activation settings of a folder that `quantize` wrote; its weights stay the files they are.
+
+    Args:
+      settings: with a budget of 0, the bits stay as they are and only the frontier is measured.
+      corpus: calibration text; None takes that which the folder's model was calibrated on.
+      budgets: what the frontier is measured at; empty for none.
+      check_corpus: whose evaluation text gives the frontier's perplexities; None for none.
+      max_windows: windows of that text; None for all.
+      plot: image file of the table and the choice; needs a budget.
+    Returns:
+      JSON-ready figures, kept in `report.json`: `allocation` (see `choose`), `frontier`, and `seconds` by stage.
+    Raises:
+      TwlaError: an input that cannot be used. The folder is then as it was before.
+    """
+    out, phases = Path(out), Phases(verbose=progress)
+    for budget in budgets:
+        ila_amp.check_budget(budget, settings.choices)
+    if plot is not None:
+        plotting.require_matplotlib()
+    with phases("read the model"):
+        model, tokenizer, info = checkpoint.load(out, dtype=jnp.dtype(dtype))
+        text = _load_text(out, corpus or info.recipe.calibration.corpus, info.recipe)
+        check = corpora.load_corpus(check_corpus, "evaluation") if check_corpus else None
+        tables = json.loads((out / TABLES).read_text()) if (out / TABLES).is_file() else None
+    recipe = dataclasses.replace(info.recipe, allocation=settings)
+    work_dir = out.with_name(out.name + ".allocate")
+    with phases("measure the table"):
+        measured = prepare(
+            model, tokenizer, text, recipe, tables=tables, work_dir=work_dir, progress=progress
+        )
+    result: dict[str, Any] = {}
+    if settings.budget:
+        with phases("choose bits"):
+            model, result["allocation"] = choose(measured, progress=progress)
+    if budgets:
+        score = None
+        if check is not None:
+            tokens = corpora.tokenize(check, tokenizer, model.config.vocab_size)
+            score = functools.partial(
+                evaluate,
+                tokens=tokens,
+                seq_len=measured.held_out.shape[1],
+                max_windows=max_windows,
+                batch_size=max(1, _LOSS_TOKENS // measured.held_out.shape[1]),
+                progress=progress,
+            )
+        with phases("measure the frontier"):
+            result["frontier"] = frontier(measured, budgets, score)
+    if plot is not None and settings.budget:
+        plotting.plot_allocation(plot, measured.table, result["allocation"])
+    with phases("save"):
+        checkpoint.revise(
+            out,
+            model,
+            recipe if settings.budget else info.recipe,
+            {**info.report, **result},
+            {TABLES: dump_tables(measured.tables)},
+        )
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return {**result, "seconds": phases.seconds}
+
+
+def dump_tables(tables: Mapping[str, Any]) -> str:
+    """The text of a folder's `ila_amp.json`."""
+    return json.dumps(tables) + "\n"
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """The figures of `allocate_folder`, or such a part of a report, as lines of text for a person."""
+    parts = []
+    if "allocation" in result:
+        parts.append(_format_choice(result["allocation"]))
+    if "frontier" in result:
+        parts.append(_format_frontier(result["frontier"]))
+    return "\n\n".join(parts)
+
+
+def _format_choice(result: Mapping[str, Any]) -> str:
+    before, after, table = result["before"], result["after"], result["table"]
+    losses = "   ".join(
+        f"{method} {result['losses'][method]:.4f} (predicted {result['predicted'][method]:.4f})"
+        for method in reversed(_METHODS)
+    )
+    spent = "taken from the folder" if table["reused"] else f"{table['seconds']:.0f} s"
+    share = table["block_evaluations"] / table["naive_block_evaluations"]
+    lines = [
+        f"activation bits   {before['average_bits']:.3f} → {after['average_bits']:.3f} on average"
+        f" (budget {result['budget']:g}, by {result['site']}, weighted by {result['weighting']})",
+        f"held-out loss     {before['loss']:.4f} → {after['loss']:.4f}"
+        f"   perplexity {perplexity(before['loss']):.2f} → {perplexity(after['loss']):.2f}",
+        f"allocations       {losses}   chosen: {result['chosen']}",
+        f"clips             as fitted {result['clips']['as_fitted']:.4f}   refitted"
+        f" {result['clips']['refitted']:.4f}   kept: {result['clips']['kept'].replace('_', ' ')}",
+        f"table             {table['loss_evaluations']} losses, {table['block_evaluations']:.0f} block runs"
+        f" ({share:.3f} of {table['naive_block_evaluations']}), {spent}",
+        "",
+    ]
+    for site, bits in result["bits"].items():
+        counts = collections.Counter(bits)
+        lines.append(f"  {site:6}" + "".join(f"{counts[b]:6} at {b}" for b in result["choices"]))
+    return "\n".join(lines)
+
+
+def _format_frontier(points: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"{'budget':>8}{'bits':>8}{'held-out loss':>16}{'perplexity':>13}   allocation"]
+    for point in points:
+        scored = "" if point["perplexity"] is None else f"{point['perplexity']:.2f}"
+        source = point["chosen"]
+        if point["from_budget"] != point["budget"]:
+            source += f" of budget {point['from_budget']:g}"
+        lines.append(
+            f"{point['budget']:8g}{point['average_bits']:8.3f}{point['loss']:16.4f}{scored:>13}   {source}"
+        )
+    return "\n".join(lines)
+
+
+def _compare(measured: Measured, budget: float) -> tuple[dict[str, Int[np.ndarray, " l"]], dict[str, float]]:
+    """The allocations of a budget by every method, and their losses on the held-out windows."""
+    table, settings = measured.table, measured.recipe.allocation
+    weights = sites.site_weights(measured.model.config, settings.site, settings.weighting)
+    options = {
+        "joint": ila_amp.allocate(
+            table.costs, table.interactions, weights, budget, table.choices, settings.beta
+        ),
+        "independent": ila_amp.allocate(table.costs, table.interactions, weights, budget, table.choices, 0.0),
+        "uniform": ila_amp.uniform(len(weights), budget, table.choices),
+    }
+    return options, {
+        method: _loss(_at(measured, bits), measured.held_out) for method, bits in options.items()
+    }
+
+
+def _at(measured: Measured, bits: Int[np.ndarray, " l"]) -> Decoder:
+    return sites.with_input_bits(measured.model, sites.as_inputs(bits, measured.recipe.allocation.site))
+
+
+def _average(measured: Measured, bits: Int[np.ndarray, " l"]) -> float:
+    settings = measured.recipe.allocation
+    weights = sites.site_weights(measured.model.config, settings.site, settings.weighting)
+    return ila_amp.average_bits(bits, weights)
+
+
+def _load_text(out: Path, name: str, recipe: Recipe) -> Corpus | SampledText:
+    if name == corpora.SELF:
+        return self_sampling.read(out, recipe.calibration)
+    return corpora.load_corpus(name, "calibration")
+
+
+def _loss(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> float:
+    batch_size = max(1, min(len(windows), _LOSS_TOKENS // windows.shape[1]))
+    return float(evaluate(model, windows, batch_size=batch_size, progress=False)["nll"])
+
+
+def _least(losses: Mapping[str, float]) -> str:
+    """The name of the least loss; of equal ones the first, and none that is not a number."""
+    return min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))

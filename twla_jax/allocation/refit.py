@@ -1,0 +1,79 @@
+"""Clips fitted anew once the bits are chosen.
+
+A clip is first fitted on tokens that earlier inputs left unquantised. Once those have their bits, each input is fitted
+again, in execution order, on what reaches it then.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float16, Int32
+from tqdm import tqdm
+
+from twla_jax.core import e2m_atq
+from twla_jax.core.activation import BIT_CHOICES, ActivationQuantizer, fit_clips
+from twla_jax.core.e2m_atq import TernaryTensor
+from twla_jax.core.kotms import KroneckerRotation
+from twla_jax.core.uniform import IntegerTensor
+from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.sites import set_quantizer, with_input_clips
+from twla_jax.quantization.pipeline import finish, sample_site
+from twla_jax.quantization.stream import ResidualStream
+
+
+def refit_clips(
+    model: Decoder,
+    windows: Int32[np.ndarray, "w s"],
+    candidates: tuple[float, ...],
+    tokens: int,
+    *,
+    progress: bool = True,
+) -> Decoder:
+    """The same model with the clip of each input's present bits fitted again; the clips of other bits stay.
+
+    Args:
+      windows: calibration tokens.
+      candidates: clips to try.
+      tokens: of the windows that a clip is chosen on.
+    """
+    stream = ResidualStream(model, windows, None)
+    stream.start()
+    stride, reach = max(1, stream.tokens // tokens), model.windows()
+    clips: dict[str, list[jax.Array]] = {site: [] for site in SITES}
+    for index in tqdm(range(model.config.num_layers), desc="clips", unit="block", disable=not progress):
+        block = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), model.blocks)
+        for site, names in SITES.items():
+            sample = sample_site(block, stream, reach[index], site, stride)
+            transform = getattr(block, f"{site}_input")
+            rotation, quantizer = transform.rotation, transform.activation.get_value()
+            fitted = _refit(
+                quantizer,
+                None if rotation is None else rotation.get_value(),
+                tuple(getattr(block, name).kernel.get_value() for name in names),
+                sample,
+                candidates=candidates,
+            )
+            set_quantizer(block, site, dataclasses.replace(quantizer, clips=fitted))
+            clips[site].append(fitted)
+        for batch, _ in stream.batches():
+            batch["x"] = finish(block, batch["x"])
+    return with_input_clips(model, {site: jnp.stack(fitted) for site, fitted in clips.items()})
+
+
+@functools.partial(jax.jit, static_argnames="candidates")
+def _refit(
+    quantizer: ActivationQuantizer,
+    rotation: KroneckerRotation | None,
+    kernels: tuple[TernaryTensor | IntegerTensor, ...],
+    sample: Float[Array, "c m"],
+    candidates: tuple[float, ...],
+) -> Float16[Array, " 4"]:
+    if rotation is not None:
+        sample = rotation(sample)
+    rows = jnp.concatenate([e2m_atq.dequantize(kernel) for kernel in kernels])
+    metric = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+    chosen = jnp.asarray(BIT_CHOICES) == quantizer.bits
+    return jnp.where(chosen, fit_clips(sample, metric, candidates), quantizer.clips)

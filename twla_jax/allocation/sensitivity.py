@@ -1,0 +1,247 @@
+"""The losses that ILA-AMP chooses by: of every site, and of every two neighbours, at fewer bits than the rest.
+
+All other sites stay at the highest choice, the base. What an evaluation shares with others up to its changed sites is
+computed once: the state before a site at the base, and the states after its left neighbour at each of the other bits.
+From each of these the site is run at every bit, and the results go together through the rest of the model. So any two
+assignments of bits share every block before the first site where they differ, which is all that exact losses can share:
+`6L² − 2L` block runs for L blocks and 4 choices, where evaluations from the first block on would take `12L² − 8L`.
+"""
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+from tqdm import tqdm
+
+from twla_jax.core.activation import ActivationQuantizer
+from twla_jax.core.ila_amp import SensitivityTable
+from twla_jax.evaluation.scoring import check_vocabulary, hidden_nll
+from twla_jax.models.decoder import SITES, Block, Decoder, Positions
+from twla_jax.models.sites import (
+    SiteKind,
+    part_shares,
+    require_quantizers,
+    site_parts,
+    with_input_bits,
+    with_site_bits,
+)
+from twla_jax.storage import resume
+
+_CALL_TOKENS = (
+    49152  # tokens of all candidates that go through the model together: three of 8 windows of 2048
+)
+_LOGIT_TOKENS = 8192  # of these, how many have their logits at the same time
+
+# Between two parts of a block: the residual stream, and what the next part reads beside it: the attention's output
+# before `o`, the gated units before `down`, None elsewhere.
+State = tuple[Float[Array, "b t d"], Float[Array, "b t m"] | None]
+
+
+def measure(
+    model: Decoder,
+    windows: Int32[np.ndarray, "w s"],
+    kind: SiteKind,
+    choices: tuple[int, ...],
+    *,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> SensitivityTable:
+    """The sensitivity table of a quantised model, from `(c − 1)·L + (c − 1)²·(L − 1) + 1` mean losses over `windows`.
+
+    Args:
+      model: its activation bits are not read; its clips are.
+      windows: held-out windows of calibration text, from `calibration.held_out_windows`.
+      kind: what is a site.
+      choices: bits, ascending; the last is the base.
+      work_dir: the losses of each finished site are kept in a folder of this one, named by the `fingerprint`; a later
+        call goes on after them.
+      progress: a bar with an estimate of the time left, on stderr.
+    Returns:
+      The table. Its `effort` holds `loss_evaluations`; `block_evaluations`, how often a block ran over all windows
+      (where a site is one input, a part of a block counts by its share of the multiply-adds); the same for evaluations
+      that run every block, `naive_block_evaluations`; and `seconds`, compilation included.
+    Raises:
+      TwlaError: a model that was not quantised, a token outside the vocabulary, or a loss that is not finite.
+    """
+    require_quantizers(model)
+    check_vocabulary(windows, model.config.vocab_size)
+    store = None
+    if work_dir is not None:
+        identity = fingerprint(model, windows, kind, choices)
+        store = resume.WorkDir(Path(work_dir) / identity[:16], identity)
+    layers = model.config.num_layers
+    model = with_input_bits(
+        jax.tree.map(jnp.asarray, model), np.full((layers, len(SITES)), choices[-1], np.int32)
+    )
+    count, seq_len = windows.shape
+    lower = jnp.asarray(choices[:-1], jnp.int32)
+    batches = windows.reshape(-1, _batch_size(count, seq_len * len(lower)), seq_len)
+    shares = part_shares(model.config, seq_len)
+
+    results: list[dict[str, np.ndarray]] = []
+    while store and (saved := store.load(f"site-{len(results)}")):
+        results.append(saved)
+    base: list[State] = [(model.embed_tokens(jnp.asarray(batch)), None) for batch in batches]
+    varied: list[list[State]] = [[] for _ in batches]
+    sites = [(layer, *parts) for layer in range(layers) for parts in site_parts(kind)]
+    start = time.perf_counter()
+    blocks = 0.0
+    with tqdm(
+        total=len(sites), initial=len(results), desc="sensitivity", unit="site", disable=not progress
+    ) as bar:
+        for site, (layer, first, last) in enumerate(sites):
+            measured = site >= len(results)
+            remaining = shares[first:].sum() + layers - layer - 1
+            losses = []
+            # An earlier run has the losses of finished sites; the last of them must still vary for its neighbour.
+            for index, batch in enumerate(batches if site + 1 >= len(results) else ()):
+                incoming = [base[index], *varied[index]] if measured else [base[index]]
+                outgoing = [_vary(model, state, layer, lower, first=first, last=last) for state in incoming]
+                varied[index] = [
+                    jax.tree.map(lambda leaf, i=i: leaf[i], outgoing[0]) for i in range(len(lower))
+                ]
+                if measured:
+                    losses.append([_losses(model, state, layer, last, batch) for state in outgoing])
+            if measured:
+                blocks += len(losses[0]) * len(lower) * remaining
+            base = [_advance(model, *state, layer, first=first, last=last) for state in base]
+            blocks += shares[first:last].sum()
+            if measured:
+                now = time.perf_counter()
+                results.append(
+                    {
+                        "losses": np.asarray(jax.device_get(losses), np.float64).sum((0, -1)) / count,
+                        "blocks": np.asarray(blocks),
+                        "seconds": np.asarray(now - start),
+                    }
+                )
+                start, blocks = now, 0.0
+                if store:
+                    store.save(f"site-{site}", results[-1])
+                bar.update()
+    # As many copies of the base as there are candidates elsewhere: the same shapes, nothing compiled for it.
+    base_losses = [
+        _losses(
+            model,
+            jax.tree.map(lambda leaf: jnp.stack([leaf] * len(lower)), state),
+            layers - 1,
+            len(SITES),
+            batch,
+        )
+        for state, batch in zip(base, batches, strict=True)
+    ]
+    evaluations = 1 + sum(result["losses"].size for result in results)
+    return SensitivityTable.from_losses(
+        choices,
+        float(np.asarray(jax.device_get(base_losses), np.float64)[:, 0].sum() / count),
+        np.stack([result["losses"][0] for result in results]),
+        np.asarray([result["losses"][1:] for result in results[1:]]).reshape(-1, len(lower), len(lower)),
+        {
+            "loss_evaluations": evaluations,
+            "block_evaluations": round(float(sum(result["blocks"] for result in results)), 2),
+            "naive_block_evaluations": evaluations * layers,
+            "seconds": float(sum(result["seconds"] for result in results)),
+        },
+    )
+
+
+def fingerprint(
+    model: Decoder, windows: Int32[np.ndarray, "w s"], kind: SiteKind, choices: tuple[int, ...]
+) -> str:
+    """What a table depends on: weights, clips, windows, sites and choices; not the model's present bits."""
+    settings = {
+        "config": model.config.to_dict(),
+        "dtype": model.dtype.name,
+        "site": kind,
+        "choices": list(choices),
+    }
+    leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, ActivationQuantizer))
+    arrays = (leaf.clips if isinstance(leaf, ActivationQuantizer) else leaf for leaf in leaves)
+    return resume.fingerprint(settings, map(np.asarray, [windows, *arrays]))
+
+
+def _batch_size(count: int, tokens: int) -> int:
+    """Windows at a time, `tokens` each with their candidates; divides `count`, so that all batches have one shape."""
+    return next(n for n in range(count, 0, -1) if count % n == 0 and (n * tokens <= _CALL_TOKENS or n == 1))
+
+
+@functools.partial(jax.jit, static_argnames=("first", "last"))
+def _vary(
+    model: Decoder, state: State, layer: Int32[Array, ""], bits: Int32[Array, " c"], *, first: int, last: int
+) -> Any:
+    """The state after a site, stacked over `bits`, from the one before it."""
+    positions, block, reach = _layer(model, layer, state[0])
+
+    def at(one):
+        return _run(with_site_bits(block, (first, last), one), state, positions, reach, first, last)
+
+    return jax.lax.map(at, bits)
+
+
+@functools.partial(jax.jit, static_argnames=("first", "last"), donate_argnames="x")
+def _advance(
+    model: Decoder,
+    x: Float[Array, "b t d"],
+    inner: Float[Array, "b t m"] | None,
+    layer: Int32[Array, ""],
+    *,
+    first: int,
+    last: int,
+) -> State:
+    """The state after a site at the base bits."""
+    positions, block, reach = _layer(model, layer, x)
+    return _run(block, (x, inner), positions, reach, first, last)
+
+
+def _losses(model: Decoder, states: Any, layer: int, part: int, windows: np.ndarray) -> Float[Array, "c b"]:
+    """Mean negative log-likelihoods from states, stacked over candidates, that have come to `part` of block `layer`."""
+    x, inner = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), states)
+    if part < len(SITES):
+        x, _ = _advance(model, x, inner, layer, first=part, last=len(SITES))
+    return _suffix(model, x, layer + 1, windows).reshape(-1, len(windows))
+
+
+@jax.jit
+def _suffix(
+    model: Decoder, x: Float[Array, "cb t d"], layer: Int32[Array, ""], windows: Int32[Array, "b t"]
+) -> Float[Array, " cb"]:
+    """Losses from the inputs of block `layer`; one program for all layers, which runs no block before it."""
+
+    def step(index, x):
+        positions, block, reach = _layer(model, index, x)
+        return block(x, positions, reach)
+
+    x = jax.lax.fori_loop(layer, model.config.num_layers, step, x)
+    targets = jnp.tile(windows, (len(x) // len(windows), 1))
+    predictions = x.shape[1] - 1
+    chunk = -(-predictions // max(1, round(len(x) * predictions / _LOGIT_TOKENS)))
+    return hidden_nll(model, model.norm(x), targets, chunk=chunk)
+
+
+def _layer(
+    model: Decoder, layer: Int32[Array, ""], x: Float[Array, "b t d"]
+) -> tuple[Positions, Block, Int32[Array, ""]]:
+    block = jax.tree.map(lambda leaf: leaf[layer], model.blocks)
+    return model.positions(x.shape[1]), block, model.windows()[layer]
+
+
+def _run(
+    block: Block, state: State, positions: Positions, reach: Int32[Array, ""], first: int, last: int
+) -> State:
+    """Parts `first` to `last` of a block, each from one input of its linears to the next: in all, `Block.__call__`."""
+    x, inner = state
+    for site in list(SITES)[first:last]:
+        if site == "qkv":
+            inner = block.attend(block.qkv_input(block.input_norm(x)), positions, reach)
+        elif site == "o":
+            x, inner = x + block.o(block.o_input(inner)), None
+        elif site == "mlp":
+            inner = block.gate_up(block.mlp_input(block.post_norm(x)))
+        else:
+            x, inner = x + block.down(block.down_input(inner)), None
+    return x, inner

@@ -1,0 +1,165 @@
+"""Decode steps of a whole model: packed against the same model in bf16, and both against what memory allows."""
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from twla_jax.bench import shapes, timing
+from twla_jax.core.activation import OFF
+from twla_jax.inference import generation
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.decoder import Decoder
+from twla_jax.ops.attention.kv_cache import KVCache, LayerKV
+from twla_jax.ops.rotate_quantize import quantizer_settings
+
+_CALLS = 9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeSettings:
+    """What a decode step is measured at.
+
+    Attributes:
+      batches: rows that go on together.
+      context: tokens in the cache before the first step.
+      steps: tokens a call makes, all in one loop on the device.
+      cache_dtype: of the cache; None for bf16.
+      activation_bits: of the quantised models.
+      embedding_bits: of their embedding and LM head; 16 for bf16.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    context: int = 512
+    steps: int = 64
+    cache_dtype: Any = None
+    activation_bits: tuple[int, ...] = (16, 8, 4)
+    embedding_bits: int = OFF
+
+
+def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dict[str, Any]]:
+    """bf16 first, then W1.58 at each of the activation bits, at each batch."""
+    bf16: dict[int, float] = {}
+    low = [bits for bits in settings.activation_bits if bits < OFF]
+    for bits in (None, *low[:1], *([OFF] if OFF in settings.activation_bits else [])):
+        if reason := _does_not_fit(config, bits):
+            yield {"name": "bf16", "note": reason}
+            continue
+        before = _bytes_in_use()
+        embedding = OFF if bits is None else settings.embedding_bits
+        model = shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding)
+        jax.block_until_ready(model)
+        held = _block_bytes(model, before)
+        for batch in settings.batches:
+            for name, model_at in _at_bits(model, [bits] if bits in (None, OFF) else low):
+                taken = _step_seconds(model_at, batch, settings)
+                if bits is None:
+                    bf16[batch] = taken
+                name += f", head of {embedding} bits" if embedding < OFF else ""
+                row = _row(name, model, batch, taken, settings) | held
+                yield row | ({"speedup_bf16": bf16[batch] / taken} if bits and batch in bf16 else {})
+        del model, model_at
+
+
+def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, Decoder]]:
+    """The model at each of the bits; all below 16 are one program, whose settings are data."""
+    for each in bits:
+        if each is not None and each < OFF:
+            model = nnx.merge(*nnx.split(model))
+            for block in model.blocks:  # pyright: ignore[reportGeneralTypeIssues]
+                for site in (block.qkv_input, block.o_input, block.mlp_input, block.down_input):
+                    site.settings = nnx.data(nnx.Param(quantizer_settings(each, 0.9)))
+        yield "bf16" if each is None else f"W1.58A{each}", model
+
+
+def _step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float:
+    """Median wall-clock time of a step, over calls of the loop that `generate` runs."""
+    room = generation.bucket(settings.steps + 1)
+    cache = _random_cache(model, batch, settings)
+    start = cache.length
+    token, ends, count = jnp.zeros(batch, jnp.int32), np.zeros(0, np.int32), jnp.int32(settings.steps + 1)
+    times = []
+    for call in range(_CALLS + 1):
+        cache = dataclasses.replace(cache, length=start + 0)
+        jax.block_until_ready(cache)
+        begin = time.perf_counter()
+        tokens, _, cache = generation.steps(
+            model, token, cache, count, jnp.float32(0), jax.random.key(0), ends, room=room
+        )
+        jax.block_until_ready(tokens)
+        if call:  # the first one compiles
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times) / settings.steps
+
+
+def _random_cache(model: Decoder, batch: int, settings: DecodeSettings) -> KVCache:
+    size = generation.cache_size(settings.context + settings.steps)
+    cache = model.init_cache(batch, size, settings.cache_dtype)
+
+    @jax.jit
+    def fill(layer: LayerKV, key) -> LayerKV:
+        def random(leaf):
+            values = jax.random.normal(key, leaf.shape)
+            return (30 * values if leaf.dtype == jnp.int8 else values).astype(leaf.dtype)
+
+        return layer.with_stores(jax.tree.map(random, layer.stores))
+
+    layers = tuple(fill(cache.layer(i), jax.random.key(i)) for i in range(model.config.num_layers))
+    return KVCache(layers=layers, length=jnp.int32(settings.context))
+
+
+def _row(name: str, model: Decoder, batch: int, taken: float, settings: DecodeSettings) -> dict[str, Any]:
+    head = model.embed if model.head is None else model.head
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves((model.blocks, head)))
+    entries = _cache_bytes(model, batch, settings)
+    limit = (weights + entries) / timing.copy_bandwidth(by_clock=True)
+    return {
+        "name": name,
+        "batch": batch,
+        "layers": model.config.num_layers,
+        "context": settings.context,
+        "weight_bytes": weights,
+        "cache_bytes": entries,
+        "microseconds": taken * 1e6,
+        "tokens_per_second": batch / taken,
+        "bandwidth_limit_fraction": limit / taken,
+    }
+
+
+def _cache_bytes(model: Decoder, batch: int, settings: DecodeSettings) -> int:
+    """What a step in the middle of the run must read of the cache."""
+    positions = settings.context + settings.steps // 2
+    cache = jax.eval_shape(lambda: model.init_cache(batch, positions, settings.cache_dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
+
+
+def _block_bytes(model: Decoder, before: int | None) -> dict[str, Any]:
+    """Bits a weight of the blocks' matrices, by what the device's allocator says has come to be in use."""
+    if before is None:
+        return {}
+    others = sum(leaf.nbytes for leaf in jax.tree.leaves((model.embed, model.head, model.norm)))
+    held = (_bytes_in_use() or 0) - before - others
+    return {"device_bits_per_weight": 8 * held / shapes.quantised_weights(model.config)}
+
+
+def _bytes_in_use() -> int | None:
+    gc.collect()  # modules hold each other, and with them arrays that nothing needs any more
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_in_use"] if stats else None
+
+
+def _does_not_fit(config: DecoderConfig, bits: int | None) -> str | None:
+    stats = jax.devices()[0].memory_stats()
+    if bits is not None or not stats or "bytes_limit" not in stats:
+        return None
+    needed = 2 * shapes.quantised_weights(config)
+    if needed < 0.9 * stats["bytes_limit"]:
+        return None
+    return f"{needed / 1e9:.0f} GB do not fit this device; --layers takes fewer blocks"

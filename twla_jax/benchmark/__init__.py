@@ -1,6 +1,0 @@
-"""Speed on the device at hand: kernels, prefill and whole-model decode, each beside XLA's own in the same run."""
-
-from twla_jax.benchmark.run import PARTS, measure
-from twla_jax.benchmark.shapes import SHAPES
-
-__all__ = ["PARTS", "SHAPES", "measure"]

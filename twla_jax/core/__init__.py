@@ -1,0 +1,1 @@
+"""The method: arrays in, arrays out. No Flax, no files, no models."""

@@ -1,0 +1,200 @@
+"""The error-compensated column sweep: codes chosen so that later columns make up for the errors of earlier ones.
+
+Notation: `H = S/t + λI` is the damped mean second moment of the inputs. With `H = R Rᵀ`, R upper triangular, and `U
+= R⁻¹`, an error e on columns b is made up for by adding `−e R_bb U_b,rest` to the columns that follow (GPTQ, arXiv
+2210.17323, written blockwise), and what remains of it costs `e (R_bb R_bbᵀ) eᵀ`: the Schur complement of H over the
+later columns.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from twla_jax.core import e2m_atq
+from twla_jax.core.e2m_atq import TernaryTensor
+from twla_jax.core.quantizers import Quantizer, quantizer
+from twla_jax.core.uniform import IntegerTensor
+from twla_jax.recipe import WeightRecipe
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_BLOCK = 128  # columns swept between two updates of the rest
+_DAMPING_TRIES = 6
+
+
+def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"]) -> Float[Array, "m m"]:
+    """`S + XᵀX`, in true float32 whatever the dtype of x."""
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return moment + jnp.matmul(rows.T, rows, precision=_HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def quantize_matrix(
+    weight: Float[Array, "n m"],
+    moment: Float[Array, "m m"],
+    tokens: Float[Array, ""],
+    drift: Float[Array, "m m"] | None = None,
+    *,
+    recipe: WeightRecipe,
+) -> tuple[TernaryTensor | IntegerTensor, dict[str, Float[Array, ""]]]:
+    """Quantises all rows of `weight`, group by group of columns, in one scan.
+
+    Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `recipe.rounds` times
+    a sweep that re-rounds the codes column by column and a relocation of the scales for the new codes; then the group's
+    remaining error is pushed to the groups that follow. Scales are rounded before that, so what is stored is what is
+    compensated.
+
+    Args:
+      weight: rows are outputs, already rotated.
+      moment: `S = Σ xᵀx` over calibration inputs, rotated the same way.
+      tokens: how many tokens S sums over.
+      drift: `Σ (x₀ − x)ᵀx`, x₀ what the full-precision model has in place of x, rotated the same way: what is quantised
+        is then `propagated` weights. The errors stay those of `weight` itself.
+    Returns:
+      The packed tensor, and scalars: `output_error` (`‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`), `weight_error`, and `damping`, the
+      fraction of the mean diagonal that made H factor (NaN errors mean that none did).
+    """
+    n, m = weight.shape
+    group = recipe.group_size or m
+    padded = -(-m // group) * group
+    weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padded - m)))
+    mean_moment = jnp.pad(moment / tokens, (0, padded - m))
+    exists = jnp.arange(padded) < m
+    if not recipe.compensate:  # as if no two inputs had to do with each other
+        mean_moment = jnp.eye(padded)
+    root, inverse, damping = factor(mean_moment, exists, recipe.damping)
+    levels = quantizer(recipe)
+    target = weight
+    if drift is not None:
+        drift = jnp.pad(drift / tokens, (0, padded - m))
+        target = propagated(weight, drift, inverse, recipe.propagation)
+
+    def quantize_group(w, start):
+        columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
+        w_group, mask = columns(w, axis=1), columns(exists)
+        root_group = columns(columns(root), axis=1)
+        inverse_rows = columns(inverse)
+        if recipe.metric == "group":
+            metric = columns(columns(mean_moment), axis=1)
+        else:
+            metric = jnp.matmul(root_group, root_group.T, precision=_HIGHEST)
+        scales, codes = levels.fit(w_group, mask)
+        scales = levels.relocate(w_group, codes, scales, metric, mask)
+        for _ in range(recipe.rounds):
+            codes = sweep_codes(w_group, scales, columns(inverse_rows, axis=1), mask, levels)
+            scales = levels.relocate(w_group, codes, scales, metric, mask)
+        codes, scales = levels.stored(codes, scales)
+        error = jnp.where(mask, w_group - levels.values(codes, *(p[:, None] for p in scales)), 0)
+        pushed = jnp.matmul(
+            jnp.matmul(error, root_group, precision=_HIGHEST), inverse_rows, precision=_HIGHEST
+        )
+        w = w - jnp.where(jnp.arange(padded) >= start + group, pushed, 0)
+        return w, (scales, codes.astype(jnp.int16))
+
+    _, (scales, codes) = jax.lax.scan(quantize_group, target, jnp.arange(0, padded, group))
+    codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, :m]
+    tensor = levels.pack(codes, tuple(p.T for p in scales), group)
+    return tensor, _errors(weight[:, :m], tensor, moment / tokens) | {"damping": damping}
+
+
+def propagated(
+    weight: Float[Array, "n m"], drift: Float[Array, "m m"], inverse: Float[Array, "m m"], share: float
+) -> Float[Array, "n m"]:
+    """`W* = W + β·W D H⁻¹`: with β = 1 the minimiser of `‖W X₀ − W* X‖² / t + λ‖W* − W‖²` (QEP, arXiv 2504.09629).
+
+    The weights that, on the inputs X that the quantised prefix gives, come nearest to the full-precision outputs.
+
+    Args:
+      drift: `D = (X₀ − X) Xᵀ / t`.
+      inverse: U, with `H⁻¹ = UᵀU`.
+      share: β; errors are made up for where the calibration text has them, at β = 1 fully.
+    """
+    change = jnp.matmul(jnp.matmul(weight, drift, precision=_HIGHEST), inverse.T, precision=_HIGHEST)
+    return weight + share * jnp.matmul(change, inverse, precision=_HIGHEST)
+
+
+def sweep_codes(
+    w: Float[Array, "n g"],
+    scales: tuple[Float[Array, " n"], ...],
+    inverse: Float[Array, "g g"],
+    mask: Bool[Array, " g"],
+    levels: Quantizer,
+) -> Float[Array, "n g"]:
+    """Codes of one group at fixed scales: columns in order, the error of each pushed to the group's later columns.
+
+    Args:
+      inverse: `U_bb`, the group's diagonal block of the upper triangular factor of `H⁻¹ = UᵀU`.
+    """
+    size = w.shape[1]
+    block = math.gcd(size, _BLOCK)
+
+    def column(j, state):
+        w_block, codes, errors, u = state
+        current = w_block[j]
+        code = levels.nearest(current, *scales)
+        error = (current - levels.values(code, *scales)) / u[j, j]
+        later = jnp.arange(block) > j
+        return (
+            w_block - jnp.where(later, u[j], 0)[:, None] * error,
+            codes.at[j].set(code),
+            errors.at[j].set(error),
+            u,
+        )
+
+    def sweep_block(b, state):
+        w, codes = state  # columns first: a column is then a contiguous slice
+        start = b * block
+        rows = jax.lax.dynamic_slice_in_dim(inverse, start, block)
+        u = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
+        w_block = jax.lax.dynamic_slice_in_dim(w, start, block)
+        empty = jnp.zeros_like(w_block)
+        _, new, errors, _ = jax.lax.fori_loop(0, block, column, (w_block, empty, empty, u))
+        if size > block:
+            later = jnp.arange(size) >= start + block
+            w = w - jnp.matmul(jnp.where(later, rows, 0).T, errors, precision=_HIGHEST)
+        return w, jax.lax.dynamic_update_slice_in_dim(codes, new, start, 0)
+
+    _, codes = jax.lax.fori_loop(0, size // block, sweep_block, (w.T, jnp.zeros_like(w.T)))
+    return jnp.where(mask, codes.T, 0)
+
+
+def factor(
+    mean_moment: Float[Array, "m m"], exists: Bool[Array, " m"], damping: float
+) -> tuple[Float[Array, "m m"], Float[Array, "m m"], Float[Array, ""]]:
+    """`(R, U, damping)` with `H = R Rᵀ`, R upper triangular and `U = R⁻¹`, for `H = S/t + damping·mean(diag S/t)·I`.
+
+    H is damped before it is factored; where the factorisation still fails the damping is raised tenfold and only
+    then. Columns that do not exist (padding) are decoupled.
+    """
+    both = exists[:, None] & exists[None, :]
+    h = jnp.where(both, mean_moment, jnp.diag((~exists).astype(jnp.float32)))
+    scale = jnp.where(exists, jnp.diagonal(h), 0).sum() / exists.sum()
+    scale = jnp.where(scale > 0, scale, 1.0)  # inputs that are always zero: any positive H will do
+
+    def attempt(state):
+        _, damping, tries = state
+        damped = h + jnp.diag(jnp.where(exists, damping * scale, 0))
+        return jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1], damping * 10, tries + 1
+
+    def failed(state):
+        root, _, tries = state
+        return (tries < _DAMPING_TRIES) & ~jnp.isfinite(root).all()
+
+    first = attempt((h, jnp.float32(damping), 0))
+    root, next_damping, _ = jax.lax.while_loop(failed, attempt, first)
+    inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(h.shape[0]), lower=False)
+    return root, inverse, next_damping / 10
+
+
+def _errors(weight, tensor, moment):
+    difference = weight - e2m_atq.dequantize(tensor)
+
+    def energy(v):
+        return (jnp.matmul(v, moment, precision=_HIGHEST) * v).sum()
+
+    return {
+        "output_error": energy(difference) / jnp.maximum(energy(weight), 1e-30),
+        "weight_error": jnp.square(difference).sum() / jnp.maximum(jnp.square(weight).sum(), 1e-30),
+    }

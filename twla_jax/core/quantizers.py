@@ -1,0 +1,192 @@
+"""What the column sweep rounds to: one ternary plane, two, or plain integers, behind one small interface.
+
+`scales` are arrays of one value a row for the group at hand; codes are floats until they are packed.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from twla_jax.core import e2m_atq, two_planes, uniform
+from twla_jax.core.e2m_atq import TernaryTensor
+from twla_jax.core.uniform import IntegerTensor
+from twla_jax.recipe import WeightRecipe
+
+Scales = tuple[Any, ...]
+
+
+class Quantizer(Protocol):
+    """Fits, rounds and packs one group of columns, `[n, g]`."""
+
+    def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
+        """Scales and codes from the weights alone."""
+        ...
+
+    def relocate(self, w, codes, scales: Scales, metric: Float[Array, "g g"], mask) -> Scales:
+        """The scales that cost the least output error at fixed codes."""
+        ...
+
+    def nearest(self, w, *scales) -> Float[Array, "*shape"]:
+        """The codes whose values lie nearest to w."""
+        ...
+
+    def values(self, codes, *scales) -> Float[Array, "*shape"]:
+        """What codes stand for."""
+        ...
+
+    def stored(self, codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
+        """Codes and scales as they will be read back: rounded, and of equal choices the one that can be stored."""
+        ...
+
+    def pack(
+        self, codes: Float[Array, "n m"], scales: tuple[Float[Array, "n groups"], ...], group_size: int
+    ) -> Any:
+        """The tensor that is kept, of scales that `stored` rounded."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OnePlane:
+    """E2M-ATQ: levels `−α + μ, μ, α + μ`."""
+
+    steps: int
+    threshold: float
+
+    def fit(self, w, mask):
+        """Stage 1."""
+        alpha, mu, codes = e2m_atq.euclidean_fit(w, mask, steps=self.steps, threshold=self.threshold)
+        return (alpha, mu), codes
+
+    def relocate(self, w, codes, scales, metric, mask):
+        """Stage 2."""
+        alpha, mu = scales
+        return e2m_atq.relocate(w, codes, alpha, mu, metric, mask)
+
+    def nearest(self, w, *scales):
+        """Codes in {-1, 0, 1}."""
+        alpha, mu = scales
+        return e2m_atq.nearest_codes(w, alpha, mu)
+
+    def values(self, codes, *scales):
+        """`α·T + μ`."""
+        alpha, mu = scales
+        return alpha * codes + mu
+
+    def stored(self, codes, scales):
+        """α and μ in float16."""
+        return codes, tuple(map(_float16, scales))
+
+    def pack(self, codes, scales, group_size):
+        """One packed plane, in steps that let integers add up across groups."""
+        alpha, mu = scales
+        alpha, mu = e2m_atq.in_whole_steps(alpha, mu, group_size)
+        return e2m_atq.from_codes(codes.astype(jnp.int8), alpha, mu, group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPlanes:
+    """Nine levels, `α₁·T₁ + α₂·T₂ + μ`."""
+
+    steps: int
+
+    def fit(self, w, mask):
+        """Alternating least squares from several starts."""
+        return two_planes.euclidean_fit(w, mask, steps=self.steps)
+
+    def relocate(self, w, codes, scales, metric, mask):
+        """A 3×3 solve per row."""
+        return two_planes.relocate(w, codes, scales, metric, mask)
+
+    def nearest(self, w, *scales):
+        """Digits `3·T₁ + T₂`."""
+        return two_planes.nearest_codes(w, *scales)
+
+    def values(self, codes, *scales):
+        """The levels of digits."""
+        return two_planes.values(codes, *scales)
+
+    def stored(self, codes, scales):
+        """α₁ and μ in float16, α₂ in a byte's share of α₁."""
+        codes, (alpha, residual_alpha, mu) = two_planes.ordered(codes, scales)
+        ratio = e2m_atq.nearest_ratio(alpha, residual_alpha) / e2m_atq.RATIO_STEPS
+        return codes, (_float16(alpha), _float16(alpha) * ratio, _float16(mu))
+
+    def pack(self, codes, scales, group_size):
+        """Two packed planes."""
+        (alpha, residual_alpha, mu), (first, second) = scales, two_planes.split(codes)
+        return e2m_atq.from_codes(
+            first.astype(jnp.int8), alpha, mu, group_size, second.astype(jnp.int8), residual_alpha
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """`2**bits` equal steps; scale and zero point stay as they were fitted."""
+
+    bits: int
+
+    def fit(self, w, mask):
+        """The range of least error, then nearest codes."""
+        scale, zero = uniform.fit_range(w, mask, self.bits)
+        return (scale, zero), self.nearest(w, scale[:, None], zero[:, None])
+
+    def relocate(self, w, codes, scales, metric, mask):
+        """Leaves the scales: GPTQ does not move them."""
+        return scales
+
+    def nearest(self, w, *scales):
+        """Codes in `[0, 2**bits)`."""
+        scale, zero = scales
+        return uniform.nearest_code(w, scale, zero, self.bits)
+
+    def values(self, codes, *scales):
+        """`scale·(q − z)`."""
+        scale, zero = scales
+        return scale * (codes - zero)
+
+    def stored(self, codes, scales):
+        """As they are: `fit` rounded them."""
+        return codes, scales
+
+    def pack(self, codes, scales, group_size):
+        """One byte a code, until it goes to disk."""
+        scale, zero = scales
+        return IntegerTensor(
+            codes=codes.astype(jnp.uint8),
+            scale=scale.astype(jnp.float16),
+            zero_point=zero.astype(jnp.uint8),
+            in_features=codes.shape[-1],
+            group_size=group_size,
+            bits=self.bits,
+        )
+
+
+def quantizer(recipe: WeightRecipe) -> Quantizer:
+    """The quantiser that a recipe names."""
+    if recipe.quantizer == "integer":
+        return Integers(recipe.bits)
+    if recipe.planes == 2:
+        return TwoPlanes(recipe.euclidean_steps)
+    return OnePlane(recipe.euclidean_steps, recipe.threshold)
+
+
+def tensor(recipe: WeightRecipe, parts: dict[str, Any], in_features: int) -> TernaryTensor | IntegerTensor:
+    """The tensor that a recipe's quantiser packs, from what `arrays` says of it."""
+    group_size = recipe.group_size or in_features
+    settings: dict[str, Any] = {"in_features": in_features, "group_size": group_size}
+    if recipe.quantizer == "integer":
+        return IntegerTensor(**parts, **settings, bits=recipe.bits)
+    return TernaryTensor(**parts, **settings)
+
+
+def arrays(tensor: TernaryTensor | IntegerTensor) -> dict[str, Array]:
+    """The arrays that a tensor consists of, by field."""
+    fields = (field for field in dataclasses.fields(tensor) if not field.metadata.get("static"))
+    values = {field.name: getattr(tensor, field.name) for field in fields}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _float16(p: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return p.astype(jnp.float16).astype(jnp.float32)

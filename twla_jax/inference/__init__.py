@@ -1,0 +1,1 @@
+"""Runs a finished model: packed weights, kernels, caches, generation."""

@@ -1,0 +1,432 @@
+"""A decoder in the form that runs fast: kernel-ready weights, one product an input, integers where it can.
+
+Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`; for a
+token or a few both are one `quantized_linear`. Where an input's activations are not quantised, they are only rotated,
+and meet the same packed weights in bf16. A model that is not quantised gets the same form, with one dense product an
+input. An embedding and an LM head of integers stay packed, too: `integer_matmul` makes the logits.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from twla_jax.core.activation import OFF, ActivationQuantizer, select_clip
+from twla_jax.core.e2m_atq import TernaryTensor, dequantize
+from twla_jax.core.kotms import rotate
+from twla_jax.core.uniform import IntegerTensor
+from twla_jax.devices import warn_of_products
+from twla_jax.errors import TwlaError
+from twla_jax.inference import tensor_parallel
+from twla_jax.models.decoder import SITES, Block, Decoder, RMSNorm, precision
+from twla_jax.models.sharding import shardings
+from twla_jax.ops.attention.kv_cache import KVCache, LayerKV, empty_layer
+from twla_jax.ops.attention.reference import Positions
+from twla_jax.ops.decode_attention import AttentionParts, decode_attention
+from twla_jax.ops.dispatch import Implementation
+from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
+from twla_jax.ops.linear_pair import LinearOperands, linear_pair
+from twla_jax.ops.linear_pair import new_exchange as new_pair_exchange
+from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
+from twla_jax.ops.quantized_linear import MOST_TOKENS, quantized_linear
+from twla_jax.ops.rotate_quantize import gate, kernel_rotation, quantizer_settings, rotate_quantize
+from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
+from twla_jax.ops.tokens import QuantizedTokens
+
+
+def prepare_for_inference(
+    model: Decoder, *, mesh: Mesh | None = None, implementation: Implementation | None = None
+) -> Decoder:
+    """The same model with its weights in the kernels' layout, layer by layer, and float ones in the model's `dtype`.
+
+    Whether an input is quantised is fixed from here on, not at how many bits. It is for inference alone: it has no
+    gradient, and is not saved.
+
+    Args:
+      model: as arrays, not tracers.
+      mesh: with an axis `model`, over which the rows of every linear go, and usually `data`, over which batches go;
+        None for one device.
+      implementation: as `ternary_matmul` and `rotate_quantize` take it.
+    Raises:
+      TwlaError: its weights are integers, or of a group size that the kernels have no place for.
+    """
+    warn_of_products()
+    if isinstance(model.blocks.q.kernel.get_value(), IntegerTensor):
+        raise TwlaError("there are no kernels for integer weights, only for ternary and float ones")
+    if mesh is not None:
+        model = jax.device_put(model, shardings(model, mesh))
+    return IntegerDecoder(model, mesh=mesh, implementation=implementation)
+
+
+class IntegerDecoder(Decoder):
+    """`Decoder` with a list of `IntegerBlock`s, run one after the other: a scan would copy each layer's weights."""
+
+    def __init__(self, model: Decoder, *, mesh: Mesh | None, implementation: Implementation | None):
+        self.config, self.dtype, self.mesh = model.config, model.dtype, mesh
+        self.implementation: Implementation | None = implementation
+        self.norm = model.norm
+        table = functools.partial(_table, dtype=model.dtype, mesh=mesh)
+        self.embed = nnx.Param(table(model.embed.get_value()))
+        self.head = model.head
+        if model.head is not None:
+            self.head = nnx.merge(*nnx.split(model.head))
+            self.head.kernel = nnx.Param(table(model.head.kernel.get_value(), columns=True))
+        self.blocks = nnx.List(
+            [
+                IntegerBlock(
+                    _layer(model.blocks, i), dtype=model.dtype, mesh=mesh, implementation=implementation
+                )
+                for i in range(model.config.num_layers)
+            ]
+        )
+
+    def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The first block's input, in `dtype`; of packed rows, only the tokens' are unpacked."""
+        table = self.embed.get_value()
+        if isinstance(table, IntegerWeight):
+            return integer_rows(table, tokens, self.dtype)
+        return super().embed_tokens(tokens)
+
+    def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
+        """Logits from `hidden`'s output, accumulated and returned in float32."""
+        kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
+        if isinstance(kernel, IntegerWeight):
+            return integer_matmul(h, kernel, out_dtype=jnp.float32, implementation=self.implementation)
+        return super().logits(h)
+
+    def through_blocks(self, step: Callable, carry: Any) -> Any:
+        """The carry after `step(carry, (block, window, index))` of every block, in order."""
+        windows = self.windows()
+        for index, block in enumerate(self.blocks):
+            carry, _ = step(carry, (block, windows[index], index))
+        return carry
+
+    def init_cache(self, batch: int, size: int, dtype=None) -> KVCache:
+        """An empty cache for `size` positions, layer by layer, in `dtype`: see `Decoder.init_cache`."""
+        shape = self._cache_shape(batch, size)
+        layers = (empty_layer(shape, dtype or self.dtype) for _ in self.blocks)
+        layers = tuple(
+            block.with_exchanges(layer)  # pyright: ignore[reportAttributeAccessIssue]
+            for layer, block in zip(layers, self.blocks, strict=True)
+        )
+        cache = KVCache(layers=layers, length=jnp.int32(0))
+        return cache if self.mesh is None else tensor_parallel.place_cache(cache, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewTokens:
+    """Tokens that their linear is yet to turn and quantise: `settings` are `quantized_linear`'s.
+
+    Attention in parts, one token a sequence, is for the output linear of a block that `takes_parts`.
+    """
+
+    x: Float[Array, "*tokens m"] | AttentionParts
+    settings: dict[str, Any]
+
+    def quantized(self, implementation: Implementation | None) -> QuantizedTokens:
+        """The tokens as two ops leave them between them."""
+        assert not isinstance(self.x, AttentionParts)
+        return rotate_quantize(self.x, implementation=implementation, **self.settings)
+
+
+class KernelInput(nnx.Module):
+    """An input of linears: norm, rotation and quantiser as one op; without a quantiser, norm and rotation in bf16."""
+
+    def __init__(self, block: Block, site: str, *, norm: RMSNorm | None, dtype, mesh, implementation):
+        transform = getattr(block, f"{site}_input")
+        rotation = None if transform.rotation is None else transform.rotation.get_value()
+        quantizer = None if transform.activation is None else transform.activation.get_value()
+        self.rotation = nnx.data(None if rotation is None else nnx.Param(kernel_rotation(rotation, dtype)))
+        self.norm = norm
+        settings = _settings(quantizer)
+        self.settings = nnx.data(None if settings is None else nnx.Param(settings))
+        self.mesh, self.implementation = mesh, implementation
+
+    @property
+    def takes_gate(self) -> bool:
+        """Whether the op can begin a step earlier, with a gate's output and what it gates beside each other."""
+        return self.settings is not None and self.mesh is None
+
+    def operands(self, linear: "KernelLinear") -> LinearOperands | None:
+        """For an op that begins with this input; None if it is not rotated, or the linear no single ternary plane."""
+        if self.settings is None or self.rotation is None or linear.plane is None or self.mesh is not None:
+            return None
+        return LinearOperands(weight=linear.plane, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """What `rotate_quantize` has of it; not without a quantiser."""
+        assert self.settings is not None
+        return {
+            "rotation": None if self.rotation is None else self.rotation.get_value(),
+            "settings": self.settings.get_value(),
+            "norm_scale": None if self.norm is None else self.norm.scale.get_value(),
+            "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
+        }
+
+    def __call__(
+        self, x: Float[Array, "*tokens width"] | AttentionParts, *, gated: bool = False
+    ) -> QuantizedTokens | FewTokens | Float[Array, "*tokens m"]:
+        """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
+        if self.settings is None:
+            assert not isinstance(x, AttentionParts)
+            x = x if self.norm is None else self.norm(x)
+            return x if self.rotation is None else rotate(x, *self.rotation.get_value().factors)
+        settings = self._options()
+        if isinstance(x, AttentionParts):
+            return FewTokens(x=x, settings=settings)
+        if self.mesh is None and x.size <= MOST_TOKENS * x.shape[-1]:
+            return FewTokens(x=gate(x) if gated else x, settings=settings)
+        op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
+        return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
+
+
+class KernelLinear(nnx.Module):
+    """One or several linears that read the same input, as one matrix; `y` lists their outputs side by side."""
+
+    def __init__(self, block: Block, names: tuple[str, ...], *, dtype, mesh, implementation):
+        linears = [getattr(block, name) for name in names]
+        kernels = [linear.kernel.get_value() for linear in linears]
+        biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
+        self.bias = self.second_plane = nnx.data(None)
+        if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
+            pack = _kernel_weight
+            if mesh is not None:
+                pack = functools.partial(tensor_parallel.sharded_weight, mesh=mesh)
+            first, *second = zip(*(kernel.planes() for kernel in kernels), strict=True)
+            weight = _for_kernels(pack(first, biases))
+            if second:
+                second_plane = _for_kernels(pack(second[0], [None] * len(kernels)))
+                self.second_plane = nnx.data(nnx.Param(second_plane))
+            self.splits = weight.splits
+        else:
+            weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
+            self.splits = tuple(kernel.shape[-1] for kernel in kernels)
+            if known := [bias for bias in biases if bias is not None]:
+                self.bias = nnx.data(nnx.Param(jnp.concatenate(known).astype(dtype)))
+        self.weight = nnx.Param(weight)
+        self.dtype, self.mesh, self.implementation = dtype, mesh, implementation
+
+    def __call__(
+        self,
+        x: QuantizedTokens | FewTokens | Float[Array, "*tokens m"],
+        residual: Float[Array, "*tokens n"] | None = None,
+        *,
+        gated: bool = False,
+    ) -> Float[Array, "*tokens n"]:
+        """`x Ŵᵀ + b`, rounded to the model's type, and the residual added; or, of two, `silu(first) · second`."""
+        if isinstance(x, FewTokens) and (plane := self.plane) is not None:
+            y = quantized_linear(
+                x.x,
+                weight=plane,
+                residual=residual,
+                gated=gated,
+                out_dtype=self.dtype,
+                implementation=self.implementation,
+                **x.settings,
+            )
+            return y[:, None] if isinstance(x.x, AttentionParts) else y
+        x = x.quantized(self.implementation) if isinstance(x, FewTokens) else x
+        if self.plane is not None and self.mesh is None and not gated:
+            options = {"out_dtype": self.dtype, "implementation": self.implementation}
+            return ternary_matmul(x, self.plane, residual, **options)
+        y = self._outputs(x)
+        y = gate(y) if gated else y
+        return y if residual is None else residual + y
+
+    @property
+    def plane(self) -> KernelWeight | None:
+        """The weight, if it is a single ternary plane."""
+        weight = self.weight.get_value()
+        return weight if isinstance(weight, KernelWeight) and self.second_plane is None else None
+
+    def _outputs(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> jax.Array:
+        weight = self.weight.get_value()
+        if isinstance(weight, KernelWeight):
+            if self.second_plane is None:
+                return self._product(x, weight, self.dtype)
+            planes = (weight, self.second_plane.get_value())
+            first, second = (self._product(x, plane, jnp.float32) for plane in planes)
+            return (first + second).astype(self.dtype)
+        assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
+        y = jnp.matmul(x, weight, precision=precision(self.dtype))
+        return y if self.bias is None else y + self.bias.get_value()
+
+    def _product(self, x: Any, weight: KernelWeight, dtype: Any) -> jax.Array:
+        op = functools.partial(ternary_matmul, out_dtype=dtype, implementation=self.implementation)
+        return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
+
+    def parts(
+        self, x: QuantizedTokens | FewTokens | Float[Array, "*tokens m"]
+    ) -> tuple[Float[Array, "*tokens _"], ...]:
+        """The outputs of each linear."""
+        y = self(x)
+        # On a mesh, each device's share of all of them is followed by the next device's.
+        shares = y.reshape(*y.shape[:-1], -1, sum(self.splits))
+        parts = jnp.split(shares, np.cumsum(self.splits)[:-1], axis=-1)
+        return tuple(part.reshape(*y.shape[:-1], -1) for part in parts)
+
+
+class IntegerBlock(Block):
+    """`Block` whose norms belong to the inputs that they precede, and whose linears are merged input by input."""
+
+    def __init__(self, block: Block, *, dtype, mesh: Mesh | None, implementation: Implementation | None):
+        def read(site, norm):
+            return KernelInput(block, site, norm=norm, dtype=dtype, mesh=mesh, implementation=implementation)
+
+        def linear(*names):
+            return KernelLinear(block, names, dtype=dtype, mesh=mesh, implementation=implementation)
+
+        self.input_norm = self.post_norm = _nothing
+        self.qkv_input, self.mlp_input = read("qkv", block.input_norm), read("mlp", block.post_norm)
+        self.o_input, self.down_input = read("o", None), read("down", None)
+        self.qkv_linear, self.gate_up_linear = linear(*SITES["qkv"]), linear(*SITES["mlp"])
+        self.o, self.down = linear(*SITES["o"]), linear(*SITES["down"])
+        self.q_norm, self.k_norm, self.head_dim = block.q_norm, block.k_norm, block.head_dim
+        self.fused = block.fused
+        self.mesh = mesh
+        self.implementation: Implementation | None = implementation
+
+    def decode(
+        self, x: Float[Array, "b t d"], layer: LayerKV, positions: Positions, window: Int32[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], LayerKV]:
+        """As `Block.decode`; for a single token the output linear and the MLP's first ones may be one op."""
+        mixed, layer = self.attend_cached(self.qkv_input(x), layer, positions, window)
+        pair = self.pair()
+        if len(positions.query) > 1 or layer.output_exchange is None or pair is None:
+            return self.finish(x, mixed), layer
+        tokens = mixed if isinstance(mixed, AttentionParts) else mixed[:, 0]
+        options = {"exchange": layer.output_exchange, "implementation": self.implementation}
+        h, hidden, exchange = linear_pair(tokens, *pair, x[:, 0], **options)
+        layer = dataclasses.replace(layer, output_exchange=exchange)
+        return self.down(self.down_input(hidden[:, None]), h[:, None]), layer
+
+    def pair(self) -> tuple[LinearOperands, LinearOperands] | None:
+        """The output linear and the MLP's first ones for `linear_pair`; None if they are not single ternary planes."""
+        o, gate_up = (
+            site.operands(linear)
+            for site, linear in ((self.o_input, self.o), (self.mlp_input, self.gate_up_linear))
+        )
+        return None if o is None or gate_up is None else (o, gate_up)
+
+    def attend_cached(
+        self,
+        h: Any,  # what `qkv` takes
+        layer: LayerKV,
+        positions: Positions,
+        window: Int32[Array, ""],
+    ) -> tuple[Any, LayerKV]:  # what `finish` takes
+        """As `Block.attend_cached`; for a single token it is one op, which may leave the mix in parts."""
+        if len(positions.query) > 1 or self.mesh is not None:
+            return super().attend_cached(h, layer, positions, window)
+        scales, epsilon = None, 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            scales = self.q_norm.scale.get_value(), self.k_norm.scale.get_value()
+            epsilon = self.q_norm.epsilon
+        where = {"layer": layer, "positions": positions, "window": window}
+        where |= {"apart": self.takes_parts, "implementation": self.implementation}
+        if isinstance(h, FewTokens) and (plane := self.qkv_linear.plane) is not None:
+            assert not isinstance(h.x, AttentionParts)
+            norms = {"head_norm_scales": scales, "head_epsilon": epsilon}
+            mixed, layer = qkv_attention(h.x[:, 0], weight=plane, **norms, **h.settings, **where)
+        else:
+            qkv = self.qkv_linear(h)
+            qkv = qkv.reshape(len(qkv), -1, self.head_dim)
+            mixed, layer = decode_attention(qkv, norm_scales=scales, epsilon=epsilon, **where)
+        return mixed if isinstance(mixed, AttentionParts) else mixed[:, None], layer
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
+        gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
+        return gpu and self.mesh is None and self.o_input.settings is not None and self.o.plane is not None
+
+    def with_exchanges(self, layer: LayerKV) -> LayerKV:
+        """A cache's layer, with what `qkv_attention` and `linear_pair` need to be one kernel where they are to be."""
+        if not self.takes_parts:
+            return layer
+        qkv, pair = self.qkv_input.operands(self.qkv_linear), self.pair()
+        if qkv is not None:
+            layer = dataclasses.replace(layer, exchange=new_exchange(layer, qkv.rotation, qkv.weight))
+        if pair is not None:
+            exchange = new_pair_exchange(layer.entries.shape[1], *pair)
+            layer = dataclasses.replace(layer, output_exchange=exchange)
+        return layer
+
+    def qkv(
+        self, h: QuantizedTokens | FewTokens | Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t _"], ...]:
+        """Queries, keys and values, one beside the other."""
+        return self.qkv_linear.parts(h)
+
+    def gate_up(self, h: QuantizedTokens | FewTokens | Float[Array, "b t d"]) -> Float[Array, "b t hidden"]:
+        """`silu(gate(h)) · up(h)`."""
+        gate, up = self.gate_up_linear.parts(h)
+        return jax.nn.silu(gate) * up
+
+    def finish(
+        self, x: Float[Array, "b t d"], mixed: Float[Array, "b t heads_d"] | AttentionParts
+    ) -> Float[Array, "b t d"]:
+        """As `Block.finish`; each residual is added where its linear ends."""
+        x = self.o(self.o_input(mixed), x)
+        h = self.mlp_input(x)
+        if isinstance(h, FewTokens):
+            return self.down(self.down_input(self.gate_up_linear(h, gated=True)), x)
+        if self.down_input.takes_gate:  # both outputs as they lie, without a pass between the two linears
+            return self.down(self.down_input(self.gate_up_linear(h), gated=True), x)
+        return self.down(self.down_input(self.gate_up(h)), x)
+
+
+_kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations
+_integer_weight = jax.jit(integer_weight)
+
+
+def _for_kernels[T: (KernelWeight, IntegerWeight)](weight: T) -> T:
+    """With scales as the device's kernels take them, so that no step makes a copy of them."""
+    return dataclasses.replace(weight, scales=weight.scale_bits) if jax.default_backend() == "tpu" else weight
+
+
+def _layer(blocks: Block, index: int) -> Block:
+    """One block on the device; of blocks on the host, no more than that one is moved there."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(blocks)):
+        return _device_layer(blocks, index)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), blocks)
+
+
+@jax.jit
+def _device_layer(blocks: Block, index: jax.Array) -> Block:
+    return jax.tree.map(lambda leaf: leaf[index], blocks)
+
+
+def _table(
+    matrix: jax.Array | IntegerTensor, *, dtype, mesh: Mesh | None, columns: bool = False
+) -> jax.Array | IntegerWeight:
+    """An embedding or LM head: packed integers where kernels take them, else floats, cast once.
+
+    A cast at every step would write out and read again all of it. Floats have a column a token in a head, integers
+    always a row.
+    """
+    if not isinstance(matrix, IntegerTensor):
+        return jnp.asarray(matrix, dtype)
+    if mesh is None and obstacle(matrix) is None:
+        return _for_kernels(_integer_weight(matrix))
+    floats = jnp.asarray(dequantize(matrix, jnp.float32), dtype)
+    return floats.T if columns else floats
+
+
+def _nothing(x: jax.Array) -> jax.Array:
+    """Stands where `Block` has a norm that its input does here."""
+    return x
+
+
+def _settings(quantizer: ActivationQuantizer | None) -> Float32[Array, " 3"] | None:
+    """What `rotate_quantize` needs of a quantiser; None if it is off."""
+    if quantizer is None or not quantizer.enabled or int(quantizer.bits) >= OFF:
+        return None
+    return quantizer_settings(quantizer.bits, select_clip(quantizer.clips, quantizer.bits))

@@ -1,0 +1,153 @@
+"""Calibration text sampled from the model itself, for users who have none (LLM-QAT, Liu et al., arXiv 2305.17888).
+
+Every row begins with the model's BOS token, or a random one where it has none, and goes on at temperature 1, past the
+ends of its texts. Rows are windows as they are: calibration, refinement and held-out text each take rows of their own.
+"""
+
+import dataclasses
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int32
+from tqdm import tqdm
+
+from twla_jax.errors import TwlaError
+from twla_jax.inference import generation
+from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.models.decoder import Decoder
+from twla_jax.recipe import CalibrationRecipe
+from twla_jax.storage import resume
+from twla_jax.text.corpora import SELF
+
+FILE = "self_calibration.npy"  # in a quantised folder: what a later allocation of bits needs of the text
+_CACHE_BYTES = 4e9  # of keys and values, at most, which bounds the rows at a time
+_MAX_BATCH = {"cpu": 8}
+_MAX_BATCH_ELSEWHERE = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledText:
+    """Rows of tokens that a model sampled, in the order in which they are used.
+
+    Attributes:
+      rows: int32, each as long as a calibration window.
+      seed: of the sampling.
+      held_out: how many of the last rows no calibration sees.
+    """
+
+    rows: Int32[np.ndarray, "rows seq_len"]
+    seed: int
+    held_out: int
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the text: everything but the tokens."""
+        return {
+            "name": SELF,
+            "split": "calibration",
+            "source": SELF,
+            "temperature": 1.0,
+            "sampled_windows": len(self.rows),
+            "sha256": hashlib.sha256(self.rows.astype("<i4").tobytes()).hexdigest(),
+        }
+
+
+def sample_text(
+    model: Decoder,
+    rows: int,
+    seq_len: int,
+    *,
+    seed: int = 0,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Int32[np.ndarray, "rows seq_len"]:
+    """Samples `rows` windows of `seq_len` tokens from a model; the same seed gives the same on the same device.
+
+    On an accelerator the model computes in bfloat16. The first rows do not depend on how many follow.
+
+    Args:
+      model: full precision or quantised.
+      work_dir: finished batches are kept here; a later call for the same model, length and seed goes on from them.
+      progress: a bar with an estimate of the time left, on stderr.
+    Raises:
+      TwlaError: `seq_len` is below 2 or exceeds the model's positions, or the folder is of another model.
+    """
+    config = model.config
+    if seq_len < 2:
+        raise TwlaError(f"seq_len {seq_len}: a window needs at least 2 tokens")
+    batch = _batch(config, seq_len)
+    store = None if work_dir is None else _open_work_dir(Path(work_dir), model, seq_len, seed, batch)
+    done: list[np.ndarray] = []
+    prepared = None
+    with tqdm(total=rows, desc="sample", unit="window", disable=not progress) as bar:
+        for index in range(-(-rows // batch)):
+            saved = store.load(f"batch-{index}") if store else None
+            if saved is None:
+                prepared = _prepared(model) if prepared is None else prepared
+                saved = {"tokens": _sample_batch(prepared, batch, seq_len, seed, index)}
+                if store:
+                    store.save(f"batch-{index}", saved)
+            done.append(saved["tokens"])
+            bar.update(min(batch, rows - bar.n))
+    return np.concatenate(done)[:rows]
+
+
+def dump(text: SampledText, calibration: int) -> bytes:
+    """A `.npy` file of the rows that bits are allocated on: the first `calibration` ones and those held out."""
+    rows = np.concatenate([text.rows[:calibration], text.rows[len(text.rows) - text.held_out :]])
+    file = io.BytesIO()
+    np.save(file, rows.astype(np.uint16 if rows.max() < 2**16 else np.int32))
+    return file.getvalue()
+
+
+def read(folder: str | Path, drawn: CalibrationRecipe) -> SampledText:
+    """What `dump` left in a quantised folder.
+
+    Raises:
+      TwlaError: the folder's model was not calibrated on its own text.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise TwlaError(f"{folder}: holds no text of the model itself; --calibration must name another text")
+    rows = np.load(path).astype(np.int32)
+    return SampledText(rows=rows, seed=drawn.seed, held_out=len(rows) - drawn.windows)
+
+
+def _batch(config: Any, seq_len: int) -> int:
+    """Rows at a time: a power of two that the cache has room for."""
+    most = _MAX_BATCH.get(jax.default_backend(), _MAX_BATCH_ELSEWHERE)
+    row_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * seq_len
+    batch = most
+    while batch > 1 and batch * row_bytes > _CACHE_BYTES:
+        batch //= 2
+    return batch
+
+
+def _prepared(model: Decoder) -> Decoder:
+    copy = nnx.merge(*nnx.split(model))
+    copy.dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return prepare_for_inference(jax.tree.map(jnp.asarray, copy))
+
+
+def _sample_batch(
+    model: Decoder, batch: int, seq_len: int, seed: int, index: int
+) -> Int32[np.ndarray, "batch seq_len"]:
+    first, following = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+    bos, size = model.config.bos_token_id, model.config.vocab_size
+    if bos is None:
+        start = np.asarray(jax.random.randint(first, (batch, 1), 0, size), np.int32)
+    else:
+        start = np.full((batch, 1), bos, np.int32)
+    settings = {"temperature": 1.0, "key": following, "eos_token_ids": ()}
+    rest = generation.generate(model, start, max_new_tokens=seq_len - 1, **settings)
+    return np.concatenate([start, rest], axis=1)
+
+
+def _open_work_dir(folder: Path, model: Decoder, seq_len: int, seed: int, batch: int) -> resume.WorkDir:
+    settings = {"config": model.config.to_dict(), "seq_len": seq_len, "seed": seed, "batch": batch}
+    return resume.WorkDir(folder, resume.fingerprint(settings, map(np.asarray, jax.tree.leaves(model))))

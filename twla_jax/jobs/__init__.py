@@ -1,0 +1,1 @@
+"""One command each, from files to a folder."""

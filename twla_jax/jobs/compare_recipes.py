@@ -1,0 +1,227 @@
+"""Recipes side by side: perplexity against the bytes that are really stored.
+
+Every row is a folder that `workflow.quantize_to_folder` wrote, counted by `accounting.account` and scored by
+`evaluation.evaluate`; baselines are recipes like any other.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from twla_jax import models
+from twla_jax.core.activation import OFF
+from twla_jax.errors import TwlaError
+from twla_jax.evaluation.scoring import check_length, evaluate
+from twla_jax.jobs import quantize_model
+from twla_jax.recipe import Recipe
+from twla_jax.reports import plotting
+from twla_jax.reports.run import Phases, environment
+from twla_jax.storage import accounting, checkpoint, resume
+from twla_jax.text import corpora
+from twla_jax.text.corpora import Corpus
+
+RESULTS = "compare.json"
+
+
+def compare_recipes(
+    model_name: str | Path,
+    entries: Sequence[Recipe | Path],
+    out: str | Path,
+    *,
+    corpus: str,
+    seq_len: int = 2048,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+    activation_bits: Sequence[int] = (OFF,),
+    plot: str | Path | None = None,
+    dtype: str = "float32",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Quantises a model by each recipe, and scores the results and the model itself on one text.
+
+    What is done stays in `out`: `OUT/<recipe>` for each recipe, and every perplexity in `OUT/compare.json`. A later
+    call takes from there what was made and measured on the same model, text and settings.
+
+    Args:
+      entries: recipes to quantise by; paths of folders already quantised are rows as they are.
+      out: folder for the quantised models and the figures.
+      corpus: whose evaluation text is scored.
+      seq_len: tokens in a window of it.
+      max_windows: score only the first so many.
+      activation_bits: bits of the linear inputs to score at, 16 for none.
+      plot: image to draw perplexity against bytes in; its ending says the format.
+    Returns:
+      JSON-ready figures: `rows`, each with `name`, `bits_per_weight_linear`, `bits_per_weight_model`, `bytes` (all
+      tensors of the model), `perplexity` by bits and `seconds` of quantising; `corpus`, `windows`, `seq_len`,
+      `calibration` and versions.
+    Raises:
+      TwlaError: an input that cannot be used, or a folder in `out` that was made otherwise.
+    """
+    out = Path(out)
+    if plot:
+        plotting.require_matplotlib()
+    path = quantize_model.resolve_model(model_name)
+    if checkpoint.is_checkpoint(path):
+        raise TwlaError(f"{path}: is quantised already; compare starts from the original")
+    check_length(seq_len, models.read_config(path))
+    text = corpora.load_corpus(corpus, "evaluation")
+    source = quantize_model.describe_model(path)["sha256"]
+    names = [_name(entry) for entry in entries]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TwlaError(f"two rows are called {', '.join(sorted(twice))}")
+    for entry in entries:
+        if isinstance(entry, Recipe) and (out / entry.name).exists():
+            _check_reusable(out / entry.name, entry, source)
+    if out.exists() and not out.is_dir():
+        raise TwlaError(f"{out}: is a file, not a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    phases = Phases(verbose=progress)
+    measured = _Measured(out / RESULTS)
+    settings = {"seq_len": seq_len, "max_windows": max_windows, "batch_size": batch_size}
+    score = _Scorer(measured, text, dtype, settings, phases, progress)
+    rows = [_full_precision(path, source, score)]
+    for name, entry in zip(names, entries, strict=True):
+        folder = entry if isinstance(entry, Path) else out / name
+        if isinstance(entry, Recipe) and not folder.exists():
+            with phases(f"{name}: quantise"):
+                checks = {"check_corpus": corpus, "check_windows": 1, "allow_broken": True}
+                quantize_model.quantize_to_folder(
+                    path, folder, entry, dtype=dtype, progress=progress, **checks
+                )
+        rows.append(_quantised(name, folder, score, activation_bits))
+    result = {
+        **environment(),
+        "model": {"name": path.name, "sha256": source},
+        "corpus": text.describe(),
+        "windows": rows[0]["windows"],
+        "seq_len": seq_len,
+        "dtype": dtype,
+        "rows": rows,
+        "seconds": phases.seconds,
+    }
+    if plot:
+        plotting.plot_comparison(plot, result)
+    return result
+
+
+def format_comparison(result: Mapping[str, Any]) -> str:
+    """The rows as a table for a person."""
+    columns = list(dict.fromkeys(bits for row in result["rows"] for bits in row["perplexity"]))
+    width = max(len(row["name"]) for row in result["rows"])
+    lines = [
+        f"{result['model']['name']}: perplexity on {result['corpus']['name']}, {result['windows']} windows of"
+        f" {result['seq_len']}",
+        "",
+        f"{'':{width}}{'bits/weight':>13}{'whole model':>13}{'bytes':>15}"
+        + "".join(f"{bits:>10}" for bits in columns),
+    ]
+    for row in result["rows"]:
+        scores = (row["perplexity"].get(bits) for bits in columns)
+        lines.append(
+            f"{row['name']:{width}}{row['bits_per_weight_linear']:13.3f}{row['bits_per_weight_model']:13.3f}"
+            f"{row['bytes']:15,}" + "".join(f"{'' if s is None else f'{s:.2f}':>10}" for s in scores)
+        )
+    return "\n".join(lines)
+
+
+class _Measured:
+    """Perplexities by fingerprint, in a file that is written anew whenever one is added."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self.scores = json.loads(path.read_text())["scores"] if path.exists() else {}
+        except (ValueError, KeyError, TypeError):
+            raise TwlaError(f"{path}: damaged; remove it") from None
+
+    def add(self, fingerprint: str, score: dict[str, Any]) -> None:
+        self.scores[fingerprint] = score
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text(json.dumps({"scores": self.scores}, indent=1) + "\n")
+        temporary.rename(self._path)
+
+
+class _Scorer:
+    """Scores models on one text, unless that was measured before."""
+
+    def __init__(
+        self, measured: _Measured, text: Corpus, dtype: str, settings: dict, phases: Phases, progress: bool
+    ):
+        self._measured, self._text, self._dtype = measured, text, dtype
+        self._settings, self._phases, self._progress = settings, phases, progress
+
+    def __call__(
+        self, name: str, identity: Any, model: str | Path, bits: Sequence[int]
+    ) -> dict[str, dict[str, Any]]:
+        """`evaluate`'s figures by bits. `identity` says which weights these are; `model` is read only where needed."""
+        common = {"weights": identity, "text": self._text.sha256, "dtype": self._dtype, **self._settings}
+        measured = self._measured
+        keys = {each: resume.fingerprint({**common, "bits": each}, []) for each in bits}
+        if missing := [each for each, key in keys.items() if key not in measured.scores]:
+            with self._phases(f"{name}: evaluate"):
+                decoder, tokenizer = quantize_model.load(model, dtype=jnp.dtype(self._dtype))
+                tokens = corpora.tokenize(self._text, tokenizer, decoder.config.vocab_size)
+                for each in missing:
+                    scored = evaluate(
+                        quantize_model.set_activation_bits(decoder, each),
+                        tokens,
+                        progress=self._progress,
+                        **self._settings,
+                    )
+                    measured.add(keys[each], scored)
+        return {f"A{each}": measured.scores[key] for each, key in keys.items()}
+
+
+def _full_precision(path: Path, source: Any, score: _Scorer) -> dict[str, Any]:
+    shapes = jax.tree.leaves(models.read_model(path, dtype=jnp.float16)[0])
+    weights, size = sum(leaf.size for leaf in shapes), sum(leaf.nbytes for leaf in shapes)
+    scores = score("full precision", source, path, [OFF])
+    return {
+        "name": "full precision",
+        "bits_per_weight_linear": 16.0,
+        "bits_per_weight_model": 8 * size / weights,
+        "bytes": size,
+        "perplexity": {bits: scored["perplexity"] for bits, scored in scores.items()},
+        "windows": scores[f"A{OFF}"]["windows"],
+        "seconds": None,
+    }
+
+
+def _quantised(name: str, folder: Path, score: _Scorer, bits: Sequence[int]) -> dict[str, Any]:
+    account, manifest = accounting.account(folder), checkpoint.read_manifest(folder)
+    scores = score(name, manifest["checksum"], folder, bits)
+    return {
+        "name": name,
+        "bits_per_weight_linear": account["bits_per_weight_linear"],
+        "bits_per_weight_model": account["bits_per_weight_model"],
+        "bytes": sum(account["breakdown"].values()) - account["breakdown"]["tokenizer_and_metadata"],
+        "perplexity": {bits: scored["perplexity"] for bits, scored in scores.items()},
+        "windows": next(iter(scores.values()))["windows"],
+        "seconds": _report(folder).get("seconds", {}).get("quantise"),
+    }
+
+
+def _check_reusable(folder: Path, recipe: Recipe, source: Any) -> None:
+    """Refuses a folder in OUT that the recipe did not make of this model and text."""
+    made = Recipe.from_dict(checkpoint.read_manifest(folder)["recipe"], source=str(folder))
+    report, corpus = _report(folder), recipe.calibration.corpus
+    same = report.get("model", {}).get("sha256") == source
+    if corpus != corpora.SELF:  # a sample of the model follows from model and recipe
+        text = corpora.load_corpus(corpus, "calibration")
+        same = same and report.get("calibration", {}).get("sha256") == text.sha256
+    if made != recipe or not same:
+        raise TwlaError(
+            f"{folder}: was made from another model, text or recipe; remove it or choose another --out"
+        )
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / checkpoint.REPORT).read_text())
+
+
+def _name(entry: Recipe | Path) -> str:
+    return entry.name if isinstance(entry, Recipe) else entry.name or str(entry)

@@ -1,0 +1,1 @@
+"""Reads models and tokenizers from the files they come in."""

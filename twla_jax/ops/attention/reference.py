@@ -1,0 +1,125 @@
+"""Grouped-query attention over keys and values that lie heads first; softmax in float32."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from twla_jax.devices import compute_capability
+from twla_jax.models.config import DecoderConfig
+from twla_jax.ops.attention.kv_cache import LayerKV, dequantize
+
+_QUERY_CHUNK = 256  # queries whose scores against all keys exist at the same time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Positions:
+    """Where queries and keys stand, and the rotary angles of the queries (which are also those of the new keys)."""
+
+    query: Int32[Array, " t"]
+    key: Int32[Array, " s"]
+    cos: Float[Array, "t half"]
+    sin: Float[Array, "t half"]
+
+
+def attention(
+    q: Float[Array, "b t heads d"], kv: LayerKV, positions: Positions, window: Int32[Array, ""]
+) -> Float[Array, "b t heads_d"]:
+    """Every query's mix of the values at or before it, no further back than `window`, in `q.dtype`."""
+    if q.shape[1] == 1 and kv.scales is not None:
+        operands = q, kv, positions, window
+        return jax.lax.platform_dependent(*operands, tpu=_scaled_products, default=_one_query)
+    if q.shape[1] == 1 and q.shape[2] == kv.entries.shape[2]:
+        return _one_query(q, kv, positions, window)
+    k, v = dequantize(kv, q.dtype)
+    return _many_queries(q, k, v, positions, window)
+
+
+def fused_attention(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv d"],
+    v: Float[Array, "b t kv d"],
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "b t heads_d"]:
+    """`attention` of whole sequences without a window, forward and backward in kernels that write no scores out."""
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    return mixed.reshape(*q.shape[:2], -1)
+
+
+def can_fuse(config: DecoderConfig, dtype) -> bool:
+    """Whether cuDNN's kernels take a model: on a recent GPU, in 16 bits, where attention reaches back all the way."""
+    narrow = jnp.dtype(dtype).itemsize == 2 and config.head_dim <= 128 and config.head_dim % 8 == 0
+    return narrow and config.sliding_window is None and (compute_capability() or (0, 0)) >= (8, 0)
+
+
+def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
+    """A decode step, as sums that XLA fuses with the reading of the cache, int8 or not.
+
+    A matrix product would want int8 entries in another type first, written out and read again; and for a single query a
+    key head, it has nothing to reuse.
+    """
+    b, _, heads, d = q.shape
+    k, v = (kv.entries[i][:, :, None].astype(jnp.float32) for i in range(2))
+    kv_heads = k.shape[1]
+    # Left to itself, XLA turns the queries to their position anew for every key.
+    q = jax.lax.optimization_barrier(q)
+    queries = q.reshape(b, kv_heads, heads // kv_heads, 1, d).astype(jnp.float32) * d**-0.5
+    scores = (queries * k).sum(-1)
+    if kv.scales is not None:
+        scores = scores * kv.scales[0, :, :, None]
+    weights, total = _softmax(scores, _visible(positions.query, positions.key, window))
+    if kv.scales is not None:
+        weights = weights * kv.scales[1, :, :, None]
+    mixed = (weights[..., None] * v).sum(-2) / total
+    return mixed.astype(q.dtype).reshape(b, 1, heads * d)
+
+
+def _scaled_products(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
+    """A decode step on int8 entries as matrix products: TPUs widen them on their way; sums would take far longer."""
+    k, v = kv.entries.astype(q.dtype)
+    return _many_queries(q, k, v, positions, window, kv.scales)
+
+
+def _many_queries(q, k, v, positions: Positions, window, scales=None) -> jax.Array:
+    """Matrix products, a chunk of queries at a time; `scales` are of keys and values that are yet to be scaled."""
+    b, t, heads, d = q.shape
+    kv_heads = k.shape[1]
+    chunk = min(t, _QUERY_CHUNK)
+    padding = -t % chunk
+    # [chunks, b, kv, group, chunk, d]: a query group shares its key head's one matrix product.
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    q = q.reshape(b, -1, chunk, kv_heads, heads // kv_heads, d).transpose(1, 0, 3, 4, 2, 5)
+    query = jnp.pad(positions.query, (0, padding), mode="edge").reshape(-1, chunk)
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    matmul = functools.partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
+
+    def attend_chunk(operands):
+        q, query = operands
+        scores = matmul(q.reshape(b, kv_heads, -1, d), k.swapaxes(2, 3)).reshape(*q.shape[:-1], -1)
+        if scales is not None:
+            scores *= scales[0][:, :, None, None]
+        weights, total = _softmax(scores * d**-0.5, _visible(query[:, None], positions.key, window))
+        if scales is not None:
+            weights *= scales[1][:, :, None, None]
+        flat = weights.reshape(b, kv_heads, -1, weights.shape[-1]).astype(v.dtype)
+        return (matmul(flat, v).reshape(q.shape) / total).astype(q.dtype)
+
+    mixed = jax.lax.map(attend_chunk, (q, query)) if t > chunk else attend_chunk((q[0], query[0]))[None]
+    return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, heads * d)[:, :t]
+
+
+def _visible(query: jax.Array, key: jax.Array, window) -> jax.Array:
+    distance = query - key
+    return (distance >= 0) & (distance < window)
+
+
+def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weights before their division by the total, and the total."""
+    scores = jnp.where(visible, scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    return weights, weights.sum(-1, keepdims=True)

@@ -1,0 +1,1 @@
+"""What all kernels for Hopper GPUs share."""

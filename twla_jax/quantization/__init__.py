@@ -1,0 +1,1 @@
+"""Quantises a whole model, block by block."""

@@ -1,0 +1,52 @@
+"""The embedding and the LM head as integers: of a small model, most of the bytes once its linears are ternary."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from twla_jax.core.quantizers import Integers
+from twla_jax.core.uniform import IntegerTensor
+from twla_jax.models.decoder import Decoder
+from twla_jax.recipe import EmbeddingRecipe
+
+
+def quantize_embeddings(model: Decoder, recipe: EmbeddingRecipe) -> Decoder:
+    """The same model with its embedding, and its LM head where it has one of its own, rounded to nearest.
+
+    Rows are tokens, in groups of columns with a range of least error each; 16 bits leave both as they are. The new
+    arrays lie on the host.
+    """
+    if recipe.bits == 16:
+        return model
+    model = nnx.merge(*nnx.split(model))
+
+    def quantized(rows):
+        return nnx.Param(jax.tree.map(np.asarray, _quantize(rows, recipe=recipe)))
+
+    model.embed = quantized(model.embed.get_value())
+    if model.head is not None:
+        model.head.kernel = quantized(model.head.kernel.get_value().T)
+    return model
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _quantize(rows: Float[Array, "vocab d"], *, recipe: EmbeddingRecipe) -> IntegerTensor:
+    columns = rows.shape[1]
+    group = recipe.group_size or columns
+    groups = -(-columns // group)
+    levels = Integers(recipe.bits)
+    padded = jnp.pad(jnp.asarray(rows, jnp.float32), ((0, 0), (0, groups * group - columns)))
+    exists = jnp.arange(groups * group) < columns
+
+    def fit(part):
+        scales, codes = levels.fit(*part)
+        return codes, scales
+
+    by_group = padded.reshape(len(rows), groups, group).swapaxes(0, 1), exists.reshape(groups, group)
+    codes, scales = jax.lax.map(fit, by_group)
+    codes = codes.swapaxes(0, 1).reshape(len(rows), -1)[:, :columns]
+    return levels.pack(codes, tuple(scale.T for scale in scales), group)

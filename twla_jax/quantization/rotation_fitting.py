@@ -1,0 +1,94 @@
+"""Rotations of all blocks, fitted side by side: what `kotms` does for one input, over the layers of a model."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from twla_jax.core import kotms
+from twla_jax.core.kotms import KroneckerRotation
+from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.recipe import RotationRecipe
+from twla_jax.storage import resume
+
+_WEIGHTS = 2**23  # whose rotations are fitted at the same time
+
+
+def fit_rotations(
+    model: Decoder,
+    samples: dict[str, np.ndarray],
+    recipe: RotationRecipe,
+    store: resume.WorkDir | None,
+    progress: bool,
+) -> tuple[dict[str, KroneckerRotation], dict[str, np.ndarray]]:
+    """For every site the rotations of all blocks, stacked, on the host; and their losses `[layers, 2]`.
+
+    Args:
+      samples: `[layers, c, m]` inputs of each site, where the recipe looks at their range.
+      store: where finished sites are kept and looked for.
+    """
+    rotations, losses = {}, {}
+    saved: Any
+    if recipe.start == "none":
+        return rotations, losses
+    layers = model.config.num_layers
+    with tqdm(total=len(SITES) * layers, desc="rotations", unit="input", disable=not progress) as bar:
+        for index, (site, names) in enumerate(SITES.items()):
+            saved = store.load(f"rotation-{site}") if store else None
+            if saved is None:
+                key = jax.random.key(recipe.seed + index)
+                saved = _fit_site(model, names, key, samples.get(site), recipe, bar)
+                if store:
+                    store.save(f"rotation-{site}", saved)
+            else:
+                bar.update(layers)
+            rotations[site] = KroneckerRotation(saved["left"], saved["right"])
+            losses[site] = saved["losses"]
+    return rotations, losses
+
+
+def _fit_site(
+    model: Decoder,
+    names: tuple[str, ...],
+    key: jax.Array,
+    sample: np.ndarray | None,
+    recipe: RotationRecipe,
+    bar: tqdm,
+) -> dict[str, np.ndarray]:
+    kernels = [getattr(model.blocks, name).kernel.get_value() for name in names]
+    layers, m, _ = kernels[0].shape
+    n = sum(kernel.shape[-1] for kernel in kernels)
+    sizes = kotms.factor_sizes(m, n, recipe.factors)
+    keys = jax.random.split(key, layers)
+    # Equal chunks, so that all of them share one compilation.
+    fitting = (size for size in range(layers, 1, -1) if layers % size == 0 and size * n * m <= _WEIGHTS)
+    chunk = next(fitting, 1)
+    settings = dataclasses.replace(recipe, seed=0)  # which is in the keys, and need not compile anew
+    parts = []
+    for start in range(0, layers, chunk):
+        here = slice(start, start + chunk)
+        rotation, loss = _fit_chunk(
+            tuple(jnp.asarray(kernel[here]) for kernel in kernels),
+            keys[here],
+            None if sample is None else jnp.asarray(sample[here]),
+            settings,
+            sizes,
+        )
+        parts.append(
+            {
+                k: np.asarray(v)
+                for k, v in (("left", rotation.left), ("right", rotation.right), ("losses", loss))
+            }
+        )
+        bar.update(chunk)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _fit_chunk(kernels, keys, samples, recipe, sizes):
+    rows = jnp.concatenate([jnp.swapaxes(kernel, -1, -2) for kernel in kernels], axis=-2)
+    return jax.vmap(functools.partial(kotms.fit_rotation, recipe=recipe, sizes=sizes))(rows, keys, samples)

@@ -1,0 +1,1 @@
+"""Trains a quantised model against the original's predictions."""

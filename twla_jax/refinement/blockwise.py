@@ -1,0 +1,149 @@
+"""Block-wise refinement: each block, or sliding window of blocks, learns the full-precision model's residual stream.
+
+A window of blocks takes what the already refined blocks before it give (`x`) and learns to give what the full-precision
+model has after the same blocks (`y₀`), by Adam on the mean over tokens of `‖y − y₀‖² / ‖y₀‖²` (BRECQ, arXiv 2102.05426,
+with a relative error). The latents are those of `refinement`. All windows share one shape and one compilation.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int32
+from tqdm import tqdm
+
+from twla_jax.core.activation import OFF
+from twla_jax.models.decoder import Decoder
+from twla_jax.recipe import RefineRecipe
+from twla_jax.refinement import end_to_end
+from twla_jax.storage import resume
+
+
+def refine_blocks(
+    student: Decoder,
+    teacher: Decoder,
+    windows: Int32[np.ndarray, "w s"],
+    recipe: RefineRecipe,
+    *,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Trains what each block of `student` stores towards the outputs of `teacher`'s blocks.
+
+    Args:
+      student: quantised, with or without rotations; its activation settings stay.
+      teacher: the model it was quantised from.
+      windows: calibration tokens; drawn anew for every block, `recipe.batch` at a time.
+      work_dir: the state is kept here after every block; a later call with the same arguments goes on from it.
+      progress: a bar with an estimate of the time left, on stderr.
+    Returns:
+      The refined model in the same format and the same bytes, and JSON-ready figures: `steps` of each window of blocks,
+      `loss` (for each, means of the first and the last tenth of the steps), `flipped` (share of codes that changed).
+      Blocks whose loss has not fallen are left as they were.
+    """
+    original, dtype, steps = student, jnp.dtype(recipe.dtype), recipe.block_steps
+    student, teacher = (end_to_end.computing_in(model, dtype) for model in (student, teacher))
+    latents = end_to_end.init_latents(student, teacher)
+    blocks = {name: parts for name, parts in latents.items() if name != "norm"}
+    x, exact = (model.embed_tokens(jnp.asarray(windows)) for model in (student, teacher))
+    losses: list[np.ndarray] = []
+    store = None if work_dir is None else end_to_end.open_work_dir(Path(work_dir), student, windows, recipe)
+    if store and (saved := store.load("state")):
+        losses = list(saved.pop("losses"))
+        blocks, x, exact = resume.unflatten((blocks, x, exact), saved)
+    reach, positions = student.windows(), student.positions(windows.shape[1])
+    size = min(recipe.block_window, student.config.num_layers)
+    count, batch = student.config.num_layers - size + 1, min(recipe.batch, len(windows))
+    rates = [end_to_end.rates_at(recipe, step, steps) for step in range(steps)]
+    rates = jax.tree.map(lambda *each: jnp.asarray(each, jnp.float32), *rates)
+    settings = {"bits": recipe.activation_bits, "learns_rotations": recipe.rotation_rate > 0}
+    tenth = max(1, steps // 10)
+
+    def ends(loss: np.ndarray) -> list[float]:
+        return [float(loss[:tenth].mean()), float(loss[-tenth:].mean())]
+
+    def part(tree: Any, first: int, blocks: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[first : first + blocks], tree)
+
+    bar = tqdm(total=count, initial=len(losses), desc="refine blocks", unit="block", disable=not progress)
+    with bar:
+        for first in range(len(losses), count):
+            rng = np.random.default_rng(first)
+            draws = np.stack([rng.choice(len(windows), batch, False) for _ in range(steps)])
+            schedule = (draws, rng.random(draws.shape) < recipe.block_mix, rates)
+            here = (part(tree, first, size) for tree in (blocks, student.blocks, teacher.blocks))
+            fitted, loss = _fit(*here, x, exact, schedule, part(reach, first, size), positions, **settings)
+            losses.append(np.asarray(loss))
+            before, after = ends(losses[-1])
+            if after < before:
+                blocks = jax.tree.map(
+                    lambda leaf, new, at=first: leaf.at[at : at + size].set(new), blocks, fitted
+                )
+            here = (part(tree, first, 1) for tree in (blocks, student.blocks, teacher.blocks))
+            x, exact = _move(*here, x, exact, part(reach, first, 1), positions, bits=recipe.activation_bits)
+            bar.update()
+            bar.set_postfix(error=f"{after:.4f}")
+            if store:
+                store.save("state", {**resume.flatten((blocks, x, exact)), "losses": np.stack(losses)})
+    refined = end_to_end.harden(student, {**blocks, "norm": latents["norm"]}, recipe.activation_bits)
+    refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
+    figures = {
+        "steps": steps,
+        "loss": [ends(loss) for loss in losses],
+        "flipped": end_to_end.flipped(original, refined),
+    }
+    return refined, figures
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "learns_rotations"))
+def _fit(latents, blocks, originals, x, exact, schedule, reach, positions, *, bits, learns_rotations):
+    def step(carry, drawn):
+        latents, state = carry
+        index, swap, rates = drawn
+        start = exact[index]
+        target = _through(None, originals, start, reach, positions, OFF)
+        begin = jnp.where(swap[:, None, None], start, x[index])
+
+        def loss(latents):
+            return relative_error(_through(latents, blocks, begin, reach, positions, bits), target)
+
+        value, gradient = jax.value_and_grad(loss)(latents)
+        updates, state = end_to_end.optimizer(rates, learns_rotations).update(gradient, state, latents)
+        return (optax.apply_updates(latents, updates), state), value
+
+    rates = jax.tree.map(lambda rate: rate[0], schedule[2])
+    state = end_to_end.optimizer(rates, learns_rotations).init(latents)
+    (latents, _), losses = jax.lax.scan(step, (latents, state), schedule)
+    return latents, losses
+
+
+@functools.partial(jax.jit, static_argnames="bits", donate_argnames=("x", "exact"))
+def _move(latents, blocks, originals, x, exact, reach, positions, *, bits):
+    """Both streams past the first block, a window at a time."""
+
+    def one(windows):
+        x, exact = (window[None] for window in windows)
+        return (
+            _through(latents, blocks, x, reach, positions, bits)[0],
+            _through(None, originals, exact, reach, positions, OFF)[0],
+        )
+
+    return jax.lax.map(one, (x, exact))
+
+
+def _through(latents, blocks, x, reach, positions, bits):
+    def step(x, layer):
+        block, here, window = layer
+        return (block if here is None else end_to_end.apply(block, here, bits))(x, positions, window), None
+
+    return jax.lax.scan(step, x, (blocks, latents, reach))[0]
+
+
+def relative_error(got: Float[Array, "b t d"], target: Float[Array, "b t d"]) -> Float[Array, ""]:
+    """Mean over tokens of `‖y − y₀‖² / ‖y₀‖²`, float32: a few tokens of huge norm do not outweigh the rest."""
+    got, target = got.astype(jnp.float32), target.astype(jnp.float32)
+    return (jnp.square(got - target).sum(-1) / jnp.maximum(jnp.square(target).sum(-1), 1e-12)).mean()

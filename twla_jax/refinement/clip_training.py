@@ -1,0 +1,64 @@
+"""Clips that learn: the ranges of the activation quantisers, end to end, with all else as it is.
+
+The layer-wise fit judges a clip by its own layer's output error. Here all clips for one bit-width learn together from
+the KL divergence to the full-precision model's predictions, as step sizes do in LSQ (Esser et al., arXiv 1902.08153):
+gradients pass the rounding of the codes straight, so a clip sees what is cut off against how coarse the rest becomes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from twla_jax.errors import TwlaError
+from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.recipe import RefineRecipe
+from twla_jax.refinement import end_to_end
+
+
+def train_clips(
+    student: Decoder,
+    teacher: Decoder,
+    windows: Int32[np.ndarray, "w s"],
+    recipe: RefineRecipe,
+    *,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Trains the clips for `recipe.clip_bits`, with every linear input at these bits, over `recipe.clip_steps` steps.
+
+    Args:
+      student: quantised; its weights, norms, rotations and activation settings stay.
+      teacher: the model it was quantised from.
+      windows: calibration tokens, `recipe.batch` a step, in order and from the start again where they run out.
+      work_dir: as `refinement.refine` takes it.
+      progress: a bar with an estimate of the time left, on stderr.
+    Returns:
+      The model with other clips, and the figures of `refinement.refine`.
+    Raises:
+      TwlaError: no window at all.
+    """
+    if not len(windows):
+        raise TwlaError("clips need text to learn on, not 0 windows")
+    batches = np.resize(windows, (recipe.clip_steps, recipe.batch, windows.shape[1]))
+    original, dtype = student, jnp.dtype(recipe.dtype)
+    student, teacher = (end_to_end.computing_in(model, dtype) for model in (student, teacher))
+    store = None
+    if work_dir is not None:
+        store = end_to_end.open_work_dir(Path(work_dir), student, batches, recipe)
+
+    latents = {f"{site}_input": {"clip": jnp.zeros(student.config.num_layers)} for site in SITES}
+    return end_to_end.descend(
+        original,
+        student,
+        teacher,
+        latents,
+        batches,
+        recipe,
+        bits=recipe.clip_bits,
+        store=store,
+        progress=progress,
+        label="train clips",
+    )

@@ -1,0 +1,1 @@
+"""What a run reports: times, memory, figures and pictures."""

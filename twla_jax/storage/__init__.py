@@ -1,0 +1,1 @@
+"""What lies on the disk: checkpoints, unfinished work, and how many bytes."""

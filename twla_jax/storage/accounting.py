@@ -1,0 +1,144 @@
+"""Bytes and bits of a saved model, from what is stored.
+
+A label is not a size: every figure here follows from the arrays that the checkpoint lists, and their total is
+set beside the bytes that lie on the disk.
+"""
+
+import collections
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from twla_jax.core import packing
+from twla_jax.storage import checkpoint
+
+CATEGORIES = (
+    "codes",
+    "scales_and_offsets",
+    "bitmaps",
+    "rotations",
+    "clips",
+    "embeddings",
+    "unquantised",
+    "tokenizer_and_metadata",
+)
+_CATEGORY = {"rotation": "rotations", "activation": "clips", "array": "unquantised"}
+_CODES = ("codes", "residual_codes")
+_LINEAR = ("codes", "scales_and_offsets", "bitmaps", "rotations", "clips")
+
+
+def account(folder: str | Path) -> dict[str, Any]:
+    """The size of a saved model, in bytes and in bits a weight; reads no array.
+
+    Returns:
+      A JSON-ready dict:
+      `bits_per_weight_linear`: codes, scales and offsets, bitmaps, rotations and clips over the quantised weights;
+      `bits_per_weight_model`: every stored tensor over all weights (a tied embedding is stored and counted once);
+      `bits_per_weight_linear_in_memory`: as the first, with ternary codes at 2 bits and integers at a byte;
+      `bytes_on_disk`: sum of the sizes of the folder's files, and `bytes_accounted`: sum of `breakdown`;
+      `breakdown`: bytes for each of `CATEGORIES`; `per_layer`: the same for each block (a list);
+      `linears`: for each linear its shape and its bits per weight, codes and scales only;
+      `plain_int4_g128`, `plain_int3_g128`: bits per weight of the linears and size of the file, were the linears
+      asymmetric integers with one fp16 scale and one integer zero point for each row and 128 columns.
+    Raises:
+      TwlaError: `folder` holds no quantised model.
+    """
+    folder = Path(folder)
+    manifest = checkpoint.read_manifest(folder)
+    num_layers = manifest["config"]["num_layers"]
+    totals, layer, linears = collections.Counter(), collections.Counter(), {}
+    weights = quantised_weights = memory_codes = 0
+    plain_bits = dict.fromkeys((4, 3), 0)
+    for name, entry in manifest["tensors"].items():
+        sizes = {part: math.prod(a["shape"]) for part, a in entry["arrays"].items()}
+        stored = {part: sizes[part] * jnp.dtype(a["dtype"]).itemsize for part, a in entry["arrays"].items()}
+        if entry["kind"] == "integer" and not name.startswith("blocks."):
+            weights += math.prod(entry["arrays"]["codes"]["shape"][:-1]) * entry["static"]["in_features"]
+            split = {"embeddings": sum(stored.values())}
+        elif entry["kind"] in ("ternary", "integer"):
+            rows, columns = math.prod(entry["arrays"]["codes"]["shape"][:-1]), entry["static"]["in_features"]
+            quantised_weights += rows * columns
+            weights += rows * columns
+            planes = sum(part in _CODES for part in stored)
+            memory_codes += (
+                planes * rows * (packing.packed_width(columns) if entry["kind"] == "ternary" else columns)
+            )
+            codes = sum(size for part, size in stored.items() if part in _CODES)
+            split = {"codes": codes, "scales_and_offsets": sum(stored.values()) - codes}
+            linears[name.removesuffix(".kernel")] = {
+                "shape": [*entry["arrays"]["codes"]["shape"][:-1], columns],
+                "bits_per_weight": 8 * sum(split.values()) / (rows * columns),
+            }
+            for bits in plain_bits:
+                plain_bits[bits] += rows * (columns * bits + math.ceil(columns / 128) * (16 + bits))
+        else:
+            split = {_CATEGORY[entry["kind"]]: sum(stored.values())}
+            weights += sizes[""] if entry["kind"] == "array" else 0
+        totals.update(split)
+        if name.startswith("blocks."):
+            layer.update({category: size / num_layers for category, size in split.items()})
+
+    on_disk = {
+        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    }
+    tensor_bytes = sum(totals.values())
+    # Chunk files hold the arrays' bytes and nothing else; whatever else lies in the folder is counted by file.
+    totals["tokenizer_and_metadata"] = sum(size for name, size in on_disk.items() if not _is_chunk(name))
+    linear_bytes = sum(totals[category] for category in _LINEAR)
+    plain = {
+        f"plain_int{bits}_g128": {
+            "bits_per_weight_linear": plain_bits[bits] / max(quantised_weights, 1),
+            "bytes": math.ceil(plain_bits[bits] / 8)
+            + totals["embeddings"]
+            + totals["unquantised"]
+            + totals["tokenizer_and_metadata"],
+        }
+        for bits in plain_bits
+    }
+    in_memory = linear_bytes - totals["codes"] + memory_codes
+    return {
+        "bits_per_weight_linear": 8 * linear_bytes / max(quantised_weights, 1),
+        "bits_per_weight_model": 8 * tensor_bytes / weights,
+        "bits_per_weight_linear_in_memory": 8 * in_memory / max(quantised_weights, 1),
+        "bytes_on_disk": sum(on_disk.values()),
+        "bytes_accounted": sum(totals.values()),
+        "weights": weights,
+        "quantised_weights": quantised_weights,
+        "breakdown": {category: totals[category] for category in CATEGORIES},
+        "per_layer": [{category: round(layer[category]) for category in CATEGORIES[:-1]}] * num_layers,
+        "linears": linears,
+        **plain,
+    }
+
+
+def format_account(account: dict[str, Any]) -> str:
+    """The figures of `account` as lines of text for a person."""
+    on_disk, linear_weights = account["bytes_on_disk"], max(account["quantised_weights"], 1)
+    lines = [
+        f"bits per weight, linears   {account['bits_per_weight_linear']:8.3f}"
+        f"   ({account['bits_per_weight_linear_in_memory']:.3f} in memory)",
+        f"bits per weight, model     {account['bits_per_weight_model']:8.3f}",
+        f"bytes on disk        {on_disk:14,}",
+        "",
+        f"{'':24}{'bytes':>14}{'share':>9}{'bits/weight':>13}{'a layer':>14}",
+    ]
+    for category, size in account["breakdown"].items():
+        bits = f"{8 * size / linear_weights:.3f}" if category in _LINEAR else ""
+        layer = f"{account['per_layer'][0].get(category, 0):,}" if account["per_layer"] else ""
+        lines.append(f"  {category.replace('_', ' '):22}{size:14,}{size / on_disk:9.1%}{bits:>13}{layer:>14}")
+    lines.append("")
+    for bits in (4, 3):
+        plain = account[f"plain_int{bits}_g128"]
+        lines.append(
+            f"plain INT{bits} g128 would take {plain['bytes']:,} bytes"
+            f" ({plain['bits_per_weight_linear']:.3f} bits a weight in the linears)"
+        )
+    return "\n".join(lines)
+
+
+def _is_chunk(name: str) -> bool:
+    """Whether a file of the folder is one array's data: `params/<array>/<chunk indices>`."""
+    parts = name.split("/")
+    return len(parts) == 3 and parts[0] == "params" and parts[2].replace(".", "").isdigit()

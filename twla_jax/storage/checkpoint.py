@@ -1,0 +1,419 @@
+"""A quantised model as a folder that works alone: written whole or not at all, checked when it is read.
+
+OUT/params/       orbax checkpoint: one uncompressed array a folder, codes at five trits a byte (integers without gaps)
+OUT/tokenizer/    the tokenizer's own files
+OUT/report.json   what was done, measured and spent
+OUT/ila_amp.json  where bits were allocated: the sensitivity tables
+OUT/twla.json     format, model configuration, recipe, every tensor's layout, every file's size and SHA-256
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from twla_jax import __version__
+from twla_jax.core import packing
+from twla_jax.core.activation import ActivationQuantizer
+from twla_jax.core.e2m_atq import TernaryTensor
+from twla_jax.core.kotms import KroneckerRotation
+from twla_jax.core.uniform import IntegerTensor
+from twla_jax.errors import TwlaError
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.decoder import Decoder
+from twla_jax.models.io.tokenizer import load_tokenizer, save_tokenizer
+from twla_jax.recipe import Recipe
+from twla_jax.storage import folders
+
+FORMAT_VERSION = 1
+MANIFEST = "twla.json"
+REPORT = "report.json"
+_PARAMS = "params"
+_TOKENIZER = "tokenizer"
+# How a parameter that is no plain array is told apart in the manifest. Its static fields are kept there by name.
+_KINDS: dict[str, type] = {
+    "ternary": TernaryTensor,
+    "integer": IntegerTensor,
+    "rotation": KroneckerRotation,
+    "activation": ActivationQuantizer,
+}
+_ARRAY = "array"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a folder says of itself beside the model; `tensors` is the layout that `accounting.py` reads."""
+
+    recipe: Recipe
+    report: dict[str, Any]
+    config: DecoderConfig
+    tensors: dict[str, Any]
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a folder that `save` wrote."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def check_output(folder: str | Path, overwrite: bool = False) -> None:
+    """Refuses a place that `save` would not write to; to be asked before hours of work.
+
+    Raises:
+      TwlaError: `folder` is a file, or holds something and `overwrite` is off or what it holds is no quantised model.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise TwlaError(f"{folder}: is a file, not a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise TwlaError(f"{folder}: exists and is not empty; choose another folder or give --overwrite")
+        if not is_checkpoint(folder):
+            raise TwlaError(f"{folder}: holds no quantised model, so it is not overwritten")
+
+
+def save(
+    model: Decoder,
+    tokenizer: Any,
+    folder: str | Path,
+    recipe: Recipe,
+    report: dict[str, Any],
+    *,
+    extra: Mapping[str, str | bytes] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a quantised model beside `folder`, syncs it to the disk and renames it into place.
+
+    Codes go from 2 bits a weight to base 3, layer by layer (integers from a byte to their own bits); every other array
+    is stored in the dtype it has.
+
+    Args:
+      tokenizer: what `models.tokenizer.load_tokenizer` returns; None leaves the folder without one.
+      report: JSON-ready figures, kept as `report.json`.
+      extra: other files to keep in the folder, by name.
+    Raises:
+      TwlaError: what `check_output` refuses, or a disk without room. The folder is then as it was before.
+    """
+    folder = Path(os.path.abspath(folder))
+    check_output(folder, overwrite)
+    arrays, tensors = _to_stored(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise TwlaError(f"{folder}: needs {needed / 1e6:.0f} MB, but the disk has {free / 1e6:.0f} MB left")
+    with folders.beside(folder) as temporary:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(temporary / _PARAMS, arrays)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary / _TOKENIZER)
+        _write_files(temporary, {REPORT: _dumps(report), **(extra or {})})
+        _seal(temporary, model.config, recipe, tensors, {})
+
+
+def revise(
+    folder: str | Path, model: Decoder, recipe: Recipe, report: dict[str, Any], extra: Mapping[str, str]
+) -> None:
+    """Gives a saved model the activation settings of `model`, and a new recipe and report; its weights stay the files
+    they are.
+
+    The new folder is made beside the old one, from links to the files that stay, and renamed into place.
+
+    Args:
+      model: what `load` gave for this folder, with other bits or clips.
+      extra: other text files to keep in the folder, by name; those there before stay.
+    Raises:
+      TwlaError: no such model, or a disk without room. The folder is then as it was before.
+    """
+    folder = Path(os.path.abspath(folder))
+    manifest = read_manifest(folder)
+    activations, tensors = _to_stored(model, ActivationQuantizer)
+    with folders.beside(folder) as temporary:
+        kept = dict(manifest["files"])
+        for name in {REPORT, *extra} & kept.keys():
+            del kept[name]
+        for name in kept:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            folders.link(folder / name, temporary / name)
+        for name, array in activations.items():
+            # One uncompressed chunk, as `save` leaves it. A new file: the old one is the old folder's, too.
+            chunk = Path(_PARAMS, name, ".".join("0" * array.ndim))
+            del kept[str(chunk)]
+            (temporary / chunk).unlink()
+            (temporary / chunk).write_bytes(jax.device_get(array).tobytes())
+        _write_files(temporary, {REPORT: _dumps(report), **extra})
+        _seal(temporary, model.config, recipe, {**manifest["tensors"], **tensors}, kept)
+
+
+def load(
+    folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+) -> tuple[Decoder, Any, CheckpointInfo]:
+    """Reads what `save` wrote, straight onto one device or onto a mesh.
+
+    Args:
+      mesh: with axes `data` and `model`; every leaf lands in the sharding that `sharding.shardings` gives it.
+      dtype: compute dtype of the model; None takes the decoder's default.
+    Returns:
+      `(model, tokenizer, info)`; the tokenizer is None where the folder has none.
+    Raises:
+      TwlaError: no such model, a newer format, or a file that is missing, cut short or changed.
+    """
+    folder = Path(os.path.abspath(folder))
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise TwlaError(f"{path}: missing; the folder is damaged")
+        if path.stat().st_size != expected["bytes"] or folders.fingerprint(path) != expected:
+            raise TwlaError(f"{path}: differs from what was saved; the folder is damaged")
+    config = DecoderConfig.from_dict(manifest["config"])
+    settings = {} if dtype is None else {"dtype": dtype}
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **settings))
+    for name, entry in manifest["tensors"].items():
+        _assign(model, name, _abstract(entry))
+    _restore(model, folder / _PARAMS, manifest["tensors"], mesh)
+    tokenizer = load_tokenizer(folder / _TOKENIZER) if (folder / _TOKENIZER).is_dir() else None
+    info = CheckpointInfo(
+        recipe=Recipe.from_dict(manifest["recipe"], source=str(folder / MANIFEST)),
+        report=json.loads((folder / REPORT).read_text()),
+        config=config,
+        tensors=manifest["tensors"],
+    )
+    return model, tokenizer, info
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The checked contents of a folder's `twla.json`; reads no array.
+
+    Raises:
+      TwlaError: no such file, one that was changed or cut short, or a format this version does not know.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise TwlaError(f"{folder}: not a quantised model (no {MANIFEST})")
+    try:
+        manifest = json.loads(path.read_text())
+        intact = manifest["checksum"] == _checksum(manifest)
+    except (ValueError, KeyError, TypeError):
+        intact = False
+        manifest = {}
+    if not intact:
+        raise TwlaError(f"{path}: cut short or changed; the folder is damaged")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise TwlaError(
+            f"{path}: format {manifest['format_version']}, but this version reads {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays that go to disk by name, and the manifest's account of the parameters they make up."""
+    arrays, tensors = {}, {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name, value = ".".join(map(str, path)), variable.get_value()
+        if not isinstance(value, only):
+            continue
+        kind = next((kind for kind, cls in _KINDS.items() if isinstance(value, cls)), _ARRAY)
+        static, parts = {}, {"": value}
+        if kind != _ARRAY:
+            fields = dataclasses.fields(value)
+            static = {
+                field.name: getattr(value, field.name) for field in fields if field.metadata.get("static")
+            }
+            values = {field.name: getattr(value, field.name) for field in fields if field.name not in static}
+            parts = {part: array for part, array in values.items() if array is not None}
+        for part, array in parts.items():
+            if codec := _codec(kind, static, part):
+                parts[part] = _pack_stored(array, codec)
+            arrays[_array_name(name, part)] = parts[part]
+        tensors[name] = {
+            "kind": kind,
+            "static": static,
+            "arrays": {
+                part: {"shape": list(a.shape), "dtype": jnp.dtype(a.dtype).name} for part, a in parts.items()
+            },
+        }
+    return arrays, tensors
+
+
+def _abstract(entry: dict[str, Any]) -> Any:
+    """A parameter of `jax.ShapeDtypeStruct`s as it will be in memory, codes at 2 bits."""
+    parts = {
+        part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"]))
+        for part, a in entry["arrays"].items()
+    }
+    if entry["kind"] == _ARRAY:
+        return parts[""]
+    for part, stored in parts.items():
+        if codec := _codec(entry["kind"], entry["static"], part):
+            parts[part] = jax.ShapeDtypeStruct((*stored.shape[:-1], codec.width), stored.dtype)
+    return _KINDS[entry["kind"]](**parts, **entry["static"])
+
+
+def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sharding.Mesh | None) -> None:
+    """Fills the abstract parameters of `model` from the orbax checkpoint."""
+    state = nnx.state(model, nnx.Param)
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if mesh is None:
+        placed = jax.tree.map(lambda _: single, state)
+    else:
+        from twla_jax.models.sharding import shardings
+
+        placed = shardings(state, mesh)
+    targets = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(placed)}
+    wanted = {}
+    for name, entry in tensors.items():
+        for part, a in entry["arrays"].items():
+            sharding = targets[name] if part == "" else getattr(targets[name], part)
+            if _codec(entry["kind"], entry["static"], part):
+                sharding = _stored_sharding(a["shape"], mesh) or single
+            wanted[_array_name(name, part)] = jax.ShapeDtypeStruct(
+                tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=sharding
+            )
+    with _checkpointer() as checkpointer:
+        arrays = checkpointer.restore(
+            params, item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+        )
+    for name, entry in tensors.items():
+        parts = {part: arrays.pop(_array_name(name, part)) for part in entry["arrays"]}
+        for part, stored in parts.items():
+            if codec := _codec(entry["kind"], entry["static"], part):
+                placed = getattr(targets[name], part)
+                parts[part] = jax.jit(_unpack_stored, static_argnums=1, out_shardings=placed)(stored, codec)
+        value = parts[""] if entry["kind"] == _ARRAY else _KINDS[entry["kind"]](**parts, **entry["static"])
+        _assign(model, name, value)
+
+
+def _stored_sharding(shape: list[int], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
+    """Rows over `model` where they divide: bytes of five trits cannot be cut where 2-bit tiles are, rows can."""
+    if mesh is None:
+        return None
+    divides = shape[-2] % mesh.shape["model"] == 0
+    spec = [None] * (len(shape) - 2) + ["model" if divides else None, None]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trits:
+    """Rows of 2-bit codes in memory, of five trits a byte on disk."""
+
+    in_features: int
+
+    @property
+    def width(self) -> int:
+        return packing.packed_width(self.in_features)
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        return packing.pack_base3(codes, self.in_features)
+
+    def unpack(self, stored: jax.Array) -> jax.Array:
+        return packing.unpack_base3(stored, self.in_features)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Integers:
+    """Rows of `width` integers, one a byte in memory, without gaps on disk."""
+
+    bits: int
+    width: int
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        return packing.pack_bits(codes, self.bits)
+
+    def unpack(self, stored: jax.Array) -> jax.Array:
+        return packing.unpack_bits(stored, self.bits, self.width)
+
+
+def _codec(kind: str, static: dict[str, Any], part: str) -> _Trits | _Integers | None:
+    """How an array lies on the disk if not as it is."""
+    if kind == "ternary" and part in ("codes", "residual_codes"):
+        return _Trits(static["in_features"])
+    if kind == "integer" and part == "codes":
+        return _Integers(static["bits"], static["in_features"])
+    if kind == "integer" and part == "zero_point":
+        return _Integers(static["bits"], math.ceil(static["in_features"] / static["group_size"]))
+    return None
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pack_stored(codes: jax.Array, codec: _Trits | _Integers) -> jax.Array:
+    return _by_layer(codec.pack, codes)
+
+
+def _unpack_stored(stored: jax.Array, codec: _Trits | _Integers) -> jax.Array:
+    return _by_layer(codec.unpack, stored)
+
+
+def _by_layer(function: Any, stack: jax.Array) -> jax.Array:
+    """One matrix at a time: a trit takes a byte on the way, and a stack of them would be the whole model's worth."""
+    return jax.lax.map(function, stack) if stack.ndim > 2 else function(stack)
+
+
+def _assign(model: Decoder, name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    module = functools.reduce(getattr, parents, model)
+    # nnx.data: a rotation may land where the full-precision model has None
+    setattr(module, last, nnx.data(nnx.Param(value)))
+
+
+def _array_name(tensor: str, part: str) -> str:
+    return f"{tensor}.{part}" if part else tensor
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
+    """One plain file an array, uncompressed: what lies on the disk is then what the accounting says.
+
+    Orbax's log is held back: it would print every thread's traceback of the one error that is raised, too.
+    """
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=False) as checkpointer:
+            yield checkpointer
+    finally:
+        log.setLevel(level)
+
+
+def _write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _seal(
+    folder: Path, config: DecoderConfig, recipe: Recipe, tensors: dict[str, Any], known: dict[str, Any]
+) -> None:
+    """Writes the manifest, once every other file is on the disk; those in `known` are there already."""
+    names = (str(path.relative_to(folder)) for path in folders.files(folder))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "twla_jax": __version__,
+        "config": config.to_dict(),
+        "recipe": recipe.to_dict(),
+        "tensors": tensors,
+        "files": {name: known.get(name) or folders.fingerprint(folder / name, sync=True) for name in names},
+    }
+    manifest["checksum"] = _checksum(manifest)
+    (folder / MANIFEST).write_text(_dumps(manifest))
+    folders.fingerprint(folder / MANIFEST, sync=True)
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _dumps(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1) + "\n"
