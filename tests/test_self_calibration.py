@@ -13,7 +13,7 @@ from twla_jax.inference import self_sampling
 from twla_jax.inference.self_sampling import SampledText, sample_text
 from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, RefineRecipe
 from twla_jax.storage import resume
-from twla_jax.text import corpora, window_sampling
+from twla_jax.text import corpora, recipe_windows
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def test_every_use_has_rows_of_its_own():
         allocation=AllocationRecipe(windows=2, seq_len=5),
     )
     text = SampledText(rows=np.arange(12 * 8, dtype=np.int32).reshape(12, 8), seed=0, held_out=2)
-    assert window_sampling.count(recipe) == 12
-    seen, more = window_sampling.seen_windows(text, recipe)
-    held_out, shared = window_sampling.held_out_windows(text, recipe)
+    assert recipe_windows.count(recipe) == 12
+    seen, more = recipe_windows.seen_windows(text, recipe)
+    held_out, shared = recipe_windows.held_out_windows(text, recipe)
     assert (seen.shape, more.shape, held_out.shape, shared) == ((4, 8), (6, 8), (2, 5), 0.0)
     used = np.concatenate([seen.ravel(), more.ravel(), held_out.ravel()])
     assert len(set(used.tolist())) == used.size
@@ -93,7 +93,7 @@ def test_every_use_has_rows_of_its_own():
     many = dataclasses.replace(recipe, allocation=AllocationRecipe(windows=3))
     for refused in (wide, many):
         with pytest.raises(TwlaError, match="has 2 of 8 that no calibration saw"):
-            window_sampling.held_out_windows(text, refused)
+            recipe_windows.held_out_windows(text, refused)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from twla_jax.recipe import AllocationRecipe, Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases
 from twla_jax.storage import checkpoint
-from twla_jax.text import corpora, window_sampling
+from twla_jax.text import corpora, recipe_windows
 from twla_jax.text.corpora import Corpus
 
 TABLES = "ila_amp.json"
@@ -109,9 +109,9 @@ def prepare(
     settings, drawn = recipe.allocation, recipe.calibration
     seq_len = settings.seq_len or drawn.seq_len
     check_length(seq_len, model.config)
-    tokens = window_sampling.tokens_of(corpus, tokenizer, model.config.vocab_size)
-    held_out, overlap = window_sampling.held_out_windows(tokens, recipe)
-    seen, _ = window_sampling.seen_windows(tokens, recipe)
+    tokens = recipe_windows.tokens_of(corpus, tokenizer, model.config.vocab_size)
+    held_out, overlap = recipe_windows.held_out_windows(tokens, recipe)
+    seen, _ = recipe_windows.seen_windows(tokens, recipe)
     model = jax.tree.map(jnp.asarray, model)
     average = ila_amp.average_bits(
         sites.input_bits(model).ravel(), sites.site_weights(model.config, "input", settings.weighting)

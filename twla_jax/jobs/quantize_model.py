@@ -26,7 +26,7 @@ from twla_jax.recipe import Recipe
 from twla_jax.refinement import blockwise, clip_training, end_to_end
 from twla_jax.reports.run import Phases, environment, peak_memory
 from twla_jax.storage import accounting, checkpoint
-from twla_jax.text import corpora, window_sampling
+from twla_jax.text import corpora, recipe_windows
 
 SMOLLM2 = "smollm2"
 _CHECK_TOKENS = 32
@@ -134,8 +134,8 @@ def quantize_to_folder(
     text = corpus or _sample_text(model, recipe, work_dir / corpora.SELF, phases, progress)
     with phases("tokenise the text"):
         vocab_size = model.config.vocab_size
-        tokens = window_sampling.tokens_of(text, tokenizer, vocab_size)
-        windows, more = window_sampling.seen_windows(tokens, recipe)
+        tokens = recipe_windows.tokens_of(text, tokenizer, vocab_size)
+        windows, more = recipe_windows.seen_windows(tokens, recipe)
         check_tokens = corpora.tokenize(check, tokenizer, vocab_size)
     score = functools.partial(
         evaluate, tokens=check_tokens, seq_len=seq_len, max_windows=check_windows, progress=progress
@@ -311,7 +311,7 @@ def _sample_text(
     with phases("sample the model's own text"):
         rows = self_sampling.sample_text(
             model,
-            window_sampling.count(recipe),
+            recipe_windows.count(recipe),
             drawn.seq_len,
             seed=drawn.seed,
             work_dir=work_dir,
