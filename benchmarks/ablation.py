@@ -23,11 +23,13 @@ from flax import nnx
 from twla_jax import recipe, xla_flags
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import scoring
-from twla_jax.jobs import quantize_model
-from twla_jax.ops.attention.reference import can_fuse
+from twla_jax.jobs import loading
+from twla_jax.models import sites
+from twla_jax.models.decoder import can_fuse
 from twla_jax.quantization import pipeline
 from twla_jax.refinement import blockwise, clip_training, end_to_end
 from twla_jax.text import corpora
+from twla_jax.text.windows import sample_windows
 
 _BITS = (16, 4)
 
@@ -78,7 +80,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         self._options = options
-        self._teacher, tokenizer = quantize_model.load(options.model, dtype=jnp.float16)
+        self._teacher, tokenizer = loading.load(options.model, dtype=jnp.float16)
         size = self._teacher.config.vocab_size
 
         def read(name, split):
@@ -106,7 +108,7 @@ class Bench:
             model, _ = timed("blocks", lambda: blockwise.refine_blocks(model, *arguments, progress=False))
         text = self._calibration if row.narrow else self._refine_text
         count = max(settings.refine.steps, settings.refine.clip_steps) * settings.refine.batch
-        windows = corpora.sample_windows(text, count, self._options.seq_len, settings.calibration.seed + 1)
+        windows = sample_windows(text, count, self._options.seq_len, settings.calibration.seed + 1)
         if settings.refine.steps:
             model, figures = timed(
                 "refine",
@@ -128,10 +130,10 @@ class Bench:
 
     def _drawn(self, settings: recipe.Recipe) -> np.ndarray:
         drawn = settings.calibration
-        return corpora.sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed)
+        return sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed)
 
     def _score(self, model: Any, bits: int) -> float:
-        model = _computing_in(quantize_model.set_activation_bits(model, bits), jnp.dtype(self._options.dtype))
+        model = _computing_in(sites.set_activation_bits(model, bits), jnp.dtype(self._options.dtype))
         options = {"max_windows": self._options.max_windows, "batch_size": self._options.batch_size}
         return float(scoring.evaluate(model, self._test, progress=False, **options)["perplexity"])
 

@@ -14,7 +14,7 @@ import numpy as np
 from twla_jax import xla_flags
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.packing import TILE
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core.tensors import IntegerTensor
 from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import AttentionParts, decode_attention

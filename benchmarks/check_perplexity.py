@@ -16,7 +16,8 @@ import twla_jax
 from twla_jax import xla_flags
 from twla_jax.inference import execution
 from twla_jax.inference.packed_decoder import prepare_for_inference
-from twla_jax.jobs import quantize_model
+from twla_jax.jobs import loading
+from twla_jax.models import sites
 from twla_jax.models.decoder import Decoder
 from twla_jax.text import corpora
 
@@ -26,7 +27,7 @@ OWN, REFERENCE, KERNELS = "own arithmetic", "packed, XLA reference", "packed, ke
 
 def compare(model: Decoder, tokens: np.ndarray, bits: int, **settings) -> dict[str, float]:
     """Perplexity by path at these activation bits; `settings` go to `evaluate`."""
-    model = jax.tree.map(jnp.asarray, quantize_model.set_activation_bits(model, bits))
+    model = jax.tree.map(jnp.asarray, sites.set_activation_bits(model, bits))
     forms = {
         OWN: lambda: model,
         REFERENCE: lambda: prepare_for_inference(model, implementation="xla"),
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     options = parser.parse_args()
     xla_flags.take_products_from_libraries()
-    model, tokenizer = quantize_model.load(options.out, dtype=jnp.bfloat16)
+    model, tokenizer = loading.load(options.out, dtype=jnp.bfloat16)
     text = corpora.load_corpus(options.corpus, "evaluation")
     tokens = corpora.tokenize(text, tokenizer, model.config.vocab_size)
     print(f"{execution.path()}; {options.windows} windows of {options.seq_len}")

@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from flax import nnx
 
-from twla_jax.core import activation, e2m_atq, kotms
+from twla_jax.core import activation, kotms, tensors
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
 
@@ -108,7 +108,7 @@ def tiny_ternary(tiny_config) -> Decoder:
             linear = getattr(model.blocks, name)
             _, m, n = linear.kernel.get_value().shape
             linear.kernel = nnx.Param(
-                e2m_atq.from_codes(
+                tensors.from_codes(
                     jnp.asarray(rng.integers(-1, 2, (layers, n, m)), jnp.int8),
                     jnp.asarray(rng.normal(size=(layers, n, -(-m // 16))) * 0.1),
                     jnp.asarray(rng.normal(size=(layers, n, -(-m // 16))) * 0.01),

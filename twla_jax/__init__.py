@@ -3,25 +3,27 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from twla_jax.version import __version__
+
 if TYPE_CHECKING:
     from twla_jax.allocation.choice import allocate_bits
     from twla_jax.core.activation import ActivationQuantizer
-    from twla_jax.core.e2m_atq import TernaryTensor
     from twla_jax.core.kotms import KroneckerRotation
+    from twla_jax.core.tensors import TernaryTensor
     from twla_jax.errors import TwlaError
     from twla_jax.evaluation.scoring import evaluate
     from twla_jax.inference.generation import generate
     from twla_jax.inference.packed_decoder import prepare_for_inference
     from twla_jax.inference.self_sampling import sample_text
-    from twla_jax.jobs.quantize_model import load, set_activation_bits
+    from twla_jax.jobs.loading import load
     from twla_jax.models import Decoder, DecoderConfig
+    from twla_jax.models.sites import set_activation_bits
     from twla_jax.quantization.pipeline import quantize
     from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, load_recipe
     from twla_jax.refinement.end_to_end import refine
     from twla_jax.storage.checkpoint import save
-    from twla_jax.text.corpora import Corpus, calibration_windows, load_corpus, tokenize
-
-__version__ = "0.1.0"
+    from twla_jax.text.corpora import Corpus, load_corpus, tokenize
+    from twla_jax.text.windows import calibration_windows
 
 # Where each public name lives. Imported when first used, so that `import twla_jax` and `twla --help` are quick.
 _HOMES = {
@@ -33,13 +35,13 @@ _HOMES = {
     "DecoderConfig": "models",
     "KroneckerRotation": "core.kotms",
     "Recipe": "recipe",
-    "TernaryTensor": "core.e2m_atq",
+    "TernaryTensor": "core.tensors",
     "TwlaError": "errors",
     "allocate_bits": "allocation.choice",
-    "calibration_windows": "text.corpora",
+    "calibration_windows": "text.windows",
     "evaluate": "evaluation.scoring",
     "generate": "inference.generation",
-    "load": "jobs.quantize_model",
+    "load": "jobs.loading",
     "load_corpus": "text.corpora",
     "load_recipe": "recipe",
     "prepare_for_inference": "inference.packed_decoder",
@@ -47,7 +49,7 @@ _HOMES = {
     "refine": "refinement.end_to_end",
     "sample_text": "inference.self_sampling",
     "save": "storage.checkpoint",
-    "set_activation_bits": "jobs.quantize_model",
+    "set_activation_bits": "models.sites",
     "tokenize": "text.corpora",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "Recipe",
     "TernaryTensor",
     "TwlaError",
+    "__version__",
     "allocate_bits",
     "calibration_windows",
     "evaluate",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax.core.e2m_atq import TernaryTensor, dequantize
+from twla_jax.core.tensors import TernaryTensor, dequantize
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.ops.attention import reference

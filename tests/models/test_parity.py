@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax.models import load_model
+from twla_jax.models.io.readers import load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 FAMILIES = sorted(path.stem for path in GOLDENS.glob("*.npz") if path.stem != "smollm2")

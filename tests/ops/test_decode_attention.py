@@ -5,8 +5,6 @@ import functools
 import itertools
 import re
 
-import emulated_machine
-import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +23,8 @@ from twla_jax.ops.decode_attention import (
     reference,
     split_sizes,
 )
+
+from helpers import emulated_machine, emulated_threads
 
 ALL = np.iinfo(np.int32).max
 EPSILON = 1e-5

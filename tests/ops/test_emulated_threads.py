@@ -1,9 +1,10 @@
 """The emulator of a GPU's threads sees what would be a race on one."""
 
-import emulated_machine
-import emulated_threads as threads
 import numpy as np
 import pytest
+
+from helpers import emulated_machine
+from helpers import emulated_threads as threads
 
 
 def shared(count=256):

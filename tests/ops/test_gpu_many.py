@@ -3,16 +3,14 @@
 import functools
 import itertools
 
-import emulated_warpgroups
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from ternary_operands import matrix, operand_shapes, operands, packed, tokens
 
-from twla_jax.core import e2m_atq
+from twla_jax.core import tensors
 from twla_jax.ops.ternary_matmul import (
     gpu,
     gpu_many,
@@ -22,6 +20,9 @@ from twla_jax.ops.ternary_matmul import (
     tile_configs,
 )
 from twla_jax.ops.ternary_matmul.weight import parts_of_pair
+
+from helpers import emulated_warpgroups
+from helpers.ternary_operands import matrix, operand_shapes, operands, packed, tokens
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_equals_the_reference_warpgroup_by_warpgroup(
     alpha, mu = (jnp.asarray(rng.integers(-limit, limit + 1, shape) / 64) for limit in (40, 20))
     alpha, mu = alpha.at[:, 0].set(43 / 64), mu.at[:, 0].set(20 / 64)
     codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
-    weight = packed([e2m_atq.from_codes(codes, alpha, mu, size)])
+    weight = packed([tensors.from_codes(codes, alpha, mu, size)])
     arguments = operands(tokens(t, m))
     expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*arguments, weight)
     emulate_warpgroups(monkeypatch)

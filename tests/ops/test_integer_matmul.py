@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax.core.uniform import IntegerTensor, take_rows
+from twla_jax.core.tensors import IntegerTensor, take_rows
 from twla_jax.errors import TwlaError
 from twla_jax.ops.integer_matmul import integer_matmul, integer_rows, integer_weight
 from twla_jax.ops.ternary_matmul import gpu, reference, tpu

@@ -3,15 +3,11 @@
 import dataclasses
 import functools
 
-import emulated_machine
-import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated_machine import Global
 from jax.experimental import pallas as pl
-from test_quantized_linear import permutation, turned
 
 from twla_jax.bench import shapes
 from twla_jax.ops.attention.kv_cache import empty_layer, write
@@ -28,6 +24,10 @@ from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, gpu_token, quanti
 from twla_jax.ops.ternary_matmul import gpu_products, gpu_ring, gpu_rows
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
+
+from helpers import emulated_machine, emulated_threads
+from helpers.emulated_machine import Global
+from helpers.token_operands import permutation, turned
 
 ALL = np.iinfo(np.int32).max
 SETTINGS = quantizer_settings(4, 0.9)

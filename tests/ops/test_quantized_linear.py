@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import re
 
-import emulated_machine
-import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +11,12 @@ import pytest
 from jax.experimental import pallas as pl
 
 from twla_jax.bench import SHAPES, shapes
-from twla_jax.core import e2m_atq
-from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.core import tensors
 from twla_jax.ops.quantized_linear import gpu, quantized_linear, reference, tile_configs
 from twla_jax.ops.rotate_quantize import (
     gpu_codes,
     gpu_fetch,
     gpu_token,
-    kernel_rotation,
     quantizer_settings,
     rotate_quantize,
 )
@@ -33,6 +28,9 @@ from twla_jax.ops.ternary_matmul import (
     ring_tiles,
     ternary_matmul,
 )
+
+from helpers import emulated_threads
+from helpers.token_operands import in_parts, permutation, turned
 
 SETTINGS = quantizer_settings(4, 0.9)
 
@@ -68,30 +66,6 @@ def test_attention_in_parts_is_merged_first():
         quantized_linear(x, rotation, SETTINGS, weight, residual=residual) for x in (parts, whole)
     )
     np.testing.assert_array_equal(found, expected)
-
-
-def turned(token_smem, right_smem, left_smem, *, shape):
-    """What a warpgroup's products leave in its threads: every `Zᵀ`, as `wgmma` has it in its registers."""
-    for ref in (token_smem, right_smem, left_smem):
-        emulated_machine.machine.read_by_all(ref)
-    tokens, right, left = (
-        emulated_machine.unswizzled(ref).astype(np.float32) for ref in (token_smem, right_smem, left_smem)
-    )
-
-    def pair(*values):
-        return emulated_threads.pack_bfloat16(*map(emulated_threads.Real, values))
-
-    thread = emulated_machine.machine.threads
-    line, share = gpu_token.place(shape)
-    row = share * (shape.rows // shape.shares) + thread % 4 * 2
-    column = line * 64 + thread // 32 % 4 * 16 + thread % 32 // 4
-    places = [(row + 8 * j, column + 8 * h) for j in range(shape.rows // shape.shares // 8) for h in (0, 1)]
-    found = []
-    for x in np.split(tokens, shape.tokens):
-        y = (x @ right.T).astype(jnp.bfloat16).astype(np.float32)
-        z = (left @ y).astype(jnp.bfloat16).astype(np.float32)
-        found.append([pair(z[row, column], z[row + 1, column]) for row, column in places])
-    return found
 
 
 @pytest.mark.parametrize(
@@ -148,27 +122,12 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
 
 
-def in_parts(t, m, heads):
-    """Attention over four parts, one of no position; weights are powers of two, and the mix the same in every order."""
-    mixed = jax.random.normal(jax.random.key(3), (t, 4, m), jnp.bfloat16).at[:, 2].set(0)
-    top = jnp.array([3.0, 2.0, -1e30, 1.0])[:, None] + jnp.arange(heads)
-    total = jnp.array([1.0, 1.0, 0.0, 2.0])[:, None] + jnp.zeros(heads)
-    softmax = jnp.broadcast_to(jnp.stack([top, total], -1), (t, 4, heads, 2)).astype(jnp.float32)
-    return AttentionParts(mixed=mixed, softmax=softmax)
-
-
-def permutation(rotation):
-    rng = np.random.default_rng(0)
-    factors = (np.eye(len(factor))[rng.permutation(len(factor))] for factor in rotation.factors)
-    return kernel_rotation(KroneckerRotation(*map(jnp.asarray, factors)), jnp.bfloat16)
-
-
 def ungrouped(n, m):
     """One (α, μ) a row."""
     rng = np.random.default_rng(0)
     alpha, mu = rng.normal(size=(2, n, 1))
     codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
-    return jax.jit(lambda *parts: kernel_weight([e2m_atq.from_codes(*parts, m)]))(codes, alpha, mu)
+    return jax.jit(lambda *parts: kernel_weight([tensors.from_codes(*parts, m)]))(codes, alpha, mu)
 
 
 @pytest.mark.aot

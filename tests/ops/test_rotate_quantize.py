@@ -2,14 +2,11 @@
 
 import functools
 
-import emulated_machine
-import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from test_quantized_linear import permutation, turned
 
 from twla_jax.core import activation, kotms
 from twla_jax.errors import TwlaError
@@ -25,6 +22,9 @@ from twla_jax.ops.rotate_quantize import (
     tpu,
 )
 from twla_jax.ops.tokens import group_sums
+
+from helpers import emulated_machine, emulated_threads
+from helpers.token_operands import permutation, turned
 
 SIZES = [
     (64, 64),

@@ -4,16 +4,14 @@ import dataclasses
 import functools
 import itertools
 
-import emulated_threads
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from ternary_operands import matrix, matrix_of_shape, operand_shapes, operands, packed, tokens
 
 from twla_jax.bench import shapes
-from twla_jax.core import e2m_atq
+from twla_jax.core import tensors
 from twla_jax.errors import TwlaError
 from twla_jax.ops.ternary_matmul import (
     few_tiles,
@@ -30,6 +28,9 @@ from twla_jax.ops.ternary_matmul import (
 )
 from twla_jax.ops.ternary_matmul.weight import pair, parts_of_pair
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
+
+from helpers import emulated_threads
+from helpers.ternary_operands import matrix, matrix_of_shape, operand_shapes, operands, packed, tokens
 
 # rows, columns, group size: whole tiles, a short last tile, a short last group, groups of two planes, one group a row.
 SHAPES = [(128, 1024, 128), (192, 576, 128), (130, 1000, 256), (64, 172, 128), (96, 576, 576)]
@@ -54,7 +55,7 @@ def test_reference_is_the_product_with_the_dequantised_matrix(n, m, size, kind):
     bias = jnp.asarray(np.random.default_rng(1).normal(size=n))
     x = activations(kind, 3, m)
     y = ternary_matmul(x, packed([weight], [bias]), out_dtype=jnp.float32, implementation="xla")
-    expected = dequantized(x) @ np.asarray(e2m_atq.dequantize(weight), np.float64).T + bias
+    expected = dequantized(x) @ np.asarray(tensors.dequantize(weight), np.float64).T + bias
     np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
 
 
@@ -85,7 +86,7 @@ def test_accumulators_are_exact(size):
     weight = matrix(128, 1536, size, alpha=63, mu=63)
     x = tokens(4, 1536)
     x = (x.codes, x.sums, jnp.ones(4), jnp.zeros(4))
-    exact = np.asarray(x[0], np.int64) @ (np.asarray(e2m_atq.dequantize(weight), np.int64)).T
+    exact = np.asarray(x[0], np.int64) @ (np.asarray(tensors.dequantize(weight), np.int64)).T
     for implementation in (reference.matmul, functools.partial(tpu.matmul, interpret=True)):
         y = implementation(*x, packed([weight]), out_dtype=jnp.float32)
         np.testing.assert_array_equal(y, exact)
@@ -123,7 +124,7 @@ def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgrou
 
 @pytest.mark.parametrize("code", [-128, 127])
 def test_sums_of_a_group_fit_16_bits_at_their_largest(code, monkeypatch):
-    weight = e2m_atq.from_codes(jnp.ones((32, 1024), jnp.int8), *jnp.full((2, 32, 8), 63.0), 128)
+    weight = tensors.from_codes(jnp.ones((32, 1024), jnp.int8), *jnp.full((2, 32, 8), 63.0), 128)
     x = jnp.full((1, 1024), code, jnp.int8)
     emulated_threads.emulate(monkeypatch, gpu_few, gpu_ring, gpu_products, gpu_rows)
     emulated_threads.emulate_kernel(monkeypatch, pl)
@@ -145,13 +146,13 @@ def test_what_no_quantiser_made_is_rounded_to_half_a_step():
     rng = np.random.default_rng(0)
     alpha, mu = rng.normal(size=(2, 64, 8)).astype(np.float16)
     codes = rng.integers(-1, 2, (64, 1024))
-    weight = e2m_atq.from_codes(jnp.asarray(codes, jnp.int8), jnp.asarray(alpha), jnp.asarray(mu), 128)
+    weight = tensors.from_codes(jnp.asarray(codes, jnp.int8), jnp.asarray(alpha), jnp.asarray(mu), 128)
     kernels = packed([weight])
     eye = jnp.eye(1024, dtype=jnp.float32)
     found = np.asarray(ternary_matmul(eye, kernels, out_dtype=jnp.float32, implementation="xla")).T
     largest = np.max(np.abs(alpha) + np.abs(mu), axis=1, keepdims=True)
     assert (kernels.steps[:64, None] <= largest / 126 * (1 + 1 / 8)).all()  # four bits of it
-    off = np.abs(found - np.asarray(e2m_atq.dequantize(weight)))
+    off = np.abs(found - np.asarray(tensors.dequantize(weight)))
     assert (off <= (1 + 1e-3) * kernels.steps[:64, None]).all()  # half of it α, half μ
     np.testing.assert_allclose(kernels.row_sums[:64], found.sum(1), atol=1e-4 * np.abs(found).sum(1).max())
 
@@ -160,7 +161,7 @@ def test_scales_of_every_size_survive_the_way_through_their_bits():
     # The TPU kernel reads float16 as integers: normal, subnormal and negative ones, and both zeros.
     values = np.array([1.0, -2.5, 65504, 6.1e-5, 5.96e-8, -3e-6, 0.0, -0.0], np.float16)
     weight = kernel_weight(
-        [e2m_atq.from_codes(jnp.ones((8, 128), jnp.int8), values[:, None], values[:, None], 128)]
+        [tensors.from_codes(jnp.ones((8, 128), jnp.int8), values[:, None], values[:, None], 128)]
     )
     x = jnp.zeros((1, 128), jnp.int8).at[0, 0].set(1)
     args = (x, group_sums(x), jnp.ones(1), jnp.zeros(1), weight)

@@ -13,14 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Int32
 from tqdm import tqdm
 
-from twla_jax.core import e2m_atq
+from twla_jax.core import tensors
 from twla_jax.core.activation import BIT_CHOICES, ActivationQuantizer, fit_clips
-from twla_jax.core.e2m_atq import TernaryTensor
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.models.sites import set_quantizer, with_input_clips
-from twla_jax.quantization.pipeline import finish, sample_site
+from twla_jax.quantization.block import finish, sample_site
 from twla_jax.quantization.stream import ResidualStream
 
 
@@ -73,7 +72,7 @@ def _refit(
 ) -> Float16[Array, " 4"]:
     if rotation is not None:
         sample = rotation(sample)
-    rows = jnp.concatenate([e2m_atq.dequantize(kernel) for kernel in kernels])
+    rows = jnp.concatenate([tensors.dequantize(kernel) for kernel in kernels])
     metric = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
     chosen = jnp.asarray(BIT_CHOICES) == quantizer.bits
     return jnp.where(chosen, fit_clips(sample, metric, candidates), quantizer.clips)

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.ila_amp import SensitivityTable
-from twla_jax.evaluation.scoring import check_vocabulary, hidden_nll
+from twla_jax.evaluation.scoring import hidden_nll
+from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import SITES, Block, Decoder, Positions
 from twla_jax.models.sites import (
     SiteKind,

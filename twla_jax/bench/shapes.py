@@ -9,11 +9,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from twla_jax.core.activation import BIT_CHOICES, OFF, ActivationQuantizer
-from twla_jax.core.e2m_atq import TernaryTensor
 from twla_jax.core.kotms import KroneckerRotation, factor_sizes
 from twla_jax.core.packing import packed_width
 from twla_jax.core.stiefel import random_orthogonal
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder

@@ -20,6 +20,8 @@ from twla_jax.cli.options import (
     with_options,
 )
 from twla_jax.errors import TwlaError
+from twla_jax.inference import generation
+from twla_jax.jobs import allocate_bits, loading
 
 
 def quantize(
@@ -127,14 +129,13 @@ def allocate(
         dtype: what the model computes in
         json: print the figures as JSON
     """
-    from twla_jax.allocation import choice
 
     if not budget and (plot or not frontier):
         raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
     options = {"budget": budget or 0.0, "site": site, "choices": numbers(choices, int, "--choices")}
     options |= {"weighting": weighting, "beta": beta, "windows": windows, "seq_len": seq_len or 0}
     settings = recipe_module.AllocationRecipe(**options)
-    result = choice.allocate_folder(
+    result = allocate_bits.allocate_folder(
         out,
         settings,
         corpus=calibration,
@@ -144,7 +145,7 @@ def allocate(
         plot=plot,
         dtype=dtype,
     )
-    show(result, json, lambda: choice.format_result(result))
+    show(result, json, lambda: allocate_bits.format_result(result))
 
 
 def compare(
@@ -236,17 +237,17 @@ def demo(
 
     settings = with_options(recipe_module.load_recipe("demo"), None, windows, seq_len, None, None)
     report = quantize_model.quantize_to_folder(
-        quantize_model.SMOLLM2,
+        loading.SMOLLM2,
         out,
         settings,
         overwrite=True,
         check_windows=check_windows,
         check_bits=(16, 8, 4),
     )
-    decoder, tokenizer = quantize_model.load(out)
+    decoder, tokenizer = loading.load(out)
     prompt = "The most important thing about a programming language is"
     # Sampled, from a fixed seed: so poor a model's likeliest tokens go round in circles.
-    pieces = quantize_model.stream_text(decoder, tokenizer, prompt, max_new_tokens=24, temperature=0.7)
+    pieces = generation.stream_text(decoder, tokenizer, prompt, max_new_tokens=24, temperature=0.7)
     text = "".join(piece for _, piece in pieces)
     report["generated"] = prompt + text
     show(report, json, lambda: f"{quantize_model.format_report(report, out)}\n\n{prompt} …\n{text.strip()}")

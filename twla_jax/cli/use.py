@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 
 from twla_jax.cli.options import Dtype, Kernels, Model, OptionalBits, OptionalInt, Out, argument, show
 from twla_jax.errors import TwlaError
+from twla_jax.inference import generation
+from twla_jax.jobs import loading
+from twla_jax.models import config, sites
 
 
 def evaluate(
@@ -41,7 +44,7 @@ def evaluate(
     text = corpora.load_corpus(corpus, "evaluation")
     decoder, tokenizer, path = _load(model, dtype, activation_bits, kernels)
     tokens = corpora.tokenize(text, tokenizer, decoder.config.vocab_size)
-    scoring.check_length(seq_len, decoder.config)
+    config.check_length(seq_len, decoder.config)
     result = scoring.evaluate(
         decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size
     )
@@ -87,7 +90,6 @@ def generate(
         dtype: what the model computes in; float32 if not given, bfloat16 in kernels
         json: print prompt, text and token ids as JSON, at the end
     """
-    from twla_jax.jobs import quantize_model
 
     if samples > 1 and temperature == 0:
         raise TwlaError(f"--samples {samples}: all would be the same; set --temperature")
@@ -97,11 +99,11 @@ def generate(
     settings["cache_dtype"] = kv_cache
     figures: dict[str, Any] = {"prompt": prompt, "path": path, "dtype": str(decoder.dtype)}
     if samples != 1:
-        texts, ids = quantize_model.sample_texts(decoder, tokenizer, prompt, samples=samples, **settings)
+        texts, ids = generation.sample_texts(decoder, tokenizer, prompt, samples=samples, **settings)
         show({**figures, "texts": texts, "tokens": ids}, json, lambda: "\n---\n".join(texts))
         return
     ids, pieces = [], []
-    for token, piece in quantize_model.stream_text(decoder, tokenizer, prompt, **settings):
+    for token, piece in generation.stream_text(decoder, tokenizer, prompt, **settings):
         ids.append(token)
         pieces.append(piece)
         if not json:
@@ -129,12 +131,11 @@ def _load(
     import jax.numpy as jnp
 
     from twla_jax.inference import execution
-    from twla_jax.jobs import quantize_model
 
-    decoder, tokenizer = quantize_model.load(model, dtype=None if dtype is None else jnp.dtype(dtype))
+    decoder, tokenizer = loading.load(model, dtype=None if dtype is None else jnp.dtype(dtype))
     if tokenizer is None:
         raise TwlaError(f"{model}: has no tokenizer")
     if activation_bits is not None:
-        decoder = quantize_model.set_activation_bits(decoder, activation_bits)
+        decoder = sites.set_activation_bits(decoder, activation_bits)
     decoder, path = execution.for_inference(decoder, kernels, dtype=dtype)
     return decoder, tokenizer, path

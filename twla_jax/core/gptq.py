@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from twla_jax.core import e2m_atq
-from twla_jax.core.e2m_atq import TernaryTensor
+from twla_jax.core import tensors
 from twla_jax.core.quantizers import Quantizer, quantizer
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.recipe import WeightRecipe
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -189,7 +188,7 @@ def factor(
 
 
 def _errors(weight, tensor, moment):
-    difference = weight - e2m_atq.dequantize(tensor)
+    difference = weight - tensors.dequantize(tensor)
 
     def energy(v):
         return (jnp.matmul(v, moment, precision=_HIGHEST) * v).sum()

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from twla_jax.core import e2m_atq, two_planes, uniform
-from twla_jax.core.e2m_atq import TernaryTensor
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core import e2m_atq, tensors, two_planes, uniform
+from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.recipe import WeightRecipe
 
 Scales = tuple[Any, ...]
@@ -81,8 +80,8 @@ class OnePlane:
     def pack(self, codes, scales, group_size):
         """One packed plane, in steps that let integers add up across groups."""
         alpha, mu = scales
-        alpha, mu = e2m_atq.in_whole_steps(alpha, mu, group_size)
-        return e2m_atq.from_codes(codes.astype(jnp.int8), alpha, mu, group_size)
+        alpha, mu = tensors.in_whole_steps(alpha, mu, group_size)
+        return tensors.from_codes(codes.astype(jnp.int8), alpha, mu, group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +109,13 @@ class TwoPlanes:
     def stored(self, codes, scales):
         """α₁ and μ in float16, α₂ in a byte's share of α₁."""
         codes, (alpha, residual_alpha, mu) = two_planes.ordered(codes, scales)
-        ratio = e2m_atq.nearest_ratio(alpha, residual_alpha) / e2m_atq.RATIO_STEPS
+        ratio = tensors.nearest_ratio(alpha, residual_alpha) / tensors.RATIO_STEPS
         return codes, (_float16(alpha), _float16(alpha) * ratio, _float16(mu))
 
     def pack(self, codes, scales, group_size):
         """Two packed planes."""
         (alpha, residual_alpha, mu), (first, second) = scales, two_planes.split(codes)
-        return e2m_atq.from_codes(
+        return tensors.from_codes(
             first.astype(jnp.int8), alpha, mu, group_size, second.astype(jnp.int8), residual_alpha
         )
 

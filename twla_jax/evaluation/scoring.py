@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Int32
 from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.config import DecoderConfig
+from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder
 
 
@@ -102,23 +102,6 @@ def hidden_nll(
         return jnp.where(jax.lax.dynamic_slice_in_dim(real, start, chunk), nll, 0).sum(-1)
 
     return jax.lax.map(chunk_nll, jnp.arange(0, length + padding, chunk)).sum(0) / length
-
-
-def check_length(seq_len: int, config: DecoderConfig) -> None:
-    """Refuses windows that are longer than the model was made for.
-
-    Raises:
-      TwlaError: `seq_len` exceeds the model's positions.
-    """
-    if seq_len > config.max_position_embeddings:
-        raise TwlaError(f"--seq-len {seq_len} exceeds the model's {config.max_position_embeddings} positions")
-
-
-def check_vocabulary(tokens: Int[np.ndarray, "*shape"], vocab_size: int) -> None:
-    """TwlaError naming the first token id outside `[0, vocab_size)`: a lookup would take another row without a word."""
-    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if outside.size:
-        raise TwlaError(f"token id {int(outside[0])} is not in the model's vocabulary of {vocab_size}")
 
 
 def perplexity(nll: float) -> float:

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from twla_jax.core.e2m_atq import TernaryTensor
+from twla_jax.core.tensors import TernaryTensor
 from twla_jax.devices import gpu_obstacle
 from twla_jax.errors import TwlaError
 from twla_jax.inference.packed_decoder import prepare_for_inference

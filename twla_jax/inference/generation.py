@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation.scoring import check_vocabulary
+from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache
 
@@ -187,3 +187,65 @@ def bucket(length: int) -> int:
     while size < length:
         size *= 2
     return size
+
+
+def stream_text(
+    model: Decoder,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    cache_dtype: Any = None,
+) -> Iterator[tuple[int, str]]:
+    """Continues a prompt; yields each new token with the text it adds, which is empty inside a character.
+
+    Args:
+      cache_dtype: as `generation.stream` takes it.
+    Raises:
+      TwlaError: what `generate.stream` refuses.
+    """
+    ids = list(tokenizer(prompt)["input_ids"])
+    shown = len(tokenizer.decode(ids, skip_special_tokens=True))
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "key": jax.random.key(seed)}
+    for step in stream(model, np.asarray([ids], np.int32), cache_dtype=cache_dtype, **settings):
+        ids.append(int(step[0]))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        piece = "" if text.endswith("\ufffd") else text[shown:]
+        shown += len(piece)
+        yield ids[-1], piece
+
+
+def sample_texts(
+    model: Decoder,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int = 0,
+    cache_dtype: Any = None,
+) -> tuple[list[str], list[list[int]]]:
+    """Several continuations of a prompt, made side by side: their texts and tokens, each up to where it ended.
+
+    Raises:
+      TwlaError: what `generation.stream` refuses, or fewer than one sample.
+    """
+    if samples < 1:
+        raise TwlaError(f"samples {samples}: at least 1 is needed")
+    ids = np.asarray(tokenizer(prompt)["input_ids"], np.int32)
+    tokens = generate(
+        model,
+        np.tile(ids, (samples, 1)),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        key=jax.random.key(seed),
+        cache_dtype=cache_dtype,
+    )
+    rows = []
+    for row in tokens.tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in model.config.eos_token_ids), len(row))
+        rows.append(row[:end])
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows], rows

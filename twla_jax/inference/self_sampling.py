@@ -4,9 +4,6 @@ Every row begins with the model's BOS token, or a random one where it has none, 
 ends of its texts. Rows are windows as they are: calibration, refinement and held-out text each take rows of their own.
 """
 
-import dataclasses
-import hashlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +18,11 @@ from twla_jax.errors import TwlaError
 from twla_jax.inference import generation
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import CalibrationRecipe
 from twla_jax.storage import resume
-from twla_jax.text.corpora import SELF
 
-FILE = "self_calibration.npy"  # in a quantised folder: what a later allocation of bits needs of the text
 _CACHE_BYTES = 4e9  # of keys and values, at most, which bounds the rows at a time
 _MAX_BATCH = {"cpu": 8}
 _MAX_BATCH_ELSEWHERE = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampledText:
-    """Rows of tokens that a model sampled, in the order in which they are used.
-
-    Attributes:
-      rows: int32, each as long as a calibration window.
-      seed: of the sampling.
-      held_out: how many of the last rows no calibration sees.
-    """
-
-    rows: Int32[np.ndarray, "rows seq_len"]
-    seed: int
-    held_out: int
-
-    def describe(self) -> dict[str, Any]:
-        """What a report says of the text: everything but the tokens."""
-        return {
-            "name": SELF,
-            "split": "calibration",
-            "source": SELF,
-            "temperature": 1.0,
-            "sampled_windows": len(self.rows),
-            "sha256": hashlib.sha256(self.rows.astype("<i4").tobytes()).hexdigest(),
-        }
 
 
 def sample_text(
@@ -95,27 +63,6 @@ def sample_text(
             done.append(saved["tokens"])
             bar.update(min(batch, rows - bar.n))
     return np.concatenate(done)[:rows]
-
-
-def dump(text: SampledText, calibration: int) -> bytes:
-    """A `.npy` file of the rows that bits are allocated on: the first `calibration` ones and those held out."""
-    rows = np.concatenate([text.rows[:calibration], text.rows[len(text.rows) - text.held_out :]])
-    file = io.BytesIO()
-    np.save(file, rows.astype(np.uint16 if rows.max() < 2**16 else np.int32))
-    return file.getvalue()
-
-
-def read(folder: str | Path, drawn: CalibrationRecipe) -> SampledText:
-    """What `dump` left in a quantised folder.
-
-    Raises:
-      TwlaError: the folder's model was not calibrated on its own text.
-    """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise TwlaError(f"{folder}: holds no text of the model itself; --calibration must name another text")
-    rows = np.load(path).astype(np.int32)
-    return SampledText(rows=rows, seed=drawn.seed, held_out=len(rows) - drawn.windows)
 
 
 def _batch(config: Any, seq_len: int) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from twla_jax.core.e2m_atq import TernaryTensor
+from twla_jax.core.tensors import TernaryTensor
 from twla_jax.ops.attention.kv_cache import KVCache
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight
 

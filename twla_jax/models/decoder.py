@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from twla_jax.core.e2m_atq import TernaryTensor, dequantize, packed_matmul
-from twla_jax.core.uniform import IntegerTensor, take_rows
-from twla_jax.models import rope
+from twla_jax.core.tensors import IntegerTensor, TernaryTensor, dequantize, packed_matmul, take_rows
+from twla_jax.devices import compute_capability
 from twla_jax.models.config import DecoderConfig
+from twla_jax.models.rope import angles
+from twla_jax.ops.attention import rope
 from twla_jax.ops.attention.kv_cache import KVCache, LayerKV, empty_layer, write
 from twla_jax.ops.attention.reference import Positions, attention, fused_attention
 from twla_jax.ops.rotate_quantize import rms_norm
@@ -282,7 +283,7 @@ class Decoder(nnx.Module):
     ) -> Positions:
         """Positions of `length` tokens from `start` on, seeing `keys` slots (by default: themselves)."""
         query = start + jnp.arange(length, dtype=jnp.int32)
-        cos, sin = rope.angles(self.config, query)
+        cos, sin = angles(self.config, query)
         key = query if keys is None else jnp.arange(keys, dtype=jnp.int32)
         return Positions(query=query, key=key, cos=cos, sin=sin)
 
@@ -305,3 +306,9 @@ def _decode_block(
     block: Block, x: jax.Array, layer: LayerKV, positions: Positions, window: jax.Array
 ) -> tuple[jax.Array, LayerKV]:
     return block.decode(x, layer, positions, window)
+
+
+def can_fuse(config: DecoderConfig, dtype) -> bool:
+    """Whether cuDNN's kernels take a model: on a recent GPU, in 16 bits, where attention reaches back all the way."""
+    narrow = jnp.dtype(dtype).itemsize == 2 and config.head_dim <= 128 and config.head_dim % 8 == 0
+    return narrow and config.sliding_window is None and (compute_capability() or (0, 0)) >= (8, 0)

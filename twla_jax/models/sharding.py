@@ -13,9 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twla_jax.core import packing
 from twla_jax.core.activation import ActivationQuantizer
-from twla_jax.core.e2m_atq import TernaryTensor
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 
 _BY_INPUT = ("o", "down")
 

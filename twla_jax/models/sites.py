@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -115,3 +116,20 @@ def _quantizers(block: Block) -> dict[str, ActivationQuantizer]:
 def _shared(module: Any) -> Any:
     """Another module with the same arrays, so that its parameters can be replaced."""
     return nnx.merge(*nnx.split(module))
+
+
+def set_activation_bits(model: Decoder, bits: int) -> Decoder:
+    """The same quantised model with every linear input at `bits` (2, 4, 6, 8; 16 for off) and the clips for these.
+
+    Raises:
+      TwlaError: the model was not quantised, so there are no clips to quantise its inputs with.
+    """
+
+    def is_quantizer(leaf):
+        return isinstance(leaf, ActivationQuantizer)
+
+    if bits != OFF and not any(map(is_quantizer, jax.tree.leaves(model, is_leaf=is_quantizer))):
+        raise TwlaError("activation bits need a quantised model; this one has full-precision weights")
+    return jax.tree.map(
+        lambda leaf: with_bits(leaf, bits) if is_quantizer(leaf) else leaf, model, is_leaf=is_quantizer
+    )

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from twla_jax.core.quantizers import Integers
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core.tensors import IntegerTensor
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import EmbeddingRecipe
 

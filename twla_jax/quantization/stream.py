@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax.core.uniform import take_rows
+from twla_jax.core.tensors import take_rows
 from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder
 

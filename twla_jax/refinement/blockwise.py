@@ -20,6 +20,8 @@ from twla_jax.core.activation import OFF
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import RefineRecipe
 from twla_jax.refinement import end_to_end
+from twla_jax.refinement.latents import apply, flipped, harden, init_latents
+from twla_jax.refinement.schedule import optimizer, rates_at
 from twla_jax.storage import resume
 
 
@@ -47,7 +49,7 @@ def refine_blocks(
     """
     original, dtype, steps = student, jnp.dtype(recipe.dtype), recipe.block_steps
     student, teacher = (end_to_end.computing_in(model, dtype) for model in (student, teacher))
-    latents = end_to_end.init_latents(student, teacher)
+    latents = init_latents(student, teacher)
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
     x, exact = (model.embed_tokens(jnp.asarray(windows)) for model in (student, teacher))
     losses: list[np.ndarray] = []
@@ -58,7 +60,7 @@ def refine_blocks(
     reach, positions = student.windows(), student.positions(windows.shape[1])
     size = min(recipe.block_window, student.config.num_layers)
     count, batch = student.config.num_layers - size + 1, min(recipe.batch, len(windows))
-    rates = [end_to_end.rates_at(recipe, step, steps) for step in range(steps)]
+    rates = [rates_at(recipe, step, steps) for step in range(steps)]
     rates = jax.tree.map(lambda *each: jnp.asarray(each, jnp.float32), *rates)
     settings = {"bits": recipe.activation_bits, "learns_rotations": recipe.rotation_rate > 0}
     tenth = max(1, steps // 10)
@@ -89,12 +91,12 @@ def refine_blocks(
             bar.set_postfix(error=f"{after:.4f}")
             if store:
                 store.save("state", {**resume.flatten((blocks, x, exact)), "losses": np.stack(losses)})
-    refined = end_to_end.harden(student, {**blocks, "norm": latents["norm"]}, recipe.activation_bits)
+    refined = harden(student, {**blocks, "norm": latents["norm"]}, recipe.activation_bits)
     refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
     figures = {
         "steps": steps,
         "loss": [ends(loss) for loss in losses],
-        "flipped": end_to_end.flipped(original, refined),
+        "flipped": flipped(original, refined),
     }
     return refined, figures
 
@@ -112,11 +114,11 @@ def _fit(latents, blocks, originals, x, exact, schedule, reach, positions, *, bi
             return relative_error(_through(latents, blocks, begin, reach, positions, bits), target)
 
         value, gradient = jax.value_and_grad(loss)(latents)
-        updates, state = end_to_end.optimizer(rates, learns_rotations).update(gradient, state, latents)
+        updates, state = optimizer(rates, learns_rotations).update(gradient, state, latents)
         return (optax.apply_updates(latents, updates), state), value
 
     rates = jax.tree.map(lambda rate: rate[0], schedule[2])
-    state = end_to_end.optimizer(rates, learns_rotations).init(latents)
+    state = optimizer(rates, learns_rotations).init(latents)
     (latents, _), losses = jax.lax.scan(step, (latents, state), schedule)
     return latents, losses
 
@@ -138,7 +140,7 @@ def _move(latents, blocks, originals, x, exact, reach, positions, *, bits):
 def _through(latents, blocks, x, reach, positions, bits):
     def step(x, layer):
         block, here, window = layer
-        return (block if here is None else end_to_end.apply(block, here, bits))(x, positions, window), None
+        return (block if here is None else apply(block, here, bits))(x, positions, window), None
 
     return jax.lax.scan(step, x, (blocks, latents, reach))[0]
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twla_jax.core import packing, two_planes
-from twla_jax.core.e2m_atq import TernaryTensor
-from twla_jax.core.uniform import per_column
+from twla_jax.core.tensors import TernaryTensor, per_column
 
 _MARGIN = 0.9  # of the way from its level to the edge of its cell, at most, that a latent starts
 _REACH = 0.5  # beyond the outermost level that a latent still passes gradients

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from twla_jax import __version__
+from twla_jax.version import __version__
 
 _PACKAGES = (
     "jax",

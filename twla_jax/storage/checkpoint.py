@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,18 +24,17 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from twla_jax import __version__
-from twla_jax.core import packing
 from twla_jax.core.activation import ActivationQuantizer
-from twla_jax.core.e2m_atq import TernaryTensor
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.io.tokenizer import load_tokenizer, save_tokenizer
 from twla_jax.recipe import Recipe
 from twla_jax.storage import folders
+from twla_jax.storage.codec import codec_of, pack_stored, unpack_stored
+from twla_jax.version import __version__
 
 FORMAT_VERSION = 1
 MANIFEST = "twla.json"
@@ -234,8 +232,8 @@ def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dic
             values = {field.name: getattr(value, field.name) for field in fields if field.name not in static}
             parts = {part: array for part, array in values.items() if array is not None}
         for part, array in parts.items():
-            if codec := _codec(kind, static, part):
-                parts[part] = _pack_stored(array, codec)
+            if codec := codec_of(kind, static, part):
+                parts[part] = pack_stored(array, codec)
             arrays[_array_name(name, part)] = parts[part]
         tensors[name] = {
             "kind": kind,
@@ -256,7 +254,7 @@ def _abstract(entry: dict[str, Any]) -> Any:
     if entry["kind"] == _ARRAY:
         return parts[""]
     for part, stored in parts.items():
-        if codec := _codec(entry["kind"], entry["static"], part):
+        if codec := codec_of(entry["kind"], entry["static"], part):
             parts[part] = jax.ShapeDtypeStruct((*stored.shape[:-1], codec.width), stored.dtype)
     return _KINDS[entry["kind"]](**parts, **entry["static"])
 
@@ -276,7 +274,7 @@ def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sh
     for name, entry in tensors.items():
         for part, a in entry["arrays"].items():
             sharding = targets[name] if part == "" else getattr(targets[name], part)
-            if _codec(entry["kind"], entry["static"], part):
+            if codec_of(entry["kind"], entry["static"], part):
                 sharding = _stored_sharding(a["shape"], mesh) or single
             wanted[_array_name(name, part)] = jax.ShapeDtypeStruct(
                 tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=sharding
@@ -288,9 +286,9 @@ def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sh
     for name, entry in tensors.items():
         parts = {part: arrays.pop(_array_name(name, part)) for part in entry["arrays"]}
         for part, stored in parts.items():
-            if codec := _codec(entry["kind"], entry["static"], part):
+            if codec := codec_of(entry["kind"], entry["static"], part):
                 placed = getattr(targets[name], part)
-                parts[part] = jax.jit(_unpack_stored, static_argnums=1, out_shardings=placed)(stored, codec)
+                parts[part] = jax.jit(unpack_stored, static_argnums=1, out_shardings=placed)(stored, codec)
         value = parts[""] if entry["kind"] == _ARRAY else _KINDS[entry["kind"]](**parts, **entry["static"])
         _assign(model, name, value)
 
@@ -302,62 +300,6 @@ def _stored_sharding(shape: list[int], mesh: jax.sharding.Mesh | None) -> jax.sh
     divides = shape[-2] % mesh.shape["model"] == 0
     spec = [None] * (len(shape) - 2) + ["model" if divides else None, None]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Trits:
-    """Rows of 2-bit codes in memory, of five trits a byte on disk."""
-
-    in_features: int
-
-    @property
-    def width(self) -> int:
-        return packing.packed_width(self.in_features)
-
-    def pack(self, codes: jax.Array) -> jax.Array:
-        return packing.pack_base3(codes, self.in_features)
-
-    def unpack(self, stored: jax.Array) -> jax.Array:
-        return packing.unpack_base3(stored, self.in_features)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Integers:
-    """Rows of `width` integers, one a byte in memory, without gaps on disk."""
-
-    bits: int
-    width: int
-
-    def pack(self, codes: jax.Array) -> jax.Array:
-        return packing.pack_bits(codes, self.bits)
-
-    def unpack(self, stored: jax.Array) -> jax.Array:
-        return packing.unpack_bits(stored, self.bits, self.width)
-
-
-def _codec(kind: str, static: dict[str, Any], part: str) -> _Trits | _Integers | None:
-    """How an array lies on the disk if not as it is."""
-    if kind == "ternary" and part in ("codes", "residual_codes"):
-        return _Trits(static["in_features"])
-    if kind == "integer" and part == "codes":
-        return _Integers(static["bits"], static["in_features"])
-    if kind == "integer" and part == "zero_point":
-        return _Integers(static["bits"], math.ceil(static["in_features"] / static["group_size"]))
-    return None
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _pack_stored(codes: jax.Array, codec: _Trits | _Integers) -> jax.Array:
-    return _by_layer(codec.pack, codes)
-
-
-def _unpack_stored(stored: jax.Array, codec: _Trits | _Integers) -> jax.Array:
-    return _by_layer(codec.unpack, stored)
-
-
-def _by_layer(function: Any, stack: jax.Array) -> jax.Array:
-    """One matrix at a time: a trit takes a byte on the way, and a stack of them would be the whole model's worth."""
-    return jax.lax.map(function, stack) if stack.ndim > 2 else function(stack)
 
 
 def _assign(model: Decoder, name: str, value: Any) -> None:

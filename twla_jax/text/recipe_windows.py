@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Int32
 
 from twla_jax.errors import TwlaError
-from twla_jax.inference.self_sampling import SampledText
 from twla_jax.recipe import Recipe
-from twla_jax.text import corpora
+from twla_jax.text import corpora, windows
 from twla_jax.text.corpora import Corpus
+from twla_jax.text.sampled import SampledText
 
 
 def count(recipe: Recipe) -> int:
@@ -46,8 +46,8 @@ def seen_windows(
     if isinstance(tokens, SampledText):
         return tokens.rows[: drawn.windows], tokens.rows[drawn.windows : drawn.windows + more]
     return (
-        corpora.sample_windows(tokens, drawn.windows, drawn.seq_len, drawn.seed),
-        corpora.sample_windows(tokens, more, drawn.seq_len, drawn.seed + 1),
+        windows.sample_windows(tokens, drawn.windows, drawn.seq_len, drawn.seed),
+        windows.sample_windows(tokens, more, drawn.seq_len, drawn.seed + 1),
     )
 
 
@@ -70,4 +70,4 @@ def held_out_windows(tokens: Tokens, recipe: Recipe) -> tuple[Int32[np.ndarray, 
     seen = [drawn]
     if more := recipe.refine.steps * recipe.refine.batch:
         seen.append(dataclasses.replace(drawn, windows=more, seed=drawn.seed + 1))
-    return corpora.held_out_windows(tokens, seen, settings.windows, seq_len, seed=drawn.seed + 2)
+    return windows.held_out_windows(tokens, seen, settings.windows, seq_len, seed=drawn.seed + 2)

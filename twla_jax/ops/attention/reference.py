@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from twla_jax.devices import compute_capability
-from twla_jax.models.config import DecoderConfig
 from twla_jax.ops.attention.kv_cache import LayerKV, dequantize
 
 _QUERY_CHUNK = 256  # queries whose scores against all keys exist at the same time
@@ -49,12 +47,6 @@ def fused_attention(
     """`attention` of whole sequences without a window, forward and backward in kernels that write no scores out."""
     mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     return mixed.reshape(*q.shape[:2], -1)
-
-
-def can_fuse(config: DecoderConfig, dtype) -> bool:
-    """Whether cuDNN's kernels take a model: on a recent GPU, in 16 bits, where attention reaches back all the way."""
-    narrow = jnp.dtype(dtype).itemsize == 2 and config.head_dim <= 128 and config.head_dim % 8 == 0
-    return narrow and config.sliding_window is None and (compute_capability() or (0, 0)) >= (8, 0)
 
 
 def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:

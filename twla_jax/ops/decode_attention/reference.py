@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int32
 
-from twla_jax.models import rope
+from twla_jax.ops.attention import rope
 from twla_jax.ops.attention.kv_cache import LayerKV, write
 from twla_jax.ops.attention.reference import Positions, attention
 from twla_jax.ops.rotate_quantize.reference import rms_norm

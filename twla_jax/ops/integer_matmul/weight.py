@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from twla_jax.core.packing import PLANE
-from twla_jax.core.uniform import IntegerTensor
+from twla_jax.core.tensors import IntegerTensor
 from twla_jax.errors import TwlaError
 from twla_jax.ops.ternary_matmul.tile_configs import ROWS
 from twla_jax.ops.ternary_matmul.weight import PackedWeight, as_type

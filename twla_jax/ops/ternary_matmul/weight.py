@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Float32, Int16, Int32, UInt8
 
 from twla_jax.core import packing
-from twla_jax.core.e2m_atq import TernaryTensor, row_steps
+from twla_jax.core.tensors import TernaryTensor, row_steps
 from twla_jax.errors import TwlaError
 from twla_jax.ops.ternary_matmul.tile_configs import ROWS
 

@@ -1,0 +1,126 @@
+"""The scripts for a GPU, on what runs here: the reference passes against itself, and a wrong kernel does not; an
+ablation changes one thing a row, and goes on where it was.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from twla_jax.bench import SHAPES, shapes
+from twla_jax.ops.ternary_matmul import reference
+from twla_jax.recipe import Recipe, RefineRecipe
+
+
+def script(name):
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ablation():
+    return script("ablation")
+
+
+def test_check_tells_right_from_wrong(monkeypatch):
+    check_gpu = script("check_gpu")
+    products = check_gpu.PRODUCTS[3:5]
+    check_gpu.check("xla", products)
+    check_gpu.check_rotations("xla", check_gpu.ROTATIONS[1:2])
+    check_gpu.check_linears("xla", check_gpu.LINEARS[-2:])
+    check_gpu.check_linear_pairs("xla", [((16, 64), (32, 64), 64)], repetitions=2)
+    check_gpu.check_integers("xla", check_gpu.INTEGERS[:1])
+    check_gpu.check_attention("xla", check_gpu.ATTENTION[1:2])
+    check_gpu.check_qkv_attention("xla", [((16, 64), 4, 2, 320, 3, 100)], d=64, repetitions=2)
+    from twla_jax.ops.ternary_matmul import tpu
+
+    monkeypatch.setattr(
+        tpu, "matmul", lambda *args, **settings: reference.matmul(*args, **settings).at[0, 0].add(1)
+    )
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_gpu.check("tpu", products[:1])
+
+
+def test_tiles_that_are_tried_lie_around_the_rules():
+    tune = script("tune")
+    for rule in (
+        tune.Tiles(rows=96, warpgroups=2, stages=3),
+        tune.Tiles(rows=96, warpgroups=2, stages=2, together=2),
+    ):
+        tried = set(tune.around(rule, columns=8))
+        assert rule in tried
+        assert {tiles.warpgroups for tiles in tried} == {2, 3, 4}
+        assert {tiles.together for tiles in tried} == {1, rule.together}
+        for tiles in tried:
+            assert tiles.rows in (48, 96)
+            assert 1 <= tiles.stages <= -(-8 // (tiles.warpgroups * tiles.together))
+
+
+def test_perplexities_by_path_agree_where_there_are_no_kernels():
+    check = script("check_perplexity")
+    model = shapes.random_model(SHAPES["tiny"], activation_bits=8)
+    tokens = np.random.default_rng(0).integers(0, 256, 64)
+    found = check.compare(model, tokens, 8, seq_len=32)
+    assert found[check.KERNELS] == found[check.REFERENCE]
+    assert found[check.OWN] == pytest.approx(found[check.REFERENCE], rel=0.02)
+    assert check.difference({check.KERNELS: 1.01, check.REFERENCE: 1.0}) == pytest.approx(0.01)
+
+
+def test_every_row_of_the_ablation_is_one_change(ablation):
+    base = Recipe(refine=RefineRecipe(steps=9))
+    for name, row in ablation.ROWS.items():
+        changed = row.recipe(base)
+        parts = [
+            field.name
+            for field in dataclasses.fields(base)
+            if getattr(base, field.name) != getattr(changed, field.name)
+        ]
+        assert len(parts) + row.narrow == (name != "base")
+
+
+def test_the_ablation_runs_and_refinement_shows(ablation, stories_model, texts, tmp_path, capsys):
+    (tmp_path / "quick.toml").write_text(
+        "[weights]\ngroup_size = 32\nrounds = 0\n[rotation]\nstart = 'none'\n[refine]\nbatch = 2\n"
+    )
+    text, results = str(texts / "calibration.txt"), tmp_path / "results.jsonl"
+    options = ["--recipe", tmp_path / "quick.toml", "--calibration", text, "--refine-text", text]
+    options += ["--corpus", texts / "evaluation.txt", "--windows", 4, "--seq-len", 64, "--max-windows", 4]
+    options += ["--steps", 40, "--seeds", 0, "--rows", "base", "no refinement", "--dtype", "float32"]
+    ablation.main(list(map(str, [stories_model, "--results", results, *options])))
+    base, plain = map(json.loads, results.read_text().splitlines())
+    assert (base["row"], plain["row"]) == ("base", "no refinement")
+    assert base["refine"]["steps"] == 40
+    assert plain["refine"] is None
+    assert base["A16"] < 0.9 * plain["A16"]
+    assert f"| base | {base['A16']:.1f} | {base['A4']:.1f} | 0 |" in capsys.readouterr().out
+
+
+def test_the_ablation_stops_in_time_and_goes_on(ablation, tmp_path, monkeypatch):
+    ran, clock = [], iter(np.arange(0.0, 1000.0, 10.0))
+
+    class Bench:
+        def __init__(self, options):
+            pass
+
+        def run(self, row, settings):
+            ran.append((row, settings.calibration.seed, settings.rotation.seed))
+            return {"A16": 10.0 + settings.calibration.seed, "A4": 20.0, "refine": None, "seconds": {}}
+
+    monkeypatch.setattr(ablation, "Bench", Bench)
+    monkeypatch.setattr(ablation.time, "perf_counter", lambda: next(clock))
+    arguments = ["m", "--results", str(tmp_path / "r.jsonl"), "--rows", "base", "no rotation"]
+    # A tick of 10 s between one row's beginning and the next one's.
+    results = ablation.ablate(ablation.parse([*arguments, "--seconds", "30"]))
+    assert [line["row"] for line in results] == ["base", "no rotation", "base"]
+    results = ablation.ablate(ablation.parse(arguments))
+    base, rotation = ablation.ROWS["base"], ablation.ROWS["no rotation"]
+    assert ran == [(row, seed, seed) for seed in range(3) for row in (base, rotation)]
+    assert "| base | 11.0 ± 1.0 | 20.0 ± 0.0 | 0, 1, 2 |" in ablation.table(results)
+    # Other settings are other results.
+    assert len(ablation.ablate(ablation.parse([*arguments, "--steps", "7", "--seeds", "0"]))) == 2

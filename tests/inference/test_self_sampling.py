@@ -1,0 +1,105 @@
+"""Text that a model samples itself: what it predicts, drawn again from its seed, kept apart by use."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import twla_jax
+from twla_jax.errors import TwlaError
+from twla_jax.inference import self_sampling
+from twla_jax.inference.self_sampling import sample_text
+from twla_jax.models.io import readers
+from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, RefineRecipe
+from twla_jax.storage import resume
+from twla_jax.text import corpora, recipe_windows
+from twla_jax.text.sampled import SampledText
+
+
+@pytest.fixture(scope="module")
+def model(stories):
+    return readers.load_model(stories)
+
+
+@pytest.fixture(scope="module")
+def rows(model):
+    return sample_text(model, 20, 64, progress=False)
+
+
+def test_the_text_begins_with_bos_and_is_what_the_model_predicts(model, rows):
+    assert rows.shape == (20, 64)
+    assert rows.dtype == np.int32
+    assert (rows[:, 0] == model.config.bos_token_id).all()
+    assert len({row.tobytes() for row in rows}) == 20
+    shuffled = np.random.default_rng(0).permuted(rows, axis=1)
+    nll, of_shuffled = (twla_jax.evaluate(model, text, progress=False)["nll"] for text in (rows, shuffled))
+    # Samples of a distribution score its entropy, far below what chance or other orders do.
+    assert nll < 0.6 * of_shuffled
+    assert nll < 0.6 * np.log(model.config.vocab_size)
+
+
+def test_the_seed_gives_the_text_again_however_much_of_it(model, rows):
+    np.testing.assert_array_equal(sample_text(model, 9, 64, progress=False), rows[:9])
+    assert (sample_text(model, 8, 64, seed=1, progress=False) != rows[:8]).any()
+
+
+def test_a_model_without_bos_begins_with_random_tokens(model):
+    other = nnx.merge(*nnx.split(model))
+    other.config = dataclasses.replace(model.config, bos_token_id=None)
+    first = sample_text(other, 8, 64, progress=False)[:, 0]
+    assert len(set(first.tolist())) > 4
+
+
+def test_an_interrupted_sampling_goes_on(model, rows, tmp_path, monkeypatch):
+    sampled, sample = [], self_sampling._sample_batch
+
+    def interrupted(model, batch, seq_len, seed, index):
+        if sampled == [0, 1]:
+            sampled.append("stop")
+            raise KeyboardInterrupt
+        sampled.append(index)
+        return sample(model, batch, seq_len, seed, index)
+
+    monkeypatch.setattr(self_sampling, "_sample_batch", interrupted)
+    options = {"work_dir": tmp_path / "out.partial" / "self", "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        sample_text(model, 20, 64, **options)
+    np.testing.assert_array_equal(sample_text(model, 20, 64, **options), rows)
+    assert sampled == [0, 1, "stop", 2]
+    with pytest.raises(TwlaError, match="unfinished work on another"):
+        sample_text(model, 20, 64, seed=1, **options)
+    # The folder above serves the stages that follow, but not where it holds anything else.
+    resume.WorkDir(tmp_path / "out.partial", "quantise")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(TwlaError, match="holds no unfinished work"):
+        resume.WorkDir(tmp_path / "mine", "quantise")
+
+
+def test_every_use_has_rows_of_its_own():
+    recipe = Recipe(
+        refine=RefineRecipe(steps=3, batch=2),
+        calibration=CalibrationRecipe(corpus="self", windows=4, seq_len=8),
+        allocation=AllocationRecipe(windows=2, seq_len=5),
+    )
+    text = SampledText(rows=np.arange(12 * 8, dtype=np.int32).reshape(12, 8), seed=0, held_out=2)
+    assert recipe_windows.count(recipe) == 12
+    seen, more = recipe_windows.seen_windows(text, recipe)
+    held_out, shared = recipe_windows.held_out_windows(text, recipe)
+    assert (seen.shape, more.shape, held_out.shape, shared) == ((4, 8), (6, 8), (2, 5), 0.0)
+    used = np.concatenate([seen.ravel(), more.ravel(), held_out.ravel()])
+    assert len(set(used.tolist())) == used.size
+    wide = dataclasses.replace(recipe, allocation=AllocationRecipe(windows=2, seq_len=9))
+    many = dataclasses.replace(recipe, allocation=AllocationRecipe(windows=3))
+    for refused in (wide, many):
+        with pytest.raises(TwlaError, match="has 2 of 8 that no calibration saw"):
+            recipe_windows.held_out_windows(text, refused)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("self", "evaluation"), ("self", "calibration"), ("self+pydoc", "calibration")]
+)
+def test_the_models_own_text_is_no_corpus(name, split):
+    with pytest.raises(TwlaError, match="'self' is text that the model samples itself"):
+        corpora.load_corpus(name, split)

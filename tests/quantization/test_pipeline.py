@@ -1,0 +1,218 @@
+"""The whole-model transform, on a small random decoder and on a small real one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import twla_jax
+from twla_jax.core import kotms, tensors
+from twla_jax.errors import TwlaError
+from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.io import readers
+from twla_jax.quantization import block, pipeline, rotation_fitting, stream
+from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
+
+RECIPE = Recipe(
+    name="tiny",
+    weights=WeightRecipe(group_size=16, euclidean_steps=5, rounds=1),
+    rotation=RotationRecipe(steps=5),
+    activations=ActivationRecipe(clips=(1.0, 0.8), clip_tokens=64),
+)
+WINDOWS = np.random.default_rng(0).integers(0, 97, (5, 24)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config):
+    """Three blocks of random weights, held by numpy as the readers leave them."""
+    return jax.tree.map(np.asarray, Decoder(tiny_config, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def quantised(model):
+    return pipeline.quantize(model, WINDOWS, RECIPE, progress=False)
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def site_inputs(block, x, positions, reach):
+    """The inputs of a block's four sites, before their transforms, and the block's output."""
+    inputs = {"qkv": block.input_norm(x)}
+    inputs["o"] = block.attend(block.qkv_input(inputs["qkv"]), positions, reach)
+    x = x + block.o(block.o_input(inputs["o"]))
+    inputs["mlp"] = block.post_norm(x)
+    inputs["down"] = block.gate_up(block.mlp_input(inputs["mlp"]))
+    return inputs, x + block.down(block.down_input(inputs["down"]))
+
+
+def test_every_linear_becomes_ternary_and_the_original_stays(model, quantised):
+    result, _ = quantised
+    for site, names in SITES.items():
+        assert getattr(result.blocks, f"{site}_input").rotation is not None
+        for name in names:
+            before = getattr(model.blocks, name).kernel.get_value()
+            after = getattr(result.blocks, name).kernel.get_value()
+            assert isinstance(after, tensors.TernaryTensor)
+            assert after.shape == (before.shape[0], before.shape[2], before.shape[1])
+            assert not isinstance(before, tensors.TernaryTensor)
+    assert result.embed.get_value() is model.embed.get_value()
+
+
+def test_reported_errors_are_those_on_inputs_that_passed_the_quantised_part(model, quantised):
+    """Recomputed in float64 from the finished model, layer by layer."""
+    result, figures = quantised
+    reported = {(entry["layer"], entry["site"]): entry["output_error"] for entry in figures["sites"]}
+    positions, reach = result.positions(WINDOWS.shape[1]), result.windows()
+    x = result.embed_tokens(jnp.asarray(WINDOWS))
+    for index in range(3):
+        block, original = (jax.tree.map(lambda leaf, i=index: leaf[i], m.blocks) for m in (result, model))
+        inputs, x = site_inputs(block, x, positions, reach[index])
+        for site, names in SITES.items():
+            rotation = getattr(block, f"{site}_input").rotation.get_value()
+            h = np.asarray(kotms.rotate(inputs[site], rotation.left, rotation.right), np.float64)
+            h = h.reshape(-1, h.shape[-1])
+            error = energy = 0.0
+            for name in names:
+                w = np.asarray(
+                    kotms.rotate(
+                        jnp.asarray(getattr(original, name).kernel.get_value().T),
+                        rotation.left,
+                        rotation.right,
+                    )
+                )
+                approximation = np.asarray(tensors.dequantize(getattr(block, name).kernel.get_value()))
+                error += np.square(h @ (w - approximation).astype(np.float64).T).sum()
+                energy += np.square(h @ w.astype(np.float64).T).sum()
+            np.testing.assert_allclose(reported[index, site], error / energy, rtol=1e-3)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_SNAPSHOT_SECONDS", 0)
+    done = []
+    quantize_block = block.quantize_block
+
+    def interrupted(*args):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return quantize_block(*args)
+
+    monkeypatch.setattr(pipeline, "_quantize_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
+    done.clear()
+    monkeypatch.setattr(kotms, "fit_rotation", None)  # rotations are not fitted again
+    resumed, figures = pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
+    assert len(done) == 1  # nor the first two blocks quantised
+    assert_same(resumed, quantised[0])
+    assert figures["sites"] == quantised[1]["sites"]
+    # Interrupted in a later stage, it goes on from what is finished.
+    again, figures = pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
+    assert len(done) == 1
+    assert_same(again, quantised[0])
+    assert figures["sites"] == quantised[1]["sites"]
+
+
+def test_rotations_may_look_at_the_inputs(model, quantised):
+    aware = dataclasses.replace(RECIPE, rotation=dataclasses.replace(RECIPE.rotation, range_weight=1.0))
+    result, figures = pipeline.quantize(model, WINDOWS, aware, progress=False)
+    for site in figures["sites"]:
+        before, after = site["rotation_loss"]
+        assert after < before
+    before, after = (each.blocks.down_input.rotation.get_value().left for each in (quantised[0], result))
+    assert np.abs(np.asarray(before, np.float32) - np.asarray(after, np.float32)).max() > 1e-3
+
+
+def test_work_on_other_settings_is_refused(model, tmp_path):
+    (tmp_path / "work").mkdir()
+    pipeline._open_work_dir(tmp_path / "work", model, WINDOWS, RECIPE)
+    pipeline._open_work_dir(tmp_path / "work", model, WINDOWS, RECIPE)
+    other = dataclasses.replace(RECIPE, weights=WeightRecipe(group_size=8))
+    for windows, recipe in ((WINDOWS[:2], RECIPE), (WINDOWS, other)):
+        with pytest.raises(TwlaError, match="another model, text or recipe"):
+            pipeline.quantize(model, windows, recipe, work_dir=tmp_path / "work", progress=False)
+
+
+def test_a_stream_on_the_host_gives_the_same(model, quantised, monkeypatch):
+    monkeypatch.setattr(stream, "_device_bytes", lambda: 1)
+    result, _ = pipeline.quantize(model, WINDOWS, RECIPE, progress=False)
+    assert_same(result, quantised[0])
+
+
+def test_windows_that_fill_up_a_batch_count_for_nothing(model, quantised, monkeypatch):
+    monkeypatch.setattr(stream, "_BATCH_TOKENS", 3 * WINDOWS.shape[1])
+    _, figures = pipeline.quantize(model, WINDOWS, RECIPE, progress=False)
+    for one, other in zip(figures["sites"][:4], quantised[1]["sites"][:4], strict=True):
+        np.testing.assert_allclose(one["output_error"], other["output_error"], rtol=0.02)
+
+
+def test_an_overflowing_layer_is_named(tiny_config):
+    model = jax.tree.map(np.asarray, Decoder(tiny_config, rngs=nnx.Rngs(0), dtype=jnp.float16))
+    kernel = np.array(model.blocks.up.kernel.get_value())
+    kernel[1] *= 1e6
+    model.blocks.up.kernel = nnx.Param(kernel)
+    with pytest.raises(TwlaError, match=r"block 1, input mlp: .* float16"):
+        pipeline.quantize(model, WINDOWS, RECIPE, progress=False)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(model):
+    with pytest.raises(TwlaError, match="token id 97"):
+        pipeline.quantize(model, WINDOWS + 1, RECIPE, progress=False)
+
+
+def test_a_real_model_keeps_its_language(stories):
+    """stories260K: the quantised model predicts its own stories far better than chance, 8 bits cost next to nothing."""
+    model = readers.load_model(stories)
+    start = np.ones((10, 1), np.int32)
+    text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
+    windows = np.concatenate([start, text], axis=1)
+    result, figures = pipeline.quantize(model, windows[:8], RECIPE, progress=False)
+
+    def nll(model, bits):
+        model = twla_jax.set_activation_bits(model, bits)
+        return twla_jax.evaluate(model, windows[8:], progress=False)["nll"]
+
+    full = twla_jax.evaluate(model, windows[8:], progress=False)["nll"]
+    assert full < nll(result, 16) < 0.85 * np.log(model.config.vocab_size)
+    assert nll(result, 8) < nll(result, 16) + 0.02
+    assert all(entry["rotation_loss"][1] < entry["rotation_loss"][0] for entry in figures["sites"])
+
+
+def test_propagation_brings_outputs_nearer_to_full_precision(stories):
+    model = readers.load_model(stories)
+    start = np.ones((40, 1), np.int32)
+    text = twla_jax.generate(model, start, max_new_tokens=63, temperature=1.0, eos_token_ids=())
+    windows = np.concatenate([start, text], axis=1)
+
+    def nll(propagation):
+        weights = dataclasses.replace(RECIPE.weights, propagation=propagation)
+        recipe = dataclasses.replace(RECIPE, weights=weights)
+        result, _ = pipeline.quantize(model, windows[:32], recipe, progress=False)
+        return twla_jax.evaluate(result, windows[32:], progress=False)["nll"]
+
+    assert nll(0.5) < nll(0.0) - 0.05
+
+
+def test_another_seed_compiles_nothing_anew(model, quantised):
+    compiled = rotation_fitting._fit_chunk._cache_size(), block._quantize_site._cache_size()
+    assert min(compiled) > 0
+    seeded = dataclasses.replace(
+        RECIPE,
+        rotation=dataclasses.replace(RECIPE.rotation, seed=5),
+        calibration=dataclasses.replace(RECIPE.calibration, seed=5),
+    )
+    other, _ = pipeline.quantize(model, WINDOWS, seeded, progress=False)
+    assert compiled == (rotation_fitting._fit_chunk._cache_size(), block._quantize_site._cache_size())
+    assert jax.tree.structure(other) == jax.tree.structure(quantised[0])
+    assert any((a != b).any() for a, b in zip(leaves(other), leaves(quantised[0]), strict=True))

@@ -1,0 +1,259 @@
+"""Refinement starts from the model as it is, learns to predict as the original does, and keeps every byte count."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import twla_jax
+from twla_jax.core import quantizers, tensors
+from twla_jax.core.activation import ActivationQuantizer, quantize_tokens
+from twla_jax.errors import TwlaError
+from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.io import readers
+from twla_jax.quantization import pipeline
+from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
+from twla_jax.refinement import clip_training, end_to_end, two_plane_latents
+from twla_jax.refinement.latents import _straight_through, _StraightThrough, init_latents
+from twla_jax.refinement.schedule import rates_at
+from twla_jax.storage import resume
+
+QUANTISE = Recipe(
+    weights=WeightRecipe(group_size=16, euclidean_steps=5, rounds=1),
+    rotation=RotationRecipe(steps=5),
+    activations=ActivationRecipe(bits=4, clips=(1.0, 0.8), clip_tokens=64),
+)
+REFINE = RefineRecipe(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32")
+WINDOWS = np.random.default_rng(0).integers(0, 97, (24, 24)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_config):
+    return Decoder(tiny_config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    return pipeline.quantize(teacher, WINDOWS, QUANTISE, progress=False)[0]
+
+
+def kl(student, teacher, windows):
+    """Written out in float64 from the models' logits."""
+    p, q = (
+        np.asarray(jax.nn.log_softmax(model(jnp.asarray(windows))), np.float64)
+        for model in (teacher, twla_jax.set_activation_bits(student, 16))
+    )
+    return (np.exp(p) * (p - q)).sum(-1).mean()
+
+
+def test_latents_start_as_the_student_itself(student, teacher):
+    latents = init_latents(student, teacher)
+    loss = end_to_end.kl_divergence(
+        jax.tree.map(jnp.asarray, student), teacher, latents, jnp.asarray(WINDOWS[:3])
+    )
+    assert float(loss) == pytest.approx(kl(student, teacher, WINDOWS[:3]), rel=1e-4)
+
+
+def test_slope_is_that_of_the_divergence_written_out(student, teacher):
+    latents = init_latents(student, teacher)
+    placed, tokens = jax.tree.map(jnp.asarray, student), jnp.asarray(WINDOWS[:3])
+
+    def written_out(latents):
+        p = jax.nn.log_softmax(teacher(tokens))
+        q = jax.nn.log_softmax(placed.logits(end_to_end._hidden(placed, latents, tokens, 16)))
+        return (jnp.exp(p) * (p - q)).sum(-1).mean()
+
+    slope = jax.grad(lambda latents: end_to_end.kl_divergence(placed, teacher, latents, tokens))(latents)
+    for one, other in zip(
+        jax.tree.leaves(slope), jax.tree.leaves(jax.grad(written_out)(latents)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
+
+
+def test_gradients_pass_the_rounding_straight_within_reach():
+    u = jnp.array([-2.0, -1.2, -0.3, 0.0, 0.7, 1.4, 1.6])
+    slope = jax.grad(lambda u: (_straight_through(u) * jnp.arange(7.0)).sum())(u)
+    np.testing.assert_array_equal(_straight_through(u), [-1, -1, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(slope, [0, 1, 2, 3, 4, 5, 0])
+
+
+def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
+    refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (8, 1)), REFINE, progress=False)
+    assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
+    assert figures["steps"] == 48
+    assert figures["loss"][1] < figures["loss"][0]
+    assert 0 < figures["flipped"] < 0.5
+    assert jax.tree.structure(refined) == jax.tree.structure(student)
+    for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype)
+
+
+def test_a_refinement_that_does_harm_is_not_kept(student, teacher, caplog):
+    wild = dataclasses.replace(REFINE, code_rate=1.0, scale_rate=1.0)
+    result, figures = end_to_end.refine(student, teacher, WINDOWS, wild, progress=False)
+    assert not figures["kept"]
+    assert not figures["first_batch"][1] <= figures["first_batch"][0]
+    assert "left as it was" in caplog.text
+    for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(result), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_the_first_batch_is_measured_before_and_after(student, teacher):
+    refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (8, 1)), REFINE, progress=False)
+    for model, measured in zip((student, refined), figures["first_batch"], strict=True):
+        # What is stored after that is rounded to float16.
+        assert measured == pytest.approx(kl(model, teacher, WINDOWS[:4]), rel=1e-2)
+    assert figures["kept"]
+    assert figures["first_batch"][1] < 0.95 * figures["first_batch"][0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 480])
+def test_rates_rise_to_their_peaks_and_fall_to_nothing(steps):
+    rates = [rates_at(REFINE, step, steps) for step in range(steps)]
+    codes = np.array([rate["codes"] for rate in rates])
+    top = codes.argmax()
+    assert codes[top] == REFINE.code_rate
+    assert (np.diff(codes[: top + 1]) > 0).all()
+    assert (np.diff(codes[top:]) <= 0).all()
+    assert (codes > 0).all()
+    np.testing.assert_allclose(
+        [rate["scales"] for rate in rates], codes * REFINE.scale_rate / REFINE.code_rate
+    )
+
+
+def test_other_rates_and_lengths_compile_nothing_anew(student, teacher):
+    end_to_end.refine(student, teacher, WINDOWS[:8], REFINE, progress=False)
+    compiled = end_to_end._step._cache_size()
+    other = dataclasses.replace(REFINE, code_rate=1e-3, scale_rate=1e-3)
+    end_to_end.refine(student, teacher, WINDOWS[:16], other, progress=False)
+    assert end_to_end._step._cache_size() == compiled > 0
+
+
+def test_fewer_windows_than_a_batch_are_refused(student, teacher):
+    with pytest.raises(TwlaError, match="at least one batch of 4 windows, not 3"):
+        end_to_end.refine(student, teacher, WINDOWS[:3], REFINE, progress=False)
+
+
+def test_rotations_learn_on_the_manifold(student, teacher):
+    def factors(model):
+        transforms = (getattr(model.blocks, f"{site}_input").rotation.get_value() for site in SITES)
+        return [np.asarray(side, np.float32) for t in transforms for side in (t.left, t.right)]
+
+    before = factors(student)
+    for rate in (0.0, 1e-2):
+        recipe = dataclasses.replace(REFINE, rotation_rate=rate)
+        after = factors(end_to_end.refine(student, teacher, WINDOWS[:8], recipe, progress=False)[0])
+        for old, new in zip(before, after, strict=True):
+            assert (np.abs(new - old).max() > 1e-3) == (rate > 0)
+            product = np.swapaxes(new, -1, -2) @ new
+            np.testing.assert_allclose(product, np.broadcast_to(np.eye(new.shape[-1]), new.shape), atol=3e-3)
+
+
+def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "_SNAPSHOT_SECONDS", 0)
+    whole, figures = end_to_end.refine(student, teacher, WINDOWS, REFINE, progress=False)
+    save, taken = resume.WorkDir.save, []
+
+    def interrupted(self, name, arrays):
+        save(self, name, arrays)
+        taken.append(len(arrays["losses"]))
+        if taken == [1, 2, 3]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume.WorkDir, "save", interrupted)
+    arguments = (student, teacher, WINDOWS, REFINE)
+    with pytest.raises(KeyboardInterrupt):
+        end_to_end.refine(*arguments, work_dir=tmp_path / "work", progress=False)
+    resumed, again = end_to_end.refine(*arguments, work_dir=tmp_path / "work", progress=False)
+    assert taken == [1, 2, 3, 4, 5, 6]
+    assert again == figures
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_real_model_gets_most_of_its_language_back(stories):
+    """stories260K on its own stories: refinement takes at least half of what quantisation cost."""
+    model = readers.load_model(stories)
+    start = np.ones((104, 1), np.int32)
+    text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
+    windows = np.concatenate([start, text], axis=1)
+    student, _ = pipeline.quantize(model, windows[:8], QUANTISE, progress=False)
+    refined, _ = end_to_end.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
+
+    def nll(model):
+        model = twla_jax.set_activation_bits(model, 16)
+        return twla_jax.evaluate(model, windows[96:], progress=False)["nll"]
+
+    full = twla_jax.evaluate(model, windows[96:], progress=False)["nll"]
+    assert nll(refined) - full < 0.5 * (nll(student) - full)
+
+
+def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
+    weights = dataclasses.replace(QUANTISE.weights, planes=2)
+    student, _ = pipeline.quantize(
+        teacher, WINDOWS, dataclasses.replace(QUANTISE, weights=weights), progress=False
+    )
+    settings = dataclasses.replace(REFINE, code_rate=3e-3, scale_rate=2e-3)
+    refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (4, 1)), settings, progress=False)
+    assert figures["loss"][0] == pytest.approx(kl(student, teacher, WINDOWS), rel=0.3)
+    assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
+    assert 0 < figures["flipped"] < 0.2
+    for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype)
+
+
+def test_latents_of_two_planes_stand_for_the_codes_they_start_from():
+    rng = np.random.default_rng(0)
+    codes, alpha = rng.integers(-4, 5, (30, 24)), rng.uniform(0.5, 1, (30, 2))
+    scales = (alpha, alpha * rng.uniform(0, 1, (30, 2)), rng.normal(size=(30, 2)))
+    scales = tuple(jnp.asarray(p, jnp.float32) for p in scales)
+    levels = quantizers.quantizer(WeightRecipe(planes=2))
+    tensor = levels.pack(jnp.asarray(codes, jnp.float32), scales, 16)
+    rows = jnp.asarray(rng.normal(size=(30, 24)), jnp.float32)
+    u = two_plane_latents.start(rows, tensor)
+    stored = (tensor.alpha.astype(jnp.float32), tensor.residual_alpha, tensor.mu.astype(jnp.float32))
+    dense = two_plane_latents.dense(u, tensor, stored)
+    np.testing.assert_allclose(dense, tensors.dequantize(tensor), atol=1e-5)
+    # Gradients pass straight: one unit of weight for one of the latent, nothing beyond the outermost level.
+    slope = jax.grad(lambda u: two_plane_latents.dense(u, tensor, stored).sum())(jnp.where(u > 0, 9.0, u))
+    unit = np.repeat(np.asarray(two_plane_latents.unit(tensor)), 16, axis=1)[:, :24]
+    np.testing.assert_allclose(slope, np.where(np.asarray(u) > 0, 0, unit), rtol=1e-6)
+
+
+def test_clips_that_cut_off_too_much_learn_to_be_wider(student, teacher):
+    def clips(model):
+        inputs = (getattr(model.blocks, f"{site}_input").activation.get_value() for site in SITES)
+        return np.stack([quantizer.clips for quantizer in inputs]).astype(np.float32)
+
+    def narrow(leaf):
+        is_quantizer = isinstance(leaf, ActivationQuantizer)
+        return dataclasses.replace(leaf, clips=jnp.full_like(leaf.clips, 0.3)) if is_quantizer else leaf
+
+    narrowed = jax.tree.map(narrow, student, is_leaf=lambda leaf: isinstance(leaf, ActivationQuantizer))
+    settings = dataclasses.replace(REFINE, clip_steps=12, clip_rate=5e-2)
+    trained, figures = clip_training.train_clips(narrowed, teacher, WINDOWS, settings, progress=False)
+    assert figures["steps"] == 12
+    assert figures["first_batch"][1] < figures["first_batch"][0]
+    assert clips(trained)[..., 1].mean() > 0.35
+    np.testing.assert_array_equal(clips(trained)[..., [0, 2, 3]], clips(narrowed)[..., [0, 2, 3]])
+    weights = [jax.tree.leaves(nnx.state(model.blocks.q)) for model in (student, trained)]
+    jax.tree.map(np.testing.assert_array_equal, *weights)
+
+
+def test_a_clips_slope_is_that_of_the_quantised_value_between_two_roundings():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
+    quantizer = ActivationQuantizer(bits=jnp.int32(4), clips=jnp.full(4, 0.75, jnp.float16), enabled=True)
+
+    def value(offset):
+        return _StraightThrough(quantizer, offset)(x).sum()
+
+    # With the codes held fixed, x̂ = s·(q − z) is linear in the clip; straight through, x/s moves against it, unless
+    # it is cut off (and by half where it ends on the last level).
+    codes, scale, zero_point = quantize_tokens(x, 15, 0.75)
+    free = jnp.round(x / scale) + zero_point
+    passes = jnp.where((free > 0) & (free < 15), 1, jnp.where(free == codes, 0.5, 0))
+    expected = (scale * (codes - zero_point) - passes * x).sum()
+    assert float(jax.grad(value)(jnp.float32(0))) == pytest.approx(float(expected), rel=1e-4)

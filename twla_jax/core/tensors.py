@@ -1,0 +1,206 @@
+"""Packed weight matrices: ternary planes and plain integers, and what multiplies by them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float16, Float32, Int, Int8, UInt8
+
+from twla_jax.core import packing
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+RATIO_STEPS = 200  # of α₂/α₁ to 1: a byte reaches 1.275, so that a refined α₂ may pass α₁
+_SMALLEST_STEP = 2.0**-21  # float16 holds eight times less, and so every multiple of steps of 4 bits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IntegerTensor:
+    """An integer weight matrix, rows are outputs: `Ŵ[i, k] = scale[i, k // G]·(codes[i, k] − zero_point[i, k // G])`.
+
+    Invariants: codes and zero points lie in `[0, 2**bits)`, one a byte here and `bits` bits each on disk; `scale` and
+    `zero_point` have `ceil(in_features / group_size)` columns. Leading axes are shared by the three arrays.
+    """
+
+    codes: UInt8[Array, "*batch n m"]
+    scale: Float16[Array, "*batch n groups"]
+    zero_point: UInt8[Array, "*batch n groups"]
+    in_features: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., n, m]`, the shape of the matrix it stands for."""
+        return (*self.codes.shape[:-1], self.in_features)
+
+    def dequantize(self, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
+        """The matrix `Ŵ` in `dtype`."""
+        scale, zero = (
+            per_column(p.astype(dtype), self.in_features, self.group_size)
+            for p in (self.scale, self.zero_point)
+        )
+        return scale * (self.codes.astype(dtype) - zero)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TernaryTensor:
+    """A ternary weight matrix, rows are outputs: `Ŵ[i, k] = alpha[i, k // G]·T[i, k] + mu[i, k // G]`.
+
+    With a second plane, `residual_alpha[i, k // G]·T₂[i, k]` is added, `T₂` packed in `residual_codes` and its α a
+    multiple of the first one's, `alpha·residual_ratio/200`; with one plane the three are None.
+
+    Invariants: codes pack `T + 1` as `packing.pack` does; α and μ have `ceil(in_features / group_size)` columns, the
+    last group being short where the group size does not divide. Leading axes (a stack of layers, say) are shared by
+    all arrays.
+    """
+
+    codes: UInt8[Array, "*batch n bytes"]
+    alpha: Float16[Array, "*batch n groups"]
+    mu: Float16[Array, "*batch n groups"]
+    in_features: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+    residual_codes: UInt8[Array, "*batch n bytes"] | None = None
+    residual_ratio: UInt8[Array, "*batch n groups"] | None = None
+
+    @property
+    def residual_alpha(self) -> Any:
+        """α of the second plane, float32, `[..., n, groups]`; None where there is none."""
+        if self.residual_ratio is None:
+            return None
+        return self.alpha.astype(jnp.float32) * (self.residual_ratio.astype(jnp.float32) / RATIO_STEPS)
+
+    def planes(self) -> tuple["TernaryTensor", ...]:
+        """Tensors of one plane each that add up to this one; μ is the first one's, the second's is 0."""
+        if self.residual_codes is None:
+            return (self,)
+        first = dataclasses.replace(self, residual_codes=None, residual_ratio=None)
+        alpha = self.residual_alpha.astype(self.alpha.dtype)
+        return first, dataclasses.replace(
+            first, codes=self.residual_codes, alpha=alpha, mu=jnp.zeros_like(self.mu)
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., n, m]`, the shape of the matrix it stands for."""
+        return (*self.codes.shape[:-1], self.in_features)
+
+
+def dequantize(weight: TernaryTensor | IntegerTensor, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
+    """The matrix `Ŵ` in `dtype`; α and μ are applied in `dtype`."""
+    if isinstance(weight, IntegerTensor):
+        return weight.dequantize(dtype)
+
+    def scaled(codes, alpha):
+        unsigned = packing.unpack(codes, weight.in_features).astype(dtype)
+        return (unsigned - 1) * per_column(alpha.astype(dtype), weight.in_features, weight.group_size)
+
+    mu = per_column(weight.mu.astype(dtype), weight.in_features, weight.group_size)
+    dense = scaled(weight.codes, weight.alpha) + mu
+    if weight.residual_codes is None:
+        return dense
+    return dense + scaled(weight.residual_codes, weight.residual_alpha)
+
+
+def packed_matmul(
+    x: Float[Array, "*tokens m"], weight: TernaryTensor | IntegerTensor
+) -> Float[Array, "*tokens n"]:
+    """`x Ŵᵀ` in `x.dtype`, accumulated in float32: the XLA reference, which unpacks this one matrix.
+
+    float32 inputs are multiplied in true float32, also on chips whose default is narrower.
+    """
+    precision = _HIGHEST if x.dtype == jnp.float32 else None
+    y = jnp.einsum(
+        "...m,nm->...n",
+        x,
+        dequantize(weight, x.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)
+
+
+def from_codes(
+    codes: Int8[Array, "*batch n m"],
+    alpha: Float[Array, "*batch n groups"],
+    mu: Float[Array, "*batch n groups"],
+    group_size: int,
+    residual_codes: Int8[Array, "*batch n m"] | None = None,
+    residual_alpha: Float[Array, "*batch n groups"] | None = None,
+) -> TernaryTensor:
+    """Packs codes in {-1, 0, 1} and float scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
+    residual_ratio = None if residual_alpha is None else nearest_ratio(alpha, residual_alpha)
+    return TernaryTensor(
+        residual_codes=None if residual_codes is None else packing.pack(residual_codes),
+        residual_ratio=None if residual_ratio is None else residual_ratio.astype(jnp.uint8),
+        codes=packing.pack(codes),
+        alpha=alpha.astype(jnp.float16),
+        mu=mu.astype(jnp.float16),
+        in_features=codes.shape[-1],
+        group_size=group_size,
+    )
+
+
+def in_whole_steps(
+    alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"], group_size: int
+) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"]]:
+    """α and μ rounded to whole numbers of their row's step; as they are where kernels add up no groups."""
+    if alpha.shape[-1] == 1 or group_size % packing.PLANE:
+        return alpha, mu
+    step = row_steps(alpha, mu)[..., None]
+    return jnp.round(alpha / step) * step, jnp.round(mu / step) * step
+
+
+def row_steps(
+    alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"]
+) -> Float32[Array, "*rows"]:
+    """A step for each row in which its weights `±α + μ`, α and μ rounded, are whole numbers from −127 to 127.
+
+    Such weights add up in integers across groups. Rounding moves α and μ by less than 0.45 % of the row's largest
+    |α| + |μ|, far below the error of three levels. Steps have 4 bits, so that float16 holds 7 bits of them. Of α and
+    μ that are rounded already, it is the step to which they were.
+    """
+    alpha, mu = alpha.astype(jnp.float32), mu.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(alpha) + jnp.abs(mu), axis=-1)
+    # One less than int8 holds, as two are rounded.
+    mantissa, exponent = jnp.frexp(jnp.maximum(largest / 126, _SMALLEST_STEP))
+    sixteenths = jnp.ceil(16 * mantissa)
+
+    def off(step):
+        parts = jnp.stack([alpha, mu]) / step[..., None]
+        error = jnp.max(jnp.abs(parts - jnp.round(parts)), axis=(0, -1))
+        return jnp.where(largest < 127.01 * step, error, jnp.inf)
+
+    # By rounding, a row's largest may have crossed to the step before or after.
+    below = jnp.where(sixteenths > 8, sixteenths - 1, 7.5)
+    above = jnp.where(sixteenths < 16, sixteenths + 1, 18)
+    steps = jnp.stack([jnp.ldexp(each / 16, exponent) for each in (sixteenths, below, above)])
+    exact = jax.vmap(off)(steps) < 1e-3
+    return jnp.where(exact.any(0), jnp.take_along_axis(steps, exact.argmax(0)[None], 0)[0], steps[0])
+
+
+def nearest_ratio(
+    alpha: Float[Array, "*shape"], residual_alpha: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """`α₂/α` in whole steps of 1/200 that fit a byte, for the float16 α that is stored."""
+    stored = alpha.astype(jnp.float16).astype(jnp.float32)
+    ratio = residual_alpha / jnp.where(stored == 0, jnp.inf, stored)
+    return jnp.clip(jnp.round(RATIO_STEPS * ratio), 0, 255)
+
+
+def take_rows(
+    table: Float[Array, "n m"] | IntegerTensor, rows: Int[Array, "*shape"], dtype
+) -> Float[Array, "*shape m"]:
+    """Some rows of a matrix, in `dtype`; of integers, only these are made floats."""
+    taken = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], table)
+    return (taken.dequantize() if isinstance(taken, IntegerTensor) else taken).astype(dtype)
+
+
+def per_column(
+    parameter: Float[Array, "*batch n groups"], in_features: int, group_size: int
+) -> Float[Array, "*batch n m"]:
+    """A parameter of every group, repeated for each of the group's columns."""
+    repeated = jnp.broadcast_to(parameter[..., None], (*parameter.shape, group_size))
+    return repeated.reshape(*parameter.shape[:-1], -1)[..., :in_features]

@@ -1,0 +1,192 @@
+"""One input of a block and the linears that read it, in the form that kernels take."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from twla_jax.core.activation import OFF, ActivationQuantizer, select_clip
+from twla_jax.core.kotms import rotate
+from twla_jax.core.tensors import TernaryTensor
+from twla_jax.inference import tensor_parallel
+from twla_jax.models.decoder import Block, RMSNorm, precision
+from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.dispatch import Implementation
+from twla_jax.ops.integer_matmul import IntegerWeight
+from twla_jax.ops.linear_pair import LinearOperands
+from twla_jax.ops.quantized_linear import MOST_TOKENS, quantized_linear
+from twla_jax.ops.rotate_quantize import gate, kernel_rotation, quantizer_settings, rotate_quantize
+from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
+from twla_jax.ops.tokens import QuantizedTokens
+
+_kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewTokens:
+    """Tokens that their linear is yet to turn and quantise: `settings` are `quantized_linear`'s.
+
+    Attention in parts, one token a sequence, is for the output linear of a block that `takes_parts`.
+    """
+
+    x: Float[Array, "*tokens m"] | AttentionParts
+    settings: dict[str, Any]
+
+    def quantized(self, implementation: Implementation | None) -> QuantizedTokens:
+        """The tokens as two ops leave them between them."""
+        assert not isinstance(self.x, AttentionParts)
+        return rotate_quantize(self.x, implementation=implementation, **self.settings)
+
+
+class KernelInput(nnx.Module):
+    """An input of linears: norm, rotation and quantiser as one op; without a quantiser, norm and rotation in bf16."""
+
+    def __init__(self, block: Block, site: str, *, norm: RMSNorm | None, dtype, mesh, implementation):
+        transform = getattr(block, f"{site}_input")
+        rotation = None if transform.rotation is None else transform.rotation.get_value()
+        quantizer = None if transform.activation is None else transform.activation.get_value()
+        self.rotation = nnx.data(None if rotation is None else nnx.Param(kernel_rotation(rotation, dtype)))
+        self.norm = norm
+        settings = _settings(quantizer)
+        self.settings = nnx.data(None if settings is None else nnx.Param(settings))
+        self.mesh, self.implementation = mesh, implementation
+
+    @property
+    def takes_gate(self) -> bool:
+        """Whether the op can begin a step earlier, with a gate's output and what it gates beside each other."""
+        return self.settings is not None and self.mesh is None
+
+    def operands(self, linear: "KernelLinear") -> LinearOperands | None:
+        """For an op that begins with this input; None if it is not rotated, or the linear no single ternary plane."""
+        if self.settings is None or self.rotation is None or linear.plane is None or self.mesh is not None:
+            return None
+        return LinearOperands(weight=linear.plane, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """What `rotate_quantize` has of it; not without a quantiser."""
+        assert self.settings is not None
+        return {
+            "rotation": None if self.rotation is None else self.rotation.get_value(),
+            "settings": self.settings.get_value(),
+            "norm_scale": None if self.norm is None else self.norm.scale.get_value(),
+            "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
+        }
+
+    def __call__(
+        self, x: Float[Array, "*tokens width"] | AttentionParts, *, gated: bool = False
+    ) -> QuantizedTokens | FewTokens | Float[Array, "*tokens m"]:
+        """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
+        if self.settings is None:
+            assert not isinstance(x, AttentionParts)
+            x = x if self.norm is None else self.norm(x)
+            return x if self.rotation is None else rotate(x, *self.rotation.get_value().factors)
+        settings = self._options()
+        if isinstance(x, AttentionParts):
+            return FewTokens(x=x, settings=settings)
+        if self.mesh is None and x.size <= MOST_TOKENS * x.shape[-1]:
+            return FewTokens(x=gate(x) if gated else x, settings=settings)
+        op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
+        return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
+
+
+class KernelLinear(nnx.Module):
+    """One or several linears that read the same input, as one matrix; `y` lists their outputs side by side."""
+
+    def __init__(self, block: Block, names: tuple[str, ...], *, dtype, mesh, implementation):
+        linears = [getattr(block, name) for name in names]
+        kernels = [linear.kernel.get_value() for linear in linears]
+        biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
+        self.bias = self.second_plane = nnx.data(None)
+        if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
+            pack = _kernel_weight
+            if mesh is not None:
+                pack = functools.partial(tensor_parallel.sharded_weight, mesh=mesh)
+            first, *second = zip(*(kernel.planes() for kernel in kernels), strict=True)
+            weight = for_kernels(pack(first, biases))
+            if second:
+                second_plane = for_kernels(pack(second[0], [None] * len(kernels)))
+                self.second_plane = nnx.data(nnx.Param(second_plane))
+            self.splits = weight.splits
+        else:
+            weight = jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)
+            self.splits = tuple(kernel.shape[-1] for kernel in kernels)
+            if known := [bias for bias in biases if bias is not None]:
+                self.bias = nnx.data(nnx.Param(jnp.concatenate(known).astype(dtype)))
+        self.weight = nnx.Param(weight)
+        self.dtype, self.mesh, self.implementation = dtype, mesh, implementation
+
+    def __call__(
+        self,
+        x: QuantizedTokens | FewTokens | Float[Array, "*tokens m"],
+        residual: Float[Array, "*tokens n"] | None = None,
+        *,
+        gated: bool = False,
+    ) -> Float[Array, "*tokens n"]:
+        """`x Ŵᵀ + b`, rounded to the model's type, and the residual added; or, of two, `silu(first) · second`."""
+        if isinstance(x, FewTokens) and (plane := self.plane) is not None:
+            y = quantized_linear(
+                x.x,
+                weight=plane,
+                residual=residual,
+                gated=gated,
+                out_dtype=self.dtype,
+                implementation=self.implementation,
+                **x.settings,
+            )
+            return y[:, None] if isinstance(x.x, AttentionParts) else y
+        x = x.quantized(self.implementation) if isinstance(x, FewTokens) else x
+        if self.plane is not None and self.mesh is None and not gated:
+            options = {"out_dtype": self.dtype, "implementation": self.implementation}
+            return ternary_matmul(x, self.plane, residual, **options)
+        y = self._outputs(x)
+        y = gate(y) if gated else y
+        return y if residual is None else residual + y
+
+    @property
+    def plane(self) -> KernelWeight | None:
+        """The weight, if it is a single ternary plane."""
+        weight = self.weight.get_value()
+        return weight if isinstance(weight, KernelWeight) and self.second_plane is None else None
+
+    def _outputs(self, x: QuantizedTokens | Float[Array, "*tokens m"]) -> jax.Array:
+        weight = self.weight.get_value()
+        if isinstance(weight, KernelWeight):
+            if self.second_plane is None:
+                return self._product(x, weight, self.dtype)
+            planes = (weight, self.second_plane.get_value())
+            first, second = (self._product(x, plane, jnp.float32) for plane in planes)
+            return (first + second).astype(self.dtype)
+        assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
+        y = jnp.matmul(x, weight, precision=precision(self.dtype))
+        return y if self.bias is None else y + self.bias.get_value()
+
+    def _product(self, x: Any, weight: KernelWeight, dtype: Any) -> jax.Array:
+        op = functools.partial(ternary_matmul, out_dtype=dtype, implementation=self.implementation)
+        return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
+
+    def parts(
+        self, x: QuantizedTokens | FewTokens | Float[Array, "*tokens m"]
+    ) -> tuple[Float[Array, "*tokens _"], ...]:
+        """The outputs of each linear."""
+        y = self(x)
+        # On a mesh, each device's share of all of them is followed by the next device's.
+        shares = y.reshape(*y.shape[:-1], -1, sum(self.splits))
+        parts = jnp.split(shares, np.cumsum(self.splits)[:-1], axis=-1)
+        return tuple(part.reshape(*y.shape[:-1], -1) for part in parts)
+
+
+def for_kernels[T: (KernelWeight, IntegerWeight)](weight: T) -> T:
+    """With scales as the device's kernels take them, so that no step makes a copy of them."""
+    return dataclasses.replace(weight, scales=weight.scale_bits) if jax.default_backend() == "tpu" else weight
+
+
+def _settings(quantizer: ActivationQuantizer | None) -> Float32[Array, " 3"] | None:
+    """What `rotate_quantize` needs of a quantiser; None if it is off."""
+    if quantizer is None or not quantizer.enabled or int(quantizer.bits) >= OFF:
+        return None
+    return quantizer_settings(quantizer.bits, select_clip(quantizer.clips, quantizer.bits))

