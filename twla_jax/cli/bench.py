@@ -1,4 +1,4 @@
-"""`twla bench`: speed on the device at hand, printed as it is measured."""
+"""The command `twla bench`: measures speed on this device and prints each row when it is done."""
 
 import json as json_format
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from twla_jax.cli.options import OptionalInt, argument, numbers
+from twla_jax.cli.options import OptionalFile, OptionalInt, argument, numbers
 
 Shape = Literal["llama-2-7b", "llama-2-70b", "qwen3-8b", "smollm2-135m", "tiny"]
 
@@ -24,24 +24,27 @@ def bench(
     activation_bits: Annotated[str, argument("BITS,…")] = "16,8,4",
     embedding_bits: Annotated[int, argument("BITS")] = 16,
     kv_cache: Literal["bfloat16", "int8"] = "bfloat16",
-    plot: Annotated[str | None, argument("FILE")] = None,
+    plot: OptionalFile = None,
     json: bool = False,
 ) -> None:
-    """Time kernels, prefill and whole-model decode beside XLA's own, with random weights of a model's shape.
+    """Time the kernels, prefill and decoding against XLA's own, on random weights of a model's shape.
+
+    It needs no model. Rows are printed as they are measured. Without kernels for the device, it times the XLA
+    reference and says so.
 
     Args:
-        part: kernels (few tokens), prefill (many), decode (whole models), or all
-        shape: whose matrices to take
-        batch: rows that decode together; several with commas
-        tokens: tokens of a prefill
-        context: tokens in the cache when decoding begins
+        part: kernels (one op at a few tokens), prefill (one op at many tokens), decode (whole model), or all
+        shape: the model whose matrix sizes are used
+        batch: sequences decoded together; several values with commas
+        tokens: tokens in a prefill
+        context: tokens already in the cache when decoding begins
         steps: tokens to decode
-        layers: blocks of the decoding model; all if not given
-        activation_bits: of the decoding models; 16 also times kernels with bfloat16 activations
-        embedding_bits: of the ternary models' embedding and LM head, 2 to 8, or 16; below, kernels time it alone
-        kv_cache: what the decoding models keep keys and values in
-        plot: image to draw a roofline of the kernels and products in
-        json: print the figures as JSON, at the end
+        layers: blocks in the decoding model; default: all
+        activation_bits: activation bits to decode with; 16 also times the kernels with bfloat16 activations
+        embedding_bits: bits of the embedding and the LM head, 2 to 8, or 16; below 16, the head is also timed alone
+        kv_cache: type of the key/value cache
+        plot: write a roofline plot to this image file
+        json: print all figures as JSON at the end
     """
     from twla_jax import bench
     from twla_jax.bench import table

@@ -1,6 +1,6 @@
-"""The command line `twla`: figures on stdout, progress on stderr, mistakes in one line.
+"""The entry point of `twla`: figures go to stdout, progress to stderr, and a user's mistake is one line.
 
-Nothing heavy is imported before a command runs, so that `--help` answers at once.
+Heavy packages are imported only when a command runs, so that `--help` answers at once.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, else 1."""
+    """Run `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, and 1 for other errors."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     xla_flags.take_products_from_libraries()
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> None:
     chosen: list[Callable[[], None]] = []
 
     def deferred(command: Callable[..., None]) -> Callable[..., None]:
-        """The command with its call put off, so that only the parser's own errors are caught as such."""
+        """Return the command with its call postponed, so that only errors of the parser are caught as such."""
 
         @functools.wraps(command)
         def call(*args, **kwargs):
@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> None:
             tyro.extras.subcommand_cli_from_dict(
                 {name: deferred(command) for name, command in COMMANDS.items()},
                 prog="twla",
-                description="Ternary weights and low-bit activations for language models.",
+                description="Quantise language models to ternary weights and low-bit activations, and use them.",
                 args=arguments,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
@@ -82,7 +82,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _one_line(box: str) -> str:
-    """The parser's message without its frame, its help texts and its line breaks."""
+    """Return the parser's message without its frame, help texts and line breaks."""
     words = []
     for line in box.splitlines():
         content = line.strip("│─ ").strip()

