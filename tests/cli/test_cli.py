@@ -128,7 +128,7 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
         patch.setattr(end_to_end, "harden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert fails(capsys, *quantize)[1] == 130
     # What is finished is not done again.
-    for module, name in ((self_sampling, "_sample_batch"), (pipeline, "_quantize_block")):
+    for module, name in ((self_sampling, "_sample_batch"), (pipeline, "quantize_block")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done twice"))
     step, steps = end_to_end._step, []
     monkeypatch.setattr(end_to_end, "_step", lambda *a, **k: steps.append(0) or step(*a, **k))

@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_pat
         done.append(1)
         return quantize_block(*args)
 
-    monkeypatch.setattr(pipeline, "_quantize_block", interrupted)
+    monkeypatch.setattr(pipeline, "quantize_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
     done.clear()
