@@ -95,7 +95,8 @@ def quantize_matrix(
     _, (scales, codes) = jax.lax.scan(quantize_group, target, jnp.arange(0, padded, group))
     codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, :m]
     tensor = levels.pack(codes, tuple(p.T for p in scales), group)
-    return tensor, _errors(weight[:, :m], tensor, moment / tokens) | {"damping": damping}
+    difference = weight[:, :m] - tensors.dequantize(tensor)
+    return tensor, output_figures(weight[:, :m], difference, moment / tokens) | {"damping": damping}
 
 
 def propagated(
@@ -187,8 +188,10 @@ def factor(
     return root, inverse, next_damping / 10
 
 
-def _errors(weight, tensor, moment):
-    difference = weight - tensors.dequantize(tensor)
+def output_figures(
+    weight: Float[Array, "n m"], difference: Float[Array, "n m"], moment: Float[Array, "m m"]
+) -> dict[str, Float[Array, ""]]:
+    """Returns `output_error` (`‖X D ᵀ‖² / ‖X Wᵀ‖²`) and `weight_error` (`‖D‖² / ‖W‖²`) of a difference D."""
 
     def energy(v):
         return (jnp.matmul(v, moment, precision=_HIGHEST) * v).sum()

@@ -73,7 +73,11 @@ def euclidean_two_planes(w: Float[Array, "n g"], mask: Bool[Array, "n g"]) -> tu
 
 
 def relocate(
-    w: Float[Array, "n g"], mask: Bool[Array, "n g"], scales: Scales, codes: Codes, moment: Float[Array, "g g"]
+    w: Float[Array, "n g"],
+    mask: Bool[Array, "n g"],
+    scales: Scales,
+    codes: Codes,
+    moment: Float[Array, "g g"],
 ) -> Scales:
     """Returns scales of less output error `(w − ŵ)ᵀ S (w − ŵ)` over the masked elements, codes fixed.
 
@@ -123,7 +127,7 @@ def _least_squares(codes: Float[Array, "n g"], target: Float[Array, "n g"]) -> F
 
 
 def _nearest(centered, alpha, beta, mask) -> tuple[Float[Array, "n g"], Float[Array, "n g"]]:
-    """Returns the pair of codes of the nearest of nine levels; of equal distances the first in rising order of pairs."""
+    """Returns the pair of codes of the nearest of nine levels; ties go to the first pair in rising order."""
     best = jnp.full_like(centered, jnp.inf)
     first = second = jnp.zeros_like(centered)
     for i in (-1, 0, 1):

@@ -86,7 +86,10 @@ def salient_threshold(a: Float[Array, "n g"], inside: Bool[Array, "n g"]) -> Flo
 
 
 def other_threshold(
-    a: Float[Array, "n g"], inside: Bool[Array, "n g"], outside: Bool[Array, "n g"], moment: Float[Array, "g g"]
+    a: Float[Array, "n g"],
+    inside: Bool[Array, "n g"],
+    outside: Bool[Array, "n g"],
+    moment: Float[Array, "g g"],
 ) -> Float[Array, ""]:
     """Returns the saliency from which an element outside the salient columns is large.
 
