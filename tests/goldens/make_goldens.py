@@ -1,11 +1,12 @@
 """Makes the golden files beside it from transformers' PyTorch models in float32.
 
-Needs torch, transformers and gguf, none of which the tests do: `python tests/goldens/make_goldens.py [SMOLLM2.gguf]`.
-Small random models keep their weights in the file; of SmolLM2 a sample of the logits is kept.
+Needs torch, transformers and gguf, none of which the tests do (Python 3.11 where torch has no wheel for a newer one):
+`python tests/goldens/make_goldens.py [CASE …] [SMOLLM2.gguf]`; without a case, all of them are made. Small random models keep their weights in the file; of SmolLM2 a sample of the logits is kept.
 """
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,31 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "short_factor": [1.0, 1.25, 1.5, 2.0],
+    "long_factor": [1.0, 1.5, 3.0, 6.0],
+}
 CASES = {
     "llama": ("llama", {}),
     "llama_tied_llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama_linear_biases": ("llama", {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True}),
+    "llama_yarn": ("llama", {"rope_parameters": YARN}),
+    # 24 tokens: past the original context, so with the long factors; and within it, with the short ones.
+    "llama_longrope": ("llama", {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 16}}),
+    "llama_longrope_short": (
+        "llama",
+        {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 32}},
+    ),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral_sliding": ("mistral", {"sliding_window": 7}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -99,7 +121,10 @@ def smollm2(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for index, case in enumerate(CASES):
-        small_model(case, index)
-    if len(sys.argv) > 1:
-        smollm2(Path(sys.argv[1]))
+    named = [argument for argument in sys.argv[1:] if argument in CASES]
+    files = [argument for argument in sys.argv[1:] if argument not in CASES]
+    for case in named or CASES:
+        # Seeded by the name, so that a new case leaves the others as they are.
+        small_model(case, zlib.crc32(case.encode()))
+    if files:
+        smollm2(Path(files[0]))

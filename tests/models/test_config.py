@@ -67,14 +67,14 @@ def test_settings_survive_json():
     ("change", "named"),
     [
         ({"model_type": "mixtral"}, "'mixtral' is not supported; supported are llama, mistral, qwen2, qwen3"),
-        ({"model_type": None}, "architecture None"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"model_type": None}, "architecture null"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu' or 'swish'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks 'low_freq_factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already (gptq)"),
         ({"num_key_value_heads": 3}, "4 heads of 8 cannot share 3 key/value heads"),
-        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"hidden_size": None}, "hidden_size is null, not an integer"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change, named):
@@ -93,3 +93,8 @@ def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones():
     assert ratio[0] == 1.0
     np.testing.assert_allclose(ratio[2:], 8.0, rtol=1e-6)
     assert 1 < ratio[1] < 8
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(TwlaError, match="'hidden_size' is missing"):
+        DecoderConfig.from_hf({key: value for key, value in BASE.items() if key != "hidden_size"})

@@ -8,8 +8,28 @@ import numpy as np
 from jaxtyping import Int
 
 from twla_jax.errors import TwlaError
+from twla_jax.models.config_keys import MOST_LAYERS, check_keys
+from twla_jax.models.rope_settings import RopeScaling, read_rope
+from twla_jax.schema import check_values, integer, number, optional, shown
+
+__all__ = ["DecoderConfig", "RopeScaling", "check_length", "check_vocabulary"]
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+
+# Ranges of the settings themselves, whatever file they came from.
+_RANGES = {
+    "vocab_size": integer(1, 2**26),
+    "hidden_size": integer(1, 2**24),
+    "intermediate_size": integer(1, 2**24),
+    "num_layers": integer(1, MOST_LAYERS),
+    "num_heads": integer(1, 2**16),
+    "num_kv_heads": integer(1, 2**16),
+    "head_dim": integer(2, 2**16),
+    "rms_norm_eps": number(0, 1, above=True),
+    "rope_theta": number(0, 1e30, above=True),
+    "max_position_embeddings": integer(1, 2**31 - 1),
+    "sliding_window": optional(integer(1, 2**31 - 1)),
+}
 
 # What transformers assumes where a config.json is silent, for the keys whose default depends on the family.
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -18,22 +38,6 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are changed for longer contexts.
-
-    `linear` divides all of them by `factor`; `llama3` divides the low ones, keeps the high ones and blends between;
-    `factors` divides the i-th by `factors[i]`, the form in which GGUF files state the llama3 rule.
-    """
-
-    kind: str
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    factors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,44 +82,57 @@ class DecoderConfig:
         model_type = config.get("model_type")
         if model_type not in SUPPORTED:
             raise TwlaError(
-                f"{source}: architecture {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"
+                f"{source}: architecture {shown(model_type)} is not supported; supported are {', '.join(SUPPORTED)}"
             )
+        check_keys(config, source)
         known = {**_FAMILY_DEFAULTS[model_type], **config}
-        _refuse_unsupported(known, source)
+        if known.get("attention_bias") and model_type == "mistral":
+            raise TwlaError(f"{source}: attention_bias is not supported for mistral")
 
-        def required(key):
+        def required(key: str) -> Any:
             if known.get(key) is None:
                 raise TwlaError(f"{source}: {key!r} is missing")
             return known[key]
 
-        num_heads = required("num_attention_heads")
-        attention_bias = bool(known.get("attention_bias", False))
+        num_heads, hidden = required("num_attention_heads"), required("hidden_size")
+        head_dim = known.get("head_dim")
+        if head_dim is None and hidden % num_heads:
+            raise TwlaError(f"{source}: hidden_size {hidden} is no multiple of {num_heads} heads")
+        head_dim = head_dim or hidden // num_heads
+        theta, scaling = read_rope(known, pairs=head_dim // 2, source=source)
+        attention_bias = known.get("attention_bias", False)
         eos = known.get("eos_token_id")
         settings = cls(
             model_type=model_type,
             vocab_size=required("vocab_size"),
-            hidden_size=required("hidden_size"),
+            hidden_size=hidden,
             intermediate_size=required("intermediate_size"),
             num_layers=required("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=known.get("num_key_value_heads") or num_heads,
-            head_dim=known.get("head_dim") or required("hidden_size") // num_heads,
+            head_dim=head_dim,
             rms_norm_eps=float(known.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
             max_position_embeddings=known.get("max_position_embeddings", 2048),
-            tie_word_embeddings=bool(known.get("tie_word_embeddings", False)),
+            tie_word_embeddings=known.get("tie_word_embeddings", False),
             qkv_bias=model_type == "qwen2" or attention_bias,
             o_bias=model_type in ("llama", "qwen3") and attention_bias,
-            mlp_bias=model_type == "llama" and bool(known.get("mlp_bias", False)),
+            mlp_bias=model_type == "llama" and known.get("mlp_bias", False),
             qk_norm=model_type == "qwen3",
             bos_token_id=known.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            **_rope(known, source),
-            **_sliding(known),
+            **_sliding(known, source),
         )
         return settings.checked(source)
 
     def checked(self, source: str) -> "DecoderConfig":
-        """Itself, if its sizes fit together; TwlaError naming `source` if not."""
+        """Returns itself, if its sizes are in range and fit together.
+
+        Raises:
+          TwlaError: they are not; the message begins with `source`.
+        """
+        check_values({field: getattr(self, field) for field in _RANGES}, _RANGES, source)
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise TwlaError(
                 f"{source}: {self.num_heads} heads of {self.head_dim} cannot share {self.num_kv_heads} key/value heads"
@@ -131,70 +148,36 @@ class DecoderConfig:
         """Settings from `to_dict`, also after a round trip through JSON."""
         settings = dict(settings)
         if settings.get("rope_scaling") is not None:
-            scaling = dict(settings["rope_scaling"])
-            settings["rope_scaling"] = RopeScaling(
-                **{**scaling, "factors": tuple(scaling.get("factors", ()))}
-            )
+            settings["rope_scaling"] = RopeScaling.from_dict(settings["rope_scaling"])
         for key in ("sliding_layers", "eos_token_ids"):
             settings[key] = tuple(settings.get(key, ()))
         return cls(**settings)
 
 
-def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
-    """Refuses settings that would change the forward pass in a way the decoder has no part for."""
-    wanted = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
-    for key, value in wanted.items():
-        if (found := config.get(key)) not in (None, value):
-            shown = found.get("quant_method", found) if isinstance(found, Mapping) else found
-            raise TwlaError(f"{source}: {key} {shown!r} is not supported, only {value!r}")
-    if config.get("attention_bias") and config["model_type"] == "mistral":
-        raise TwlaError(f"{source}: attention_bias is not supported for mistral")
-
-
-def _rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`; transformers 5 writes both into `rope_parameters`, 4 side by side."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise TwlaError(
-            f"{source}: partial_rotary_factor {parameters['partial_rotary_factor']} is not supported, only 1.0"
-        )
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    keys = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in keys:
-        raise TwlaError(
-            f"{source}: rope scaling {kind!r} is not supported; supported are default, {', '.join(keys)}"
-        )
-    for key in keys[kind]:
-        if key not in parameters:
-            raise TwlaError(f"{source}: rope scaling {kind!r} lacks {key!r}")
-    return {
-        "rope_theta": theta,
-        "rope_scaling": RopeScaling(kind=kind, **{key: parameters[key] for key in keys[kind]}),
-    }
-
-
-def _sliding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`sliding_window` and `sliding_layers`: all layers of Mistral, some of Qwen's where switched on."""
-    window, layers = config.get("sliding_window"), range(config["num_hidden_layers"])
-    if config["model_type"] == "llama" or (
-        config["model_type"] != "mistral" and not config.get("use_sliding_window", False)
-    ):
-        window = None
-    if window is None:
+def _sliding(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Returns `sliding_window` and `sliding_layers`: all layers of Mistral, some of Qwen's where switched on."""
+    family, count = config["model_type"], config["num_hidden_layers"]
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if family == "llama":  # transformers has no window there
+        window, kinds = None, None
+    if kinds is not None and len(kinds) != count:
+        raise TwlaError(f"{source}: layer_types has {len(kinds)} entries for {count} layers")
+    switched_on = family == "mistral" or config.get("use_sliding_window", False)
+    if window is None or not switched_on:
+        if kinds is not None and "sliding_attention" in kinds:
+            raise TwlaError(
+                f"{source}: layer_types names sliding layers, but there is no sliding_window in use"
+            )
         return {"sliding_window": None, "sliding_layers": ()}
-    if config["model_type"] == "mistral":
-        sliding = tuple(layers)
-    elif config.get("layer_types"):
-        sliding = tuple(i for i in layers if config["layer_types"][i] == "sliding_attention")
+    if family == "mistral":
+        if kinds is not None and "full_attention" in kinds:
+            raise TwlaError(f"{source}: layer_types with full layers are not supported for mistral")
+        sliding = range(count)
+    elif kinds is not None:
+        sliding = (i for i in range(count) if kinds[i] == "sliding_attention")
     else:
-        sliding = tuple(i for i in layers if i >= config["max_window_layers"])
-    return {"sliding_window": window, "sliding_layers": sliding}
+        sliding = range(min(config["max_window_layers"], count), count)
+    return {"sliding_window": window, "sliding_layers": tuple(sliding)}
 
 
 def check_length(seq_len: int, config: DecoderConfig) -> None:

@@ -1,0 +1,153 @@
+"""Every key that transformers' configuration classes have is read, refused, or known to change nothing."""
+
+import dataclasses
+import json
+
+import pytest
+
+from twla_jax.errors import TwlaError
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.config_keys import READ, REFUSED, WITHOUT_EFFECT
+from twla_jax.models.rope_settings import RopeScaling
+
+BASE = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+def refusal(change):
+    with pytest.raises(TwlaError) as error:
+        DecoderConfig.from_hf({**BASE, **change}, source="c.json")
+    message = str(error.value)
+    assert message.startswith("c.json: ")
+    assert "\n" not in message
+    assert len(message) < 300
+    return message.removeprefix("c.json: ")
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_no_key_of_a_family_is_passed_over_unseen(family):
+    import transformers
+
+    keys = {field.name for field in dataclasses.fields(getattr(transformers, f"{family}Config"))}
+    assert {"vocab_size", "rope_parameters", "attention_dropout"} <= keys
+    assert keys <= {*READ, *REFUSED, *WITHOUT_EFFECT}
+    assert not (
+        READ.keys() & REFUSED.keys() or READ.keys() & WITHOUT_EFFECT or REFUSED.keys() & WITHOUT_EFFECT
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, not an integer from 1 to 65536"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4, not an integer"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4', not an integer"),
+        ({"num_attention_heads": [4]}, "num_attention_heads is a list of 1, not an integer"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads is -2, not an integer"),
+        ({"num_key_value_heads": "x"}, "num_key_value_heads is 'x', not an integer"),
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000, not an integer"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0, not an integer"),
+        ({"hidden_size": 33}, "hidden_size 33 is no multiple of 4 heads"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"vocab_size": True}, "vocab_size is true"),
+        ({"vocab_size": 10**5000}, "vocab_size is an integer of more than 40 digits"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is null, not a number"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x', not a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_theta": "x"}, "rope_theta is 'x', not a number"),
+        ({"rope_theta": 10**400}, "rope_theta is an integer of more than 40 digits"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_scaling": 5}, "rope_scaling is 5, not an object"),
+        ({"rope_scaling": "x"}, "rope_scaling is 'x', not an object"),
+        ({"rope_scaling": [1]}, "rope_scaling is a list of 1, not an object"),
+        ({"rope_scaling": {"rope_type": [1]}}, "rope scaling a list of 1 is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope scaling 'dynamic' is not supported",
+        ),
+        ({"rope_scaling": {**LINEAR, "factor": None}}, "rope_scaling: factor is null"),
+        ({"rope_parameters": {"full_attention": LINEAR}}, "settings by kind of layer"),
+        ({"head_dim": "8"}, "head_dim is '8'"),
+        ({"head_dim": -16}, "head_dim is -16"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, not an integer from 1 to 4096"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention"]},
+            "layer_types has 1 entries for 4 layers",
+        ),
+        ({"model_type": "qwen2", "layer_types": ["x"] * 4}, "layer_types is a list of 4, not a list"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "no sliding_window in use"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "full layers are not supported"),
+        ({"model_type": ["llama"]}, "architecture a list of 1 is not supported"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ({"eos_token_id": [2, None]}, "eos_token_id is a list of 2"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
+        ({"attention_bias": True, "model_type": "mistral"}, "attention_bias is not supported for mistral"),
+        ({"per_layer_config": {"0": {}}}, "per_layer_config an object of 1 is not supported"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder true is not supported, only false"),
+    ],
+)
+def test_wrong_types_and_ranges_are_refused_by_name(change, message):
+    assert message in refusal(change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits"),
+        ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ([], "an unnamed method"),
+    ],
+)
+def test_weights_that_are_quantised_already_are_named(settings, named):
+    assert refusal({"quantization_config": settings}) == (
+        f"its weights are quantised already ({named}); bring the model in 16 or 32 bits"
+    )
+
+
+def test_of_two_places_for_a_rotary_scaling_the_older_name_decides_as_in_transformers():
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    config = DecoderConfig.from_hf({**BASE, "rope_parameters": plain, "rope_scaling": LINEAR})
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
+    config = DecoderConfig.from_hf({**BASE, "rope_parameters": {**LINEAR, "factor": 2.0}, "rope_scaling": {}})
+    assert config.rope_scaling.factor == 2.0
+    message = refusal({"rope_parameters": {**plain, "rope_theta": 1e6}, "rope_scaling": LINEAR})
+    assert message == "rope_theta is 10000 where the scaling is read, but 1e+06 beside it; keep one"
+    assert "rope_theta" in refusal({"rope_parameters": plain, "rope_theta": 5e5})
+
+
+def test_a_null_scaling_and_swish_mean_what_is_usual():
+    config = DecoderConfig.from_hf({**BASE, "rope_scaling": None, "rope_parameters": None})
+    assert config == DecoderConfig.from_hf({**BASE, "hidden_act": "swish", "use_cache": False})
+
+
+def test_yarn_and_longrope_take_their_defaults_from_the_positions():
+    yarn = DecoderConfig.from_hf({**BASE, "rope_scaling": {"type": "yarn", "factor": 4.0}}).rope_scaling
+    assert yarn.original_max_position_embeddings == 64
+    assert yarn.attention_factor == pytest.approx(1.1386294361)  # 0.1 ln 4 + 1
+    deepseek = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    weighted = DecoderConfig.from_hf({**BASE, "rope_scaling": deepseek}).rope_scaling
+    assert weighted.attention_factor == pytest.approx(1.1386294361 / 1.0693147181)
+    longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    stated = {**BASE, "rope_scaling": longrope, "original_max_position_embeddings": 16}
+    scaling = DecoderConfig.from_hf(stated).rope_scaling
+    assert (scaling.factor, scaling.original_max_position_embeddings) == (4.0, 16)
+    assert scaling.attention_factor == pytest.approx(1.5**0.5)  # sqrt(1 + ln 4 / ln 16)
+    assert "4 factors for 8 rotated pairs" in refusal({"rope_scaling": longrope, "head_dim": 16})
+    config = DecoderConfig.from_hf(stated)
+    assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
