@@ -42,6 +42,15 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases(data: Path) -> Path:
+    """Small inputs with the right value, in the folder `cases` beside the corpora."""
+    folder = data.parent / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"no cases beside {data}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def stories(data: Path) -> Path:
     """stories260K, a real and tiny trained model in Hugging Face layout, in the folder beside the corpora."""
     folder = data.parent / "models" / "stories260K"

@@ -1,7 +1,8 @@
 """Makes the golden files beside it from transformers' PyTorch models in float32.
 
-Needs torch, transformers and gguf, none of which the tests do (Python 3.11 where torch has no wheel for a newer one):
-`python tests/goldens/make_goldens.py [CASE …] [SMOLLM2.gguf]`; without a case, all of them are made. Small random models keep their weights in the file; of SmolLM2 a sample of the logits is kept.
+Needs torch, transformers and gguf, none of which the tests do (Python 3.11, where newer ones have no wheel of torch):
+`python tests/goldens/make_goldens.py [CASE …] [SMOLLM2.gguf]`; without a case, all of them are made.
+Small random models keep their weights in the file; of SmolLM2 a sample of the logits is kept.
 """
 
 import json

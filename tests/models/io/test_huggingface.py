@@ -1,6 +1,7 @@
 """Folders in Hugging Face layout: one shard or many, whole or damaged."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -127,3 +128,135 @@ def test_a_folder_without_weights_or_tokenizer_is_named(case, tmp_path):
     assert "neither model.safetensors nor model.safetensors.index.json" in refusal(tmp_path)
     with pytest.raises(TwlaError, match="no tokenizer is there"):
         read_model(tmp_path)
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(golden, tmp_path, caplog):
+    case = golden("llama")
+    case.config["tie_word_embeddings"] = True
+    model = load_model(case.write(tmp_path))
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_array_equal(model.head.kernel.get_value(), case.weights["lm_head.weight"].T)
+    assert "the head differs; it is kept apart" in caplog.text
+    assert read_config(tmp_path).tie_word_embeddings  # what the file says; the model knows better
+
+
+def test_of_a_tied_pair_the_head_alone_is_enough(golden, tmp_path):
+    case = golden("qwen2_tied")
+    embed = case.weights["lm_head.weight"] = case.weights.pop("model.embed_tokens.weight")
+    model = load_model(case.write(tmp_path))
+    assert model.head is None
+    np.testing.assert_array_equal(model.embed.get_value(), embed)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("model."),
+        lambda name: (
+            name if name.startswith("lm_head") else f"model.language_model.{name.removeprefix('model.')}"
+        ),
+        lambda name: f"language_model.{name}",
+    ],
+)
+def test_names_may_lack_the_usual_prefix_or_have_more(case, tmp_path, rename):
+    case.weights = {rename(name): value for name, value in case.weights.items()}
+    model = load_model(case.write(tmp_path))
+    np.testing.assert_array_equal(model.blocks.up.kernel.get_value()[1], case.weights[rename(NAME)].T)
+
+
+def test_tensors_beside_the_text_decoder_are_named_and_left_out(case, tmp_path, caplog):
+    extra = np.zeros(2, np.float32)
+    names = (
+        "vision_tower.a",
+        "vision_tower.b",
+        "mtp.fc.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+    )
+    case.weights |= dict.fromkeys(names, extra)
+    load_model(case.write(tmp_path))
+    assert "2 tensors of vision are left out (vision_tower.a, …)" in caplog.text
+    assert "1 tensors of multi-token prediction are left out" in caplog.text
+
+
+def test_a_tensor_that_the_index_does_not_list_is_not_passed_over(case, tmp_path):
+    weight_map = write_shards(case, tmp_path)
+    held = {name: case.weights[name] for name in weight_map if weight_map[name] == weight_map[NAME]}
+    save_file({**held, "model.extra.weight": np.zeros(2, np.float32)}, tmp_path / weight_map[NAME])
+    assert "'model.extra.weight' has no place in a llama decoder" in refusal(tmp_path)
+
+
+def test_stale_weights_beside_an_index_are_refused(case, tmp_path):
+    write_shards(case, tmp_path)
+    save_file(case.weights, tmp_path / "model.safetensors")
+    assert refusal(tmp_path).endswith("which does not name it; keep one of them")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1, "weight_map is an object of 1, not an object of which each value is a text"),
+        (["a"], "weight_map is an object of 1"),
+        ("../escape.safetensors", "'../escape.safetensors' is not the name of a file in this folder"),
+        ("/abs.safetensors", "is not the name of a file in this folder"),
+        ("", "'' is not the name of a file in this folder"),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(case, tmp_path, value, message):
+    write_shards(case, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: value}}))
+    assert message in refusal(tmp_path)
+
+
+def test_shapes_are_compared_before_anything_is_allocated(case, tmp_path):
+    case.config |= {"vocab_size": 2**26, "hidden_size": 2**22}
+    assert "has shape [32, 48], not [4194304, 48]" in refusal(case.write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "GPTQ or AWQ"),
+        ("model.layers.0.mlp.up_proj.weight_packed", "compressed-tensors"),
+        ("model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
+    ],
+)
+def test_quantised_tensors_are_named_even_where_the_config_is_silent(case, tmp_path, name, tool):
+    case.weights[name] = np.zeros(2, np.uint8)
+    assert f"its weights are quantised already ({tool}, tensor {name!r})" in refusal(case.write(tmp_path))
+
+
+def test_files_that_are_no_weights_are_named_at_once(case, tmp_path):
+    case.write(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert (
+        refusal(tmp_path) == f"{weights}: is a git-lfs pointer, not the file itself; run `git lfs pull` there"
+    )
+    weights.unlink()
+    os.mkfifo(weights)
+    assert refusal(tmp_path) == f"{weights}: not a regular file"
+    weights.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    assert "pickled weights are not read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "not valid JSON (nested too deeply)"),
+        ('{"a":' * 100_000, "not valid JSON (nested too deeply)"),
+        ("[]", "not a JSON object"),
+        ('{"eos_token_id": "x"}', "eos_token_id is 'x'"),
+        ('{"eos_token_id": 1' + "0" * 5000 + "}", "not valid JSON"),
+    ],
+)
+def test_generation_settings_are_checked(case, tmp_path, content, message):
+    (case.write(tmp_path) / "generation_config.json").write_text(content)
+    assert message in refusal(tmp_path)
+
+
+def test_generation_ends_at_the_tokens_of_either_file(case, tmp_path):
+    case.config["eos_token_id"] = 2
+    for stated, ends in (({"eos_token_id": [2, 13]}, (2, 13)), ({"eos_token_id": 5}, (2, 5)), ({}, (2,))):
+        (case.write(tmp_path) / "generation_config.json").write_text(json.dumps(stated))
+        assert read_config(tmp_path).eos_token_ids == ends

@@ -145,6 +145,9 @@ class _Tensors:
     def dtype(self, name: str) -> np.dtype:
         return _FLOATS.get(self._file.tensors[name].kind, self._blocks_dtype)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[name].shape
+
     def read(self, name: str) -> np.ndarray:
         tensor = self._file.read(name)
         if any(part in name for part in self._interleaved):

@@ -1,16 +1,17 @@
 """Reads a model folder in Hugging Face layout: `config.json` and one or many safetensors files."""
 
-import json
+import dataclasses
+import logging
+from collections.abc import Collection
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-import safetensors
-
-from twla_jax.errors import TwlaError
+from twla_jax.json_files import read_json
 from twla_jax.models.config import DecoderConfig
+from twla_jax.models.config_keys import READ
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.io.loading import fill_decoder
+from twla_jax.models.io.shards import Shards
+from twla_jax.schema import check_values
 
 # Decoder parameter → tensor; {} is the layer.
 TENSOR_NAMES = {
@@ -36,17 +37,35 @@ TENSOR_NAMES = {
     "blocks.up.bias": "model.layers.{}.mlp.up_proj.bias",
     "blocks.down.bias": "model.layers.{}.mlp.down_proj.bias",
 }
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_log = logging.getLogger(__name__)
+GENERATION = "generation_config.json"
+_EMBED, _HEAD = TENSOR_NAMES["embed"], TENSOR_NAMES["head.kernel"]
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """The settings in `folder/config.json`; TwlaError if absent, not JSON, or of an unsupported architecture."""
+    """Returns the settings in `folder/config.json`, with the end tokens of `generation_config.json` beside its own.
+
+    Raises:
+      TwlaError: one of the files is not JSON, or a setting is missing, out of range or not supported.
+    """
     path = folder / "config.json"
-    return DecoderConfig.from_hf(_read_json(path), source=str(path))
+    config = DecoderConfig.from_hf(read_json(path), source=str(path))
+    if (folder / GENERATION).exists():
+        path = folder / GENERATION
+        stated = read_json(path)
+        check_values(stated, {"eos_token_id": READ["eos_token_id"]}, str(path))
+        more = stated.get("eos_token_id")
+        more = more if isinstance(more, list) else [] if more is None else [more]
+        ends = dict.fromkeys([*config.eos_token_ids, *more])
+        config = dataclasses.replace(config, eos_token_ids=tuple(ends))
+    return config
 
 
 def load_model(folder: Path, *, dtype=None) -> Decoder:
-    """The decoder in `folder`, parameters as numpy arrays in their stored type (float32, float16 or bfloat16).
+    """Returns the decoder in `folder`, parameters as numpy arrays in their stored type (float32, float16 or bfloat16).
+
+    A head that the configuration ties to the embedding, but that the file holds with other values, is kept apart, as
+    transformers 5 does; of a tied pair, either may be the one that is stored.
 
     Args:
       dtype: what it computes in; float32 if None.
@@ -54,70 +73,32 @@ def load_model(folder: Path, *, dtype=None) -> Decoder:
       TwlaError: as `read_config`; a shard is missing or cut short; a tensor cannot be used.
     """
     config = read_config(folder)
-    shards = _Shards(folder)
-    left_over = {name for name in shards.names() if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        left_over.add(TENSOR_NAMES["head.kernel"])
-    return fill_decoder(config, shards, TENSOR_NAMES, ignored=left_over, dtype=dtype)
-
-
-class _Shards:
-    """The safetensors files of a folder as one source; they are mapped, and read tensor by tensor."""
-
-    def __init__(self, folder: Path):
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            self._listing = index
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise TwlaError(f"{index}: 'weight_map' is missing")
-            self._files = {name: folder / file for name, file in weight_map.items()}
+    shards = Shards(folder)
+    table, ignored = dict(TENSOR_NAMES), _left_out(shards.names(), folder)
+    if config.tie_word_embeddings and _HEAD in shards.names():
+        if _EMBED not in shards.names():
+            table["embed"] = _HEAD
+        elif shards.equal(_EMBED, _HEAD):
+            ignored.add(_HEAD)
         else:
-            self._listing = folder / "model.safetensors"
-            if not self._listing.exists():
-                raise TwlaError(
-                    f"{folder}: neither model.safetensors nor model.safetensors.index.json is there"
-                )
-            self._files = dict.fromkeys(_open(self._listing).keys(), self._listing)
-        self._opened = {path: _open(path) for path in sorted(set(self._files.values()))}
-        for name, path in self._files.items():
-            if name not in self._opened[path].keys():  # noqa: SIM118 (not a dict)
-                raise TwlaError(f"{path}: tensor {name!r}, which {index.name} places here, is missing")
-
-    def names(self):
-        return self._files.keys()
-
-    def where(self, name: str) -> str:
-        return str(self._files.get(name, self._listing))
-
-    def dtype(self, name: str) -> np.dtype:
-        stored = self._opened[self._files[name]].get_slice(name).get_dtype()
-        if stored not in _DTYPES:
-            raise TwlaError(
-                f"{self.where(name)}: tensor {name!r} is {stored}; supported are {', '.join(_DTYPES)}"
-            )
-        return _DTYPES[stored]
-
-    def read(self, name: str) -> np.ndarray:
-        return self._opened[self._files[name]].get_tensor(name)
+            _log.warning("%s: tie_word_embeddings is true, but the head differs; it is kept apart", folder)
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+    return fill_decoder(config, shards, table, ignored=ignored, dtype=dtype)
 
 
-def _open(path: Path):
-    if not path.exists():
-        raise TwlaError(f"{path}: this part of the model is missing")
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise TwlaError(f"{path}: cut short, or not a safetensors file ({error})") from error
+# Parts of published models that stand beside the text decoder, by how the names of their tensors begin.
+_BESIDE = {
+    "vision": ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "image_newline"),
+    "audio": ("audio_tower.", "audio_model."),
+    "multi-token prediction": ("mtp.", "mtp_layers.", "medusa_head."),
+}
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TwlaError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise TwlaError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise TwlaError(f"{path}: not a JSON object")
-    return content
+def _left_out(names: Collection[str], folder: Path) -> set[str]:
+    """Returns the tensors that belong to no text decoder, and says which these are; rotary tables are made anew."""
+    found = {name for name in names if name.endswith("rotary_emb.inv_freq")}
+    for kind, begins in _BESIDE.items():
+        if beside := {name for name in names if name.removeprefix("model.").startswith(begins)}:
+            _log.warning("%s: %d tensors of %s are left out (%s, …)", folder, len(beside), kind, min(beside))
+            found |= beside
+    return found

@@ -28,6 +28,10 @@ class TensorSource(Protocol):
         """The floating-point type `read` returns."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape `read` returns, known without reading."""
+        ...
+
     def read(self, name: str) -> np.ndarray:
         """The tensor itself; read when asked for, not kept."""
         ...
@@ -64,6 +68,10 @@ def fill_decoder(
         raise TwlaError(
             f"{source.where(unknown[0])}: tensor {unknown[0]!r} has no place in a {config.model_type} decoder"
         )
+    for path, parameter in parameters.items():  # before anything is allocated
+        shape = parameter.get_value().shape[1 if path[0] == "blocks" else 0 :]
+        for name in stored[path]:
+            _check_shape(source, name, shape[::-1] if path[-1] == "kernel" else shape)
     for path, parameter in parameters.items():
         leaf_dtype = functools.reduce(jnp.promote_types, map(source.dtype, stored[path]))
         value = np.empty(parameter.get_value().shape, leaf_dtype)
@@ -81,13 +89,15 @@ def _stored_names(path: tuple, table: Mapping[str, str], num_layers: int) -> lis
     return [pattern.format(layer) for layer in range(num_layers)] if path[0] == "blocks" else [pattern]
 
 
+def _check_shape(source: TensorSource, name: str, expected: tuple[int, ...]) -> None:
+    if source.shape(name) != expected:
+        raise TwlaError(
+            f"{source.where(name)}: tensor {name!r} has shape {list(source.shape(name))}, not {list(expected)}"
+        )
+
+
 def _copy_checked(source: TensorSource, name: str, slot: np.ndarray, *, transposed: bool) -> None:
     tensor = source.read(name)
-    expected = slot.shape[::-1] if transposed else slot.shape
-    if tensor.shape != expected:
-        raise TwlaError(
-            f"{source.where(name)}: tensor {name!r} has shape {list(tensor.shape)}, not {list(expected)}"
-        )
     with np.errstate(over="ignore"):  # what overflows a narrower type is infinite, and found next
         slot[...] = tensor.T if transposed else tensor
     if bad := slot.size - int(np.isfinite(slot).sum()):

@@ -52,6 +52,10 @@ def read_config(path: str | Path) -> DecoderConfig:
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise TwlaError(f"{path}: cannot be read ({error.strerror})") from error
+    if not found:
         raise TwlaError(f"{path}: no such file or folder")
     return path

@@ -1,0 +1,50 @@
+"""Model folders that were once read wrongly, with what transformers 5.24 computes from them; and a fuzzer's inputs."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from twla_jax import generate
+from twla_jax.errors import TwlaError
+from twla_jax.models.io.readers import load_model, read_config
+
+forward = jax.jit(lambda model, tokens: model(tokens))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-params-and-scaling", "file-tied-extra-head", "x-qwen2-v5-plus-yarn"]
+)
+def test_logits_are_those_of_transformers(name, cases):
+    expected = np.load(cases / name / "reference_logits.npy")
+    logits = forward(load_model(cases / name), np.load(cases / name / "tokens.npy"))
+    assert np.abs(np.asarray(logits) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_generation_stops_at_an_end_token_of_the_generation_settings(cases):
+    prompt = np.load(cases / "g-eos" / "expected.npz")["p"]
+    model = load_model(cases / "g-eos")
+    assert set(model.config.eos_token_ids) == {2, 113}
+    tokens = generate(model, np.atleast_2d(prompt), max_new_tokens=20)[0]
+    assert tokens[1] == 113
+    assert not set(tokens[2:].tolist()) - {113}  # nothing of its own after the end
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("fuzz_config_ZeroDivisionError_config.py_99.bin", "config.json"),
+        ("fuzz_config_AttributeError_config.py_154.bin", "config.json"),
+        ("fuzz_config_IndexError_config.py_191.bin", "config.json"),
+        ("fuzz_config_out_of_memory.bin", "config.json"),
+        ("fuzz_index_TypeError_huggingface.py_74.bin", "model.safetensors.index.json"),
+    ],
+)
+def test_what_a_fuzzer_found_is_one_line(file, name, cases, golden, tmp_path):
+    golden("llama").write(tmp_path)
+    shutil.copyfile(cases / "fuzz" / file, tmp_path / name)
+    with pytest.raises(TwlaError) as error:
+        load_model(tmp_path) if name.endswith("index.json") else read_config(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+    assert len(str(error.value).splitlines()) == 1

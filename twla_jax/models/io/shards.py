@@ -1,0 +1,160 @@
+"""The safetensors files of a model folder as one source of named tensors."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from twla_jax.errors import TwlaError
+from twla_jax.json_files import read_json, require_file
+from twla_jax.schema import check_values, mapping, text
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_ROWS = 4096  # of two tensors that are compared
+# How the tensors of weights that are quantised already are called, and by which tools.
+_QUANTIZED = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    "_blocks": "MXFP4",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8 or compressed-tensors",
+}
+# What may stand where `model.` is usual, the longer ones first.
+_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "text_model.", "")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+
+
+class Shards:
+    """Every tensor of every file; the files are mapped, and read tensor by tensor."""
+
+    def __init__(self, folder: Path):
+        """Opens the files that the index names, or the single one.
+
+        Raises:
+          TwlaError: a file is missing, unreadable, not safetensors, or lacks what the index places there; or there are
+            an index and a `model.safetensors` that it does not name.
+        """
+        self._listing, promised = _listed(folder)
+        paths = sorted(set(promised.values())) or [self._listing]
+        self._opened = {path: _open(path) for path in paths}
+        for name, path in promised.items():
+            if name not in self._opened[path].keys():  # noqa: SIM118 (not a dict)
+                raise TwlaError(f"{path}: tensor {name!r}, which {INDEX} places here, is missing")
+        # What a file holds beyond the index is not passed over: it has to have a place, too.
+        held = {name: path for path, file in self._opened.items() for name in file.keys()}  # noqa: SIM118
+        self._files = {**held, **promised}
+        _refuse_quantized(self._files)
+        self._stored = _published_names(self._files)
+
+    def names(self) -> Collection[str]:
+        return self._stored.keys()
+
+    def where(self, name: str) -> str:
+        return str(self._files.get(self._stored.get(name, name), self._listing))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        stored = self._slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise TwlaError(
+                f"{self.where(name)}: tensor {name!r} is {stored}; supported are {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[stored]
+
+    def read(self, name: str) -> np.ndarray:
+        return self._file(name).get_tensor(self._stored[name])
+
+    def equal(self, one: str, other: str) -> bool:
+        """Returns whether two matrices hold the same values; some rows of each are in memory at a time."""
+        self.dtype(one), self.dtype(other)
+        shape = self.shape(one)
+        if shape != self.shape(other) or len(shape) != 2:
+            return False
+        first, second = self._slice(one), self._slice(other)
+        rows = (slice(start, min(start + _ROWS, shape[0])) for start in range(0, shape[0], _ROWS))
+        return all(np.array_equal(first[part], second[part]) for part in rows)
+
+    def _file(self, name: str):
+        return self._opened[self._files[self._stored[name]]]
+
+    def _slice(self, name: str):
+        return self._file(name).get_slice(self._stored[name])
+
+
+def _listed(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """Returns the file that lists the tensors, and of an index also which file holds each."""
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.exists():
+        if not single.exists():
+            raise TwlaError(_nothing_to_read(folder))
+        return single, {}
+    content = read_json(index)
+    if not content.get("weight_map"):
+        raise TwlaError(f"{index}: 'weight_map' is missing")
+    check_values(content, {"weight_map": mapping(text(255))}, str(index))
+    for file in content["weight_map"].values():
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise TwlaError(f"{index}: {file!r} is not the name of a file in this folder")
+    promised = {name: folder / file for name, file in content["weight_map"].items()}
+    if single.exists() and single not in promised.values():
+        raise TwlaError(
+            f"{folder}: holds both {SINGLE} and {INDEX}, which does not name it; keep one of them"
+        )
+    return index, promised
+
+
+def _nothing_to_read(folder: Path) -> str:
+    pickled = [name for name in _PICKLED if (folder / name).exists()]
+    if pickled:
+        return (
+            f"{folder / pickled[0]}: pickled weights are not read, since loading them may run code;"
+            " convert the model to safetensors"
+        )
+    return f"{folder}: neither {SINGLE} nor {INDEX} is there"
+
+
+def _refuse_quantized(files: dict[str, Path]) -> None:
+    for name, path in files.items():
+        for ending, tool in _QUANTIZED.items():
+            if name.endswith(ending):
+                raise TwlaError(
+                    f"{path}: its weights are quantised already ({tool}, tensor {name!r}); bring the model in 16 or 32 bits"
+                )
+
+
+def _published_names(files: Collection[str]) -> dict[str, str]:
+    """Returns the stored name of each tensor by the name it is published under.
+
+    Saved from the inner model, names lack `model.`; inside a model of several modalities, they have more in front.
+    """
+    if not any(name.startswith("model.layers.") for name in files):
+        for prefix in _PREFIXES:
+            if any(name.startswith(f"{prefix}layers.") for name in files):
+                return {_renamed(name, prefix): name for name in files}
+    return {name: name for name in files}
+
+
+def _renamed(name: str, prefix: str) -> str:
+    if name.endswith("lm_head.weight"):
+        return name.removeprefix("language_model.")
+    return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+
+def _open(path: Path):
+    if not path.exists():
+        raise TwlaError(f"{path}: this part of the model is missing")
+    require_file(path)
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TwlaError(f"{path}: cut short, or not a safetensors file ({reason})") from error
