@@ -10,6 +10,7 @@ import jax
 from twla_jax.errors import TwlaError
 from twla_jax.models import Decoder
 from twla_jax.models.io import readers
+from twla_jax.models.io.huggingface import GENERATION
 from twla_jax.storage import checkpoint
 
 SMOLLM2 = "smollm2"
@@ -48,6 +49,12 @@ def load(
     if checkpoint.is_checkpoint(resolved):
         return checkpoint.load(resolved, mesh=mesh, dtype=dtype)[:2]
     return readers.read_model(resolved, dtype=dtype)
+
+
+def kept_files(path: Path) -> dict[str, str | bytes]:
+    """Returns the files of a model folder that a quantised one keeps beside its weights, by name."""
+    settings = path / GENERATION
+    return {GENERATION: settings.read_bytes()} if settings.is_file() else {}
 
 
 def describe_model(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from twla_jax.evaluation.scoring import evaluate
 from twla_jax.inference import self_sampling
 from twla_jax.inference.generation import generate
 from twla_jax.jobs import allocate_bits
-from twla_jax.jobs.loading import describe_model, resolve_model
+from twla_jax.jobs.loading import describe_model, kept_files, resolve_model
 from twla_jax.models import Decoder
 from twla_jax.models.config import check_length
 from twla_jax.models.io import readers
@@ -119,7 +119,7 @@ def quantize_to_folder(
             for bits in check_bits or [recipe.activations.bits]
         }
     allocated: dict[str, Any] = {}
-    extra: dict[str, str | bytes] = {}
+    extra = kept_files(path)
     if isinstance(text, sampled.SampledText):
         extra[sampled.FILE] = sampled.dump(text, len(windows))
     if recipe.allocation.budget:

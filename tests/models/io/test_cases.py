@@ -13,9 +13,7 @@ from twla_jax.models.io.readers import load_model, read_config
 forward = jax.jit(lambda model, tokens: model(tokens))
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-params-and-scaling", "file-tied-extra-head", "x-qwen2-v5-plus-yarn"]
-)
+@pytest.mark.parametrize("name", ["llama-params-and-scaling", "file-tied-extra-head", "x-qwen2-v5-plus-yarn"])
 def test_logits_are_those_of_transformers(name, cases):
     expected = np.load(cases / name / "reference_logits.npy")
     logits = forward(load_model(cases / name), np.load(cases / name / "tokens.npy"))

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from twla_jax.errors import TwlaError
+from twla_jax.jobs.loading import kept_files
 from twla_jax.models.io.readers import load_model, read_config, read_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -260,3 +261,5 @@ def test_generation_ends_at_the_tokens_of_either_file(case, tmp_path):
     for stated, ends in (({"eos_token_id": [2, 13]}, (2, 13)), ({"eos_token_id": 5}, (2, 5)), ({}, (2,))):
         (case.write(tmp_path) / "generation_config.json").write_text(json.dumps(stated))
         assert read_config(tmp_path).eos_token_ids == ends
+    # A quantised folder keeps the file as it is.
+    assert json.loads(kept_files(tmp_path)["generation_config.json"]) == stated

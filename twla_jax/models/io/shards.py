@@ -54,15 +54,19 @@ class Shards:
         self._stored = _published_names(self._files)
 
     def names(self) -> Collection[str]:
+        """Returns the published names of all tensors."""
         return self._stored.keys()
 
     def where(self, name: str) -> str:
+        """Returns the file that holds the tensor, or lists the others."""
         return str(self._files.get(self._stored.get(name, name), self._listing))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the tensor's shape; nothing is read."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
+        """Returns the type `read` gives; TwlaError if it is no float of 16 or 32 bits."""
         stored = self._slice(name).get_dtype()
         if stored not in _DTYPES:
             raise TwlaError(
@@ -71,6 +75,7 @@ class Shards:
         return _DTYPES[stored]
 
     def read(self, name: str) -> np.ndarray:
+        """Returns the tensor."""
         return self._file(name).get_tensor(self._stored[name])
 
     def equal(self, one: str, other: str) -> bool:
@@ -127,7 +132,8 @@ def _refuse_quantized(files: dict[str, Path]) -> None:
         for ending, tool in _QUANTIZED.items():
             if name.endswith(ending):
                 raise TwlaError(
-                    f"{path}: its weights are quantised already ({tool}, tensor {name!r}); bring the model in 16 or 32 bits"
+                    f"{path}: its weights are quantised already ({tool}, tensor {name!r});"
+                    " bring the model in 16 or 32 bits"
                 )
 
 
