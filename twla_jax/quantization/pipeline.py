@@ -139,7 +139,7 @@ def _quantize_blocks(
     first = 0
     if store and (snapshot := store.load("stream")):
         first = int(snapshot["layer"])
-        layers = [saved for index in range(first) if (saved := store.load(f"block-{index}"))]
+        layers = [store.require(f"block-{index}") for index in range(first)]
         if first < config.num_layers:
             stream.restore(snapshot["x"])
             if reference:

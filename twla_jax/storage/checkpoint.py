@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.io.tokenizer import load_tokenizer, save_tokenizer
 from twla_jax.recipe import Recipe
-from twla_jax.storage import folders
+from twla_jax.storage import folders, locks, places
 from twla_jax.storage.codec import codec_of, pack_stored, unpack_stored
 from twla_jax.version import __version__
 
@@ -49,6 +49,9 @@ _KINDS: dict[str, type] = {
     "activation": ActivationQuantizer,
 }
 _ARRAY = "array"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+# Orbax reads none of these back. They hold the run's path, time and device, so that the same model gave other bytes.
+_UNREAD = ("commit_success.txt", "_CHECKPOINT_METADATA", "_sharding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,19 +65,52 @@ class CheckpointInfo:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a path is a folder that `save` wrote."""
+    """Returns whether a path is a folder that `save` wrote."""
     return (Path(path) / MANIFEST).is_file()
+
+
+@contextlib.contextmanager
+def claim(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Keeps the place of a folder for the caller, from before hours of work until it is saved there.
+
+    Returns:
+      (as a context) the path to give to `save`; a link is followed.
+    Raises:
+      TwlaError: what `resolve_place`, `check_output` and `hold` refuse.
+    """
+    folder = places.resolve_place(out)
+    with locks.hold(folder):
+        check_output(folder, overwrite)
+        yield folder
+
+
+@contextlib.contextmanager
+def claim_saved(out: str | Path) -> Iterator[Path]:
+    """Keeps a folder that `save` wrote for the caller, who changes it by `revise`.
+
+    Returns:
+      (as a context) its path; a link is followed.
+    Raises:
+      TwlaError: it holds no quantised model, or what `resolve_place` and `hold` refuse.
+    """
+    folder = places.resolve_place(out)
+    if not folder.exists() and not locks.replaced_folder(folder):
+        read_manifest(folder)  # refuses, without a trace of a lock
+    with locks.hold(folder):
+        read_manifest(folder)
+        places.require_replaceable(folder)
+        yield folder
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:
     """Refuses a place that `save` would not write to; to be asked before hours of work.
 
     Raises:
-      TwlaError: `folder` is a file, or holds something and `overwrite` is off or what it holds is no quantised model.
+      TwlaError: `folder` is a file or a mount point, or holds something and `overwrite` is off or what it holds is no
+        quantised model.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise TwlaError(f"{folder}: is a file, not a folder")
+    places.require_replaceable(folder)
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise TwlaError(f"{folder}: exists and is not empty; choose another folder or give --overwrite")
@@ -92,7 +128,7 @@ def save(
     extra: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a quantised model beside `folder`, syncs it to the disk and renames it into place.
+    """Writes a quantised model beside `folder`, syncs it to the disk and puts it into place in one step.
 
     Codes go from 2 bits a weight to base 3, layer by layer (integers from a byte to their own bits); every other array
     is stored in the dtype it has.
@@ -102,22 +138,22 @@ def save(
       report: JSON-ready figures, kept as `report.json`.
       extra: other files to keep in the folder, by name.
     Raises:
-      TwlaError: what `check_output` refuses, or a disk without room. The folder is then as it was before.
+      TwlaError: what `claim` refuses, a name in `extra` that is not that of a file of its own in the folder, a report
+        that JSON cannot hold, or a disk without room. The folder is then as it was before.
     """
-    folder = Path(os.path.abspath(folder))
-    check_output(folder, overwrite)
-    arrays, tensors = _to_stored(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise TwlaError(f"{folder}: needs {needed / 1e6:.0f} MB, but the disk has {free / 1e6:.0f} MB left")
-    with folders.beside(folder) as temporary:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(temporary / _PARAMS, arrays)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, temporary / _TOKENIZER)
-        _write_files(temporary, {REPORT: _dumps(report), **(extra or {})})
-        _seal(temporary, model.config, recipe, tensors, {})
+    more = {REPORT: _dumps(report), **_checked_extra(extra or {})}
+    with claim(Path(os.path.abspath(places.expand(folder))), overwrite=overwrite) as folder:
+        arrays, tensors = _to_stored(model)
+        folders.require_room(folder, [array.nbytes for array in arrays.values()])
+        with folders.beside(folder) as temporary:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(temporary / _PARAMS, arrays)
+            for name in _UNREAD:
+                (temporary / _PARAMS / name).unlink(missing_ok=True)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, temporary / _TOKENIZER)
+            _write_files(temporary, more)
+            _seal(temporary, model.config, recipe, tensors, {})
 
 
 def revise(
@@ -134,12 +170,16 @@ def revise(
     Raises:
       TwlaError: no such model, or a disk without room. The folder is then as it was before.
     """
-    folder = Path(os.path.abspath(folder))
+    with claim_saved(Path(os.path.abspath(places.expand(folder)))) as folder:
+        _revise(folder, model, recipe, {REPORT: _dumps(report), **_checked_extra(extra)})
+
+
+def _revise(folder: Path, model: Decoder, recipe: Recipe, written: Mapping[str, str | bytes]) -> None:
     manifest = read_manifest(folder)
     activations, tensors = _to_stored(model, ActivationQuantizer)
     with folders.beside(folder) as temporary:
         kept = dict(manifest["files"])
-        for name in {REPORT, *extra} & kept.keys():
+        for name in written.keys() & kept.keys():
             del kept[name]
         for name in kept:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +190,7 @@ def revise(
             del kept[str(chunk)]
             (temporary / chunk).unlink()
             (temporary / chunk).write_bytes(jax.device_get(array).tobytes())
-        _write_files(temporary, {REPORT: _dumps(report), **extra})
+        _write_files(temporary, written)
         _seal(temporary, model.config, recipe, {**manifest["tensors"], **tensors}, kept)
 
 
@@ -327,6 +367,23 @@ def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
             yield checkpointer
     finally:
         log.setLevel(level)
+
+
+def _checked_extra(extra: Mapping[str, str | bytes]) -> Mapping[str, str | bytes]:
+    """Returns the files as they are, if each has a name of its own in the folder and content that can be written.
+
+    Raises:
+      TwlaError: another folder's name, one of the files that `save` itself writes, or a content that is no text.
+    """
+    taken = {MANIFEST, REPORT, _PARAMS, _TOKENIZER}
+    for name, content in extra.items():
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or name.lower() in taken:
+            raise TwlaError(
+                f"extra file {name!r}: must be the plain name of a file, and none of {sorted(taken)}"
+            )
+        if not isinstance(content, str | bytes):
+            raise TwlaError(f"extra file '{name}': must be text or bytes, not {type(content).__name__}")
+    return extra
 
 
 def _write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:

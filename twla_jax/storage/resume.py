@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ import numpy as np
 from twla_jax.errors import TwlaError
 
 _IDENTITY = "fingerprint.json"
+_GROUP = "belongs to"  # the name inside a group's file; no array of a caller is called so
+# A file that was being written; without the number, as earlier versions named it.
+_TEMPORARY = re.compile(r"\.(fingerprint\.json|.+\.npz)(\.[0-9a-f]{16})?\.tmp")
 
 
 def fingerprint(settings: Any, arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 of JSON-ready settings and of arrays with their shapes and dtypes, in order."""
+    """Returns the SHA-256 of JSON-ready settings and of arrays with their shapes and dtypes, in order."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for array in arrays:
         array = np.ascontiguousarray(array)
@@ -31,27 +35,34 @@ def fingerprint(settings: Any, arrays: Iterable[np.ndarray]) -> str:
 class WorkDir:
     """Named groups of arrays in a folder, each written whole or not at all.
 
-    The folder belongs to one fingerprint: results of another model, text or recipe are never mixed in.
+    The folder belongs to one fingerprint, and every group says which fingerprint and name it was saved under: results
+    of another model, text or recipe, or of another part of this one, are never mixed in.
     """
 
     def __init__(self, folder: Path, fingerprint: str):
-        """Opens or makes the folder.
+        """Opens or makes the folder, and removes what a killed run was about to write there.
 
         Raises:
-          TwlaError: it holds the work of another fingerprint, or something else altogether.
+          TwlaError: it holds the work of another fingerprint, or something else altogether, or cannot be read.
         """
-        self._folder = folder
+        self._folder, self._fingerprint = folder, fingerprint
         identity = folder / _IDENTITY
         if identity.is_file():
-            if json.loads(identity.read_text())["sha256"] != fingerprint:
+            if _read_identity(identity) != fingerprint:
                 raise TwlaError(
                     f"{folder}: holds unfinished work on another model, text or recipe; remove it or choose another OUT"
                 )
         elif folder.exists() and not _holds_only_work(folder):
             raise TwlaError(f"{folder}: exists and holds no unfinished work; remove it or choose another OUT")
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write(_IDENTITY, lambda path: path.write_text(json.dumps({"sha256": fingerprint})))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TwlaError(f"{folder}: cannot be made ({error.strerror})") from None
+            self._write(_IDENTITY, lambda file: file.write(json.dumps({"sha256": fingerprint}).encode()))
+        for path in folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
     def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Writes a group; a crash leaves the earlier one of that name, or none.
@@ -59,49 +70,92 @@ class WorkDir:
         Raises:
           TwlaError: the disk is full.
         """
-
-        def write(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(file, allow_pickle=False, **{key: _as_bytes(array) for key, array in arrays.items()})
-
-        self._write(f"{name}.npz", write)
+        stored = {key: _as_bytes(array) for key, array in arrays.items()}
+        stored[_GROUP] = self._group(name)
+        self._write(f"{name}.npz", lambda file: np.savez(file, allow_pickle=False, **stored))
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:
-        """A group saved before, or None.
+        """Returns a group saved before, or None.
 
         Raises:
-          TwlaError: the file is damaged.
+          TwlaError: the file is damaged, or was saved under another name or fingerprint.
         """
         path = self._folder / f"{name}.npz"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
+        advice = f"remove {self._folder} and start again"
         try:
-            with np.load(path) as file:
-                return {key: _from_bytes(file[key]) for key in file.files}
-        except (ValueError, OSError, zipfile.BadZipFile):
-            raise TwlaError(f"{path}: damaged; remove {self._folder} and start again") from None
+            if not path.is_file():
+                raise ValueError("no regular file")
+            with path.open("rb") as file, np.load(file) as group:
+                arrays = {key: group[key] for key in group.files}
+        except Exception:  # numpy, zipfile and zlib raise a dozen kinds for what is no such file
+            raise TwlaError(f"{path}: damaged; {advice}") from None
+        if not np.array_equal(arrays.pop(_GROUP, None), self._group(name)):
+            raise TwlaError(f"{path}: belongs to another part of the work or to other work; {advice}")
+        return {key: _from_bytes(array) for key, array in arrays.items()}
 
-    def _write(self, name: str, write) -> None:
+    def require(self, name: str) -> dict[str, np.ndarray]:
+        """Returns a group that has to be there, since a later one was saved after it.
+
+        Raises:
+          TwlaError: as `load`, or the group is missing.
+        """
+        if (arrays := self.load(name)) is None:
+            raise TwlaError(f"{self._folder / name}.npz: missing; remove {self._folder} and start again")
+        return arrays
+
+    def _group(self, name: str) -> np.ndarray:
+        """Returns the bytes by which a group knows where it belongs."""
+        return np.frombuffer(f"{self._fingerprint}/{name}".encode(), np.uint8)
+
+    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
         path = self._folder / name
-        temporary = path.with_name(f".{name}.tmp")
+        temporary = path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
         try:
-            write(temporary)
-            with temporary.open("rb") as file:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            free = shutil.disk_usage(self._folder).free
-            raise TwlaError(f"{path}: {error.strerror or error} ({free / 1e6:.0f} MB left)") from None
+            raise TwlaError(f"{path}: {error.strerror or error}{_room_left(self._folder)}") from None
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _read_identity(path: Path) -> str:
+    """Returns the fingerprint that a working folder belongs to."""
+    try:
+        identity = json.loads(path.read_bytes())
+        if isinstance(identity, dict) and isinstance(identity["sha256"], str):
+            return identity["sha256"]
+    except (OSError, ValueError, KeyError, RecursionError):
+        pass
+    raise TwlaError(f"{path}: damaged; remove {path.parent} and start again")
 
 
 def _holds_only_work(folder: Path) -> bool:
-    """Whether all that is in a folder, if anything, are the working folders of earlier stages."""
-    return folder.is_dir() and all((entry / _IDENTITY).is_file() for entry in folder.iterdir())
+    """Whether all that is in a folder, if anything, are working folders of earlier stages or unfinished files."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    return all(
+        _TEMPORARY.fullmatch(entry.name) or (entry / _IDENTITY).is_file() or _holds_only_work(entry)
+        for entry in folder.iterdir()
+    )
+
+
+def _room_left(folder: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB left)"
+    except OSError:
+        return ""
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
-    """bfloat16, which numpy files cannot name, as a structured array of one field that names it."""
+    """Returns an array; bfloat16, which numpy files cannot name, as a structured array of one field that names it."""
     array = np.asarray(array)
     if array.dtype.kind != "V":
         return array
@@ -117,11 +171,11 @@ def _from_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """The leaves of a pytree by their place, as `WorkDir.save` takes them."""
+    """Returns the leaves of a pytree by their place, as `WorkDir.save` takes them."""
     return {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
 
 
 def unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
-    """What `flatten` was given, on the device; `like` has its structure."""
+    """Returns what `flatten` was given, on the device; `like` has its structure."""
     leaves, structure = jax.tree.flatten(like)
     return jax.tree.unflatten(structure, [jnp.asarray(saved[str(index)]) for index in range(len(leaves))])
