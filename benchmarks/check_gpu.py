@@ -380,11 +380,11 @@ def check_qkv_attention(
                 apart=True,
                 implementation=implementation,
             )
-            tokens = jax.jit(functools.partial(_in_turn, step), donate_argnames="layer")
+            tokens = jax.jit(functools.partial(_in_turn, step), donate_argnames=("layer", "exchange"))
             entries = jax.random.normal(jax.random.key(6), (2, 1, size, kv_heads, d), jnp.bfloat16)
             empty = empty_layer((2, 1, kv_heads, size, d), dtype)
             stores = jax.tree.map(np.asarray, write(empty, *entries, jnp.int32(0)))
-            expected, written = tokens(x, jax.tree.map(jnp.asarray, stores), length)
+            expected, written, _ = tokens(x, jax.tree.map(jnp.asarray, stores), None, length)
             expected, exchange, first = (
                 expected.astype(jnp.float32),
                 new_exchange(stores, rotation, weight),
@@ -392,9 +392,7 @@ def check_qkv_attention(
             )
             assert exchange is not None
             for _ in range(repetitions):
-                layer = dataclasses.replace(jax.tree.map(jnp.asarray, stores), exchange=exchange)
-                found, layer = tokens(x, layer, length)
-                exchange, layer = layer.exchange, dataclasses.replace(layer, exchange=None)
+                found, layer, exchange = tokens(x, jax.tree.map(jnp.asarray, stores), exchange, length)
                 first = found if first is None else first
                 np.testing.assert_array_equal(found, first)
                 jax.tree.map(np.testing.assert_array_equal, layer, written)
@@ -402,21 +400,21 @@ def check_qkv_attention(
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * _largest(expected))
 
 
-def _in_turn(step, x: jax.Array, layer: LayerKV, length: int) -> tuple[jax.Array, LayerKV]:
-    """The mixes of tokens, from a position on, and the cache with all of them."""
+def _in_turn(step, x: jax.Array, layer: LayerKV, exchange: jax.Array | None, length: int):
+    """Returns the mixes of tokens, from a position on, the cache with all of them, and the exchange."""
     size, d = layer.entries.shape[-2:]
 
-    def one(layer, of_token):
-        x, position = of_token
+    def one(carry, of_token):
+        (layer, exchange), (x, position) = carry, of_token
         angle = position * jnp.linspace(1, 0.01, d // 2)[None]
         positions = Positions(
             query=position[None], key=jnp.arange(size), cos=jnp.cos(angle), sin=jnp.sin(angle)
         )
-        mixed, layer = step(x[None], layer=layer, positions=positions)
-        return layer, mixed.merged() if isinstance(mixed, AttentionParts) else mixed
+        mixed, *written = step(x[None], layer=layer, positions=positions, exchange=exchange)
+        return tuple(written), mixed.merged() if isinstance(mixed, AttentionParts) else mixed
 
-    layer, mixed = jax.lax.scan(one, layer, (x, length + jnp.arange(len(x))))
-    return mixed, layer
+    written, mixed = jax.lax.scan(one, (layer, exchange), (x, length + jnp.arange(len(x))))
+    return mixed, *written
 
 
 def random_input(t: int, left: int, right: int, *, gated: bool = False):

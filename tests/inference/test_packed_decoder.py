@@ -96,12 +96,12 @@ def test_an_exchange_changes_nothing(quantised, tokens):
     model = prepare_for_inference(set_activation_bits(quantised[0], 8))
     cache = model.init_cache(1, 64)
     words = jnp.zeros((1, 200), jnp.int32)
-    layers = tuple(dataclasses.replace(layer, output_exchange=words) for layer in cache.layers)
-    other = dataclasses.replace(cache, layers=layers)
+    scratch = tuple(dataclasses.replace(each, pair=words, qkv=words) for each in cache.scratch)
+    other = dataclasses.replace(cache, scratch=scratch)
     step = jax.jit(lambda cache: model.decode(jnp.asarray(quantised[1][:1, :tokens]), cache))
     (found, after), (expected, _) = step(other), step(cache)
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(after.layers[0].output_exchange, words)
+    jax.tree.map(np.testing.assert_array_equal, after.scratch, scratch)
 
 
 def test_attention_in_parts_ends_a_block_as_the_whole_does(quantised):

@@ -111,8 +111,9 @@ def _random_cache(model: Decoder, batch: int, settings: DecodeSettings) -> KVCac
 
         return layer.with_stores(jax.tree.map(random, layer.stores))
 
-    layers = tuple(fill(cache.layer(i), jax.random.key(i)) for i in range(model.config.num_layers))
-    return KVCache(layers=layers, length=jnp.int32(settings.context))
+    assert isinstance(cache.layers, tuple)
+    layers = tuple(fill(layer, jax.random.key(i)) for i, layer in enumerate(cache.layers))
+    return dataclasses.replace(cache, layers=layers, length=jnp.int32(settings.context))
 
 
 def _row(name: str, model: Decoder, batch: int, taken: float, settings: DecodeSettings) -> dict[str, Any]:

@@ -97,13 +97,18 @@ def _qkv_attention_seconds(config: DecoderConfig, dtype) -> float | None:
 
     def make(key):
         weight, layer = shapes.weight(key, n, m), _cache_layer(key, config, 1, _ROOM, dtype)
-        return weight, dataclasses.replace(layer, exchange=new_exchange(layer, rotation, weight))
+        return weight, (layer, new_exchange(layer, rotation, weight))
 
-    if not has_kernels() or jax.eval_shape(make, jax.random.key(0))[1].exchange is None:
+    if not has_kernels() or jax.eval_shape(make, jax.random.key(0))[1][1] is None:
         return None
 
-    def op(x, weight, *where):
-        return qkv_attention(x, rotation, quantizer_settings(8, 0.9), weight, *where, apart=True)
+    def op(x, weight, written, *where):
+        layer, exchange = written
+        settings = quantizer_settings(8, 0.9)
+        mixed, *written = qkv_attention(
+            x, rotation, settings, weight, layer, *where, exchange=exchange, apart=True
+        )
+        return mixed, tuple(written)
 
     return _seconds_in_place(op, _activations(jax.random.key(0), 1, m), make, config)
 

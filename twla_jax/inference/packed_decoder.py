@@ -6,7 +6,6 @@ and meet the same packed weights in bf16. A model that is not quantised gets the
 input. An embedding and an LM head of integers stay packed, too: `integer_matmul` makes the logits.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from twla_jax.core.tensors import IntegerTensor, dequantize
 from twla_jax.devices import warn_of_products
 from twla_jax.errors import TwlaError
 from twla_jax.inference import tensor_parallel
+from twla_jax.inference.packed_cache import PackedCache, PackedLayer
 from twla_jax.inference.packed_linear import FewTokens, KernelInput, KernelLinear, for_kernels
 from twla_jax.models.decoder import SITES, Block, Decoder
 from twla_jax.models.sharding import shardings
@@ -107,10 +107,11 @@ class IntegerDecoder(Decoder):
         shape = self._cache_shape(batch, size)
         layers = (empty_layer(shape, dtype or self.dtype) for _ in self.blocks)
         layers = tuple(
-            block.with_exchanges(layer)  # pyright: ignore[reportAttributeAccessIssue]
+            block.with_scratch(layer)  # pyright: ignore[reportAttributeAccessIssue]
             for layer, block in zip(layers, self.blocks, strict=True)
         )
-        cache = KVCache(layers=layers, length=jnp.int32(0))
+        stores, scratch = tuple(layer.stores for layer in layers), tuple(layer.scratch for layer in layers)
+        cache = PackedCache(layers=stores, scratch=scratch, length=jnp.int32(0))
         return cache if self.mesh is None else tensor_parallel.place_cache(cache, self.mesh)
 
 
@@ -140,13 +141,17 @@ class IntegerBlock(Block):
         """As `Block.decode`; for a single token the output linear and the MLP's first ones may be one op."""
         mixed, layer = self.attend_cached(self.qkv_input(x), layer, positions, window)
         pair = self.pair()
-        if len(positions.query) > 1 or layer.output_exchange is None or pair is None:
+        if (
+            len(positions.query) > 1
+            or not isinstance(layer, PackedLayer)
+            or layer.scratch.pair is None
+            or pair is None
+        ):
             return self.finish(x, mixed), layer
         tokens = mixed if isinstance(mixed, AttentionParts) else mixed[:, 0]
-        options = {"exchange": layer.output_exchange, "implementation": self.implementation}
+        options = {"exchange": layer.scratch.pair, "implementation": self.implementation}
         h, hidden, exchange = linear_pair(tokens, *pair, x[:, 0], **options)
-        layer = dataclasses.replace(layer, output_exchange=exchange)
-        return self.down(self.down_input(hidden[:, None]), h[:, None]), layer
+        return self.down(self.down_input(hidden[:, None]), h[:, None]), layer.with_scratch(pair=exchange)
 
     def pair(self) -> tuple[LinearOperands, LinearOperands] | None:
         """The output linear and the MLP's first ones for `linear_pair`; None if they are not single ternary planes."""
@@ -174,8 +179,10 @@ class IntegerBlock(Block):
         where |= {"apart": self.takes_parts, "implementation": self.implementation}
         if isinstance(h, FewTokens) and (plane := self.qkv_linear.plane) is not None:
             assert not isinstance(h.x, AttentionParts)
-            norms = {"head_norm_scales": scales, "head_epsilon": epsilon}
-            mixed, layer = qkv_attention(h.x[:, 0], weight=plane, **norms, **h.settings, **where)
+            where |= {"head_norm_scales": scales, "head_epsilon": epsilon} | h.settings
+            exchange = layer.scratch.qkv if isinstance(layer, PackedLayer) else None
+            mixed, layer, exchange = qkv_attention(h.x[:, 0], weight=plane, exchange=exchange, **where)
+            layer = layer.with_scratch(qkv=exchange) if isinstance(layer, PackedLayer) else layer
         else:
             qkv = self.qkv_linear(h)
             qkv = qkv.reshape(len(qkv), -1, self.head_dim)
@@ -188,17 +195,17 @@ class IntegerBlock(Block):
         gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
         return gpu and self.mesh is None and self.o_input.settings is not None and self.o.plane is not None
 
-    def with_exchanges(self, layer: LayerKV) -> LayerKV:
-        """A cache's layer, with what `qkv_attention` and `linear_pair` need to be one kernel where they are to be."""
+    def with_scratch(self, layer: LayerKV) -> PackedLayer:
+        """Adds to a cache's layer the memory that `qkv_attention` and `linear_pair` need to be one kernel each."""
+        packed = PackedLayer(entries=layer.entries, scales=layer.scales)
         if not self.takes_parts:
-            return layer
+            return packed
         qkv, pair = self.qkv_input.operands(self.qkv_linear), self.pair()
         if qkv is not None:
-            layer = dataclasses.replace(layer, exchange=new_exchange(layer, qkv.rotation, qkv.weight))
+            packed = packed.with_scratch(qkv=new_exchange(layer, qkv.rotation, qkv.weight))
         if pair is not None:
-            exchange = new_pair_exchange(layer.entries.shape[1], *pair)
-            layer = dataclasses.replace(layer, output_exchange=exchange)
-        return layer
+            packed = packed.with_scratch(pair=new_pair_exchange(layer.entries.shape[1], *pair))
+        return packed
 
     def qkv(
         self, h: QuantizedTokens | FewTokens | Float[Array, "b t d"]

@@ -6,6 +6,7 @@ o and down too: the rotation before them mixes all columns of their input, which
 sum crosses devices, so the outcome does not depend on how many there are.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def place_cache(cache: KVCache, mesh: Mesh) -> KVCache:
         spec = P(None, _over_data(leaf.shape[1], mesh), "model" if divides else None)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
-    return KVCache(layers=jax.tree.map(place, cache.layers), length=cache.length)
+    return dataclasses.replace(cache, layers=jax.tree.map(place, cache.layers))
 
 
 def _batch(x: Any) -> int:

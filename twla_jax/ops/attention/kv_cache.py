@@ -15,15 +15,10 @@ class LayerKV:
     """Keys and values of one layer, one above the other; heads before positions, as attention reads.
 
     With a leading axis of layers for all of them. int8 entries stand for `scale · entry`; floats have no scales.
-    `exchange` is where blocks of a kernel pass on queries, keys and values (see `ops.qkv_attention`), and
-    `output_exchange` where they pass on what the output linear makes (`ops.linear_pair`), None where there is no such
-    kernel.
     """
 
     entries: Float[Array, "*layers 2 b kv s d"] | Int8[Array, "*layers 2 b kv s d"]
     scales: Float32[Array, "*layers 2 b kv s"] | None = None
-    exchange: Int32[Array, "1 all_heads_d"] | None = None
-    output_exchange: Int32[Array, "1 words"] | None = None
 
     @property
     def stores(self) -> "LayerKV":

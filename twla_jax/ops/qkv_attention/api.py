@@ -24,6 +24,7 @@ def qkv_attention(
     layer: LayerKV,
     positions: Positions,
     window: Int32[Array, ""],
+    exchange: Int32[Array, "1 all_heads_d"] | None = None,
     *,
     norm_scale: Float[Array, " m"] | None = None,
     epsilon: float = 0.0,
@@ -31,41 +32,43 @@ def qkv_attention(
     head_epsilon: float = 0.0,
     apart: bool = False,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "b heads_d"] | AttentionParts, LayerKV]:
-    """`decode_attention(quantized_linear(x))`.
+) -> tuple[Float[Array, "b heads_d"] | AttentionParts, LayerKV, Int32[Array, "1 all_heads_d"] | None]:
+    """Returns `decode_attention(quantized_linear(x))`: the mix of the values `[b, heads·d]`, and the cache.
 
-    For one sequence a Hopper GPU does both in one kernel if the mix may be left in parts, and if the cache has an
-    exchange; everywhere else it is those two ops.
+    For one sequence a Hopper GPU does both in one kernel, if the mix may be left in parts and there is an exchange;
+    everywhere else it is those two ops.
 
     Args:
       x: one token of every sequence.
       settings: from `quantizer_settings`.
       weight: rows of queries, of keys and of values, head by head.
-      layer: a cache with room for another position, and with an exchange from `new_exchange` or without one.
+      layer: a cache with room for another position.
       positions: that of the token, those of the cache's entries, and the token's angles.
       window: how many positions attention reaches back, the token's own included.
+      exchange: from `new_exchange`, or as the last call returned it; None for two ops.
       norm_scale: weights of an RMS norm before the rotation; None for no norm. `epsilon` is what it adds to the mean
         square.
       head_norm_scales: of an RMS norm of every query and of every key, likewise, with `head_epsilon`.
       apart: as `decode_attention` takes it.
       implementation: as the two ops take it.
     Returns:
-      The mix of the values, in `x.dtype`, and the cache with the token.
+      The mix of the values, in `x.dtype`, the cache with the token, and the exchange for the next call.
     Raises:
       TwlaError: the implementation asked for cannot be used.
     """
     operands: Any = (x, rotation, settings, weight, norm_scale, layer, positions, window, head_norm_scales)
     options = {"epsilon": epsilon, "head_epsilon": head_epsilon}
-    can = apart and implementation in (None, "gpu") and layer.exchange is not None and not gpu_obstacle()
-    if can and gpu.obstacle(x, rotation, weight, layer) is None:
-        return gpu.qkv_attention(*operands, **options)
-    return reference.qkv_attention(*operands, **options, apart=apart, implementation=implementation)
+    can = apart and implementation in (None, "gpu") and not gpu_obstacle()
+    if exchange is not None and can and gpu.obstacle(x, rotation, weight, layer) is None:
+        return gpu.qkv_attention(*operands, exchange=exchange, **options)
+    options |= {"apart": apart, "implementation": implementation}
+    return *reference.qkv_attention(*operands, **options), exchange
 
 
 def new_exchange(
     layer: LayerKV, rotation: KernelRotation, weight: KernelWeight
 ) -> Int32[Array, "1 n"] | None:
-    """What a cache's layer needs so that `qkv_attention` can be one kernel; None where it cannot."""
+    """Returns the words `[1, n]` that `qkv_attention` needs to be one kernel; None where it cannot be one."""
     if gpu_obstacle():
         return None
     shape, dtype = (layer.entries.shape[1], weight.in_features), rotation.left.dtype

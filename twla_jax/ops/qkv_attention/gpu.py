@@ -5,7 +5,6 @@ the two it waits for the few blocks that made its head's, through memory: `gpu_e
 once, one to each multiprocessor. Entries of the cache come behind the weights, while products and waits go on.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -27,7 +26,7 @@ from twla_jax.ops.decode_attention import split_sizes as attention_tuning
 from twla_jax.ops.decode_attention.gpu_lanes import Shape
 from twla_jax.ops.hopper import tags
 from twla_jax.ops.hopper import threads as threads
-from twla_jax.ops.qkv_attention import gpu_exchange as exchange
+from twla_jax.ops.qkv_attention import gpu_exchange
 from twla_jax.ops.quantized_linear import gpu as linear
 from twla_jax.ops.rotate_quantize import gpu_token as turning
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
@@ -96,7 +95,7 @@ def _memory(
         "of_linear": linear.memory(rows, tiles, of_token, weight),
         "staged_smem": plgpu.SMEM(_staged(shape), dtype),
         "arrived": plgpu.Barrier(num_arrivals=2 * _PIECES, num_barriers=tiles.warpgroups),
-        "vectors_smem": plgpu.SMEM((exchange.VECTORS, shape.d), jnp.bfloat16),
+        "vectors_smem": plgpu.SMEM((gpu_exchange.VECTORS, shape.d), jnp.bfloat16),
         "parts_smem": plgpu.SMEM((shape.tiles.warps, 1, shape.d + 2), jnp.float32),
     }
 
@@ -112,11 +111,11 @@ def qkv_attention(
     window: Int32[Array, ""],
     head_norm_scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None = None,
     *,
+    exchange: Int32[Array, "1 all_heads_d"],
     epsilon: float = 0.0,
     head_epsilon: float = 0.0,
-) -> tuple[AttentionParts, LayerKV]:
-    """What `reference.qkv_attention` computes, in parts."""
-    assert layer.exchange is not None
+) -> tuple[AttentionParts, LayerKV, Int32[Array, "1 all_heads_d"]]:
+    """Returns what `reference.qkv_attention` computes, in parts, and the exchange with the next tag."""
     rows, tiles, shape = _plan(x, rotation, weight, layer)
     of_token = turning.shape(x, rotation, tiles.warpgroups)
     scratch = _memory(rows, tiles, of_token, weight, shape, layer.entries.dtype)
@@ -147,7 +146,7 @@ def qkv_attention(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="qkv_attention",
     )
-    cache, words = jax.tree.map(jax.new_ref, (layer.stores, layer.exchange))
+    cache, words = jax.tree.map(jax.new_ref, (layer.stores, exchange))
     of_cache = [cache.entries] if cache.scales is None else [cache.entries, cache.scales]
     mixed, softmax = kernel(
         words,
@@ -160,7 +159,7 @@ def qkv_attention(
     )
     parts = AttentionParts(mixed=mixed.reshape(1, splits, heads * d), softmax=softmax)
     cache, words = jax.tree.map(jax.freeze, (cache, words))
-    return parts, dataclasses.replace(layer.with_stores(cache), exchange=words)
+    return parts, layer.with_stores(cache), words
 
 
 def _kernel(
@@ -222,10 +221,10 @@ def _kernel(
         scales = [gpu_entries.first_scales(cache[2:], split, shape=shape)] if shape.quantized else []
         outputs = [ref.at[0, split] for ref in (mixed_gmem, softmax_gmem)]
         memory = parts_smem, parts_smem  # there is no cluster, which would need a second one
-        query, *new = (vectors_smem.at[i] for i in range(exchange.VECTORS))
+        query, *new = (vectors_smem.at[i] for i in range(gpu_exchange.VECTORS))
         # Entries first: the others' numbers mostly come last, and then only they are waited for.
         plgpu.barrier_wait(arrived.at[group])
         entries = gpu_entries.from_shared(staged, scales, split, shape=shape)
-        exchange.receive(exchange_gmem.at[0], tag, head, kv_head, vectors_smem, shape=shape)
+        gpu_exchange.receive(exchange_gmem.at[0], tag, head, kv_head, vectors_smem, shape=shape)
         q, new = lanes.turn([query], new, angles, shape=shape, epsilon=head_epsilon, shared=True)
         attention.attend(q, new, entries, cache, limit, memory, outputs, head, split, shape=shape)
