@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from twla_jax.errors import TwlaError
+from twla_jax.text import files
 
 Split = Literal["calibration", "evaluation"]
 
@@ -66,20 +66,24 @@ def load_corpus(name: str | Path, split: Split) -> Corpus:
 
     Args:
       name: `pydoc` (in every Python); `wikitext2`, `wikitext2-train` or `c4` (from the folder `TWLA_DATA`, else
-        through the `datasets` package when online); the path of a `.txt` or `.jsonl` file (field `text`) or of a
-        folder of these; or several of these joined by `+`, which are concatenated.
+        through the `datasets` package when online); the path of a file or folder that `files.read_documents` reads; or
+        several of these joined by `+`, which are concatenated.
       split: `calibration` or `evaluation`. A path is taken at its word, save for WikiText-2's test split.
     Raises:
       TwlaError: an unknown name, `self`, which has no text before a model sampled it, a file that cannot be read as
         text, an empty corpus, or evaluation text asked for calibration.
     """
     parts = str(name).split("+")
+    if not all(part.strip() for part in parts) and not (str(name).strip() and _exists(name)):
+        raise TwlaError(
+            f"corpus '{name}': a name is empty; it is a file, a folder or one of: {', '.join(_NAMED)}"
+        )
     if SELF in map(str.strip, parts):
         raise TwlaError(
             "corpus 'self' is text that the model samples itself: for 'twla quantize --calibration self' alone,"
             " never for evaluation, and not with other texts"
         )
-    if len(parts) > 1 and not Path(name).exists():
+    if len(parts) > 1 and not _exists(name):
         corpora = [load_corpus(part.strip(), split) for part in parts]
         return Corpus(
             name=str(name),
@@ -90,8 +94,9 @@ def load_corpus(name: str | Path, split: Split) -> Corpus:
         )
     if str(name) in _NAMED:
         text, source, join = _NAMED[str(name)](split)
-    elif Path(name).exists():
-        text, source, join = _read_path(Path(name))
+    elif _exists(name):
+        text, join = files.read_documents(Path(name))
+        source = str(name)
     else:
         raise TwlaError(
             f"corpus '{name}' is neither a file, a folder nor one of: {', '.join(corpus_names())}"
@@ -129,6 +134,13 @@ def tokenize(corpus: Corpus, tokenizer: Any, vocab_size: int) -> Int32[np.ndarra
     return tokens
 
 
+def _exists(name: str | Path) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def _pydoc(split: Split) -> tuple[str, str, str]:
     """CPython's help topics, a third of them for evaluation.
 
@@ -164,10 +176,10 @@ def _wikitext2_train(split: Split) -> tuple[str, str, str]:
     return _wikitext2_part("train", ["wiki.train.raw", "wiki.train.head.raw"])
 
 
-def _wikitext2_part(part: str, files: list[str]) -> tuple[str, str, str]:
-    for file in files:
+def _wikitext2_part(part: str, names: list[str]) -> tuple[str, str, str]:
+    for file in names:
         if path := _data_file("wikitext2", file):
-            return _read_text(path), f"wikitext2/{file}", ""
+            return files.read_text(path), f"wikitext2/{file}", ""
     rows = _online("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
     # The published rows lack the blank lines' one space; with it the text is the raw file, byte for byte.
     return "".join(row or " \n" for row in rows), f"Salesforce/wikitext wikitext-2-raw-v1 {part}", ""
@@ -175,7 +187,7 @@ def _wikitext2_part(part: str, files: list[str]) -> tuple[str, str, str]:
 
 def _c4(split: Split) -> tuple[str, str, str]:
     if path := _data_file("web", "c4_like_web.txt"):
-        documents, source = _read_text(path).splitlines(), "web/c4_like_web.txt"
+        documents, source = files.read_text(path).splitlines(), "web/c4_like_web.txt"
     else:
         shard = "en/c4-validation.00000-of-00008.json.gz"
         rows = _online("c4", "allenai/c4", data_files=shard, split="train", streaming=True)
@@ -213,33 +225,3 @@ def _online(corpus: str, *args: Any, **kwargs: Any) -> Iterator[str]:
             f"corpus '{corpus}' could not be fetched: {' '.join(str(error).split())[:200]}"
         ) from None
     return (row["text"] for row in rows)
-
-
-def _read_path(path: Path) -> tuple[str, str, str]:
-    if path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file()
-        )
-        if not files:
-            raise TwlaError(f"{path}: no .txt or .jsonl file in this folder")
-        return "\n\n".join(_read_path(file)[0] for file in files), str(path), "\n\n"
-    if path.suffix != ".jsonl":
-        return _read_text(path), str(path), ""
-    texts = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                texts.append(str(json.loads(line)["text"]))
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise TwlaError(f'{path}, line {number}: not a JSON object with a field "text"') from None
-    return "\n\n".join(texts), str(path), "\n\n"
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:  # newline="": the bytes as they are
-            return file.read()
-    except UnicodeDecodeError:
-        raise TwlaError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise TwlaError(f"{path}: {error.strerror}") from None

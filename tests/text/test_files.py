@@ -1,0 +1,106 @@
+"""Documents are read as their kind of file means them; what is no text is refused with its place."""
+
+import csv
+import gzip
+import json
+
+import pytest
+
+from twla_jax.errors import TwlaError
+from twla_jax.text import corpora
+
+BOM = b"\xef\xbb\xbf"
+SEPARATORS = "one\u2028two\u0085three\x0cfour\x1cfive"  # at all of these str.splitlines splits
+
+
+def lines(*records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def read(path, content):
+    path.write_bytes(content)
+    return corpora.load_corpus(path, "calibration").text
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.Json", "a.json"])
+def test_json_lines_are_one_document_each(tmp_path, name):
+    assert read(tmp_path / name, lines({"text": SEPARATORS}, {"text": "b", "id": 1})) == f"{SEPARATORS}\n\nb"
+
+
+def test_a_json_list_is_one_document_a_record(tmp_path):
+    content = json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()
+    assert read(tmp_path / "a.json", content) == "a\n\nb"
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect"), [("a.csv", "excel"), ("a.CSV", "excel"), ("a.tsv", "excel-tab")]
+)
+def test_a_table_has_a_column_of_texts(tmp_path, name, dialect):
+    with (tmp_path / name).open("w", newline="") as file:
+        csv.writer(file, dialect).writerows([["id", "text"], [1, 'a, "quoted"\nline'], [2, "b\tc"]])
+    assert corpora.load_corpus(tmp_path / name, "evaluation").text == 'a, "quoted"\nline\n\nb\tc'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"a"),
+        ("a.jsonl", lines({"text": "a"})),
+        ("a.json", b'[{"text": "a"}]'),
+        ("a.csv", b"text\na\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, content):
+    assert read(tmp_path / name, BOM + content) == "a"
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt.gz", b"a"), ("a.JSONL.GZ", lines({"text": "a"}))])
+def test_packed_files_are_unpacked(tmp_path, name, content):
+    assert read(tmp_path / name, gzip.compress(content)) == "a"
+
+
+def test_a_folder_reads_its_texts_whatever_their_capitals(tmp_path):
+    (tmp_path / "a.TXT").write_bytes(BOM + b"one")
+    (tmp_path / "b.Jsonl").write_bytes(lines({"text": "two"}))
+    (tmp_path / "c.json").write_text("{}")
+    assert corpora.load_corpus(tmp_path, "calibration").text == "one\n\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", lines({"text": "a"}, {"text": None}), 'line 2: the field "text" is null, not text'),
+        ("a.jsonl", lines({"text": ["a"]}), "line 1: .* is a list, not text"),
+        ("a.jsonl", lines({"text": 5}), "line 1: .* is a number, not text"),
+        ("a.jsonl", lines({"text": True}), "line 1: .* is true or false, not text"),
+        ("a.jsonl", lines({"text": {}}), "line 1: .* is an object, not text"),
+        ("a.jsonl", lines({"messages": [], "source": "x"}), "no field \"text\"; it has 'messages', 'source'"),
+        ("a.jsonl", lines({"content": "a"}), "line 1: no field \"text\"; it has 'content'"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .* half a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON .nested too deeply"),
+        ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", "line 1: "),
+        ("a.json", b'[{"text": "a"}, "b"]', "record 2: not a JSON object"),
+        ("a.json", b'{"data": {', "line 1: not JSON"),
+        ("a.csv", b"body,id\na,1\n", "no column \"text\"; it has 'body', 'id'"),
+        ("a.csv", b"id,text\n1\n", "line 2: .* is null, not text"),
+        ("a.csv", b"", 'no column "text"'),
+        ("a.csv", b'text\n"a', "not a table"),
+        ("a.parquet", b"PAR1", "parquet files are not read; write it as .jsonl first"),
+        ("a.txt.xz", b"", "xz files are not read; unpack it first"),
+        ("a.txt.gz", b"text", "not a gzip file, or cut short"),
+        ("a.txt.gz", gzip.compress(b"text")[:-9], "not a gzip file, or cut short"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_place_in_one_line(tmp_path, name, content, message):
+    with pytest.raises(TwlaError, match=message) as caught:
+        read(tmp_path / name, content)
+    assert str(caught.value).isprintable()
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "+", "pydoc+", "+pydoc", "a++b", "a\0b", "x" * 5000])
+def test_an_empty_or_impossible_name_reads_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.txt").write_text("not to be read")
+    with pytest.raises(TwlaError, match="corpus"):
+        corpora.load_corpus(name, "evaluation")
