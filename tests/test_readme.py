@@ -1,0 +1,79 @@
+"""The quick start of the README runs as it is written, and every other command in the documentation exists."""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from twla_jax.cli import main
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+PAGES = [README, README.with_name("CONTRIBUTING.md"), *sorted(README.parent.glob("docs/**/*.md"))]
+
+
+def block(language):
+    """The first code block of that language in the quick start."""
+    _, quick_start = README.read_text(encoding="utf-8").split("\n## Quick start\n")
+    return re.search(rf"```{language}\n(.*?)```", quick_start, re.DOTALL).group(1)
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_commands_run(stories_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line, comments=True) for line in block("bash").splitlines()]
+    assert [command[:2] for command in commands] == [
+        ["twla", name] for name in ("quantize", "eval", "generate", "inspect")
+    ]
+    for _, *arguments in commands:
+        main.main([str(stories_model) if argument == "smollm2" else argument for argument in arguments])
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed
+    assert "bits per weight, linears" in printed
+
+
+def test_the_python_runs(stories_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = block("python")
+    assert code.count('"smollm2"') == 1
+    exec(compile(code.replace('"smollm2"', repr(str(stories_model))), str(README), "exec"), {})
+    assert capsys.readouterr().out.strip()
+    assert (tmp_path / "smollm2-w1.58-python" / "twla.json").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Every relative link names a file that is there, and a heading that is in it."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {
+                re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+            }
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page, monkeypatch):
+    """Every command line of `twla` is accepted by its parser, and every script named is in the repository."""
+    ran = []
+    for name, command in main.COMMANDS.items():
+        pretended = functools.wraps(command)(lambda *args, name=name, **kwargs: ran.append(name))
+        monkeypatch.setitem(main.COMMANDS, name, pretended)
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"^ *(twla .*|python .*)$", text, re.MULTILINE):
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "twla":
+            main.main(arguments)
+            assert ran.pop() == arguments[0]
+        else:
+            assert (README.parent / arguments[0]).is_file(), line
