@@ -1,7 +1,14 @@
 """Tokenizers from GGUF metadata, saved and loaded without a network."""
 
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
 import gguf
 import pytest
+from tokenizers import Tokenizer
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.io.gguf_file import GgufFile
@@ -78,7 +85,7 @@ def test_absent_and_broken_tokenizers_are_named(tmp_path):
     with pytest.raises(TwlaError, match="the tokenizer cannot be read"):
         load_tokenizer(tmp_path)
     unknown = write(tmp_path / "x.gguf", tokens=["a"], kinds=[NORMAL], model="bert")
-    with pytest.raises(TwlaError, match=r"its tokenizer cannot be read .*bert"):
+    with pytest.raises(TwlaError, match=r"tokenizer cannot be read .*bert"):
         load_tokenizer(unknown)
 
 
@@ -86,3 +93,123 @@ def test_wikitext2_has_the_published_number_of_windows(smollm2, data):
     text = (data / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
     tokens = load_tokenizer(smollm2)(text, verbose=False)["input_ids"]
     assert len(tokens) // 2048 == 148
+
+
+@pytest.fixture(scope="module")
+def unpacked(cases, tmp_path_factory):
+    """Vocabularies of several kinds, with the ids that tokenizers or sentencepiece give."""
+    folder = tmp_path_factory.mktemp("tokens")
+    for name in ("hf-tokens", "gguf-tokens"):
+        with tarfile.open(cases / f"{name}.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+    return folder
+
+
+TEXTS = (
+    "The year 2024 had 12345 words",
+    "x = [\n        1, 2,\n   33 1234567]",
+    "I'LL, DON'T they'll",
+    " leading",
+    "x =   22\n\n   33",
+    " an unusualword",
+    "naïve café 中文字",
+    "",
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["spm-never-llama", "l3-gpt2class", "l3-qwen2model-llamafast", "spm-norm-llama", "zz-smollm2-hf"]
+)
+def test_a_tokenizer_file_is_used_as_it_is_whatever_class_is_named(name, unpacked, tmp_path):
+    folder = unpacked / "hf-tokens" / name
+    expected, tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        ids = expected.encode(text).ids
+        assert tokenizer(text)["input_ids"] == ids
+        assert again(text)["input_ids"] == ids
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-bpe-noaddbos", "llama-bpe-ignoremerges", "refact", "deepseek-llm", "stablelm2", "viking"]
+)
+def test_a_gguf_vocabulary_splits_words_by_the_name_of_its_pre_tokenizer(name, unpacked):
+    file = unpacked / "gguf-tokens" / f"{name}.gguf"
+    expected, tokenizer = Tokenizer.from_file(str(file.with_suffix(".json"))), load_tokenizer(file)
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == expected.encode(text).ids
+
+
+def test_sentencepiece_vocabularies_put_a_space_in_front_unless_the_file_says_no(unpacked):
+    file = GgufFile(unpacked / "gguf-tokens" / "spm_900_noprefix.gguf")
+    tokenizer = tokenizer_from_gguf(file)
+    assert not tokenizer.convert_ids_to_tokens(tokenizer("The year")["input_ids"][1:])[0].startswith("▁")
+    assert tokenizer.decode(tokenizer("The year")["input_ids"][1:]) == "The year"
+    wanted = json.loads((unpacked / "gguf-tokens" / "spm_want.json").read_text())
+    del file.metadata["tokenizer.ggml.add_space_prefix"]
+    tokenizer = tokenizer_from_gguf(file)
+    for text, ids in zip(wanted["strings"], wanted["ids"], strict=True):
+        if "s>" not in text:  # sentencepiece takes the names of its own marks for text
+            assert tokenizer(text)["input_ids"] == ids
+
+
+def test_an_unknown_pre_tokenizer_and_metadata_of_a_wrong_kind_are_refused(tmp_path, byte_level):
+    file = GgufFile(byte_level)
+    for key, value, message in (
+        ("pre", "unheard-of", "pre-tokenizer 'unheard-of' is not known"),
+        ("pre", 5, "tokenizer.ggml.pre is 5, not a text"),
+        ("tokens", 3, "tokenizer.ggml.tokens is 3, not a list"),
+        ("tokens", [1, 2], "tokenizer.ggml.tokens is a list of 2, not a list"),
+        ("token_type", [1], "1 token_type for a vocabulary"),
+        ("merges", ["ab"], "merge 'ab' is not a pair"),
+        ("bos_token_id", "x", "tokenizer.ggml.bos_token_id is 'x', not an integer"),
+        ("add_bos_token", 1, "tokenizer.ggml.add_bos_token is 1, not true or false"),
+    ):
+        kept = file.metadata[f"tokenizer.ggml.{key}"]
+        file.metadata[f"tokenizer.ggml.{key}"] = value
+        with pytest.raises(TwlaError) as error:
+            tokenizer_from_gguf(file)
+        assert str(error.value).startswith(f"{byte_level}: {message}")
+        file.metadata[f"tokenizer.ggml.{key}"] = kept
+
+
+def test_code_of_a_model_folder_never_runs_not_even_when_asked_to(tmp_path):
+    ran = tmp_path / "ran"
+    (tmp_path / "tok.py").write_text(f"open({str(ran)!r}, 'w')\nclass T: pass\n")
+    settings = {"auto_map": {"AutoTokenizer": ["tok.T", "tok.T"]}, "tokenizer_class": "T"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "strange", "auto_map": {"AutoConfig": "tok.T"}})
+    )
+    code = (
+        "import sys; from twla_jax.errors import TwlaError; from twla_jax.models.io.tokenizer import load_tokenizer\n"
+        "try: load_tokenizer(sys.argv[1])\nexcept TwlaError as error: print(error)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        input="y\ny\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert child.stdout.startswith(f"{tmp_path}: the tokenizer cannot be read")
+    assert not ran.exists()
+
+
+def test_a_sentencepiece_file_asks_for_its_package(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TwlaError, match=r"needs sentencepiece: pip install 'twla-jax\[sentencepiece\]'"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_files_that_cannot_be_opened_are_named_at_once(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(TwlaError, match=r"tokenizer\.json: not a regular file"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(TwlaError, match="the tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
