@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from twla_jax.core.kotms import KroneckerRotation
     from twla_jax.core.tensors import TernaryTensor
     from twla_jax.errors import TwlaError
+    from twla_jax.evaluation.domains import evaluate_domains
     from twla_jax.evaluation.scoring import evaluate
     from twla_jax.inference.generation import generate
     from twla_jax.inference.packed_decoder import prepare_for_inference
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, load_recipe
     from twla_jax.refinement.end_to_end import refine
     from twla_jax.storage.checkpoint import save
-    from twla_jax.text.corpora import Corpus, load_corpus, tokenize
+    from twla_jax.text.corpora import Corpus, load_corpus, load_domains, tokenize
     from twla_jax.text.windows import calibration_windows
 
 # Where each public name lives. Imported when first used, so that `import twla_jax` and `twla --help` are quick.
@@ -40,9 +41,11 @@ _HOMES = {
     "allocate_bits": "allocation.choice",
     "calibration_windows": "text.windows",
     "evaluate": "evaluation.scoring",
+    "evaluate_domains": "evaluation.domains",
     "generate": "inference.generation",
     "load": "jobs.loading",
     "load_corpus": "text.corpora",
+    "load_domains": "text.corpora",
     "load_recipe": "recipe",
     "prepare_for_inference": "inference.packed_decoder",
     "quantize": "quantization.pipeline",
@@ -68,9 +71,11 @@ __all__ = [
     "allocate_bits",
     "calibration_windows",
     "evaluate",
+    "evaluate_domains",
     "generate",
     "load",
     "load_corpus",
+    "load_domains",
     "load_recipe",
     "prepare_for_inference",
     "quantize",

@@ -81,6 +81,20 @@ def test_json_is_alone_on_stdout(out, text, capsys):
     assert len(generated["tokens"]) == 5
 
 
+def test_a_table_of_texts_ends_with_the_worst(out, stories_model, texts, capsys):
+    arguments = ["--domains", texts, "--against", stories_model, "--seq-len", 64, "--max-windows", 2]
+    figures = json.loads(run(capsys, "eval", out, *arguments, "--json").out)
+    best, worst = figures["domains"]
+    assert {best["name"], worst["name"]} == {"calibration", "evaluation"} == figures["texts"].keys()
+    assert figures["worst"] == worst["name"]
+    assert 1 < best["ratio"] <= worst["ratio"]
+    assert worst["kl"] > 0
+    assert 0 < worst["agreement"] < 1
+    printed = run(capsys, "eval", out, *arguments).out.splitlines()
+    assert printed[0].split() == ["text", "tokens", "perplexity", "original", "KL", "same", "top-1", "ratio"]
+    assert printed[-1].split()[0] == worst["name"]
+
+
 def test_generation_streams_what_json_says(out, capsys):
     arguments = ["generate", out, "--prompt", "Once upon a time", "--max-new-tokens", 8]
     streamed = run(capsys, *arguments).out

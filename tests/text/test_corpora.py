@@ -8,7 +8,7 @@ import pytest
 
 from twla_jax.errors import TwlaError
 from twla_jax.recipe import CalibrationRecipe
-from twla_jax.text import corpora
+from twla_jax.text import corpora, named
 from twla_jax.text.windows import calibration_windows, sample_windows
 
 
@@ -42,7 +42,7 @@ def test_published_rows_rebuild_the_raw_file(data, monkeypatch):
     raw = (data / "wikitext2" / "wiki.valid.raw").read_bytes().decode()
     lines = raw.splitlines(keepends=True)
     monkeypatch.delenv("TWLA_DATA")
-    monkeypatch.setattr(corpora, "_online", lambda *_, **__: (line if line.strip() else "" for line in lines))
+    monkeypatch.setattr(named, "online", lambda *_, **__: (line if line.strip() else "" for line in lines))
     assert corpora.load_corpus("wikitext2", "calibration").text == raw
 
 

@@ -101,7 +101,7 @@ def prepare(
     settings, drawn = recipe.allocation, recipe.calibration
     seq_len = settings.seq_len or drawn.seq_len
     check_length(seq_len, model.config)
-    tokens = recipe_windows.tokens_of(corpus, tokenizer, model.config.vocab_size)
+    tokens = recipe_windows.tokens_of(corpus, tokenizer, model.config.vocab_size, recipe)
     held_out, overlap = recipe_windows.held_out_windows(tokens, recipe)
     seen, _ = recipe_windows.seen_windows(tokens, recipe)
     model = jax.tree.map(jnp.asarray, model)

@@ -15,6 +15,8 @@ def evaluate(
     /,
     *,
     corpus: Annotated[str, argument("CORPUS|FILE")] = "pydoc",
+    domains: Annotated[str | None, argument("DIR|NAMES")] = None,
+    against: Annotated[str | None, argument("MODEL")] = None,
     seq_len: Annotated[int, argument("N")] = 2048,
     max_windows: OptionalInt = None,
     activation_bits: OptionalBits = None,
@@ -23,15 +25,21 @@ def evaluate(
     dtype: OptionalDtype = None,
     json: bool = False,
 ) -> None:
-    """Measure the perplexity of a model, quantised or not, on the evaluation text of a corpus.
+    """Measure the perplexity of a model, quantised or not, on the evaluation text of a corpus or of several.
+
+    With --domains the result is a table of texts, the worst last. With --against it also says how far the predictions
+    are from those of the original: KL divergence, share of equal top-1 tokens, ratio of the perplexities.
 
     By default it computes as the quantiser does, on any device; the README's figures are measured this way.
 
     Args:
         model: folder written by twla, Hugging Face folder, .gguf file, or smollm2
         corpus: pydoc, wikitext2, c4, a .txt or .jsonl file, or a folder of these
+        domains: texts to score one by one: mix (a text of every domain at hand), a folder of .txt and .jsonl files, or
+            corpora with commas between them
+        against: original to compare with, named as MODEL is
         seq_len: tokens per window; windows do not overlap
-        max_windows: score only the first N windows
+        max_windows: score only the first N windows of each text
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
         batch_size: windows scored at a time
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
@@ -42,6 +50,16 @@ def evaluate(
     from twla_jax.evaluation import scoring
     from twla_jax.text import corpora
 
+    if domains is not None or against is not None:
+        _evaluate_domains(
+            model,
+            domains or corpus,
+            against,
+            options={"seq_len": seq_len, "max_windows": max_windows, "batch_size": batch_size},
+            form={"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels},
+            json=json,
+        )
+        return
     text = corpora.load_corpus(corpus, "evaluation")
     decoder, tokenizer, path = _load(model, dtype, activation_bits, kernels)
     tokens = corpora.tokenize(text, tokenizer, decoder.config.vocab_size)
@@ -59,6 +77,33 @@ def evaluate(
             f"{path}, {result['dtype']})"
         ),
     )
+
+
+def _evaluate_domains(
+    model: str,
+    names: str,
+    against: str | None,
+    *,
+    options: dict[str, Any],
+    form: dict[str, Any],
+    json: bool,
+) -> None:
+    from twla_jax.evaluation import domains
+    from twla_jax.text import corpora
+
+    corpora_by_name = corpora.load_domains(names)
+    decoder, tokenizer, path = _load(model, **form)
+    original = None
+    if against is not None:
+        original, _ = loading.load(against, dtype=decoder.dtype)
+    config.check_length(options["seq_len"], decoder.config)
+    size = decoder.config.vocab_size
+    tokens = {name: corpora.tokenize(text, tokenizer, size) for name, text in corpora_by_name.items()}
+    result = domains.evaluate_domains(decoder, tokens, original=original, **options)
+    texts = {name: text.describe() for name, text in corpora_by_name.items()}
+    figures = {**result, "texts": texts, "against": against, "dtype": str(decoder.dtype), "path": path}
+    figures["activation_bits"] = form["activation_bits"]
+    show(figures, json, lambda: domains.format_domains(result))
 
 
 def generate(

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,21 +89,45 @@ def hidden_nll(
     model: Decoder, hidden: Float[Array, "b t d"], windows: Int32[Array, "b t"], *, chunk: int
 ) -> Float[Array, " b"]:
     """`window_nll` from what `model.hidden(windows)` gives, the logits of `chunk` positions at a time."""
-    hidden, targets = hidden[:, :-1], windows[:, 1:]
-    length = targets.shape[1]
+
+    def nll(h, targets):
+        logits = model.logits(h)
+        of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - of_target
+
+    return sum_predictions(nll, hidden, windows, chunk=chunk) / (windows.shape[1] - 1)
+
+
+def sum_predictions(
+    score: Callable[[Any, Int32[Array, "b c"]], Any],
+    hidden: Any,
+    windows: Int32[Array, "b t"],
+    *,
+    chunk: int,
+) -> Any:
+    """Returns `[b]` for every array of `score`'s result: its sum over the `t − 1` predictions of each window.
+
+    Args:
+      score: takes hidden states of `chunk` positions and the tokens that follow them; returns arrays `[b, chunk]`.
+      hidden: what it takes, for all positions: `[b, t, d]`, or a tuple of these.
+      windows: the tokens at these positions.
+      chunk: positions at a time.
+    """
+    length = windows.shape[1] - 1
     padding = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    hidden = jax.tree.map(lambda h: jnp.pad(h[:, :-1], ((0, 0), (0, padding), (0, 0))), hidden)
+    targets = jnp.pad(windows[:, 1:], ((0, 0), (0, padding)))
     real = jnp.arange(length + padding) < length
 
-    def chunk_nll(start):
-        h, t = (jax.lax.dynamic_slice_in_dim(a, start, chunk, axis=1) for a in (hidden, targets))
-        logits = model.logits(h)
-        of_target = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - of_target
-        return jnp.where(jax.lax.dynamic_slice_in_dim(real, start, chunk), nll, 0).sum(-1)
+    def chunk_sum(start):
+        h, t = jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, start, chunk, axis=1), (hidden, targets)
+        )
+        here = jax.lax.dynamic_slice_in_dim(real, start, chunk)
+        return jax.tree.map(lambda a: jnp.where(here, a, 0).sum(-1), score(h, t))
 
-    return jax.lax.map(chunk_nll, jnp.arange(0, length + padding, chunk)).sum(0) / length
+    sums = jax.lax.map(chunk_sum, jnp.arange(0, length + padding, chunk))
+    return jax.tree.map(lambda a: a.sum(0), sums)
 
 
 def perplexity(nll: float) -> float:

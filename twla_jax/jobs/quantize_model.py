@@ -83,7 +83,7 @@ def quantize_to_folder(
     text = corpus or _sample_text(model, recipe, work_dir / corpora.SELF, phases, progress)
     with phases("tokenise the text"):
         vocab_size = model.config.vocab_size
-        tokens = recipe_windows.tokens_of(text, tokenizer, vocab_size)
+        tokens = recipe_windows.tokens_of(text, tokenizer, vocab_size, recipe)
         windows, more = recipe_windows.seen_windows(tokens, recipe)
         check_tokens = corpora.tokenize(check, tokenizer, vocab_size)
     score = functools.partial(

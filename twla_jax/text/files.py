@@ -1,6 +1,7 @@
 """Reads documents from files of a user's own: plain text, JSON Lines, JSON and CSV."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ from typing import Any
 from twla_jax.errors import TwlaError
 
 FIELD = "text"  # of a JSON object, or a column: what is read of a record
+_CHAT = "messages"  # of a JSON object that has no such field
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 _OF_FOLDERS = (".txt", *_LINES)
 # Suffixes whose files are no text, with what to do about it.
@@ -22,34 +24,85 @@ _REFUSED = {
 }
 
 
-def read_documents(path: Path) -> tuple[str, str]:
-    """Returns the text of a file or folder, and the string that was put between its documents.
+Messages = tuple[dict[str, str], ...]  # of a chat, each with `role` and `content`
+Document = str | Messages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text as it was read, not yet marked for a purpose.
+
+    Attributes:
+      text: the whole text.
+      source: where it was read from, in words.
+      join: the string between its documents; empty for a text kept as the file has it.
+      chats: its documents where all of them are chats; a tokenizer with a chat template renders them its own way.
+    """
+
+    text: str
+    source: str
+    join: str = ""
+    chats: tuple[Messages, ...] = ()
+
+
+def read(path: Path) -> Text:
+    """Returns the text of a file or folder, its documents joined by an empty line.
 
     A file ending in `.jsonl` or `.ndjson` has an object a line, `.json` a list of objects, `.csv` and `.tsv` a table:
-    of each the field `text` is read. Anything else is one document as it is. Capitals make no difference, a byte-order
-    mark is no part of the text, and `.gz` behind these names is unpacked. Of a folder, `.txt`, `.jsonl` and `.ndjson`
-    files are read, in the order of their names.
+    of each the field `text` is read, or of an object without one the chat in its field `messages`. Anything else is one
+    document as it is. Capitals make no difference, a byte-order mark is no part of the text, and `.gz` behind these
+    names is unpacked. Of a folder, `.txt`, `.jsonl` and `.ndjson` files are read, in the order of their names.
 
     Raises:
       TwlaError: a file that is no text, or a record without a text; names the file and the line.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _kind(file) in _OF_FOLDERS and file.is_file())
-        if not files:
-            raise TwlaError(f"{path}: no file of the kinds {', '.join(_OF_FOLDERS)} in this folder")
-        return "\n\n".join(read_documents(file)[0] for file in files), "\n\n"
-    kind = _kind(path)
-    if kind in _REFUSED:
-        raise TwlaError(f"{path}: {kind} files are not read; {_REFUSED[kind]}")
-    if kind in _LINES:
-        records: Iterable[tuple[str, Any]] = _lines(path)
-    elif kind == ".json":
-        records = _list(path)
-    elif kind in _TABLES:
-        records = _table(path, "," if kind == ".csv" else "\t")
-    else:
-        return read_text(path), ""
-    return "\n\n".join(_text_of(record, place) for place, record in records), "\n\n"
+        texts = [read(file) for file in text_files(path)]
+        return Text(text="\n\n".join(text.text for text in texts), source=str(path), join="\n\n")
+    records = _records(path)
+    if records is None:
+        return Text(text=read_text(path), source=str(path))
+    return from_documents((_document(record, place) for place, record in records), str(path))
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Returns the files of a folder that `read` takes for its text, in the order of their names.
+
+    Raises:
+      TwlaError: there is none.
+    """
+    files = sorted(file for file in folder.rglob("*") if _kind(file) in _OF_FOLDERS and file.is_file())
+    if not files:
+        raise TwlaError(f"{folder}: no file of the kinds {', '.join(_OF_FOLDERS)} in this folder")
+    return files
+
+
+def from_documents(documents: Iterable[Document], source: str) -> Text:
+    """Returns documents as one text; they count as chats where all of them are."""
+    documents = list(documents)
+    chats = tuple(document for document in documents if not isinstance(document, str))
+    plain = (document if isinstance(document, str) else _plain_chat(document) for document in documents)
+    return Text(
+        text="\n\n".join(plain),
+        source=source,
+        join="\n\n",
+        chats=chats if len(chats) == len(documents) else (),
+    )
+
+
+def read_records(lines: Iterable[str], source: str) -> list[tuple[Document, dict[str, Any]]]:
+    """Returns the documents of JSON lines, each with all that its line says.
+
+    Raises:
+      TwlaError: a line without a text; names `source` and the line.
+    """
+    return [(_document(record, place), record) for place, record in _parsed(lines, source)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a file, which end at line feeds alone."""
+    # Inside a JSON string, U+2028 and its like are letters like others.
+    return read_text(path).split("\n")
 
 
 def read_text(path: Path) -> str:
@@ -77,17 +130,30 @@ def _kind(path: Path) -> str:
     return Path(name).suffix
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    # Split at line feeds alone: inside a JSON string, U+2028 and its like are letters like others.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+def _records(path: Path) -> Iterable[tuple[str, Any]] | None:
+    """Returns the records of a file with the place of each, None where the file is one document as it is."""
+    kind = _kind(path)
+    if kind in _REFUSED:
+        raise TwlaError(f"{path}: {kind} files are not read; {_REFUSED[kind]}")
+    if kind in _LINES:
+        return _parsed(read_lines(path), str(path))
+    if kind == ".json":
+        return _list(path)
+    if kind in _TABLES:
+        return _table(path, "," if kind == ".csv" else "\t")
+    return None
+
+
+def _parsed(lines: Iterable[str], source: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            yield (place := f"{path}, line {number}"), _json(line, place)
+            yield (place := f"{source}, line {number}"), _json(line, place)
 
 
 def _list(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     if not text.lstrip().startswith("["):
-        yield from _lines(path)
+        yield from _parsed(text.split("\n"), str(path))
         return
     for number, record in enumerate(_json(text, str(path)), 1):
         yield f"{path}, record {number}", record
@@ -113,17 +179,35 @@ def _json(text: str, place: str) -> Any:
         raise TwlaError(f"{place}: not JSON ({error})") from None
 
 
-def _text_of(record: Any, place: str) -> str:
+def _document(record: Any, place: str) -> Document:
     if not isinstance(record, dict):
         raise TwlaError(f'{place}: not a JSON object with a field "{FIELD}"')
+    if FIELD not in record and (messages := record.get(_CHAT)):
+        return _chat(messages, place)
     if FIELD not in record:
         raise TwlaError(f'{place}: no field "{FIELD}"{_known(record)}')
-    text = record[FIELD]
+    return _checked(record[FIELD], FIELD, place)
+
+
+def _chat(messages: Any, place: str) -> Messages:
+    keys = ("role", "content")
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and m.keys() >= set(keys) for m in messages
+    ):
+        raise TwlaError(f'{place}: the field "{_CHAT}" is no list of objects with "role" and "content"')
+    return tuple({key: _checked(message[key], key, place) for key in keys} for message in messages)
+
+
+def _plain_chat(messages: Messages) -> str:
+    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+
+
+def _checked(text: Any, field: str, place: str) -> str:
     if not isinstance(text, str):
         kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
-        raise TwlaError(f'{place}: the field "{FIELD}" is {kinds.get(type(text), "a number")}, not text')
+        raise TwlaError(f'{place}: the field "{field}" is {kinds.get(type(text), "a number")}, not text')
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise TwlaError(f'{place}: the field "{FIELD}" holds half a surrogate pair, which is no character')
+        raise TwlaError(f'{place}: the field "{field}" holds half a surrogate pair, which is no character')
     return text
 
 

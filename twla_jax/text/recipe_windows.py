@@ -8,7 +8,7 @@ from jaxtyping import Int32
 
 from twla_jax.errors import TwlaError
 from twla_jax.recipe import Recipe
-from twla_jax.text import corpora, windows
+from twla_jax.text import windows
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.sampled import SampledText
 
@@ -18,18 +18,22 @@ def count(recipe: Recipe) -> int:
     return recipe.calibration.windows + recipe.refine.steps * recipe.refine.batch + recipe.allocation.windows
 
 
-Tokens = Int32[np.ndarray, " t"] | SampledText
+Tokens = windows.Tokens | SampledText
 
 
-def tokens_of(text: Corpus | SampledText, tokenizer: Any, vocab_size: int) -> Tokens:
-    """All tokens of a corpus; sampled text as it is.
+def tokens_of(text: Corpus | SampledText, tokenizer: Any, vocab_size: int, recipe: Recipe) -> Tokens:
+    """Returns the tokens of a corpus, of each domain where it is a mix, as many as the recipe needs.
+
+    Sampled text is returned as it is.
 
     Raises:
       TwlaError: what `require_calibration` and `tokenize` refuse.
     """
     if isinstance(text, SampledText):
         return text
-    return corpora.tokenize(corpora.require_calibration(text), tokenizer, vocab_size)
+    drawn = recipe.calibration
+    wanted = (drawn.windows + recipe.refine.steps * recipe.refine.batch) * drawn.seq_len
+    return windows.domain_tokens(text, tokenizer, vocab_size, wanted)
 
 
 def seen_windows(
@@ -37,7 +41,8 @@ def seen_windows(
 ) -> tuple[Int32[np.ndarray, "w seq_len"], Int32[np.ndarray, "r seq_len"]]:
     """The windows of the calibration and those of the refinement, `refine.steps · refine.batch` of them.
 
-    Those of a corpus are drawn with replacement; those of sampled text are its rows, in order.
+    Those of a corpus are drawn with replacement, of a mix from its domains in turn; those of sampled text are its rows,
+    in order.
 
     Raises:
       TwlaError: fewer tokens than one window.

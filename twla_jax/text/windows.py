@@ -1,5 +1,6 @@
-"""Windows of tokens, drawn from a text."""
+"""Windows of tokens, drawn from a text or in equal numbers from the domains of a mix."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,39 +11,68 @@ from twla_jax.errors import TwlaError
 from twla_jax.recipe import CalibrationRecipe
 from twla_jax.text.corpora import Corpus, require_calibration, tokenize
 
+Tokens = Int32[np.ndarray, " t"] | tuple[Int32[np.ndarray, " _"], ...]  # of a text, or of a mix's domains
+
+_LETTERS_PER_TOKEN = 9  # of a domain's text that are read: twice the tokens that are drawn, or more
+_LEAST_LETTERS = 400_000
+
+
+def domain_tokens(corpus: Corpus, tokenizer: Any, vocab_size: int, wanted: int) -> Tokens:
+    """Returns the tokens of a calibration text: of each domain, so many as `wanted` need, where it is a mix.
+
+    Args:
+      wanted: how many tokens will be drawn in all.
+    Raises:
+      TwlaError: what `require_calibration` and `tokenize` refuse.
+    """
+    require_calibration(corpus)
+    if not corpus.parts:
+        return tokenize(corpus, tokenizer, vocab_size)
+    letters = max(_LEAST_LETTERS, _LETTERS_PER_TOKEN * wanted // len(corpus.parts))
+    return tuple(tokenize(part, tokenizer, vocab_size, letters) for part in corpus.parts)
+
 
 def sample_windows(
-    tokens: Int32[np.ndarray, " t"], windows: int, seq_len: int, seed: int
+    tokens: Tokens, windows: int, seq_len: int, seed: int
 ) -> Int32[np.ndarray, "windows seq_len"]:
-    """Windows at offsets drawn uniformly with replacement; the same seed draws the same.
+    """Draws windows at offsets uniform with replacement; the same seed draws the same.
+
+    Those of a mix come from its domains in turn, so that each has as many, give or take one.
 
     Raises:
-      TwlaError: fewer tokens than one window.
+      TwlaError: fewer tokens than one window, in the text or in a domain.
     """
+    if isinstance(tokens, tuple):
+        counts = _counts(len(tokens), windows)
+        drawn = [
+            sample_windows(part, count, seq_len, _domain_seed(seed, index))
+            for index, (part, count) in enumerate(zip(tokens, counts, strict=True))
+        ]
+        return _in_turn(drawn)
     return _cut(tokens, _starts(len(tokens), windows, seq_len, seed), seq_len)
 
 
 def calibration_windows(
     corpus: Corpus, tokenizer: Any, vocab_size: int, settings: CalibrationRecipe
 ) -> Int32[np.ndarray, "windows seq_len"]:
-    """The windows that a recipe calibrates on.
+    """Draws the windows that a recipe calibrates on.
 
     Raises:
       TwlaError: what `require_calibration`, `tokenize` and `sample_windows` refuse.
     """
-    tokens = tokenize(require_calibration(corpus), tokenizer, vocab_size)
+    tokens = domain_tokens(corpus, tokenizer, vocab_size, settings.windows * settings.seq_len)
     return sample_windows(tokens, settings.windows, settings.seq_len, settings.seed)
 
 
 def held_out_windows(
-    tokens: Int32[np.ndarray, " t"],
+    tokens: Tokens,
     drawn: Sequence[CalibrationRecipe],
     windows: int,
     seq_len: int,
     *,
     seed: int,
 ) -> tuple[Int32[np.ndarray, "windows seq_len"], float]:
-    """Windows of the same text that hold as little as possible of what `sample_windows` drew for `drawn`.
+    """Draws windows of the same text that hold as little as possible of what `sample_windows` drew for `drawn`.
 
     One after another, where tokens were drawn the fewest times before, at random among equals; the same settings give
     the same windows.
@@ -52,6 +82,22 @@ def held_out_windows(
     Raises:
       TwlaError: fewer tokens than one window.
     """
+    if isinstance(tokens, tuple):
+        chosen, shares = [], 0.0
+        for index, (part, count) in enumerate(zip(tokens, _counts(len(tokens), windows), strict=True)):
+            seen = [
+                dataclasses.replace(
+                    settings,
+                    windows=number,
+                    seed=_domain_seed(settings.seed, index),
+                )
+                for settings in drawn
+                if (number := _counts(len(tokens), settings.windows)[index])
+            ]
+            held_out, share = held_out_windows(part, seen, count, seq_len, seed=_domain_seed(seed, index))
+            chosen.append(held_out)
+            shares += share * count
+        return _in_turn(chosen), shares / windows
     changes = np.zeros(len(tokens) + 1, np.int64)
     for settings in drawn:
         starts = _starts(len(tokens), settings.windows, settings.seq_len, settings.seed)
@@ -67,7 +113,23 @@ def held_out_windows(
         shared += int((times[here] > 0).sum())
         times[here] += 1
         chosen.append(start)
-    return _cut(tokens, np.asarray(chosen), seq_len), shared / (windows * seq_len)
+    starts = np.asarray(chosen, np.int64)
+    return _cut(tokens, starts, seq_len), shared / max(1, windows * seq_len)
+
+
+def _counts(domains: int, windows: int) -> list[int]:
+    """Returns how many of the windows come from each domain, when they take turns."""
+    return [(windows + domains - 1 - index) // domains for index in range(domains)]
+
+
+def _domain_seed(seed: int, index: int) -> int:
+    """Returns a seed of the domain's own, so that equal seeds do not draw equal offsets everywhere."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+def _in_turn(drawn: Sequence[np.ndarray]) -> np.ndarray:
+    """Orders windows so that the domains take turns; those that have one more come first."""
+    return np.stack([part[turn] for turn in range(len(drawn[0])) for part in drawn if turn < len(part)])
 
 
 def _starts(tokens: int, windows: int, seq_len: int, seed: int) -> np.ndarray:
