@@ -8,15 +8,32 @@ DEMO ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test aot lint clean
+# The tests of a part: make test TESTS=tests/core
+TESTS ?=
+
+# Two processes and few optimisations: most of the time goes into compilation, which uses one core, of programs that
+# mostly run once or twice; what one process or an earlier run compiled is found in the cache. Files in order: else those
+# of few tests and much time come last, and a process has none left.
+PYTEST = XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
+  JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2 \
+  $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Those that neither emulate kernels nor quantise models.
+FAST = tests/core tests/models tests/storage tests/text $(wildcard tests/test_*.py)
+
+.PHONY: demo test test-fast test-slow aot lint clean
 
 demo: $(VENV)/package $(VENV)/smollm2
 	$(BIN)/twla demo $(DEMO)
 
-# Two processes and few optimisations: most of the time goes into compilation, which uses one core, of programs that
-# mostly run once or twice. Files in order: else those of few tests and much time come last, and a process has none left.
+# Everything but the slowest tests, which are `test-slow`; `test-fast` is for between two edits.
 test: $(VENV)/test
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/test
+	$(PYTEST) -m slow $(TESTS)
+
+test-fast: $(VENV)/test
+	$(PYTEST) -m "not slow and not aot" $(or $(TESTS),$(FAST))
 
 # Kernels compiled for chips that this machine lacks; the compilers' own back ends would look for those.
 aot: $(VENV)/aot

@@ -20,9 +20,17 @@ from twla_jax.models.decoder import SITES, Decoder
 # Devices to shard over. Before anything runs: the number is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 8)
 
+# The JAX whose compiled programs the tests marked `hlo` describe.
+HLO_JAX = "0.11."
+
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "TWLA_DATA" not in os.environ and _BESIDE.is_dir():
     os.environ["TWLA_DATA"] = str(_BESIDE)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("hlo") and not jax.__version__.startswith(HLO_JAX):
+        pytest.skip(f"describes what JAX {HLO_JAX}* compiles, not {jax.__version__}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,11 +4,13 @@ import runpy
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
+@pytest.mark.slow
 def test_notebook_then_script(stories_model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     monkeypatch.setenv("TWLA_QUICKSTART_MODEL", str(stories_model))

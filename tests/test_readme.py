@@ -23,6 +23,7 @@ def test_the_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_the_commands_run(stories_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line, comments=True) for line in block("bash").splitlines()]
@@ -36,6 +37,7 @@ def test_the_commands_run(stories_model, tmp_path, monkeypatch, capsys):
     assert "bits per weight, linears" in printed
 
 
+@pytest.mark.slow
 def test_the_python_runs(stories_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = block("python")

@@ -84,6 +84,7 @@ def test_every_row_of_the_ablation_is_one_change(ablation):
         assert len(parts) + row.narrow == (name != "base")
 
 
+@pytest.mark.slow
 def test_the_ablation_runs_and_refinement_shows(ablation, stories_model, texts, tmp_path, capsys):
     (tmp_path / "quick.toml").write_text(
         "[weights]\ngroup_size = 32\nrounds = 0\n[rotation]\nstart = 'none'\n[refine]\nbatch = 2\n"

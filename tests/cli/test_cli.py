@@ -130,6 +130,7 @@ def test_bits_are_allocated_anew_from_the_same_table(out, text, tmp_path, capsys
     assert not folder.with_name("out.allocate").exists()
 
 
+@pytest.mark.slow
 def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
     stories_model, text, tmp_path, capsys, monkeypatch
 ):

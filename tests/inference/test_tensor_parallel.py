@@ -13,6 +13,7 @@ from twla_jax.inference import tensor_parallel
 from twla_jax.ops.ternary_matmul import kernel_weight, ternary_matmul
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 def test_a_split_linear_is_a_kernel_on_each_chip_and_its_output_stays_there():
     pytest.importorskip("libtpu")

@@ -249,6 +249,7 @@ def test_gpu_kernel_spills_nothing(case, norm, dtype, apart, compile_for_h100):
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 def test_it_is_one_kernel_between_two_linears(compile_for):
     def attend(qkv, layer, positions, window):

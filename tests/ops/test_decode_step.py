@@ -34,6 +34,7 @@ from twla_jax.ops.ternary_matmul import ternary_matmul
         ("v5e", 1, 8, None, 4, False),
     ],
 )
+@pytest.mark.hlo
 def test_a_step_copies_neither_cache_nor_weights(
     target, batch, bits, cache_dtype, embedding_bits, tied, compile_for
 ):
@@ -45,6 +46,7 @@ def test_a_step_copies_neither_cache_nor_weights(
         assert not re.search(r"%dynamic_slice_fusion\S* = ", compiled.as_text())
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
     monkeypatch.setattr(IntegerBlock, "takes_parts", True)  # it would look for a GPU
@@ -57,6 +59,7 @@ def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
     assert not re.search(r"exponential", program)
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 @pytest.mark.parametrize(("width", "kernels"), [(1024, 4), (2048, 3)])
 def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compile_for, monkeypatch):
@@ -71,6 +74,7 @@ def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compi
     assert not re.search(r"= (bf16\[2,1,8,640,64\]|s32\[1,\d+\])\S* copy", within)
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 def test_a_step_on_tpus_takes_scales_as_they_are(compile_for, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where the model is prepared
@@ -92,6 +96,7 @@ def test_an_int8_cache_is_widened_nowhere_but_on_its_way(compile_for):
     assert compile_for("v6e", attend, q, layer, positions).memory_analysis().temp_size_in_bytes < 1e6
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 @pytest.mark.parametrize("m", [4096, 5120])
 def test_nothing_stands_between_the_two_kernels_of_a_linear(m, compile_for):
@@ -104,6 +109,7 @@ def test_nothing_stands_between_the_two_kernels_of_a_linear(m, compile_for):
     assert work(compile_for("h100", linear, x, rotation, weight, scale)) == ["custom-call"] * 2
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 def test_a_gate_of_many_tokens_is_read_as_it_lies(compile_for):
     def quantized(x, rotation):

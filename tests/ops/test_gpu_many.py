@@ -114,6 +114,7 @@ def test_tiles_fit_memory():
         assert sum(np.prod(kind.shape) * np.dtype(kind.dtype).itemsize for kind in arrays) <= 226 * 1024
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 @pytest.mark.parametrize("t", [24, 128, 2048])
 def test_adds_a_residual_itself(t, compile_for_h100):

@@ -134,6 +134,7 @@ def test_gpu_kernel_spills_nothing_and_copies_no_weights(t, n, m, bits, compile_
     assert compiled.memory_analysis().temp_size_in_bytes < n * m * bits // 16
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 @pytest.mark.parametrize(("target", "call"), [("h100", "mosaic_gpu"), ("v6e", "tpu_custom_call")])
 def test_the_platform_picks_its_kernel(target, call, compile_for):

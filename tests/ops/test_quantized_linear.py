@@ -222,6 +222,7 @@ def test_measured_tiles_come_before_the_rule():
         assert tile_configs.tiles(*shape, 2, 40_000, tokens=2) != measured
 
 
+@pytest.mark.hlo
 @pytest.mark.aot
 @pytest.mark.parametrize(("t", "m"), [(1, 4096), (1, 5120), (2, 4096)])
 def test_a_few_tokens_take_one_kernel(t, m, compile_for):

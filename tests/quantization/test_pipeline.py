@@ -171,6 +171,7 @@ def test_tokens_outside_the_vocabulary_are_refused(model):
         pipeline.quantize(model, WINDOWS + 1, RECIPE, progress=False)
 
 
+@pytest.mark.slow
 def test_a_real_model_keeps_its_language(stories):
     """stories260K: the quantised model predicts its own stories far better than chance, 8 bits cost next to nothing."""
     model = readers.load_model(stories)
@@ -189,6 +190,7 @@ def test_a_real_model_keeps_its_language(stories):
     assert all(entry["rotation_loss"][1] < entry["rotation_loss"][0] for entry in figures["sites"])
 
 
+@pytest.mark.slow
 def test_propagation_brings_outputs_nearer_to_full_precision(stories):
     model = readers.load_model(stories)
     start = np.ones((40, 1), np.int32)

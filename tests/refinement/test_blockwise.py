@@ -54,6 +54,7 @@ def test_loss_is_the_relative_error_of_each_token():
     assert float(blockwise.relative_error(got, target)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2])
 def test_blocks_learn_with_one_compilation_and_keep_the_format(student, teacher, window):
     recipe = dataclasses.replace(REFINE, block_window=window)

@@ -174,6 +174,7 @@ def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, 
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_real_model_gets_most_of_its_language_back(stories):
     """stories260K on its own stories: refinement takes at least half of what quantisation cost."""
     model = readers.load_model(stories)
