@@ -28,3 +28,14 @@ def test_notebook_then_script(stories_model, tmp_path, monkeypatch, capsys):
     *_, tuned = capsys.readouterr().out.splitlines()
     before, after = tuned.removeprefix("soft prompt: loss ").split(" in ")[0].split(" → ")
     assert float(after) < float(before)
+
+
+def test_your_own_flax_model(capsys):
+    main = runpy.run_path(str(EXAMPLES / "your_own_flax_model.py"))["main"]
+    main(steps=2)
+    *_, floats, ternary, last = capsys.readouterr().out.splitlines()
+    bytes_of = [
+        int(line.split(", ")[-1].removesuffix(" bytes").replace(",", "")) for line in (floats, ternary)
+    ]
+    assert bytes_of[1] < bytes_of[0] / 8
+    assert last == "restored model gives the same outputs: True"
