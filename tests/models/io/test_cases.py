@@ -36,13 +36,27 @@ def test_generation_stops_at_an_end_token_of_the_generation_settings(cases):
         ("fuzz_config_AttributeError_config.py_154.bin", "config.json"),
         ("fuzz_config_IndexError_config.py_191.bin", "config.json"),
         ("fuzz_config_out_of_memory.bin", "config.json"),
+        ("fuzz_gguf_ZeroDivisionError_gguf.py_77.bin", "model.gguf"),
         ("fuzz_index_TypeError_huggingface.py_74.bin", "model.safetensors.index.json"),
     ],
 )
 def test_what_a_fuzzer_found_is_one_line(file, name, cases, golden, tmp_path):
     golden("llama").write(tmp_path)
     shutil.copyfile(cases / "fuzz" / file, tmp_path / name)
+    read, path = (load_model, tmp_path) if name.endswith("index.json") else (read_config, tmp_path)
     with pytest.raises(TwlaError) as error:
-        load_model(tmp_path) if name.endswith("index.json") else read_config(tmp_path)
+        read(path / name if name.endswith(".gguf") else path)
     assert str(error.value).startswith(f"{tmp_path / name}: ")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_gguf_scaling_of_the_older_name_is_read(cases):
+    expected = np.load(cases / "gguf" / "gref_scale-linear-old.gguf.npy")
+    logits = np.asarray(
+        forward(load_model(cases / "gguf" / "scale-linear-old.gguf"), np.load(cases / "gguf" / "tokens.npy"))
+    )
+    assert np.sqrt(np.mean((logits - expected) ** 2)) <= 1e-4 * expected.std()
+
+
+def test_a_gguf_window_of_zero_is_none(cases):
+    assert read_config(cases / "gguf" / "window0-llama.gguf").sliding_window is None

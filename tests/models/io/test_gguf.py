@@ -1,5 +1,9 @@
 """GGUF files: every tensor type, the order of query and key rows, whole or damaged."""
 
+import copy
+import os
+import struct
+
 import gguf
 import jax
 import numpy as np
@@ -7,10 +11,12 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from twla_jax.errors import TwlaError
+from twla_jax.models.config import DecoderConfig
 from twla_jax.models.io import gguf as reader
 from twla_jax.models.io import huggingface
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.readers import load_model, read_config, read_model
+from twla_jax.models.rope_settings import RopeScaling
 
 forward = jax.jit(lambda model, tokens: model(tokens))
 # Published name → name in a GGUF file.
@@ -41,11 +47,16 @@ def write(case, path, architecture, *, kind=Kind.F16, extra=None, metadata=None,
     """A golden as a GGUF file; matrices in `kind` where their rows divide into its blocks, else F16."""
     config = case.config
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
+    stated = {key for _, key, _ in metadata or ()}
+    for key, value in (
+        ("context_length", config["max_position_embeddings"]),
+        ("embedding_length", config["hidden_size"]),
+        ("block_count", config["num_hidden_layers"]),
+        ("feed_forward_length", config["intermediate_size"]),
+        ("attention.head_count", config["num_attention_heads"]),
+    ):
+        if f"{architecture}.{key}" not in stated:
+            writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config.get("head_dim"):
@@ -203,7 +214,17 @@ def test_what_is_not_supported_is_refused_from_the_metadata(golden, tmp_path):
         )
     for entry, message in (
         (("add_uint32", "llama.expert_count", 8), "llama with 8 experts is not supported"),
-        (("add_string", "llama.rope.scaling.type", "yarn"), "rope scaling 'yarn' is not supported"),
+        (("add_string", "llama.rope.scaling.type", "longrope"), "rope scaling 'longrope' is not supported"),
+        (("add_float32", "llama.logit_scale", 2.0), "llama.logit_scale 2.0 is not supported"),
+        (("add_uint32", "llama.attention.value_length", 4), "keys and values of different sizes"),
+        (("add_array", "llama.attention.head_count", [4, 2]), "differs between layers"),
+        (("add_string", "llama.context_length", "64"), "llama.context_length is '64', not an integer"),
+        (("add_uint32", "llama.attention.head_count", 0), "llama.attention.head_count is 0, not an integer"),
+        (("add_uint32", "llama.block_count", 10**9), "llama.block_count is 1000000000, not an integer"),
+        (("add_float32", "llama.rope.freq_base", 0.0), "llama.rope.freq_base is 0.0, not a number above 0"),
+        (("add_uint32", "general.alignment", 0), "general.alignment is 0, not 1 or 2"),
+        (("add_string", "general.alignment", "32"), "general.alignment is '32', not 1 or 2"),
+        (("add_string", "split.count", "3"), "split.count is '3', not an integer"),
         (("add_uint32", "llama.rope.dimension_count", 4), "rotary positions on a part of the head"),
         (("add_uint16", "split.count", 3), "is one of 3 parts"),
     ):
@@ -211,6 +232,82 @@ def test_what_is_not_supported_is_refused_from_the_metadata(golden, tmp_path):
     assert "metadata 'tokenizer.ggml.tokens' is missing" in refusal(
         write(golden("llama"), path, "llama"), read_model
     )
+
+
+def test_scalings_have_the_names_and_defaults_of_llama_cpp(golden, tmp_path):
+    def scaling(*entries):
+        path = write(golden("llama"), tmp_path / "model.gguf", "llama", metadata=entries)
+        return read_config(path).rope_scaling
+
+    assert scaling(("add_float32", "llama.rope.scale_linear", 4.0)) == RopeScaling(kind="linear", factor=4.0)
+    assert scaling(("add_float32", "llama.rope.scaling.factor", 4.0)) == RopeScaling(
+        kind="linear", factor=4.0
+    )
+    assert scaling(("add_float32", "llama.rope.scale_linear", 0.0)) is None
+    none = ("add_string", "llama.rope.scaling.type", "none")
+    assert scaling(none, ("add_float32", "llama.rope.scaling.factor", 4.0)) is None
+    yarn = scaling(
+        ("add_string", "llama.rope.scaling.type", "yarn"),
+        ("add_float32", "llama.rope.scaling.factor", 4.0),
+        ("add_uint32", "llama.rope.scaling.original_context_length", 16),
+    )
+    stated = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    assert yarn == DecoderConfig.from_hf({**golden("llama").config, "rope_parameters": stated}).rope_scaling
+
+
+def test_a_model_split_over_files_is_read_from_any_of_them(golden, tmp_path):
+    case = golden("qwen2_tied")
+    names, expected = sorted(case.weights), load_model(write(case, tmp_path / "whole.gguf", "qwen2"))
+
+    def part(number, count=2, says=2, **more):
+        held = case.weights if count == 1 else {name: case.weights[name] for name in names[number::count]}
+        part_of = copy.copy(case)
+        part_of.weights = held | more
+        entries = [
+            ("add_uint16", "split.no", number),
+            ("add_uint16", "split.count", says),
+            ("add_int32", "split.tensors.count", len(names)),
+        ]
+        path = tmp_path / f"model-{number + 1:05d}-of-00002.gguf"
+        return write(part_of, path, "qwen2", metadata=entries)
+
+    paths = [part(0), part(1)]
+    for path in paths:
+        model = load_model(path)
+        assert model.config == expected.config
+        for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(one, other)
+    part(1, **{names[0]: case.weights[names[0]]})
+    assert "is in another part, too" in refusal(paths[1])
+    part(1, says=3)
+    with pytest.raises(TwlaError, match="does not say that it is part 2 of 2"):
+        load_model(paths[0])
+    paths[1].unlink()
+    with pytest.raises(TwlaError, match=r"model-00002-of-00002\.gguf: cannot be read \(No such file"):
+        load_model(paths[0])
+
+
+def test_headers_are_bounded_before_anything_is_allocated(tmp_path):
+    path = tmp_path / "x.gguf"
+
+    def header(tensors, entries, body=b""):
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + body)
+        return refusal(path)
+
+    def key(name, kind, value):
+        return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+    assert header(2**62, 2**62).startswith("cut short")
+    assert header(0, 1, key(b"a", 9, struct.pack("<IQ", 0, 2**60))).startswith("cut short")
+    assert header(0, 1, key(b"a", 8, struct.pack("<Q", 2**60))).startswith("cut short")
+    nested = key(b"a", 9, struct.pack("<IQ", 9, 1) * 5000)
+    assert "arrays are nested too deeply" in header(0, 1, nested)
+    assert "'a' is there twice" in header(0, 2, key(b"a", 0, b"\1") * 2)
+    tensor = struct.pack("<Q", 1) + b"t" + struct.pack("<I", 2**32 - 1)
+    assert "tensor 't' has 4294967295 axes" in header(1, 0, tensor)
+    path.unlink()
+    os.mkfifo(path)
+    assert refusal(path) == "not a regular file"
 
 
 def test_the_two_key_maps_name_the_same_parameters():

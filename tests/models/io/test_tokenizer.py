@@ -198,6 +198,30 @@ def test_code_of_a_model_folder_never_runs_not_even_when_asked_to(tmp_path):
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_file_gives_its_own_ids_or_is_refused(kind, cases, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(cases / "eval-batch-size" / "ok.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type=kind,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    if kind == "unigram":
+        with pytest.raises(TwlaError, match="only such are converted exactly"):
+            load_tokenizer(tmp_path)
+        return
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == [model.bos_id(), *model.encode(text)]
+
+
 def test_a_sentencepiece_file_asks_for_its_package(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\n")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,7 +1,9 @@
 """Reads a GGUF file: settings from its metadata, tensors dequantised through the gguf package."""
 
 import functools
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
+from typing import Any
 
 import gguf
 import jax.numpy as jnp
@@ -9,10 +11,13 @@ import ml_dtypes
 import numpy as np
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.config import DecoderConfig, RopeScaling
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.config_keys import MOST_LAYERS
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.loading import fill_decoder
+from twla_jax.models.rope_settings import RopeScaling
+from twla_jax.schema import check_values, integer, number, shown, text
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
 
@@ -48,38 +53,84 @@ _FLOATS = {
 }
 
 
+_size = integer(1, 2**24)
+_positive = number(0, 1e30, above=True)
+_CHECKS = {
+    "embedding_length": _size,
+    "feed_forward_length": _size,
+    "block_count": integer(1, MOST_LAYERS),
+    "attention.head_count": integer(1, 2**16),
+    "attention.head_count_kv": integer(1, 2**16),
+    "attention.key_length": integer(2, 2**16),
+    "attention.value_length": integer(2, 2**16),
+    "attention.layer_norm_rms_epsilon": number(0, 1, above=True),
+    "attention.sliding_window": integer(0, 2**31 - 1),
+    "context_length": integer(1, 2**31 - 1),
+    "expert_count": integer(0, 2**16),
+    "rope.dimension_count": integer(1, 2**16),
+    "rope.freq_base": _positive,
+    "rope.scale_linear": number(0, 1e6),  # the older name of rope.scaling.factor
+    "rope.scaling.type": text(),
+    "rope.scaling.factor": number(0, 1e6),
+    "rope.scaling.attn_factor": _positive,
+    "rope.scaling.original_context_length": integer(1, 2**31 - 1),
+    "rope.scaling.yarn_beta_fast": _positive,
+    "rope.scaling.yarn_beta_slow": _positive,
+}
+# Keys that would change the forward pass of these architectures, and the values at which they do not.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.scale": (),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (1.0,),
+    "logit_scale": (1.0,),
+    "residual_scale": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+
+
 def read_config(file: GgufFile) -> DecoderConfig:
-    """The settings in the file's metadata; TwlaError if of an unsupported architecture, or if one is missing."""
+    """Returns the settings in the file's metadata.
+
+    Raises:
+      TwlaError: of an unsupported architecture, or a setting is missing, of a wrong type or out of range.
+    """
     source = str(file.path)
-    if (parts := file.get("split.count", 1)) > 1:
-        raise TwlaError(f"{source}: is one of {parts} parts; merge them with llama-gguf-split first")
     architecture = file.require("general.architecture")
     if architecture not in ARCHITECTURES:
         raise TwlaError(
-            f"{source}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     get = functools.partial(_prefixed, file.get, architecture)
     require = functools.partial(_prefixed, file.require, architecture)
+    for key in ("attention.head_count", "attention.head_count_kv"):
+        if isinstance(get(key), list):
+            raise TwlaError(f"{source}: a number of heads that differs between layers is not supported")
+    check_values(file.metadata, {f"{architecture}.{key}": check for key, check in _CHECKS.items()}, source)
+    ends = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot")]
+    bos = "tokenizer.ggml.bos_token_id"
+    check_values(file.metadata, dict.fromkeys([bos, *ends], integer(0, 2**32 - 1)), source)
+    for key, harmless in _REFUSED.items():
+        if get(key) is not None and get(key) not in harmless:
+            raise TwlaError(f"{source}: {architecture}.{key} {shown(get(key))} is not supported")
     if get("expert_count", 0):
         raise TwlaError(
             f"{source}: {architecture} with {get('expert_count')} experts is not supported, only dense models"
         )
     if TENSOR_NAMES["embed"] not in file.tensors:
         raise TwlaError(f"{source}: tensor {TENSOR_NAMES['embed']!r} is missing")
-    hidden, heads, layers = (
-        require("embedding_length"),
-        require("attention.head_count"),
-        require("block_count"),
-    )
-    kv_heads = get("attention.head_count_kv", heads)
-    if not isinstance(heads, int) or not isinstance(kv_heads, int):
-        raise TwlaError(f"{source}: a number of heads that differs between layers is not supported")
+    hidden, heads = require("embedding_length"), require("attention.head_count")
+    layers, kv_heads = require("block_count"), get("attention.head_count_kv", heads)
     head_dim = get("attention.key_length", hidden // heads)
+    if get("attention.value_length", head_dim) != head_dim:
+        raise TwlaError(f"{source}: keys and values of different sizes are not supported")
     if get("rope.dimension_count", head_dim) != head_dim:
         raise TwlaError(f"{source}: rotary positions on a part of the head are not supported")
-    window = get("attention.sliding_window")
-    bos, ends = file.get("tokenizer.ggml.bos_token_id"), ("eos_token_id", "eot_token_id")
-    eos = {file.get(f"tokenizer.ggml.{key}") for key in ends} - {None}
+    window = get("attention.sliding_window", 0) or None
 
     def has(parameter):
         return TENSOR_NAMES[parameter].format(0) in file.tensors
@@ -95,7 +146,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
         head_dim=head_dim,
         rms_norm_eps=require("attention.layer_norm_rms_epsilon"),
         rope_theta=get("rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(file, architecture),
+        rope_scaling=_rope_scaling(file, get, head_dim // 2),
         max_position_embeddings=require("context_length"),
         tie_word_embeddings=not has("head.kernel"),
         qkv_bias=has("blocks.q.bias"),
@@ -104,8 +155,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
         qk_norm=has("blocks.q_norm.scale"),
         sliding_window=window,
         sliding_layers=() if window is None else tuple(range(layers)),
-        bos_token_id=bos,
-        eos_token_ids=tuple(sorted(eos)),
+        bos_token_id=file.get(bos),
+        eos_token_ids=tuple(sorted({file.get(key) for key in ends} - {None})),
     ).checked(source)
 
 
@@ -140,7 +191,8 @@ class _Tensors:
         return self._file.tensors.keys()
 
     def where(self, name: str) -> str:
-        return str(self._file.path)
+        tensor = self._file.tensors.get(name)
+        return str(self._file.path if tensor is None else tensor.path)
 
     def dtype(self, name: str) -> np.dtype:
         return _FLOATS.get(self._file.tensors[name].kind, self._blocks_dtype)
@@ -160,15 +212,33 @@ def _prefixed(getter, architecture: str, key: str, *default):
     return getter(f"{architecture}.{key}", *default)
 
 
-def _rope_scaling(file: GgufFile, architecture: str) -> RopeScaling | None:
-    kind = file.get(f"{architecture}.rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
+def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeScaling | None:
+    """Returns the scaling of rotary frequencies, with llama.cpp's defaults: a factor alone means linear."""
+    kind = get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
         raise TwlaError(
-            f"{file.path}: rope scaling {kind!r} is not supported; supported are none, linear and {_ROPE_FACTORS}"
+            f"{file.path}: rope scaling {shown(kind)} is not supported;"
+            f" supported are none, linear, yarn and {_ROPE_FACTORS}"
         )
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0)) or 1.0
     if _ROPE_FACTORS in file.tensors:
+        if kind != "none" and factor != 1.0:
+            raise TwlaError(f"{file.path}: holds both {_ROPE_FACTORS} and a scaling by {factor:g}")
+        if file.tensors[_ROPE_FACTORS].shape != (pairs,):
+            raise TwlaError(f"{file.path}: tensor {_ROPE_FACTORS!r} is not a row of {pairs} factors")
         factors = file.read(_ROPE_FACTORS)
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise TwlaError(f"{file.path}: tensor {_ROPE_FACTORS!r} has factors that are not positive")
         return RopeScaling(kind="factors", factors=tuple(float(factor) for factor in factors))
+    if kind == "none" or factor == 1.0:
+        return None
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=file.require(f"{architecture}.rope.scaling.factor"))
-    return None
+        return RopeScaling(kind="linear", factor=factor)
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_position_embeddings=get("rope.scaling.original_context_length", get("context_length")),
+        attention_factor=get("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor)),
+        beta_fast=get("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=get("rope.scaling.yarn_beta_slow", 1.0),
+    )

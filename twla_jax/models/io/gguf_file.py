@@ -1,11 +1,12 @@
 """The container of GGUF files: metadata, and tensors as they are stored.
 
 Reads a vocabulary of many thousand entries in a fraction of the time that `gguf.GGUFReader` takes, and names the tensor
-at which a file was cut short.
+at which a file was cut short. A model split over several files is read as one.
 """
 
 import dataclasses
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,20 @@ import gguf
 import numpy as np
 
 from twla_jax.errors import TwlaError
+from twla_jax.json_files import require_file
+from twla_jax.schema import check_values, integer, one_of
 
 _VERSIONS = (2, 3)
+_MOST_NESTED = 4  # arrays within arrays
+_MOST_AXES = 4
+_ALIGNMENT = "general.alignment"
+_CHECKS = {
+    _ALIGNMENT: one_of(*(2**power for power in range(21))),
+    "split.count": integer(0, 65535),
+    "split.no": integer(0, 65535),
+    "split.tensors.count": integer(0, 2**32 - 1),
+}
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _SCALARS = {  # value type → struct format; strings and arrays are the two that are missing
     gguf.GGUFValueType.UINT8: "<B",
     gguf.GGUFValueType.INT8: "<b",
@@ -33,35 +46,77 @@ _SCALARS = {  # value type → struct format; strings and arrays are the two tha
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies: `shape` in the usual order (rows first), `start` in bytes from the beginning of the file."""
+    """Where a tensor lies: `shape` in the usual order (rows first), `start` in bytes from the beginning of `path`."""
 
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
     start: int
     size: int
+    path: Path
 
 
 class GgufFile:
-    """A GGUF file, opened once for its settings, its tokenizer and its tensors."""
+    """A GGUF file, opened once for its settings, its tokenizer and its tensors; or all the parts of a split one.
+
+    Attributes:
+      path: the file, of a split one the first part.
+      metadata: values by key, as Python objects; of a split one those of the first part.
+      tensors: where every tensor lies, by name.
+    """
 
     def __init__(self, path: Path):
-        """Reads metadata and the table of tensors; TwlaError if the file is absent, cut short or something else."""
+        """Reads metadata and the table of tensors.
+
+        Raises:
+          TwlaError: the file or one of its parts is absent, unreadable, cut short or something else.
+        """
         self.path = path
-        if not path.is_file():
-            raise TwlaError(f"{path}: no such file")
+        self._bytes: dict[Path, mmap.mmap] = {}
+        self.metadata, self.tensors = self._open(path)
+        if self.get("split.count", 0) > 1:
+            self._read_parts()
+
+    def _read_parts(self) -> None:
+        count, named = self.get("split.count"), _PART_NAME.fullmatch(self.path.name)
+        if not named or int(named[3]) != count:
+            raise TwlaError(
+                f"{self.path}: is one of {count} parts, which have to be named …-00001-of-{count:05d}.gguf"
+            )
+        paths = [
+            self.path.with_name(f"{named[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)
+        ]
+        for number, path in enumerate(paths):
+            metadata, tensors = (self.metadata, self.tensors) if path == self.path else self._open(path)
+            if (metadata.get("split.no"), metadata.get("split.count")) != (number, count):
+                raise TwlaError(f"{path}: does not say that it is part {number + 1} of {count}")
+            if number == 0:
+                self.path, self.metadata, first = path, metadata, tensors
+                found: dict[str, StoredTensor] = dict(first)
+            elif twice := found.keys() & tensors.keys():
+                raise TwlaError(f"{path}: tensor {min(twice)!r} is in another part, too")
+            else:
+                found |= tensors
+        if (promised := self.get("split.tensors.count", len(found))) != len(found):
+            raise TwlaError(f"{self.path}: the parts have {len(found)} tensors together, not {promised}")
+        self.tensors = found
+
+    def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+        require_file(path)
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise TwlaError(f"{path}: not a GGUF file")
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = len(self._bytes[path])
         try:
-            self._read_header()
+            metadata, tensors = _read_header(self._bytes[path], path)
         except (struct.error, EOFError) as error:
             raise TwlaError(f"{path}: cut short, it ends within the header") from error
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise TwlaError(f"{path}: not a readable GGUF file ({error})") from error
-        for name, tensor in self.tensors.items():
-            if tensor.start + tensor.size > len(self._bytes):
+        for name, tensor in tensors.items():
+            if tensor.start + tensor.size > size:
                 raise TwlaError(f"{path}: cut short, tensor {name!r} is not whole")
+        return metadata, tensors
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object."""
@@ -80,7 +135,7 @@ class GgufFile:
           TwlaError: the package cannot dequantise this type.
         """
         tensor = self.tensors[name]
-        stored = np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.start)
+        stored = np.frombuffer(self._bytes[tensor.path], np.uint8, tensor.size, tensor.start)
         try:
             if tensor.kind == gguf.GGMLQuantizationType.F32:
                 return stored.view("<f4").reshape(tensor.shape)
@@ -90,34 +145,40 @@ class GgufFile:
             return gguf.dequantize(rows, tensor.kind)
         except (NotImplementedError, ValueError) as error:
             raise TwlaError(
-                f"{self.path}: tensor {name!r} of type {tensor.kind.name} cannot be read"
+                f"{tensor.path}: tensor {name!r} of type {tensor.kind.name} cannot be read"
             ) from error
 
-    def _read_header(self) -> None:
-        cursor = _Cursor(self._bytes, 4)
-        version = cursor.scalar("<I")
-        if version not in _VERSIONS:
-            raise ValueError(f"version {version}, supported are {_VERSIONS}")
-        tensor_count, value_count = cursor.scalar("<Q"), cursor.scalar("<Q")
-        self.metadata: dict[str, Any] = {}
-        for _ in range(value_count):
-            key = cursor.string()
-            self.metadata[key] = cursor.value(cursor.scalar("<I"))
-        table = [
-            (
-                cursor.string(),
-                tuple(cursor.scalar("<Q") for _ in range(cursor.scalar("<I")))[::-1],
-                gguf.GGMLQuantizationType(cursor.scalar("<I")),
-                cursor.scalar("<Q"),
-            )
-            for _ in range(tensor_count)
-        ]
-        alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        data = -(-cursor.at // alignment) * alignment
-        self.tensors = {
-            name: StoredTensor(shape=shape, kind=kind, start=data + offset, size=_byte_size(shape, kind))
-            for name, shape, kind, offset in table
-        }
+
+def _read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    cursor = _Cursor(data, 4)
+    version = cursor.scalar("<I")
+    if version not in _VERSIONS:
+        raise ValueError(f"version {version}, supported are {_VERSIONS}")
+    tensor_count, value_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(value_count):
+        key = cursor.string()
+        if key in metadata:
+            raise ValueError(f"metadata {key!r} is there twice")
+        metadata[key] = cursor.value(cursor.scalar("<I"))
+    check_values(metadata, _CHECKS, str(path))
+    table: dict[str, tuple] = {}
+    for _ in range(tensor_count):
+        name, axes = cursor.string(), cursor.scalar("<I")
+        if name in table:
+            raise ValueError(f"tensor {name!r} is there twice")
+        if axes > _MOST_AXES:
+            raise ValueError(f"tensor {name!r} has {axes} axes")
+        shape = tuple(cursor.scalar("<Q") for _ in range(axes))[::-1]
+        table[name] = shape, gguf.GGMLQuantizationType(cursor.scalar("<I")), cursor.scalar("<Q")
+    alignment = metadata.get(_ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
+    data_start = -(-cursor.at // alignment) * alignment
+    return metadata, {
+        name: StoredTensor(
+            shape=shape, kind=kind, start=data_start + offset, size=_byte_size(shape, kind), path=path
+        )
+        for name, (shape, kind, offset) in table.items()
+    }
 
 
 class _Cursor:
@@ -139,14 +200,16 @@ class _Cursor:
         self.at += length
         return self._data[self.at - length : self.at].decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, nested: int = 0) -> Any:
         if kind == gguf.GGUFValueType.STRING:
             return self.string()
         if kind != gguf.GGUFValueType.ARRAY:
             return self.scalar(_SCALARS[gguf.GGUFValueType(kind)])
+        if nested == _MOST_NESTED:
+            raise ValueError("arrays are nested too deeply")
         item_kind, length = self.scalar("<I"), self.scalar("<Q")
         if item_kind == gguf.GGUFValueType.STRING or item_kind == gguf.GGUFValueType.ARRAY:
-            return [self.value(item_kind) for _ in range(length)]
+            return [self.value(item_kind, nested + 1) for _ in range(length)]
         layout = f"<{length}{_SCALARS[gguf.GGUFValueType(item_kind)][1]}"
         values = struct.unpack_from(layout, self._data, self.at)
         self.at += struct.calcsize(layout)

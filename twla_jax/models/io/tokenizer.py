@@ -22,6 +22,13 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers → GGUF
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}  # where the file does not say
+_SAMPLES = (
+    "The year 2024 had 12,345 words.",
+    "  two  leading",
+    "naïve café 中文字 😀",
+    "tab\tx\n\nend ",
+    "ﬁne ①",
+)
 _MOST = 2**26  # entries of a vocabulary
 _GGUF_CHECKS = {
     "tokenizer.ggml.model": text(),
@@ -76,16 +83,52 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
 
 def _from_older_files(folder: Path) -> "PreTrainedTokenizerBase":
     """Returns a tokenizer from sentencepiece's own file, or from lists of words and merges."""
-    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.model").exists():
+    if (folder / "tokenizer.model").exists():
+        return _from_sentencepiece(folder)
+    if not (folder / "tokenizer_config.json").exists():
         raise TwlaError(f"{folder}: no tokenizer is there (tokenizer.json)")
-    if (folder / "tokenizer.model").exists() and importlib.util.find_spec("sentencepiece") is None:
-        raise TwlaError(
-            f"{folder / 'tokenizer.model'}: needs sentencepiece: pip install 'twla-jax[sentencepiece]'"
-        )
     from transformers import AutoTokenizer
 
     with _as_one_line(folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _from_sentencepiece(folder: Path) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer in `tokenizer.model`, once it gives the same pieces as sentencepiece itself."""
+    path = folder / "tokenizer.model"
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise TwlaError(f"{path}: needs sentencepiece: pip install 'twla-jax[sentencepiece]'")
+    import sentencepiece
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
+    stated = (
+        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    )
+    check_values(stated, {"add_bos_token": boolean(), "add_eos_token": boolean()}, str(folder))
+    with _as_one_line(path):
+        model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        ids = range(model.get_piece_size())
+        pieces = [model.id_to_piece(i) for i in ids]
+        control = [i for i in (model.unk_id(), *filter(model.is_control, ids)) if i >= 0]
+        described = {
+            "tokenizer_type": "llama",
+            "tokens": pieces,
+            "scores": [model.get_score(i) for i in ids],
+            "token_type": [3 if i in control else 1 for i in ids],
+        }
+        backend, _ = mapping.convert_gguf_tokenizer("llama", described)
+        _join_words(backend, prefixed=model.encode("a", out_type=str)[0].startswith("▁"))
+        special = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
+        if any(backend.encode(sample).ids != model.encode(sample) for sample in _SAMPLES):
+            raise ValueError("it is not of the BPE kind, and only such are converted exactly")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            **{f"{name}_token": pieces[i] for name, i in special.items() if i >= 0},
+            add_bos_token=stated.get("add_bos_token", special["bos"] >= 0),
+            add_eos_token=stated.get("add_eos_token", False),
+            chat_template=stated.get("chat_template"),
+        )
 
 
 def tokenizer_from_gguf(file: GgufFile) -> "PreTrainedTokenizerBase":
