@@ -195,13 +195,14 @@ class CalibrationRecipe:
     """Which text a model is calibrated on.
 
     Attributes:
-      corpus: a name or path that `calibration.load_corpus` takes, or `self`, text that the model samples itself.
+      corpus: a name or path that `corpora.load_corpus` takes, of which `mix` is a text of every domain at hand; or
+        `self`, text that the model samples itself.
       windows: how many windows are drawn.
       seq_len: tokens in a window.
       seed: of the windows' offsets.
     """
 
-    corpus: str = "pydoc"
+    corpus: str = "mix"
     windows: int = 128
     seq_len: int = 2048
     seed: int = 0

@@ -125,3 +125,19 @@ def test_the_ablation_stops_in_time_and_goes_on(ablation, tmp_path, monkeypatch)
     assert "| base | 11.0 ± 1.0 | 20.0 ± 0.0 | 0, 1, 2 |" in ablation.table(results)
     # Other settings are other results.
     assert len(ablation.ablate(ablation.parse([*arguments, "--steps", "7", "--seeds", "0"]))) == 2
+
+
+def test_the_worst_domain_of_every_calibration_is_shown(stories_model, texts, tmp_path, capsys):
+    (tmp_path / "quick.toml").write_text(
+        "[weights]\ngroup_size = 32\nrounds = 0\n[rotation]\nstart = 'none'\n"
+    )
+    text, results = texts / "calibration.txt", tmp_path / "results.jsonl"
+    options = ["--recipes", tmp_path / "quick.toml", "--calibrations", text, "--tokens", 128, 256]
+    options += ["--calibration-seq-len", 64, "--domains", texts, "--seq-len", 64, "--max-windows", 2]
+    script("domains").main(list(map(str, [stories_model, "--results", results, *options])))
+    less, more = map(json.loads, results.read_text().splitlines())
+    assert (less["tokens"], more["tokens"]) == (128, 256)
+    printed = capsys.readouterr().out.splitlines()
+    assert "| worst | calibration | evaluation |" in printed[2]
+    worst = max(row["ratio"] for row in more["domains"])
+    assert f"| quick | {text} | 256 | {worst:.2f} |" in printed[-1]

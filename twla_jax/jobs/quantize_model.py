@@ -14,6 +14,7 @@ import numpy as np
 
 from twla_jax.allocation import choice
 from twla_jax.errors import TwlaError
+from twla_jax.evaluation.domains import evaluate_domains, format_domains
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.inference import self_sampling
 from twla_jax.inference.generation import generate
@@ -85,10 +86,8 @@ def quantize_to_folder(
         vocab_size = model.config.vocab_size
         tokens = recipe_windows.tokens_of(text, tokenizer, vocab_size, recipe)
         windows, more = recipe_windows.seen_windows(tokens, recipe)
-        check_tokens = corpora.tokenize(check, tokenizer, vocab_size)
-    score = functools.partial(
-        evaluate, tokens=check_tokens, seq_len=seq_len, max_windows=check_windows, progress=progress
-    )
+        check_tokens = corpora.first_windows(check, tokenizer, vocab_size, check_windows, seq_len)
+    score = functools.partial(evaluate, tokens=check_tokens, progress=progress)
     with phases("evaluate in full precision"):
         full_precision = score(model)
     with phases("quantise"):
@@ -112,6 +111,15 @@ def quantize_to_folder(
             quantised, trained_clips = clip_training.train_clips(
                 quantised, model, seen, recipe.refine, work_dir=work_dir / "clips", progress=progress
             )
+    by_domain: dict[str, Any] = {}
+    if check.parts:
+        with phases("compare with the original"):
+            each = -(-check_windows // len(check.parts))
+            texts = {
+                part.name: corpora.first_windows(part, tokenizer, vocab_size, each, seq_len)
+                for part in check.parts
+            }
+            by_domain = {"by_domain": evaluate_domains(quantised, texts, original=model, progress=progress)}
     del model
     with phases("evaluate the quantised model"):
         perplexity = {
@@ -131,7 +139,7 @@ def quantize_to_folder(
             mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
             perplexity[mixed] = score(quantised)["perplexity"]
     with phases("generate"):
-        sample = _check(quantised, full_precision["perplexity"], perplexity, check_tokens, allow_broken)
+        sample = _check(quantised, full_precision["perplexity"], perplexity, check_tokens[0], allow_broken)
     report = {
         **environment(),
         "model": describe_model(path),
@@ -148,6 +156,7 @@ def quantize_to_folder(
             **{key: full_precision[key] for key in ("windows", "seq_len", "tokens")},
             "perplexity": {"full": full_precision["perplexity"], **perplexity},
             "sample": tokenizer.decode(sample),
+            **by_domain,
         },
         "layers": layers,
         "refine_blocks": refined_blocks,
@@ -178,6 +187,7 @@ def format_report(report: dict[str, Any], out: str | Path) -> str:
             accounting.format_account(report["size"]),
             "",
             *([allocate_bits.format_result(report), ""] if "allocation" in report else []),
+            *([format_domains(evaluation["by_domain"]), ""] if "by_domain" in evaluation else []),
             f"perplexity on {evaluation['name']} ({windows}):   {perplexity}",
             f"time:   {seconds}",
             f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",

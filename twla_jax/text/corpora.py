@@ -17,9 +17,10 @@ from twla_jax.text.named import Split
 # The public wiki.test.raw: recognised by content, so that no path to it passes for calibration text.
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 SELF = "self"  # text that the model samples itself; see `self_sampling`
+_LETTERS_PER_TOKEN = 12  # more than any text has
 MIX = "mix"  # the default: a text of every domain that can be had, see `mix`
 _NAMED: dict[str, Callable[[Split], Text]] = {**named.NAMED, "stdlib": machine.stdlib, "notes": machine.notes}
-_MIXES: dict[str, Callable[[Split], dict[str, Text]]] = {MIX: mix.parts}
+_MIXES: dict[str, Callable[[Split], dict[str, Text]]] = {MIX: mix.parts, "mix-online": mix.online_parts}
 _NOT_TO_CALIBRATE_ON = "is an evaluation text: no setting may be chosen on it"
 
 
@@ -72,11 +73,11 @@ def load_corpus(name: str | Path, split: Split) -> Corpus:
     """Reads a corpus for one purpose; the texts of the two purposes are disjoint for every name.
 
     Args:
-      name: `mix`, a text of every domain; `pydoc`, `stdlib` or `notes` (in every Python); `wikitext2`,
-        `wikitext2-train` or `c4` (from the folder `TWLA_DATA`, else through the `datasets` package when online); a
-        domain of that folder (`chat`, `code`, `prose`, `science`, `stories`, `german`, …); the path of a file or
-        folder that `files.read` reads; or several of these joined by `+`, which are concatenated, or kept apart as
-        domains where one of them is a mix.
+      name: `mix`, a text of every domain at hand, or `mix-online`, from public data sets; `pydoc`, `stdlib` or `notes`
+        (in every Python); `wikitext2`, `wikitext2-train` or `c4` (from the folder `TWLA_DATA`, else through the
+        `datasets` package when online); a domain of that folder (`chat`, `code`, `prose`, `science`, `stories`,
+        `german`, …); the path of a file or folder that `files.read` reads; or several of these joined by `+`, which
+        are concatenated, or kept apart as domains where one of them is a mix.
       split: `calibration` or `evaluation`. A path is taken at its word, save for texts known to be for evaluation.
     Raises:
       TwlaError: an unknown name, `self`, which has no text before a model sampled it, a file that cannot be read as
@@ -167,6 +168,28 @@ def _join(name: str, corpora: Sequence[Corpus], parts: tuple[Corpus, ...]) -> Co
         join="\n\n",
         parts=parts,
     )
+
+
+def first_windows(
+    corpus: Corpus, tokenizer: Any, vocab_size: int, count: int, seq_len: int
+) -> Int32[np.ndarray, "w seq_len"]:
+    """Returns the first windows of a text, cut one after another; of a mix those of its domains in turn.
+
+    Raises:
+      TwlaError: a text or a domain that is shorter than a window, and what `tokenize` refuses.
+    """
+    parts = (corpus.parts or (corpus,))[:count]
+    each = -(-count // len(parts))
+    rows = []
+    for part in parts:
+        tokens = tokenize(part, tokenizer, vocab_size, _LETTERS_PER_TOKEN * each * seq_len)
+        if len(tokens) < seq_len:
+            raise TwlaError(
+                f"corpus '{part.name}' has {len(tokens)} tokens, fewer than one window of {seq_len}: shorten --seq-len"
+            )
+        rows.append(tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)[:each])
+    in_turn = [row[turn] for turn in range(each) for row in rows if turn < len(row)]
+    return np.stack(in_turn[:count])
 
 
 def require_calibration(corpus: Corpus) -> Corpus:

@@ -3,6 +3,7 @@
 Each is split by a hash of its documents' names, so that what calibrates never evaluates.
 """
 
+import dataclasses
 import gettext
 import importlib.metadata
 import sysconfig
@@ -12,7 +13,7 @@ from pathlib import Path
 from twla_jax.text.files import Text
 from twla_jax.text.named import Split, for_evaluation
 
-LANGUAGES = {"german": "de", "french": "fr", "spanish": "es", "chinese": "zh_CN"}
+_LANGUAGES = ("de", "fr", "es", "zh_CN")
 _LOCALES = Path("/usr/share/locale")
 _SKIPPED = {
     "site-packages",
@@ -24,7 +25,8 @@ _SKIPPED = {
     "lib2to3",
     "__pycache__",
 }
-_LEAST_LETTERS = 100_000  # of a language's catalogues, below which they are no text to speak of
+_LEAST_LETTERS = 40  # of a message
+_LEAST_TEXT = 40_000  # letters of all messages, below which they have no window worth drawing
 
 
 def stdlib(split: Split) -> Text:
@@ -62,15 +64,17 @@ def notes(split: Split) -> Text:
     )
 
 
-def messages(language: str, split: Split) -> Text | None:
-    """Returns the machine's own messages in a language, from its catalogues; None where it has few."""
+def languages(split: Split) -> Text:
+    """Returns the machine's own messages in German, French, Spanish and Chinese; empty where it has few."""
     chosen: dict[str, None] = {}
-    for file in sorted(_LOCALES.glob(f"{language}/LC_MESSAGES/*.mo")):
+    for file in sorted(
+        file for language in _LANGUAGES for file in _LOCALES.glob(f"{language}/LC_MESSAGES/*.mo")
+    ):
         for source, translated in _catalogue(file):
-            if len(translated) >= 40 and for_evaluation(source) == (split == "evaluation"):
+            if len(translated) >= _LEAST_LETTERS and for_evaluation(source) == (split == "evaluation"):
                 chosen[translated] = None
-    text = _join(list(chosen), f"message catalogues of this machine in '{language}'", "\n")
-    return text if len(text.text) * (1 if language.isascii() else 3) >= _LEAST_LETTERS else None
+    text = _join(list(chosen), "message catalogues of this machine", "\n")
+    return text if len(text.text) >= _LEAST_TEXT else dataclasses.replace(text, text="")
 
 
 def _catalogue(file: Path) -> Iterator[tuple[str, str]]:

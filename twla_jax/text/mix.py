@@ -8,7 +8,7 @@ their hashes, so that any part of it is a fair sample of its documents.
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ _LANGUAGES = {"german": "de", "french": "fr", "spanish": "es", "chinese": "zh"}
 LANGUAGES_FILE = "languages.jsonl"  # whose documents say which language they are in
 _Record = tuple[Document, dict[str, Any]]
 _PIECE = 12_000  # characters, a good window of tokens
+_ONLINE_LETTERS = {"calibration": 4_000_000, "evaluation": 500_000}  # of a domain, at most
 
 
 def domain(name: str, split: Split) -> Text | None:
@@ -30,23 +31,63 @@ def domain(name: str, split: Split) -> Text | None:
 
 def parts(split: Split) -> dict[str, Text]:
     """Returns the domains of the mix by name: those that can be had without a network."""
-    found = _domains(DOMAINS, split)
-    if found:
-        if named.data_file("wikitext2", "wiki.test.raw"):
-            found["wikitext2"] = named.wikitext2(split)
-        if named.data_file("web", "c4_like_web.txt"):
-            found["c4"] = named.c4(split)
-    else:
-        found = {"pydoc": named.pydoc(split), "stdlib": machine.stdlib(split), "notes": machine.notes(split)}
-        for name, language in machine.LANGUAGES.items():
-            if text := machine.messages(language, split):
-                found[name] = text
+    found = _domains(DOMAINS, split) or {
+        "pydoc": named.pydoc(split),
+        "stdlib": machine.stdlib(split),
+        "notes": machine.notes(split),
+        "languages": machine.languages(split),
+    }
+    if named.data_file("wikitext2", "wiki.valid.raw" if split == "calibration" else "wiki.test.raw"):
+        found["wikitext2"] = named.wikitext2(split)
+    if named.data_file("web", "c4_like_web.txt"):
+        found["c4"] = named.c4(split)
     if split == "calibration":
         found = {
             name: text if name in DOMAINS else shuffled([text.text], text.source)
             for name, text in found.items()
         }
     return {name: text for name, text in found.items() if text.text.strip()}
+
+
+def online_parts(split: Split) -> dict[str, Text]:
+    """Returns the domains of `mix-online` by name, the first documents of public data sets.
+
+    Raises:
+      TwlaError: the package `datasets` is not there, or a data set cannot be had.
+    """
+    found = {}
+    for name, (path, settings, render) in _ONLINE.items():
+        documents, letters = [], 0
+        for document in named.online(
+            "mix-online", path, split="train", streaming=True, render=render, **settings
+        ):
+            if named.for_evaluation(str(document)) == (split == "evaluation"):
+                documents.append(document)
+                letters += len(str(document))
+            if letters >= _ONLINE_LETTERS[split]:
+                break
+        found[name] = shuffled(documents, path)
+    return found
+
+
+def _chat_of(row: dict[str, Any]) -> Document:
+    keys = ("role", "content")
+    return tuple({key: str(message[key]) for key in keys} for message in row["messages"])
+
+
+# Of each domain a data set, how `datasets` is asked for it, and what of a row is its document.
+_ONLINE: dict[str, tuple[str, dict[str, str], Callable[[Any], Document]]] = {
+    "web": ("HuggingFaceFW/fineweb-edu", {"name": "sample-10BT"}, lambda row: row["text"]),
+    "encyclopaedia": ("wikimedia/wikipedia", {"name": "20231101.en"}, lambda row: row["text"]),
+    "code": ("codeparrot/codeparrot-clean-train", {}, lambda row: row["content"]),
+    "chat": ("HuggingFaceTB/smol-smoltalk", {}, _chat_of),
+    "stories": ("roneneldan/TinyStories", {}, lambda row: row["text"]),
+    "science": ("openai/gsm8k", {"name": "main"}, lambda row: f"{row['question']}\n{row['answer']}"),
+    **{
+        name: ("wikimedia/wikipedia", {"name": f"20231101.{language}"}, lambda row: row["text"])
+        for name, language in _LANGUAGES.items()
+    },
+}
 
 
 def by_language(path: Path) -> dict[str, Text]:

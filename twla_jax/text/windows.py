@@ -128,8 +128,9 @@ def _domain_seed(seed: int, index: int) -> int:
 
 
 def _in_turn(drawn: Sequence[np.ndarray]) -> np.ndarray:
-    """Orders windows so that the domains take turns; those that have one more come first."""
-    return np.stack([part[turn] for turn in range(len(drawn[0])) for part in drawn if turn < len(part)])
+    """Returns the windows of all domains in the order in which they take turns."""
+    turns = np.concatenate([np.arange(len(part)) for part in drawn])
+    return np.concatenate(drawn)[np.argsort(turns, kind="stable")]
 
 
 def _starts(tokens: int, windows: int, seq_len: int, seed: int) -> np.ndarray:
