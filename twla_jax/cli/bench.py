@@ -1,12 +1,12 @@
 """The command `twla bench`: measures speed on this device and prints each row when it is done."""
 
-import json as json_format
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from twla_jax.cli.options import OptionalFile, OptionalInt, argument, numbers
+from twla_jax import json_text
+from twla_jax.cli.options import OptionalFile, OptionalLayers, argument, number, numbers
 
 Shape = Literal["llama-2-7b", "llama-2-70b", "qwen3-8b", "smollm2-135m", "tiny"]
 
@@ -17,12 +17,12 @@ def bench(
     *,
     shape: Shape = "llama-2-7b",
     batch: Annotated[str, argument("N,…")] = "1",
-    tokens: Annotated[int, argument("N")] = 2048,
-    context: Annotated[int, argument("N")] = 512,
-    steps: Annotated[int, argument("N")] = 64,
-    layers: OptionalInt = None,
+    tokens: Annotated[int, number("tokens")] = 2048,
+    context: Annotated[int, number("context")] = 512,
+    steps: Annotated[int, number("steps")] = 64,
+    layers: OptionalLayers = None,
     activation_bits: Annotated[str, argument("BITS,…")] = "16,8,4",
-    embedding_bits: Annotated[int, argument("BITS")] = 16,
+    embedding_bits: Annotated[int, number("embedding_bits", "BITS")] = 16,
     kv_cache: Literal["bfloat16", "int8"] = "bfloat16",
     plot: OptionalFile = None,
     json: bool = False,
@@ -65,16 +65,16 @@ def bench(
     result = bench.measure(
         bench.PARTS if part == "all" else [part],
         shape,
-        batches=numbers(batch, int, "--batch"),
+        batches=numbers(batch, int, "--batch", "batch"),
         tokens=tokens,
         context=context,
         steps=steps,
         layers=layers,
         cache_dtype=kv_cache,
-        activation_bits=numbers(activation_bits, int, "--activation-bits"),
+        activation_bits=numbers(activation_bits, int, "--activation-bits", "activation_bits"),
         embedding_bits=embedding_bits,
         on_row=show,
     )
     if plot:
         plotting.plot_roofline(plot, result)
-    print(json_format.dumps(result, indent=1) if json else table.footer(result))
+    print(json_text.dumps(result).rstrip() if json else table.footer(result))

@@ -5,6 +5,7 @@ Heavy packages are imported only when a command runs, so that `--help` answers a
 
 import contextlib
 import functools
+import inspect as inspect_module
 import io
 import os
 import sys
@@ -13,10 +14,12 @@ from collections.abc import Callable
 import tyro
 
 from twla_jax import xla_flags
+from twla_jax.cli import interrupts
 from twla_jax.cli.bench import bench
 from twla_jax.cli.make import allocate, compare, demo, quantize
 from twla_jax.cli.use import evaluate, generate, inspect
 from twla_jax.errors import TwlaError
+from twla_jax.version import __version__
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
@@ -31,17 +34,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, and 1 for other errors."""
+    """Entry point of `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, else 1."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    _open_streams()
     xla_flags.take_products_from_libraries()
     try:
-        _run(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has closed it
+        with interrupts.heard():
+            _run(sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        _fail("; ".join(["interrupted", *getattr(stop, "__notes__", [])]), interrupts.STATUS)
     except TwlaError as error:
         _fail(str(error), 1)
     except OSError as error:
@@ -52,7 +57,26 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"unexpected {type(error).__name__}: {error} (TWLA_DEBUG=1 shows where)", 1)
 
 
+def _open_streams() -> None:
+    """Makes all output possible: where a stream is closed it goes nowhere, where a letter has no code it is spelled.
+
+    A closed stream's number would also go to the next file that is opened, and messages into that file.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open to the end of the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        print(f"twla {__version__}")
+        return
     chosen: list[Callable[[], None]] = []
 
     def deferred(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,7 +95,7 @@ def _run(arguments: list[str]) -> None:
                 {name: deferred(command) for name, command in COMMANDS.items()},
                 prog="twla",
                 description="Quantise language models to ternary weights and low-bit activations, and use them.",
-                args=arguments,
+                args=_joined(arguments),
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
@@ -81,20 +105,43 @@ def _run(arguments: list[str]) -> None:
     chosen[0]()
 
 
+def _joined(arguments: list[str]) -> list[str]:
+    """Returns the arguments with values that begin with a dash, as a prompt may, joined to their options by `=`."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return arguments
+    parameters = inspect_module.signature(COMMANDS[arguments[0]]).parameters.values()
+    options = {
+        f"--{each.name.replace('_', '-')}": each for each in parameters if each.kind is each.KEYWORD_ONLY
+    }
+    takes_value = {name for name, each in options.items() if each.annotation is not bool}
+    joined, rest = arguments[:1], arguments[1:]
+    while rest:
+        name = rest.pop(0)
+        if name in takes_value and rest and rest[0].startswith("-"):
+            value = rest[0].partition("=")[0]
+            if value not in options and value not in ("-h", "--help"):
+                name = f"{name}={rest.pop(0)}"
+        joined.append(name)
+    return joined
+
+
 def _one_line(box: str) -> str:
     """Return the parser's message without its frame, help texts and line breaks."""
     words = []
     for line in box.splitlines():
-        content = line.strip("│─ ").strip()
+        content = line.strip("│─|-+ ").strip()
         if content.startswith(("For full helptext", "Argument helptext", "Got errors")):
             break
-        if not content.startswith(("╭", "╰")):
+        title = line.startswith(("╭", "╰")) or (line[:1] == " " and line[1:2] != " ")  # the latter in ASCII
+        if not title and content:
             words.append(content)
-    return " ".join(" ".join(words).split()) or "wrong command line; see twla --help"
+    message = " ".join(" ".join(words).split()).removeprefix("Error parsing ")
+    return message or "wrong command line; see twla --help"
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"twla: error: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(message.split()))
+    print(f"twla: error: {line}", file=sys.stderr)
     sys.exit(status)
 
 

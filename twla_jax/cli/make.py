@@ -6,18 +6,26 @@ from typing import Annotated, Literal
 
 from twla_jax import recipe as recipe_module
 from twla_jax.cli.options import (
+    BatchSize,
+    CheckWindows,
     Dtype,
     Model,
     OptionalBits,
     OptionalBudget,
     OptionalCorpus,
+    OptionalEmbeddingBits,
     OptionalFile,
-    OptionalInt,
+    OptionalMaxWindows,
+    OptionalSeed,
+    OptionalSeqLen,
     OptionalSite,
+    OptionalWindows,
     Out,
+    SeqLen,
     Site,
     argument,
     changed,
+    number,
     numbers,
     show,
     with_options,
@@ -34,16 +42,16 @@ def quantize(
     *,
     recipe: Annotated[str, argument("NAME|FILE")] = "w1.58-g128",
     calibration: OptionalCorpus = None,
-    windows: OptionalInt = None,
-    seq_len: OptionalInt = None,
+    windows: OptionalWindows = None,
+    seq_len: OptionalSeqLen = None,
     activation_bits: OptionalBits = None,
     activation_budget: OptionalBudget = None,
     site: OptionalSite = None,
-    embedding_bits: OptionalInt = None,
-    seed: OptionalInt = None,
+    embedding_bits: OptionalEmbeddingBits = None,
+    seed: OptionalSeed = None,
     dtype: Dtype = "float32",
     check_corpus: OptionalCorpus = None,
-    check_windows: Annotated[int, argument("N")] = 8,
+    check_windows: CheckWindows = 8,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -101,13 +109,13 @@ def allocate(
     site: Site = "input",
     choices: Annotated[str, argument("BITS,…")] = "2,4,6,8",
     weighting: Literal["elements", "macs"] = "elements",
-    beta: Annotated[float, argument("B")] = 0.5,
+    beta: Annotated[float, number("beta", "B")] = 0.5,
     calibration: OptionalCorpus = None,
-    windows: Annotated[int, argument("N")] = 8,
-    seq_len: OptionalInt = None,
+    windows: Annotated[int, number("windows")] = 8,
+    seq_len: OptionalSeqLen = None,
     frontier: Annotated[str | None, argument("BITS,…", optional=True)] = None,
     corpus: OptionalCorpus = None,
-    max_windows: OptionalInt = None,
+    max_windows: OptionalMaxWindows = None,
     plot: OptionalFile = None,
     dtype: Dtype = "float32",
     json: bool = False,
@@ -144,7 +152,7 @@ def allocate(
         out,
         settings,
         corpus=calibration,
-        budgets=numbers(frontier, float, "--frontier") if frontier else (),
+        budgets=numbers(frontier, float, "--frontier", "budget") if frontier else (),
         check_corpus=corpus,
         max_windows=max_windows,
         plot=plot,
@@ -163,12 +171,12 @@ def compare(
     out: Annotated[str, argument("FOLDER")] = "twla-compare",
     corpus: Annotated[str, argument("CORPUS|FILE")] = "pydoc",
     calibration: OptionalCorpus = None,
-    windows: OptionalInt = None,
-    seq_len: Annotated[int, argument("N")] = 2048,
-    max_windows: OptionalInt = None,
-    batch_size: Annotated[int, argument("N")] = 1,
+    windows: OptionalWindows = None,
+    seq_len: SeqLen = 2048,
+    max_windows: OptionalMaxWindows = None,
+    batch_size: BatchSize = 1,
     activation_bits: Annotated[str, argument("BITS,…")] = "16",
-    seed: OptionalInt = None,
+    seed: OptionalSeed = None,
     plot: OptionalFile = None,
     dtype: Dtype = "float32",
     json: bool = False,
@@ -197,9 +205,7 @@ def compare(
     from twla_jax.jobs import compare_recipes
     from twla_jax.storage.checkpoint import is_checkpoint
 
-    bits = numbers(activation_bits, int, "--activation-bits")
-    if unknown := set(bits) - set(recipe_module.ACTIVATION_BITS):
-        raise TwlaError(f"--activation-bits {min(unknown)}: must be among {recipe_module.ACTIVATION_BITS}")
+    bits = numbers(activation_bits, int, "--activation-bits", "activation_bits")
     entries = [
         Path(name)
         if is_checkpoint(name)
@@ -224,9 +230,9 @@ def compare(
 def demo(
     *,
     out: Annotated[str, argument("OUT")] = "smollm2-w1.58",
-    windows: OptionalInt = None,
-    seq_len: OptionalInt = None,
-    check_windows: Annotated[int, argument("N")] = 4,
+    windows: OptionalWindows = None,
+    seq_len: OptionalSeqLen = None,
+    check_windows: CheckWindows = 4,
     json: bool = False,
 ) -> None:
     """Quantise SmolLM2-135M on this machine in a few minutes, then evaluate it and generate text.

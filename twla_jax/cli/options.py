@@ -1,14 +1,17 @@
 """Option types, recipe overrides and printing that the commands share."""
 
+import contextlib
 import dataclasses
-import json
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from twla_jax import json_text
 from twla_jax import recipe as recipes
 from twla_jax.errors import TwlaError
+from twla_jax.limits import LIMITS, check_number
 
 Bits = Literal[16, 8, 6, 4, 2]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -21,10 +24,39 @@ def argument(metavar: str, *, optional: bool = False) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="" if optional else None)
 
 
+def number(name: str, metavar: str = "N") -> Any:
+    """Return the setting that reads a number and refuses one outside the range that `LIMITS` has for its name."""
+    limit = LIMITS[name]
+
+    def read(words: list[str]) -> Any:
+        with contextlib.suppress(ValueError):
+            if limit.accepts(value := limit.kind(words[0])):
+                return value
+        raise ValueError(f"{words[0][:40]!r} is not {limit.words}")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: value is None or limit.accepts(value),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 Model = Annotated[tyro.conf.Positional[str], argument("MODEL")]
 Out = Annotated[tyro.conf.Positional[str], argument("OUT")]
-OptionalInt = Annotated[int | None, argument("N", optional=True)]
-OptionalBudget = Annotated[float | None, argument("BITS", optional=True)]
+Seed = Annotated[int, number("seed")]
+SeqLen = Annotated[int, number("seq_len")]
+BatchSize = Annotated[int, number("batch_size")]
+CheckWindows = Annotated[int, number("check_windows")]
+_UNSET = tyro.conf.arg(help_behavior_hint="")  # leaves the default None out of the help
+OptionalSeed = Annotated[int | None, number("seed"), _UNSET]
+OptionalSeqLen = Annotated[int | None, number("seq_len"), _UNSET]
+OptionalWindows = Annotated[int | None, number("windows"), _UNSET]
+OptionalMaxWindows = Annotated[int | None, number("max_windows"), _UNSET]
+OptionalLayers = Annotated[int | None, number("layers"), _UNSET]
+OptionalEmbeddingBits = Annotated[int | None, number("embedding_bits", "{2,…,8,16}"), _UNSET]
+OptionalBudget = Annotated[float | None, number("budget", "BITS"), _UNSET]
 OptionalBits = Annotated[Bits | None, argument("{16,8,6,4,2}", optional=True)]
 OptionalSite = Annotated[Site | None, argument("{input,block}", optional=True)]
 OptionalDtype = Annotated[Dtype | None, argument("{float32,bfloat16,float16}", optional=True)]
@@ -54,18 +86,33 @@ def changed(part: Any, **options: Any) -> Any:
     return dataclasses.replace(part, **{key: value for key, value in options.items() if value is not None})
 
 
-def numbers(text: str, kind: Callable[[str], Any], option: str) -> tuple[Any, ...]:
+def numbers(text: str, kind: Callable[[str], Any], option: str, name: str = "") -> tuple[Any, ...]:
     """Return the numbers in the comma-separated `text`.
 
     Raises:
       TwlaError: `text` holds something else; the message names `option`.
     """
     try:
-        return tuple(kind(part) for part in text.split(","))
+        values = tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise TwlaError(f"{option} {text}: must be numbers with commas between them") from None
+        raise TwlaError(f"{option} {text[:80]}: must be numbers with commas between them") from None
+    for value in values if name else ():
+        check_number(name, value, called=option)
+    return values
+
+
+def read_text(text: str, option: str) -> str:
+    """Return the text of an option, also where the locale of the terminal could not read it.
+
+    Raises:
+      TwlaError: it is not UTF-8; the message names `option`.
+    """
+    try:
+        return os.fsencode(text).decode() if any("\udc80" <= letter <= "\udcff" for letter in text) else text
+    except UnicodeError:
+        raise TwlaError(f"{option}: not UTF-8 text") from None
 
 
 def show(figures: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
     """Print figures on stdout, as JSON or as lines of text."""
-    print(json.dumps(figures, indent=1) if as_json else text())
+    print(json_text.dumps(figures).rstrip() if as_json else text())

@@ -1,9 +1,24 @@
 """The commands that use a model, quantised or not: `eval`, `generate`, `inspect`."""
 
+import math
 import sys
 from typing import Annotated, Any, Literal
 
-from twla_jax.cli.options import Kernels, Model, OptionalBits, OptionalDtype, OptionalInt, Out, argument, show
+from twla_jax.cli.options import (
+    BatchSize,
+    Kernels,
+    Model,
+    OptionalBits,
+    OptionalDtype,
+    OptionalMaxWindows,
+    Out,
+    Seed,
+    SeqLen,
+    argument,
+    number,
+    read_text,
+    show,
+)
 from twla_jax.errors import TwlaError
 from twla_jax.inference import generation
 from twla_jax.jobs import loading
@@ -17,10 +32,10 @@ def evaluate(
     corpus: Annotated[str, argument("CORPUS|FILE")] = "pydoc",
     domains: Annotated[str | None, argument("DIR|NAMES")] = None,
     against: Annotated[str | None, argument("MODEL")] = None,
-    seq_len: Annotated[int, argument("N")] = 2048,
-    max_windows: OptionalInt = None,
+    seq_len: SeqLen = 2048,
+    max_windows: OptionalMaxWindows = None,
     activation_bits: OptionalBits = None,
-    batch_size: Annotated[int, argument("N")] = 1,
+    batch_size: BatchSize = 1,
     kernels: Kernels = "off",
     dtype: OptionalDtype = None,
     json: bool = False,
@@ -67,6 +82,8 @@ def evaluate(
     result = scoring.evaluate(
         decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size
     )
+    if math.isnan(result["perplexity"]):
+        raise TwlaError(f"{model}: its predictions are not numbers (NaN), so there is no perplexity")
     result = {**result, "corpus": text.describe(), "dtype": str(decoder.dtype), "path": path}
     result["activation_bits"] = activation_bits
     show(
@@ -111,10 +128,10 @@ def generate(
     /,
     *,
     prompt: Annotated[str, argument("TEXT")],
-    max_new_tokens: Annotated[int, argument("N")] = 64,
-    temperature: Annotated[float, argument("T")] = 0.0,
-    samples: Annotated[int, argument("N")] = 1,
-    seed: Annotated[int, argument("N")] = 0,
+    max_new_tokens: Annotated[int, number("max_new_tokens")] = 64,
+    temperature: Annotated[float, number("temperature", "T")] = 0.0,
+    samples: Annotated[int, number("samples")] = 1,
+    seed: Seed = 0,
     activation_bits: OptionalBits = None,
     kernels: Kernels = "auto",
     kv_cache: Annotated[Literal["int8"] | None, argument("int8", optional=True)] = None,
@@ -137,7 +154,7 @@ def generate(
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print prompt, text and token ids as JSON at the end
     """
-
+    prompt = read_text(prompt, "--prompt")
     if samples > 1 and temperature == 0:
         raise TwlaError(f"--samples {samples}: all would be the same; set --temperature")
     decoder, tokenizer, path = _load(model, dtype, activation_bits, kernels)

@@ -1,0 +1,61 @@
+"""Ctrl-C at any time: it always stops a command, and never with a traceback."""
+
+import _thread
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+STATUS = 130
+_MOMENT = 0.01  # seconds, by which the code that passes errors over has returned
+
+
+def end_at_once() -> None:
+    """Lets Ctrl-C end the process from now on: nothing is in progress that would have to be told."""
+    if _listens():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(STATUS))
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Raises KeyboardInterrupt at Ctrl-C, also when it falls into code whose errors Python passes over.
+
+    Such code, as callbacks of the garbage collector, prints "Exception ignored" and the work goes on. Here the
+    interrupt is sent again until it is heard.
+
+    Raises:
+      KeyboardInterrupt: at the end, if it came too late to be raised before.
+    """
+    if not _listens():
+        yield
+        return
+    pending = False
+
+    def note(*_):
+        nonlocal pending
+        pending = True
+        raise KeyboardInterrupt
+
+    def again(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(_MOMENT, _thread.interrupt_main).start()
+        else:
+            before_hook(unraisable)
+
+    before, before_hook = signal.signal(signal.SIGINT, note), sys.unraisablehook
+    sys.unraisablehook = again
+    try:
+        yield
+        if pending:
+            raise KeyboardInterrupt
+    finally:
+        sys.unraisablehook = before_hook
+        signal.signal(signal.SIGINT, before)
+
+
+def _listens() -> bool:
+    """Whether a handler can be set here, and the process was not started with Ctrl-C switched off."""
+    main = threading.current_thread() is threading.main_thread()
+    return main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)
