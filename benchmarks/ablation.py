@@ -231,7 +231,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs, and prints the table."""
-    xla_flags.take_products_from_libraries()
+    xla_flags.disable_triton_gemm()
     try:
         print(table(ablate(parse(arguments))))
     except TwlaError as error:

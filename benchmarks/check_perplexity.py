@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
     options = parser.parse_args()
-    xla_flags.take_products_from_libraries()
+    xla_flags.disable_triton_gemm()
     model, tokenizer = loading.load(options.out, dtype=jnp.bfloat16)
     text = corpora.load_corpus(options.corpus, "evaluation")
     tokens = corpora.tokenize(text, tokenizer, model.config.vocab_size)

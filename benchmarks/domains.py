@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs, and prints the table."""
-    xla_flags.take_products_from_libraries()
+    xla_flags.disable_triton_gemm()
     try:
         print(table(run(parse(arguments))))
     except TwlaError as error:

@@ -101,7 +101,7 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=shapes.SHAPES, action="append", required=True)
     parser.add_argument("--few", action="store_true")
     options = parser.parse_args()
-    xla_flags.take_products_from_libraries()
+    xla_flags.disable_triton_gemm()
     timing.copy_bandwidth()  # what is timed first takes longer
     for shape in options.shape:
         for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():

@@ -21,8 +21,8 @@ LIBRARIES = "--xla_gpu_enable_triton_gemm=false"
 )
 def test_flags_that_are_set_stay(before, after, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", before)
-    assert xla_flags.says_where_products_are_from() == (before == after)
-    xla_flags.take_products_from_libraries()
+    assert xla_flags.triton_gemm_is_set() == (before == after)
+    xla_flags.disable_triton_gemm()
     assert os.environ["XLA_FLAGS"] == after
 
 
@@ -32,8 +32,8 @@ def test_flags_that_are_set_stay(before, after, monkeypatch):
 def test_a_gpu_without_the_flag_is_warned_of(backend, flags, warns, monkeypatch, caplog):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setenv("XLA_FLAGS", flags)
-    devices.warn_of_products.cache_clear()
+    devices.warn_if_triton_gemm.cache_clear()
     with caplog.at_level(logging.WARNING):
-        devices.warn_of_products()
-    devices.warn_of_products.cache_clear()
+        devices.warn_if_triton_gemm()
+    devices.warn_if_triton_gemm.cache_clear()
     assert ("set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false" in caplog.text) == warns

@@ -1,4 +1,4 @@
-"""What the default device can do."""
+"""The default device: its kind, its size, and whether the kernels run on it."""
 
 import functools
 import logging
@@ -12,7 +12,7 @@ _log = logging.getLogger(__name__)
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """Of the default device, if it is an NVIDIA GPU: (8, 0) for an A100, (9, 0) for an H100."""
+    """Return the default device's compute capability, (9, 0) for an H100; None if it is no NVIDIA GPU."""
     if jax.default_backend() != "gpu":
         return None
     major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
@@ -20,23 +20,23 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def multiprocessors() -> int:
-    """Of the default device, if it is a GPU; else as many as may be."""
+    """Return how many multiprocessors the default GPU has; `sys.maxsize` on other devices."""
     found = getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
     return sys.maxsize if found is None else found
 
 
 def gpu_obstacle() -> str | None:
-    """Why the default GPU cannot run kernels made for Hopper, or None; also None where there is no GPU."""
+    """Return why the default GPU cannot run the Hopper kernels; None if it can, or if there is no GPU."""
     if jax.default_backend() != "gpu" or ((found := compute_capability()) is not None and found[0] == 9):
         return None
     return f"{jax.devices()[0].device_kind} is no Hopper GPU"
 
 
 @functools.cache
-def warn_of_products() -> None:
-    """Logs, once, that XLA may take a GPU's matrix products from its own compiler: see `xla_flags`."""
-    if jax.default_backend() == "gpu" and not xla_flags.says_where_products_are_from():
+def warn_if_triton_gemm() -> None:
+    """Log once that XLA may use its own Triton matrix products on this GPU; see `xla_flags`."""
+    if jax.default_backend() == "gpu" and not xla_flags.triton_gemm_is_set():
         _log.warning(
-            "set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false before JAX starts: XLA's own matrix products take long "
-            "to be chosen, and have been wrong on an H100"
+            "set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false before JAX starts: XLA spends minutes choosing among its "
+            "own matrix products, and some were wrong on an H100"
         )

@@ -1,4 +1,4 @@
-"""Decode steps of a whole model: packed against the same model in bf16, and both against what memory allows."""
+"""Times decode steps of a whole packed model against the same model in bf16, and both against memory bandwidth."""
 
 import dataclasses
 import gc
@@ -25,7 +25,7 @@ _CALLS = 9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """What a decode step is measured at.
+    """Settings of a measured decode step.
 
     Attributes:
       batches: rows that go on together.
@@ -45,7 +45,7 @@ class DecodeSettings:
 
 
 def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dict[str, Any]]:
-    """bf16 first, then W1.58 at each of the activation bits, at each batch."""
+    """Yield the rows of bf16, then of W1.58 at each of the activation bits, at each batch size."""
     bf16: dict[int, float] = {}
     low = [bits for bits in settings.activation_bits if bits < OFF]
     for bits in (None, *low[:1], *([OFF] if OFF in settings.activation_bits else [])):
@@ -69,7 +69,7 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
 
 
 def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, Decoder]]:
-    """The model at each of the bits; all below 16 are one program, whose settings are data."""
+    """Return the model at each of the bits; all below 16 share one program, whose settings are data."""
     for each in bits:
         if each is not None and each < OFF:
             model = nnx.merge(*nnx.split(model))
@@ -80,7 +80,7 @@ def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, 
 
 
 def _step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float:
-    """Median wall-clock time of a step, over calls of the loop that `generate` runs."""
+    """Return the median wall-clock time of a step, over calls of the loop that `generate` runs."""
     room = generation.bucket(settings.steps + 1)
     cache = _random_cache(model, batch, settings)
     start = cache.length
@@ -135,14 +135,14 @@ def _row(name: str, model: Decoder, batch: int, taken: float, settings: DecodeSe
 
 
 def _cache_bytes(model: Decoder, batch: int, settings: DecodeSettings) -> int:
-    """What a step in the middle of the run must read of the cache."""
+    """Return the bytes of the cache that a step in the middle of the run must read."""
     positions = settings.context + settings.steps // 2
     cache = jax.eval_shape(lambda: model.init_cache(batch, positions, settings.cache_dtype))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
 
 
 def _block_bytes(model: Decoder, before: int | None) -> dict[str, Any]:
-    """Bits a weight of the blocks' matrices, by what the device's allocator says has come to be in use."""
+    """Return the bits a weight of the blocks' matrices, by the bytes that the device's allocator reports as in use."""
     if before is None:
         return {}
     others = sum(leaf.nbytes for leaf in jax.tree.leaves((model.embed, model.head, model.norm)))

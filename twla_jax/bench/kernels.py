@@ -1,4 +1,4 @@
-"""Each op alone, at the matrices of a shape: few tokens (decode) or many (prefill)."""
+"""Times each op alone at the matrices of a shape: at few tokens (decode) or many (prefill)."""
 
 import dataclasses
 import functools
@@ -34,9 +34,9 @@ _LEAST_COPY = 1e5  # bytes below which it is not memory that an op waits for
 def decode_rows(
     config: DecoderConfig, batch: int, kinds: Sequence[str], embedding_bits: int = OFF
 ) -> Iterator[Row]:
-    """Every matrix with `int8` codes, with what makes them, and with `bf16` activations; every `rotate_quantize`.
+    """Yield rows of every matrix with `int8` codes, with rotation, and with `bf16` activations.
 
-    Then attention, and the LM head where it is of less than 16 bits.
+    Then every `rotate_quantize`, attention, and the LM head where it is of less than 16 bits.
     """
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, batch)
@@ -80,7 +80,7 @@ def decode_rows(
 
 
 def _attention_seconds(config: DecoderConfig, batch: int, dtype, implementation) -> float:
-    """Seconds of `decode_attention` at `_CONTEXT` filled positions, rotary angles and the write included."""
+    """Return the seconds of `decode_attention` at `_CONTEXT` positions, rotary angles and cache write included."""
     heads = config.num_heads + 2 * config.num_kv_heads
     qkv = jax.random.normal(jax.random.key(0), (batch, heads, config.head_dim), jnp.bfloat16)
     make = functools.partial(_cache_layer, config=config, batch=batch, room=_ROOM, dtype=dtype)
@@ -91,7 +91,7 @@ def _attention_seconds(config: DecoderConfig, batch: int, dtype, implementation)
 
 
 def _qkv_attention_seconds(config: DecoderConfig, dtype) -> float | None:
-    """Seconds of `qkv_attention`, likewise; None if it is no kernel of its own."""
+    """Return the seconds of `qkv_attention`, likewise; None if it is not a kernel of its own here."""
     n, m = shapes.matrices(config)["q,k,v"]
     rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
 
@@ -114,7 +114,7 @@ def _qkv_attention_seconds(config: DecoderConfig, dtype) -> float | None:
 
 
 def _linear_pair_seconds(config: DecoderConfig) -> float | None:
-    """Seconds of `linear_pair` for one token, gate included; None if it is no kernel of its own."""
+    """Return the seconds of `linear_pair` for one token, gate included; None if it is not a kernel of its own here."""
     (n, m), (more, _) = (shapes.matrices(config)[name] for name in ("o", "gate,up"))
     rotations = [shapes.rotation_for_kernels(jax.random.key(2), *sizes) for sizes in ((m, n), (n, more))]
 
@@ -144,7 +144,7 @@ def _linear_pair_seconds(config: DecoderConfig) -> float | None:
 
 
 def _seconds_in_place(op, x, make, config: DecoderConfig) -> float:
-    """Seconds of `op(x, weight, layer, positions, window)`, in a loop, as tokens are generated, on layers in place.
+    """Return the seconds of `op(x, weight, layer, positions, window)` in a loop that updates layers in place.
 
     `make` makes a weight and a layer, or whatever else is written, from a key.
     """
@@ -170,7 +170,7 @@ def _seconds_in_place(op, x, make, config: DecoderConfig) -> float:
 
 
 def _cache_layer(key: jax.Array, config: DecoderConfig, batch: int, room: int, dtype) -> LayerKV:
-    """Random keys and values."""
+    """Return a cache layer with random keys and values."""
     shape = (2, batch, config.num_kv_heads, room, config.head_dim)
     keys, values = jax.random.normal(key, shape, jnp.bfloat16).swapaxes(2, 3)
     return write(empty_layer(shape, dtype), keys, values, jnp.int32(0))
@@ -194,7 +194,7 @@ def _head_row(n: int, m: int, batch: int, bits: int) -> Row:
 
 
 def _with_input(make, tokens, t: int, m: int):
-    """A weight and an input of its own from a key."""
+    """Return a function from a key to a weight and an input of its own."""
     return lambda key: (make(key), tokens(key, t, m))
 
 
@@ -203,12 +203,12 @@ def _product(weight, x):
 
 
 def _whole_linear(weight, x, *, rotation):
-    """Rotation and codes, too."""
+    """Return the product with the rotation and quantisation of its input."""
     return quantized_linear(x, rotation, quantizer_settings(8, 0.9), weight)
 
 
 def prefill_rows(config: DecoderConfig, tokens: int) -> Iterator[Row]:
-    """Every matrix alone, and with the rotation and quantisation of its input; then a whole block's."""
+    """Yield rows of every matrix alone and with the rotation and quantisation of its input; then of a whole block."""
     total = {"product": 0.0, "whole": 0.0, "bf16": 0.0, "int8": 0.0}
     work = moved = 0
     for name, (n, m) in shapes.matrices(config).items():
@@ -260,7 +260,7 @@ def _row(name, n, m, tokens, taken, size, base) -> Row:
 
 @functools.cache
 def _xla(n: int, m: int, tokens: int) -> dict[str, float]:
-    """Seconds of XLA's own products of these sizes."""
+    """Return the seconds of XLA's own products of these sizes, by type."""
 
     def measure(dtype):
         def make(key):
@@ -282,7 +282,7 @@ def _rotation_seconds(m: int, n: int, tokens: int, implementation) -> float:
 
 
 def _inputs(config: DecoderConfig) -> dict[int, tuple[int, str]]:
-    """Widths of the inputs, each with the rows of a matrix that reads it and the names of those that do."""
+    """Return the widths of the inputs, each with the rows of a matrix that reads it and the names of all that do."""
     found: dict[int, tuple[int, str]] = {}
     for name, (n, m) in shapes.matrices(config).items():
         found[m] = (n, f"{found[m][1]}; {name}" if m in found else name)

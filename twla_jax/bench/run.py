@@ -1,4 +1,4 @@
-"""The measurements of a command, row by row, with what they were made on."""
+"""The measurements of `twla bench`, row by row, with versions and device."""
 
 import contextlib
 import dataclasses
@@ -34,14 +34,15 @@ def measure(
     embedding_bits: int = OFF,
     on_row: Callable[[str, Mapping[str, Any]], None] = lambda part, row: None,
 ) -> dict[str, Any]:
-    """Times on the device at hand, random weights, everything in one process.
+    """Measure speed on the default device with random weights, in one process.
 
     Args:
       parts: `kernels` times each op at few tokens, `prefill` at many, `decode` whole models' steps, which come first.
       shape: a name in `SHAPES`.
-      batches: rows that decode together.
-      tokens: of a prefill.
-      context: tokens in the cache when decoding begins; `steps` are timed after them.
+      batches: numbers of sequences that decode together.
+      tokens: tokens of a prefill.
+      context: tokens in the cache when decoding begins.
+      steps: tokens that are decoded after them.
       layers: blocks of the decoding model; all of them if None.
       cache_dtype: of the decoding model's cache; None for bf16.
       activation_bits: of the decoding models; 16 also times the kernels' products with bf16 activations.
@@ -123,7 +124,7 @@ def _config(shape: str, layers: int | None):
 
 @contextlib.contextmanager
 def _fallbacks() -> Iterator[set[str]]:
-    """What the ops say of references that stand in for this platform's kernels."""
+    """Collect what the ops log about references that replace this platform's kernels."""
     found: set[str] = set()
 
     class Collector(logging.Handler):

@@ -1,4 +1,4 @@
-"""Rows of measurements as lines of a Markdown table, one at a time."""
+"""Prints measurements as lines of a Markdown table, one at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -64,20 +64,20 @@ TITLES = {
 
 
 def header(part: str) -> str:
-    """The head of a part's table."""
+    """Return the head of a part's table."""
     names = [name for name, _ in _COLUMNS[part]]
     return "\n".join([f"\n## {TITLES[part]}\n", _line(names), _line(["---"] * len(names))])
 
 
 def line(part: str, row: Mapping[str, Any]) -> str:
-    """One row; a note in place of figures where there are none."""
+    """Return one row; a note replaces figures that are missing."""
     if "note" in row:
         return _line([row["name"], row["note"], *[""] * (len(_COLUMNS[part]) - 2)])
     return _line([cell(row) for _, cell in _COLUMNS[part]])
 
 
 def footer(result: Mapping[str, Any]) -> str:
-    """What the figures were made on."""
+    """Return what the figures were measured on, in words."""
     peaks = result["product_operations_per_second"]
     copy = f"copy {result['copy_bytes_per_second'] / 1e9:.0f} GB/s"
     if by_clock := result.get("copy_bytes_per_second_by_clock"):

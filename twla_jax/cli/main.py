@@ -34,10 +34,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, else 1."""
+    """Run `twla`. Exits with 0 on success, 2 for a wrong command line, 130 when interrupted, and 1 for other errors."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _open_streams()
-    xla_flags.take_products_from_libraries()
+    xla_flags.disable_triton_gemm()
     try:
         with interrupts.heard():
             _run(sys.argv[1:] if arguments is None else arguments)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.core.tensors import IntegerTensor, dequantize
-from twla_jax.devices import warn_of_products
+from twla_jax.devices import warn_if_triton_gemm
 from twla_jax.errors import TwlaError
 from twla_jax.inference import tensor_parallel
 from twla_jax.inference.packed_cache import PackedCache, PackedLayer
@@ -51,7 +51,7 @@ def prepare_for_inference(
     Raises:
       TwlaError: its weights are integers, or of a group size that the kernels have no place for.
     """
-    warn_of_products()
+    warn_if_triton_gemm()
     if isinstance(model.blocks.q.kernel.get_value(), IntegerTensor):
         raise TwlaError("there are no kernels for integer weights, only for ternary and float ones")
     if mesh is not None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from twla_jax.core import quantizers
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.devices import warn_of_products
+from twla_jax.devices import warn_if_triton_gemm
 from twla_jax.errors import TwlaError
 from twla_jax.models import sharding
 from twla_jax.models.config import check_vocabulary
@@ -60,7 +60,7 @@ def quantize(
     Raises:
       TwlaError: a token outside the vocabulary, a working folder of other work, or a layer whose errors are not finite.
     """
-    warn_of_products()
+    warn_if_triton_gemm()
     windows = np.asarray(windows, np.int32)
     check_vocabulary(windows, model.config.vocab_size)
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, recipe)

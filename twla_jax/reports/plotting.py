@@ -1,4 +1,4 @@
-"""Figures of what was measured; they need the extra `plot`."""
+"""Plots of what was measured; they need the extra `plot`."""
 
 import importlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _COLOURS = ("#b2182b", "#ef8a62", "#67a9cf", "#2166ac")
 
 
 def require_matplotlib() -> None:
-    """Refuses to go on without the package that draws.
+    """Raise if matplotlib is missing.
 
     Raises:
       TwlaError: says what to install.
@@ -27,11 +27,12 @@ def require_matplotlib() -> None:
 
 
 def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[str, Any]) -> None:
-    """Draws the table and the choice made from it: C as bars, K as a heat map, the bits, the losses of each method.
+    """Draw the table and the choice made from it: C as bars, K as a heat map, the bits, the losses of each method.
 
     Args:
-      path: file to write; its ending says the format.
-      result: what `allocation.choose` says of the choice.
+      path: file to write; its suffix decides the format.
+      table: costs and interactions of the sites.
+      result: figures of the choice, from `allocation.choose`.
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
@@ -47,7 +48,7 @@ def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[s
 
 
 def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Draws perplexity against the bytes of the whole model, a line for each activation bit-width.
+    """Draw perplexity against the bytes of the whole model, one line for each activation bit-width.
 
     Args:
       path: file to write; its ending says the format.

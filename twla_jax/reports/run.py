@@ -1,4 +1,4 @@
-"""What a report needs beside the results: phases with their times, versions, device, peak memory."""
+"""What a report holds beside the results: phases with their times, versions, the device, peak memory."""
 
 import contextlib
 import importlib.metadata
@@ -27,7 +27,7 @@ _PACKAGES = (
 
 
 class Phases:
-    """Seconds spent in each named phase of a run, told on stderr as they begin.
+    """Seconds spent in each named phase of a run; each is announced on stderr when it begins.
 
     Attributes:
       seconds: wall-clock seconds by phase, in the order they ran; a phase entered twice adds up.
@@ -41,7 +41,7 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Times what runs inside `with phases(name):`."""
+        """Time what runs inside `with phases(name):`."""
         if self._verbose:
             print(f"twla: {name} …", file=sys.stderr, flush=True)
         start = time.perf_counter()
@@ -53,7 +53,7 @@ class Phases:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the device that computes, JSON-ready."""
+    """Return the versions and the device that computes, JSON-ready."""
     device = jax.devices()[0]
     return {
         "versions": {
@@ -66,7 +66,7 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Most bytes that this process held so far: on the host, and on the first device where its driver counts them."""
+    """Return the most bytes held so far: by this process on the host, and on the first device if its driver says so."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     statistics = jax.devices()[0].memory_stats() or {}
     return {
