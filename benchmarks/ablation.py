@@ -43,35 +43,30 @@ class Row:
       narrow: refine on the text of the quantisation alone.
     """
 
-    change: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    change: dict[str, Any] = dataclasses.field(default_factory=dict)
     narrow: bool = False
 
     def recipe(self, base: recipe.Recipe) -> recipe.Recipe:
         """The base with this row's change."""
-        parts = {
-            part: dataclasses.replace(getattr(base, part), **values) for part, values in self.change.items()
-        }
-        return dataclasses.replace(base, **parts)
+        return base.updated(self.change)
 
 
 ROWS = {
     "base": Row(),
-    "no refinement": Row(change={"refine": {"steps": 0}}),
-    "codes frozen in refinement": Row(change={"refine": {"code_rate": 0.0}}),
-    "scales and norms frozen in refinement": Row(change={"refine": {"scale_rate": 0.0}}),
-    "rotations learn in refinement": Row(change={"refine": {"rotation_rate": 5e-3}}),
-    "refined with inputs at 4 bits": Row(change={"refine": {"activation_bits": 4}}),
-    "clips trained at 4 bits afterwards": Row(change={"refine": {"clip_steps": 40}}),
-    "refined block by block first": Row(change={"refine": {"block_steps": 60}}),
+    "no refinement": Row(change={"refine": {"end_to_end": False}}),
+    "codes frozen in refinement": Row(change={"refine": {"end_to_end": {"code_rate": 0.0}}}),
+    "scales and norms frozen in refinement": Row(change={"refine": {"end_to_end": {"scale_rate": 0.0}}}),
+    "rotations learn in refinement": Row(change={"refine": {"end_to_end": {"rotation_rate": 5e-3}}}),
+    "refined with inputs at 4 bits": Row(change={"refine": {"end_to_end": {"activation_bits": 4}}}),
+    "clips trained at 4 bits afterwards": Row(change={"refine": {"clips": {"steps": 40}}}),
+    "refined block by block first": Row(change={"refine": {"blocks": {"steps": 60}}}),
     "refined on the quantisation's text alone": Row(narrow=True),
-    "no sweeps of the codes (rounds 0)": Row(change={"weights": {"rounds": 0}}),
-    "no rotation": Row(change={"rotation": {"start": "none"}}),
+    "no sweeps of the codes (rounds 0)": Row(change={"weights": {"ternary": {"rounds": 0}}}),
+    "no rotation": Row(change={"rotation": False}),
     "range of inputs in the rotations' loss, 0.1": Row(change={"rotation": {"range_weight": 0.1}}),
     "range of inputs in the rotations' loss, 1": Row(change={"rotation": {"range_weight": 1.0}}),
-    "no propagation": Row(change={"weights": {"propagation": 0.0}}),
-    "neither propagation nor error compensation": Row(
-        change={"weights": {"propagation": 0.0, "compensate": False}}
-    ),
+    "no propagation": Row(change={"weights": {"compensation": {"propagation": 0.0}}}),
+    "neither propagation nor error compensation": Row(change={"weights": {"compensation": False}}),
 }
 
 
@@ -103,25 +98,28 @@ class Bench:
             return result
 
         model, figures = timed("quantise", lambda: self._quantise(settings)), None
-        if settings.refine.block_steps:
-            arguments = (self._teacher, self._drawn(settings), settings.refine)
+        if settings.refine.blocks:
+            arguments = (self._teacher, self._drawn(settings), settings.refine.blocks)
             model, _ = timed("blocks", lambda: blockwise.refine_blocks(model, *arguments, progress=False))
         text = self._calibration if row.narrow else self._refine_text
-        count = max(settings.refine.steps, settings.refine.clip_steps) * settings.refine.batch
+        learning = [part for part in (settings.refine.end_to_end, settings.refine.clips) if part]
+        count = max((part.steps * part.batch for part in learning), default=0)
         windows = sample_windows(text, count, self._options.seq_len, settings.calibration.seed + 1)
-        if settings.refine.steps:
+        if settings.refine.end_to_end:
+            own = settings.refine.end_to_end
+            here = windows[: own.steps * own.batch]
             model, figures = timed(
                 "refine",
-                lambda: end_to_end.refine(model, self._teacher, windows, settings.refine, progress=False),
+                lambda: end_to_end.refine(model, self._teacher, here, own, progress=False),
             )
-        if settings.refine.clip_steps:
-            arguments = (self._teacher, windows, settings.refine)
+        if settings.refine.clips:
+            arguments = (self._teacher, windows, settings.refine.clips)
             model, _ = timed("clips", lambda: clip_training.train_clips(model, *arguments, progress=False))
         scores = timed("evaluate", lambda: {f"A{bits}": self._score(model, bits) for bits in _BITS})
         return {**scores, "refine": figures, "seconds": seconds}
 
     def _quantise(self, settings: recipe.Recipe) -> Any:
-        wanted = dataclasses.replace(settings, refine=recipe.RefineRecipe())
+        wanted = dataclasses.replace(settings, refine=recipe.RefineSettings())
         if self._shared[0] != wanted:
             windows = self._drawn(wanted)
             model = _computing_in(self._teacher, jnp.float32)
@@ -148,10 +146,9 @@ def ablate(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs what `--results` lacks, until `--seconds` have passed, and returns every result of these settings."""
     started = time.perf_counter()
     ignored = ("results", "seconds", "rows", "seeds")
-    base = recipe.load_recipe(options.recipe)
+    base = recipe.load_recipe(options.recipe).updated({"refine": {"end_to_end": {"steps": options.steps}}})
     base = dataclasses.replace(
         base,
-        refine=dataclasses.replace(base.refine, steps=options.steps),
         calibration=dataclasses.replace(
             base.calibration, corpus=options.calibration, windows=options.windows, seq_len=options.seq_len
         ),

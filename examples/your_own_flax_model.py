@@ -18,8 +18,8 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from twla_jax.core.settings import CompensationSettings, RotationSettings, WeightSettings
 from twla_jax.integrations import TwlaRule, quantize_nnx, quantized_nnx_shapes
-from twla_jax.recipe import RotationRecipe, WeightRecipe
 
 
 class Mixer(nnx.Module):
@@ -72,8 +72,8 @@ def main(steps=300):
     rules = [
         TwlaRule(
             module_path=r"(up|down)/\d+",
-            weights=WeightRecipe(group_size=64, propagation=0.0),
-            rotation=RotationRecipe(steps=50),
+            weights=WeightSettings(group_size=64, compensation=CompensationSettings(propagation=0.0)),
+            rotation=RotationSettings(steps=50),
         )
     ]
     # 2. Quantise on batches like those the model was trained on. `model` itself stays as it was.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from twla_jax.models import Decoder, DecoderConfig
     from twla_jax.models.sites import set_activation_bits
     from twla_jax.quantization.pipeline import quantize
-    from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, load_recipe
+    from twla_jax.recipe import AllocationSettings, CalibrationSettings, Recipe, load_recipe
     from twla_jax.refinement.end_to_end import refine
     from twla_jax.storage.checkpoint import save
     from twla_jax.text.corpora import Corpus, load_corpus, load_domains, tokenize
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 # Where each public name lives. Imported when first used, so that `import twla_jax` and `twla --help` are quick.
 _HOMES = {
     "ActivationQuantizer": "core.activation",
-    "AllocationRecipe": "recipe",
-    "CalibrationRecipe": "recipe",
+    "AllocationSettings": "recipe",
+    "CalibrationSettings": "recipe",
     "Corpus": "text.corpora",
     "Decoder": "models",
     "DecoderConfig": "models",
@@ -58,8 +58,8 @@ _HOMES = {
 
 __all__ = [
     "ActivationQuantizer",
-    "AllocationRecipe",
-    "CalibrationRecipe",
+    "AllocationSettings",
+    "CalibrationSettings",
     "Corpus",
     "Decoder",
     "DecoderConfig",

@@ -11,21 +11,28 @@ from flax import nnx
 import twla_jax
 from twla_jax.allocation import choice, refit, sensitivity
 from twla_jax.core import activation
+from twla_jax.core.settings import ActivationSettings
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.jobs import allocate_bits
 from twla_jax.models import sites
 from twla_jax.models.decoder import SITES
-from twla_jax.recipe import ActivationRecipe, AllocationRecipe, CalibrationRecipe, Recipe, RefineRecipe
+from twla_jax.recipe import (
+    AllocationSettings,
+    CalibrationSettings,
+    EndToEndSettings,
+    Recipe,
+    RefineSettings,
+)
 from twla_jax.storage import accounting, checkpoint
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.windows import held_out_windows, sample_windows
 
 RECIPE = Recipe(
     name="tiny",
-    activations=ActivationRecipe(clips=(1.0, 0.9, 0.7), clip_tokens=100),
-    calibration=CalibrationRecipe(windows=4, seq_len=24),
-    allocation=AllocationRecipe(budget=4.0, choices=(2, 4, 8), windows=2),
+    activations=ActivationSettings(clips=(1.0, 0.9, 0.7), clip_tokens=100),
+    calibration=CalibrationSettings(windows=4, seq_len=24),
+    allocation=AllocationSettings(budget=4.0, choices=(2, 4, 8), windows=2),
 )
 
 
@@ -61,7 +68,7 @@ def saved(tiny_ternary, tmp_path, monkeypatch):
     text = tmp_path / "letters.txt"
     text.write_text(corpus().text)
     calibration = dataclasses.replace(RECIPE.calibration, corpus=str(text))
-    recipe = dataclasses.replace(RECIPE, calibration=calibration, allocation=AllocationRecipe())
+    recipe = dataclasses.replace(RECIPE, calibration=calibration, allocation=AllocationSettings())
     folder = tmp_path / "models" / "out"
     checkpoint.save(tiny_ternary, None, folder, recipe, {"model": "tiny"})
     load = checkpoint.load
@@ -87,7 +94,7 @@ def test_text_for_evaluation_never_chooses_bits(tiny_ternary):
 
 def test_held_out_windows_avoid_those_calibrated_on_as_far_as_the_text_allows():
     tokens = np.arange(2000, dtype=np.int32)
-    drawn = [CalibrationRecipe(windows=10, seq_len=50, seed=seed) for seed in (0, 1)]
+    drawn = [CalibrationSettings(windows=10, seq_len=50, seed=seed) for seed in (0, 1)]
     seen = set()
     for settings in drawn:
         seen |= set(sample_windows(tokens, 10, 50, settings.seed).ravel().tolist())
@@ -110,7 +117,7 @@ def test_windows_of_the_refinement_are_not_held_out(tiny_ternary, monkeypatch):
         return held_out_windows(tokens, drawn, *args, **options)
 
     monkeypatch.setattr(recipe_windows, "held_out_windows", held_out)
-    recipe = dataclasses.replace(RECIPE, refine=RefineRecipe(steps=3, batch=2))
+    recipe = dataclasses.replace(RECIPE, refine=RefineSettings(end_to_end=EndToEndSettings(steps=3, batch=2)))
     prepared(tiny_ternary, recipe)
     assert avoided == [(4, 0), (6, 1)]
 

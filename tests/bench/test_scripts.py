@@ -12,7 +12,7 @@ import pytest
 
 from twla_jax.bench import SHAPES, shapes
 from twla_jax.ops.ternary_matmul import reference
-from twla_jax.recipe import Recipe, RefineRecipe
+from twla_jax.recipe import EndToEndSettings, Recipe, RefineSettings
 
 
 def script(name):
@@ -73,7 +73,7 @@ def test_perplexities_by_path_agree_where_there_are_no_kernels():
 
 
 def test_every_row_of_the_ablation_is_one_change(ablation):
-    base = Recipe(refine=RefineRecipe(steps=9))
+    base = Recipe(refine=RefineSettings(end_to_end=EndToEndSettings(steps=9)))
     for name, row in ablation.ROWS.items():
         changed = row.recipe(base)
         parts = [
@@ -87,7 +87,7 @@ def test_every_row_of_the_ablation_is_one_change(ablation):
 @pytest.mark.slow
 def test_the_ablation_runs_and_refinement_shows(ablation, stories_model, texts, tmp_path, capsys):
     (tmp_path / "quick.toml").write_text(
-        "[weights]\ngroup_size = 32\nrounds = 0\n[rotation]\nstart = 'none'\n[refine]\nbatch = 2\n"
+        "rotation = false\n[weights]\ngroup_size = 32\nternary.rounds = 0\n[refine.end_to_end]\nbatch = 2\n"
     )
     text, results = str(texts / "calibration.txt"), tmp_path / "results.jsonl"
     options = ["--recipe", tmp_path / "quick.toml", "--calibration", text, "--refine-text", text]

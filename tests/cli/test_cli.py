@@ -14,7 +14,13 @@ from twla_jax.quantization import pipeline
 from twla_jax.refinement import end_to_end
 
 SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
-QUICK = "[weights]\ngroup_size = 32\nrounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
+QUICK = (
+    "[weights]\ngroup_size = 32\nternary.rounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
+)
+REFINED = """[refine]
+end_to_end = {steps = 2, batch = 2, dtype = 'float32'}
+clips = {steps = 1, batch = 2, dtype = 'float32'}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +160,7 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
     stories_model, text, tmp_path, capsys, monkeypatch
 ):
     folder, recipe = tmp_path / "out", tmp_path / "quick.toml"
-    recipe.write_text(QUICK + "[refine]\nsteps = 2\nbatch = 2\ndtype = 'float32'\nclip_steps = 1\n")
+    recipe.write_text(QUICK + REFINED)
     options = ["--recipe", recipe, "--calibration", "self", "--check-corpus", text, *SMALL]
     quantize = ["quantize", stories_model, folder, *options, "--json"]
     with monkeypatch.context() as patch:

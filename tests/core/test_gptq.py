@@ -1,16 +1,14 @@
 """The sweep against plain float64 GPTQ, and the properties that make it worth its time."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from twla_jax.core import e2m_atq, gptq, quantizers, tensors
-from twla_jax.recipe import WeightRecipe
+from twla_jax.core.settings import CompensationSettings, TernarySettings, WeightSettings
 
 N, M, TOKENS = 24, 40, 400
-RECIPE = WeightRecipe(group_size=16, damping=0.01)
+RECIPE = WeightSettings(group_size=16)
 
 
 @pytest.fixture
@@ -20,9 +18,15 @@ def layer():
     return rng.standard_t(5, (N, M)).astype(np.float32), (x.T @ x).astype(np.float32)
 
 
-def ternarize(weight, moment, **settings):
-    recipe = dataclasses.replace(RECIPE, **settings)
-    return gptq.quantize_matrix(jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), recipe=recipe)
+def ternarize(weight, moment, *, rounds=3, damping=0.01, group_size=16):
+    settings = WeightSettings(
+        quantizer=TernarySettings(rounds=rounds),
+        group_size=group_size,
+        compensation=CompensationSettings(damping=damping),
+    )
+    return gptq.quantize_matrix(
+        jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), settings=settings
+    )
 
 
 def damped(moment, damping=0.01):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from twla_jax.core import kotms
-from twla_jax.recipe import RotationRecipe
+from twla_jax.core.settings import RotationSettings
 
 L, R = 6, 8
 
@@ -18,7 +18,7 @@ def weight():
 
 def fit(weight, **settings):
     return kotms.fit_rotation(
-        weight, jax.random.key(1), recipe=RotationRecipe(steps=60, **settings), sizes=(L, R)
+        weight, jax.random.key(1), settings=RotationSettings(steps=60, **settings), sizes=(L, R)
     )
 
 
@@ -69,7 +69,7 @@ def test_a_fit_that_looks_at_the_input_narrows_its_range(weight):
             weight,
             jax.random.key(1),
             sample if share else None,
-            recipe=RotationRecipe(steps=60, range_weight=share),
+            settings=RotationSettings(steps=60, range_weight=share),
             sizes=(L, R),
         )[0]
         for share in (0.0, 1.0)

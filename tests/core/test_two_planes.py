@@ -9,13 +9,14 @@ from flax import nnx
 
 from twla_jax.core import gptq, kotms, tensors, two_planes
 from twla_jax.core.quantizers import quantizer
+from twla_jax.core.settings import TernarySettings, TwoPlaneSettings, WeightSettings
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.recipe import Recipe, WeightRecipe, load_recipe
+from twla_jax.recipe import Recipe, load_recipe
 from twla_jax.storage import accounting, checkpoint
 
 DIGITS = np.arange(-4, 5)
-TWO = WeightRecipe(planes=2, group_size=16)
+TWO = WeightSettings(quantizer=TwoPlaneSettings(), group_size=16)
 
 
 def levels(alpha, residual_alpha, mu):
@@ -124,8 +125,9 @@ def test_two_planes_are_never_worse_than_one_on_the_same_layer(group_size):
     weight, moment = jnp.asarray(rng.standard_t(5, (24, 40)), jnp.float32), jnp.asarray(x.T @ x, jnp.float32)
     error = {}
     for planes in (1, 2):
-        recipe = WeightRecipe(planes=planes, group_size=group_size)
-        tensor, figures = gptq.quantize_matrix(weight, moment, jnp.float32(400), recipe=recipe)
+        kind = TwoPlaneSettings() if planes == 2 else TernarySettings()
+        recipe = WeightSettings(quantizer=kind, group_size=group_size)
+        tensor, figures = gptq.quantize_matrix(weight, moment, jnp.float32(400), settings=recipe)
         e = np.asarray(weight - tensors.dequantize(tensor), np.float64)
         error[planes] = np.einsum("ni,ij,nj->n", e, x.T @ x, e)
         assert float(figures["output_error"]) == pytest.approx(

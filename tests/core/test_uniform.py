@@ -8,7 +8,7 @@ import pytest
 
 from twla_jax.core import gptq, packing, uniform
 from twla_jax.errors import TwlaError
-from twla_jax.recipe import Recipe, RefineRecipe, load_recipe
+from twla_jax.recipe import EndToEndSettings, Recipe, RefineSettings, load_recipe
 
 N, M, TOKENS = 16, 40, 300
 
@@ -22,7 +22,9 @@ def layer():
 
 def quantize(name, weight, moment, group_size=16):
     recipe = dataclasses.replace(load_recipe(name).weights, group_size=group_size)
-    return gptq.quantize_matrix(jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), recipe=recipe)
+    return gptq.quantize_matrix(
+        jnp.asarray(weight), jnp.asarray(moment), jnp.float32(TOKENS), settings=recipe
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -88,5 +90,5 @@ def test_integers_lie_on_the_disk_without_gaps(bits, width):
 
 
 def test_integers_are_not_refined():
-    with pytest.raises(TwlaError, match=r"refine.steps = 10: must be 0"):
-        Recipe(weights=load_recipe("rtn-int4").weights, refine=RefineRecipe(steps=10))
+    with pytest.raises(TwlaError, match=r"refine.end_to_end: integers are not refined"):
+        Recipe(weights=load_recipe("rtn-int4").weights, refine=RefineSettings(end_to_end=EndToEndSettings()))

@@ -10,6 +10,13 @@ from flax import nnx
 
 import twla_jax
 from twla_jax.core import quantizers
+from twla_jax.core.settings import (
+    ActivationSettings,
+    RotationSettings,
+    TernarySettings,
+    TwoPlaneSettings,
+    WeightSettings,
+)
 from twla_jax.errors import TwlaError
 from twla_jax.inference.generation import generate
 from twla_jax.inference.packed_decoder import prepare_for_inference
@@ -17,13 +24,13 @@ from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.models.io import readers
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.ops.decode_attention import AttentionParts
-from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
+from twla_jax.recipe import Recipe
 
 RECIPE = Recipe(
     name="quick",
-    weights=WeightRecipe(rounds=1),
-    rotation=RotationRecipe(steps=5),
-    activations=ActivationRecipe(clips=(1.0, 0.8), clip_tokens=64),
+    weights=WeightSettings(quantizer=TernarySettings(rounds=1)),
+    rotation=RotationSettings(steps=5),
+    activations=ActivationSettings(clips=(1.0, 0.8), clip_tokens=64),
 )
 
 
@@ -146,7 +153,7 @@ def test_group_sizes_that_kernels_do_not_take_are_refused(tiny_ternary):
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 2e-2), (16, 2e-3)])
 def test_two_planes_are_two_products(tiny_config, tiny_ternary, bits, tolerance):
     rng, layers = np.random.default_rng(0), tiny_config.num_layers
-    levels = quantizers.quantizer(WeightRecipe(planes=2))
+    levels = quantizers.quantizer(WeightSettings(quantizer=TwoPlaneSettings()))
     for name in (name for names in SITES.values() for name in names):
         linear = getattr(tiny_ternary.blocks, name)
         n, m = linear.kernel.get_value().shape[-2:]

@@ -11,7 +11,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.inference import self_sampling
 from twla_jax.inference.self_sampling import sample_text
 from twla_jax.models.io import readers
-from twla_jax.recipe import AllocationRecipe, CalibrationRecipe, Recipe, RefineRecipe
+from twla_jax.recipe import AllocationSettings, CalibrationSettings, EndToEndSettings, Recipe, RefineSettings
 from twla_jax.storage import resume
 from twla_jax.text import corpora, recipe_windows
 from twla_jax.text.sampled import SampledText
@@ -79,9 +79,9 @@ def test_an_interrupted_sampling_goes_on(model, rows, tmp_path, monkeypatch):
 
 def test_every_use_has_rows_of_its_own():
     recipe = Recipe(
-        refine=RefineRecipe(steps=3, batch=2),
-        calibration=CalibrationRecipe(corpus="self", windows=4, seq_len=8),
-        allocation=AllocationRecipe(windows=2, seq_len=5),
+        refine=RefineSettings(end_to_end=EndToEndSettings(steps=3, batch=2)),
+        calibration=CalibrationSettings(corpus="self", windows=4, seq_len=8),
+        allocation=AllocationSettings(windows=2, seq_len=5),
     )
     text = SampledText(rows=np.arange(12 * 8, dtype=np.int32).reshape(12, 8), seed=0, held_out=2)
     assert recipe_windows.count(recipe) == 12
@@ -90,8 +90,8 @@ def test_every_use_has_rows_of_its_own():
     assert (seen.shape, more.shape, held_out.shape, shared) == ((4, 8), (6, 8), (2, 5), 0.0)
     used = np.concatenate([seen.ravel(), more.ravel(), held_out.ravel()])
     assert len(set(used.tolist())) == used.size
-    wide = dataclasses.replace(recipe, allocation=AllocationRecipe(windows=2, seq_len=9))
-    many = dataclasses.replace(recipe, allocation=AllocationRecipe(windows=3))
+    wide = dataclasses.replace(recipe, allocation=AllocationSettings(windows=2, seq_len=9))
+    many = dataclasses.replace(recipe, allocation=AllocationSettings(windows=3))
     for refused in (wide, many):
         with pytest.raises(TwlaError, match="has 2 of 8 that no calibration saw"):
             recipe_windows.held_out_windows(text, refused)

@@ -6,15 +6,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from twla_jax.core.settings import ActivationSettings, CompensationSettings, RotationSettings, WeightSettings
 from twla_jax.core.tensors import TernaryTensor, dequantize
 from twla_jax.errors import TwlaError
 from twla_jax.integrations import PackedKernel, TwlaRule, quantize_linen, quantized_linen_shapes
-from twla_jax.recipe import ActivationRecipe, RotationRecipe, WeightRecipe
 
 from helpers.flax_models import LinenAttentionLike, correlated_inputs, nearest_ternary, relative_error
 
-WEIGHTS = WeightRecipe(group_size=16, propagation=0.0)
-RULES = [TwlaRule(module_path="up|heads|down", weights=WEIGHTS, rotation=RotationRecipe(steps=3))]
+WEIGHTS = WeightSettings(group_size=16, compensation=CompensationSettings(propagation=0.0))
+RULES = [TwlaRule(module_path="up|heads|down", weights=WEIGHTS, rotation=RotationSettings(steps=3))]
 CONTRACTED = {"up": (0,), "heads": (0,), "down": (0, 1)}
 
 
@@ -82,8 +82,8 @@ def test_rotation_and_activation_codes_are_applied_at_the_call(floats):
     rule = TwlaRule(
         module_path="head",
         weights=WEIGHTS,
-        rotation=RotationRecipe(steps=0),
-        activations=ActivationRecipe(bits=4, clips=(1.0,)),
+        rotation=RotationSettings(steps=0),
+        activations=ActivationSettings(bits=4, clips=(1.0,)),
     )
     x = correlated_inputs(4)
     packed_model, packed, _ = quantize_linen(model, variables, [x], [rule])
@@ -113,8 +113,8 @@ def test_refusals(floats):
     model, variables = floats
     with pytest.raises(TwlaError, match="no batch"):
         quantize_linen(model, variables, [], RULES)
-    with pytest.raises(TwlaError, match=r"set weights\.propagation to 0"):
-        TwlaRule(weights=WeightRecipe(propagation=0.5))
+    with pytest.raises(TwlaError, match=r"set weights\.compensation\.propagation to 0"):
+        TwlaRule(weights=WeightSettings())
     with pytest.raises(TwlaError, match="TwlaRule does not read weight_qtype"):
         TwlaRule(weight_qtype=jnp.int4)
     with pytest.raises(TwlaError, match="not finite"):

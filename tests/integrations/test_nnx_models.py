@@ -7,17 +7,17 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from twla_jax.core.settings import CompensationSettings, RotationSettings, WeightSettings
 from twla_jax.integrations import PackedKernel, TwlaRule, quantize_nnx, quantized_nnx_shapes
 from twla_jax.integrations.providers import contraction
-from twla_jax.recipe import RotationRecipe, WeightRecipe
 
 from helpers.flax_models import NnxAttentionLike, correlated_inputs, nearest_ternary, relative_error
 
 RULES = [
     TwlaRule(
         module_path=r"layers/\d+|heads|down",
-        weights=WeightRecipe(group_size=16, propagation=0.0),
-        rotation=RotationRecipe(steps=3),
+        weights=WeightSettings(group_size=16, compensation=CompensationSettings(propagation=0.0)),
+        rotation=RotationSettings(steps=3),
     )
 ]
 

@@ -10,14 +10,14 @@ from twla_jax.core.tensors import IntegerTensor
 from twla_jax.jobs import compare_recipes, quantize_model
 from twla_jax.storage import accounting, checkpoint
 
-QUICK = "[rotation]\nstart = 'none'\n[activations]\nclip_tokens = 64\n[weights]\ngroup_size = 32\n"
+QUICK = "rotation = false\n[activations]\nclip_tokens = 64\n[weights]\ngroup_size = 32\n"
 
 
 @pytest.fixture(scope="module")
 def compared(stories_model, texts, tmp_path_factory):
     """Arguments of a comparison of two recipes, and the folder it left."""
     folder = tmp_path_factory.mktemp("compare")
-    recipes = {"ours": "planes = 2\nrounds = 1", "integers": "quantizer = 'integer'\nbits = 3\nrounds = 1"}
+    recipes = {"ours": "two_planes.rounds = 1", "integers": "integer.bits = 3"}
     for name, settings in recipes.items():
         (folder / f"{name}.toml").write_text(QUICK + settings)
     arguments = ["compare", stories_model, "--corpus", texts / "evaluation.txt", "--out", folder / "out"]

@@ -8,6 +8,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from twla_jax.core import quantizers, tensors
+from twla_jax.core.settings import (
+    ActivationSettings,
+    IntegerSettings,
+    RotationSettings,
+    TernarySettings,
+    TwoPlaneSettings,
+    WeightSettings,
+)
 from twla_jax.inference.generation import generate
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models import sharding
@@ -15,13 +23,13 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import block, pipeline
-from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
+from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint
 
 RECIPE = Recipe(
-    weights=WeightRecipe(group_size=128, euclidean_steps=3, rounds=1),
-    rotation=RotationRecipe(steps=3),
-    activations=ActivationRecipe(clips=(1.0, 0.8), clip_tokens=64),
+    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=3, rounds=1)),
+    rotation=RotationSettings(steps=3),
+    activations=ActivationSettings(clips=(1.0, 0.8), clip_tokens=64),
 )
 # A batch of these is filled up on the mesh; and their tokens outnumber the columns of any input.
 WINDOWS = np.random.default_rng(0).integers(0, 96, (6, 256)).astype(np.int32)
@@ -54,8 +62,8 @@ def calibrated(model):
     """The model quantised on one device, and for each site what was gathered for it and what was made of that."""
     sites, quantize_site = [], block._quantize_site
 
-    def recorded(kernels, rotation, *gathered, recipe):
-        made = quantize_site(kernels, rotation, *gathered, recipe=recipe)
+    def recorded(kernels, rotation, *gathered, settings):
+        made = quantize_site(kernels, rotation, *gathered, settings=settings)
         sites.append(jax.device_get((gathered, made)))
         return made
 
@@ -112,8 +120,8 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
     result, sites = calibrated
     quantize_site, rest = block._quantize_site, iter(sites)
 
-    def compared(kernels, rotation, *gathered, recipe):
-        found = quantize_site(kernels, rotation, *gathered, recipe=recipe)
+    def compared(kernels, rotation, *gathered, settings):
+        found = quantize_site(kernels, rotation, *gathered, settings=settings)
         (moment, sample, tokens, drift), made = next(rest)
         assert len(kernels[0].sharding.device_set) == 8
         at_most = 1e-5 * np.abs(moment).max()
@@ -152,13 +160,13 @@ def test_a_prepared_model_generates_on_the_mesh_what_it_does_on_one_device(quant
 
 def test_other_weights_are_split_as_one_plane_is(model, mesh):
     shapes = {}
-    for name, recipe in (("two", WeightRecipe(planes=2)), ("integers", WeightRecipe(quantizer="integer"))):
-        other = nnx.merge(*nnx.split(model))
+    for name, kind in (("two", TwoPlaneSettings()), ("integers", IntegerSettings())):
+        levels, other = quantizers.quantizer(WeightSettings(quantizer=kind)), nnx.merge(*nnx.split(model))
         for part, m in (("q", 64), ("down", 1024)):
             linear = getattr(other.blocks, part)
             n = linear.kernel.get_value().shape[-1]
             scales = (jnp.ones((2, n, -(-m // 128))),) * (3 if name == "two" else 2)
-            linear.kernel = nnx.Param(quantizers.quantizer(recipe).pack(jnp.zeros((2, n, m)), scales, 128))
+            linear.kernel = nnx.Param(levels.pack(jnp.zeros((2, n, m)), scales, 128))
         placed = sharding.shardings(other, mesh)
         jax.block_until_ready(jax.device_put(other, placed))
         shapes[name] = [getattr(placed.blocks, part).kernel.get_value() for part in ("q", "down")]

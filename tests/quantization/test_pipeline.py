@@ -10,17 +10,18 @@ from flax import nnx
 
 import twla_jax
 from twla_jax.core import kotms, tensors
+from twla_jax.core.settings import ActivationSettings, RotationSettings, TernarySettings, WeightSettings
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.models.io import readers
 from twla_jax.quantization import block, pipeline, rotation_fitting, stream
-from twla_jax.recipe import ActivationRecipe, Recipe, RotationRecipe, WeightRecipe
+from twla_jax.recipe import Recipe
 
 RECIPE = Recipe(
     name="tiny",
-    weights=WeightRecipe(group_size=16, euclidean_steps=5, rounds=1),
-    rotation=RotationRecipe(steps=5),
-    activations=ActivationRecipe(clips=(1.0, 0.8), clip_tokens=64),
+    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=5, rounds=1), group_size=16),
+    rotation=RotationSettings(steps=5),
+    activations=ActivationSettings(clips=(1.0, 0.8), clip_tokens=64),
 )
 WINDOWS = np.random.default_rng(0).integers(0, 97, (5, 24)).astype(np.int32)
 
@@ -136,9 +137,9 @@ def test_rotations_may_look_at_the_inputs(model, quantised):
 
 def test_work_on_other_settings_is_refused(model, tmp_path):
     (tmp_path / "work").mkdir()
-    pipeline._open_work_dir(tmp_path / "work", model, WINDOWS, RECIPE)
-    pipeline._open_work_dir(tmp_path / "work", model, WINDOWS, RECIPE)
-    other = dataclasses.replace(RECIPE, weights=WeightRecipe(group_size=8))
+    pipeline._open_work_dir(tmp_path / "work", model, WINDOWS, RECIPE.quantization)
+    pipeline._open_work_dir(tmp_path / "work", model, WINDOWS, RECIPE.quantization)
+    other = dataclasses.replace(RECIPE, weights=WeightSettings(group_size=8))
     for windows, recipe in ((WINDOWS[:2], RECIPE), (WINDOWS, other)):
         with pytest.raises(TwlaError, match="another model, text or recipe"):
             pipeline.quantize(model, windows, recipe, work_dir=tmp_path / "work", progress=False)
@@ -198,8 +199,7 @@ def test_propagation_brings_outputs_nearer_to_full_precision(stories):
     windows = np.concatenate([start, text], axis=1)
 
     def nll(propagation):
-        weights = dataclasses.replace(RECIPE.weights, propagation=propagation)
-        recipe = dataclasses.replace(RECIPE, weights=weights)
+        recipe = RECIPE.updated({"weights": {"compensation": {"propagation": propagation}}})
         result, _ = pipeline.quantize(model, windows[:32], recipe, progress=False)
         return twla_jax.evaluate(result, windows[32:], progress=False)["nll"]
 

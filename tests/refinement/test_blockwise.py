@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from twla_jax.core.settings import ActivationSettings, RotationSettings, TernarySettings, WeightSettings
 from twla_jax.models.decoder import Decoder
 from twla_jax.quantization import pipeline
-from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
+from twla_jax.recipe import BlockRefinementSettings, Recipe
 from twla_jax.refinement import blockwise
 from twla_jax.storage import resume
 
 QUANTISE = Recipe(
-    weights=WeightRecipe(group_size=16, euclidean_steps=5, rounds=1),
-    rotation=RotationRecipe(steps=5),
-    activations=ActivationRecipe(bits=4, clips=(1.0, 0.8), clip_tokens=64),
+    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=5, rounds=1), group_size=16),
+    rotation=RotationSettings(steps=5),
+    activations=ActivationSettings(bits=4, clips=(1.0, 0.8), clip_tokens=64),
 )
-REFINE = RefineRecipe(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32", block_steps=60)
+REFINE = BlockRefinementSettings(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32", steps=60)
 WINDOWS = np.random.default_rng(0).integers(0, 97, (12, 24)).astype(np.int32)
 
 
@@ -71,7 +72,7 @@ def test_blocks_learn_with_one_compilation_and_keep_the_format(student, teacher,
 
 
 def test_an_interrupted_stage_goes_on_to_the_same_result(student, teacher, tmp_path, monkeypatch):
-    recipe = dataclasses.replace(REFINE, block_steps=4, block_mix=0.5, dtype="bfloat16")
+    recipe = dataclasses.replace(REFINE, steps=4, mix=0.5, dtype="bfloat16")
     whole, figures = blockwise.refine_blocks(student, teacher, WINDOWS, recipe, progress=False)
     save, taken = resume.WorkDir.save, []
 

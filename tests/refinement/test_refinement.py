@@ -11,22 +11,29 @@ from flax import nnx
 import twla_jax
 from twla_jax.core import quantizers, tensors
 from twla_jax.core.activation import ActivationQuantizer, quantize_tokens
+from twla_jax.core.settings import (
+    ActivationSettings,
+    RotationSettings,
+    TernarySettings,
+    TwoPlaneSettings,
+    WeightSettings,
+)
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.models.io import readers
 from twla_jax.quantization import pipeline
-from twla_jax.recipe import ActivationRecipe, Recipe, RefineRecipe, RotationRecipe, WeightRecipe
+from twla_jax.recipe import ClipTrainingSettings, EndToEndSettings, Recipe
 from twla_jax.refinement import clip_training, end_to_end, two_plane_latents
 from twla_jax.refinement.latents import _straight_through, _StraightThrough, init_latents
 from twla_jax.refinement.schedule import rates_at
 from twla_jax.storage import resume
 
 QUANTISE = Recipe(
-    weights=WeightRecipe(group_size=16, euclidean_steps=5, rounds=1),
-    rotation=RotationRecipe(steps=5),
-    activations=ActivationRecipe(bits=4, clips=(1.0, 0.8), clip_tokens=64),
+    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=5, rounds=1), group_size=16),
+    rotation=RotationSettings(steps=5),
+    activations=ActivationSettings(bits=4, clips=(1.0, 0.8), clip_tokens=64),
 )
-REFINE = RefineRecipe(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32")
+REFINE = EndToEndSettings(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32")
 WINDOWS = np.random.default_rng(0).integers(0, 97, (24, 24)).astype(np.int32)
 
 
@@ -193,7 +200,7 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
 
 
 def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
-    weights = dataclasses.replace(QUANTISE.weights, planes=2)
+    weights = dataclasses.replace(QUANTISE.weights, quantizer=TwoPlaneSettings(euclidean_steps=5, rounds=1))
     student, _ = pipeline.quantize(
         teacher, WINDOWS, dataclasses.replace(QUANTISE, weights=weights), progress=False
     )
@@ -211,7 +218,7 @@ def test_latents_of_two_planes_stand_for_the_codes_they_start_from():
     codes, alpha = rng.integers(-4, 5, (30, 24)), rng.uniform(0.5, 1, (30, 2))
     scales = (alpha, alpha * rng.uniform(0, 1, (30, 2)), rng.normal(size=(30, 2)))
     scales = tuple(jnp.asarray(p, jnp.float32) for p in scales)
-    levels = quantizers.quantizer(WeightRecipe(planes=2))
+    levels = quantizers.quantizer(WeightSettings(quantizer=TwoPlaneSettings()))
     tensor = levels.pack(jnp.asarray(codes, jnp.float32), scales, 16)
     rows = jnp.asarray(rng.normal(size=(30, 24)), jnp.float32)
     u = two_plane_latents.start(rows, tensor)
@@ -234,7 +241,7 @@ def test_clips_that_cut_off_too_much_learn_to_be_wider(student, teacher):
         return dataclasses.replace(leaf, clips=jnp.full_like(leaf.clips, 0.3)) if is_quantizer else leaf
 
     narrowed = jax.tree.map(narrow, student, is_leaf=lambda leaf: isinstance(leaf, ActivationQuantizer))
-    settings = dataclasses.replace(REFINE, clip_steps=12, clip_rate=5e-2)
+    settings = ClipTrainingSettings(batch=4, dtype="float32", steps=12, rate=5e-2)
     trained, figures = clip_training.train_clips(narrowed, teacher, WINDOWS, settings, progress=False)
     assert figures["steps"] == 12
     assert figures["first_batch"][1] < figures["first_batch"][0]

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from twla_jax.core import quantizers
+from twla_jax.core.settings import IntegerSettings, TwoPlaneSettings, WeightSettings
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES
-from twla_jax.recipe import Recipe, WeightRecipe
+from twla_jax.recipe import Recipe
 from twla_jax.storage import accounting, checkpoint
 
 REPORT = {"perplexity": 12.5, "corpus": {"name": "pydoc"}}
@@ -131,7 +132,10 @@ def test_a_folder_without_a_model_is_told_apart(tmp_path):
 
 @pytest.mark.parametrize(
     "recipe",
-    [WeightRecipe(planes=2, group_size=16), WeightRecipe(quantizer="integer", bits=3, group_size=16)],
+    [
+        WeightSettings(quantizer=TwoPlaneSettings(), group_size=16),
+        WeightSettings(quantizer=IntegerSettings(bits=3), group_size=16),
+    ],
     ids=["two-planes", "integers"],
 )
 def test_other_weights_come_back_exactly_and_are_counted_to_the_byte(tiny_ternary, recipe, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twla_jax.errors import TwlaError
-from twla_jax.recipe import CalibrationRecipe
+from twla_jax.recipe import CalibrationSettings
 from twla_jax.text import corpora, named
 from twla_jax.text.windows import calibration_windows, sample_windows
 
@@ -54,7 +54,7 @@ def test_the_test_split_is_refused_for_calibration_under_any_name(data):
 def test_a_corpus_marked_for_evaluation_never_becomes_windows():
     corpus = corpora.load_corpus("pydoc", "evaluation")
     with pytest.raises(TwlaError, match="marked for evaluation"):
-        calibration_windows(corpus, Letters(), 2**21, CalibrationRecipe(windows=1, seq_len=8))
+        calibration_windows(corpus, Letters(), 2**21, CalibrationSettings(windows=1, seq_len=8))
 
 
 def test_user_files_folders_and_mixes(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twla_jax.errors import TwlaError
-from twla_jax.recipe import CalibrationRecipe
+from twla_jax.recipe import CalibrationSettings
 from twla_jax.text import corpora, mix
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.windows import calibration_windows, held_out_windows, sample_windows
@@ -135,7 +135,7 @@ def mixture(lengths):
 
 
 def test_no_domain_drowns_another():
-    settings = CalibrationRecipe(windows=8, seq_len=10)
+    settings = CalibrationSettings(windows=8, seq_len=10)
     windows = calibration_windows(mixture((20, 5000, 300)), Letters(), 128, settings)
     assert ["".join(map(chr, row)) for row in windows] == [letter * 10 for letter in "abcabcab"]
     np.testing.assert_array_equal(
@@ -147,7 +147,7 @@ def test_no_domain_drowns_another():
 
 def test_held_out_windows_of_a_mix_avoid_those_of_their_own_domain():
     tokens = (np.arange(1000, dtype=np.int32), np.arange(1000, 3000, dtype=np.int32))
-    drawn = [CalibrationRecipe(windows=9, seq_len=50, seed=seed) for seed in (0, 1)]
+    drawn = [CalibrationSettings(windows=9, seq_len=50, seed=seed) for seed in (0, 1)]
     seen = {
         token for settings in drawn for token in sample_windows(tokens, 9, 50, settings.seed).ravel().tolist()
     }

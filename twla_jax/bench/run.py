@@ -12,7 +12,7 @@ from twla_jax.bench import decode, kernels, shapes, timing
 from twla_jax.core.activation import BIT_CHOICES, OFF
 from twla_jax.errors import TwlaError
 from twla_jax.inference import execution
-from twla_jax.recipe import EmbeddingRecipe
+from twla_jax.recipe import EmbeddingSettings
 from twla_jax.reports.run import environment
 
 Part = Literal["kernels", "prefill", "decode"]
@@ -66,7 +66,8 @@ def measure(
             raise TwlaError(f"{name} {value}: at least 1 is needed")
     if other := set(activation_bits) - {OFF, *BIT_CHOICES}:
         raise TwlaError(f"activation bits {min(other)}: must be 16, 8, 6, 4 or 2")
-    EmbeddingRecipe(bits=embedding_bits)  # which refuses bits that there are none of
+    if embedding_bits != OFF:
+        EmbeddingSettings(bits=embedding_bits)  # which refuses bits that there are none of
     settings = decode.DecodeSettings(
         batches=tuple(batches),
         context=context,

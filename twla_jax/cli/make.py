@@ -1,6 +1,5 @@
 """The commands that make or change quantised models: `quantize`, `allocate`, `compare`, `demo`."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +23,7 @@ from twla_jax.cli.options import (
     SeqLen,
     Site,
     argument,
-    changed,
+    given,
     number,
     numbers,
     show,
@@ -86,9 +85,11 @@ def quantize(
     settings = with_options(
         recipe_module.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed
     )
-    allocation = changed(settings.allocation, budget=activation_budget, site=site)
-    embedding = changed(settings.embedding, bits=embedding_bits)
-    settings = dataclasses.replace(settings, allocation=allocation, embedding=embedding)
+    settings = settings.updated({"allocation": given(budget=activation_budget, site=site)})
+    if embedding_bits is not None:
+        settings = settings.updated(
+            {"embedding": {"bits": embedding_bits} if embedding_bits != 16 else False}
+        )
     report = quantize_model.quantize_to_folder(
         model,
         out,
@@ -147,7 +148,7 @@ def allocate(
         raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
     options = {"budget": budget or 0.0, "site": site, "choices": numbers(choices, int, "--choices")}
     options |= {"weighting": weighting, "beta": beta, "windows": windows, "seq_len": seq_len or 0}
-    settings = recipe_module.AllocationRecipe(**options)
+    settings = recipe_module.AllocationSettings(**options)
     result = allocate_bits.allocate_folder(
         out,
         settings,

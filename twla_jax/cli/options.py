@@ -1,7 +1,6 @@
 """Option types, recipe overrides and printing that the commands share."""
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -73,17 +72,18 @@ def with_options(
     seed: int | None,
 ) -> recipes.Recipe:
     """Return the recipe with the settings that the command line gives in place of its own."""
-    return dataclasses.replace(
-        recipe,
-        calibration=changed(recipe.calibration, corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),
-        activations=changed(recipe.activations, bits=activation_bits),
-        rotation=changed(recipe.rotation, seed=seed),
-    )
+    changes = {
+        "calibration": given(corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),
+        "activations": given(bits=activation_bits),
+    }
+    if recipe.rotation is not None:
+        changes["rotation"] = given(seed=seed)
+    return recipe.updated(changes)
 
 
-def changed(part: Any, **options: Any) -> Any:
-    """Return a part of a recipe, changed by the options that are not None."""
-    return dataclasses.replace(part, **{key: value for key, value in options.items() if value is not None})
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def numbers(text: str, kind: Callable[[str], Any], option: str, name: str = "") -> tuple[Any, ...]:

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float
 
 from twla_jax.core import tensors
 from twla_jax.core.quantizers import Quantizer, quantizer
+from twla_jax.core.settings import WeightSettings
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
-from twla_jax.recipe import WeightRecipe
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 128  # columns swept between two updates of the rest
@@ -29,18 +29,18 @@ def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"])
     return moment + jnp.matmul(rows.T, rows, precision=_HIGHEST)
 
 
-@functools.partial(jax.jit, static_argnames="recipe")
+@functools.partial(jax.jit, static_argnames="settings")
 def quantize_matrix(
     weight: Float[Array, "n m"],
     moment: Float[Array, "m m"],
     tokens: Float[Array, ""],
     drift: Float[Array, "m m"] | None = None,
     *,
-    recipe: WeightRecipe,
+    settings: WeightSettings,
 ) -> tuple[TernaryTensor | IntegerTensor, dict[str, Float[Array, ""]]]:
     """Quantises all rows of `weight`, group by group of columns, in one scan.
 
-    Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `recipe.rounds` times
+    Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `rounds` times
     a sweep that re-rounds the codes column by column and a relocation of the scales for the new codes; then the group's
     remaining error is pushed to the groups that follow. Scales are rounded before that, so what is stored is what is
     compensated.
@@ -56,32 +56,33 @@ def quantize_matrix(
       fraction of the mean diagonal that made H factor (NaN errors mean that none did).
     """
     n, m = weight.shape
-    group = recipe.group_size or m
+    group = settings.group_size or m
     padded = -(-m // group) * group
     weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padded - m)))
     mean_moment = jnp.pad(moment / tokens, (0, padded - m))
     exists = jnp.arange(padded) < m
-    if not recipe.compensate:  # as if no two inputs had to do with each other
+    compensation = settings.compensation
+    if compensation is None:  # as if no two inputs had to do with each other
         mean_moment = jnp.eye(padded)
-    root, inverse, damping = factor(mean_moment, exists, recipe.damping)
-    levels = quantizer(recipe)
+    root, inverse, damping = factor(mean_moment, exists, compensation.damping if compensation else 0.0)
+    levels = quantizer(settings)
     target = weight
     if drift is not None:
         drift = jnp.pad(drift / tokens, (0, padded - m))
-        target = propagated(weight, drift, inverse, recipe.propagation)
+        target = propagated(weight, drift, inverse, settings.propagation)
 
     def quantize_group(w, start):
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
         w_group, mask = columns(w, axis=1), columns(exists)
         root_group = columns(columns(root), axis=1)
         inverse_rows = columns(inverse)
-        if recipe.metric == "group":
+        if levels.metric == "group":
             metric = columns(columns(mean_moment), axis=1)
         else:
             metric = jnp.matmul(root_group, root_group.T, precision=_HIGHEST)
         scales, codes = levels.fit(w_group, mask)
         scales = levels.relocate(w_group, codes, scales, metric, mask)
-        for _ in range(recipe.rounds):
+        for _ in range(levels.rounds):
             codes = sweep_codes(w_group, scales, columns(inverse_rows, axis=1), mask, levels)
             scales = levels.relocate(w_group, codes, scales, metric, mask)
         codes, scales = levels.stored(codes, scales)

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Float16
 
 from twla_jax.core import stiefel
-from twla_jax.recipe import RotationRecipe
+from twla_jax.core.settings import RotationSettings
 
 
 @jax.tree_util.register_dataclass
@@ -91,26 +91,26 @@ def log_range(x: Float[Array, "c m"]) -> Float[Array, ""]:
     return jnp.log((jnp.square(x.max(-1) - x.min(-1)) / squares).mean())
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "sizes"))
+@functools.partial(jax.jit, static_argnames=("settings", "sizes"))
 def fit_rotation(
     weight: Float[Array, "n m"],
     key: jax.Array,
     sample: Float[Array, "c m"] | None = None,
     *,
-    recipe: RotationRecipe,
+    settings: RotationSettings,
     sizes: tuple[int, int],
 ) -> tuple[KroneckerRotation, Float[Array, " 2"]]:
     """Fits the rotation shared by all rows of `weight` (every linear that reads this input, stacked).
 
-    Adam on the product of two Stiefel manifolds, `recipe.steps` steps from a random orthogonal start (or the identity).
+    Adam on the product of two Stiefel manifolds, `settings.steps` steps from a random orthogonal start or the identity.
 
     Args:
-      sample: tokens of the input, whose range counts with `recipe.range_weight`; None looks at the weights alone.
+      sample: tokens of the input, whose range counts with `settings.range_weight`; None looks at the weights alone.
     Returns:
       The rotation with float16 factors, and the loss before and after.
     """
     key_left, key_right = jax.random.split(key)
-    if recipe.start == "identity":
+    if settings.start == "identity":
         start = (jnp.eye(sizes[0]), jnp.eye(sizes[1]))
     else:
         start = (
@@ -118,19 +118,21 @@ def fit_rotation(
             stiefel.random_orthogonal(key_right, sizes[1]),
         )
     weight = weight.astype(jnp.float32)
-    optimizer = stiefel.riemannian(optax.adam(recipe.learning_rate), stiefel.RETRACTIONS[recipe.retraction])
+    optimizer = stiefel.riemannian(
+        optax.adam(settings.learning_rate), stiefel.RETRACTIONS[settings.retraction]
+    )
 
     def loss(factors):
-        shape = tri_modal_loss(rotate(weight, *factors), sigma=recipe.sigma, balance=recipe.balance)
+        shape = tri_modal_loss(rotate(weight, *factors), sigma=settings.sigma, balance=settings.balance)
         if sample is None:
             return shape
-        return shape + recipe.range_weight * log_range(rotate(sample, *factors))
+        return shape + settings.range_weight * log_range(rotate(sample, *factors))
 
     def step(carry, _):
         factors, state = carry
         updates, state = optimizer.update(jax.grad(loss)(factors), state, factors)
         return (optax.apply_updates(factors, updates), state), None
 
-    (factors, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=recipe.steps)
+    (factors, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=settings.steps)
     left, right = (factor.astype(jnp.float16) for factor in jax.tree.leaves(factors))
     return KroneckerRotation(left, right), jnp.stack([loss(start), loss(factors)])

@@ -10,14 +10,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from twla_jax.core import e2m_atq, tensors, two_planes, uniform
+from twla_jax.core.settings import (
+    IntegerSettings,
+    Metric,
+    TernarySettings,
+    TwoPlaneSettings,
+    WeightSettings,
+)
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
-from twla_jax.recipe import WeightRecipe
 
 Scales = tuple[Any, ...]
 
 
 class Quantizer(Protocol):
     """Fits, rounds and packs one group of columns, `[n, g]`."""
+
+    @property
+    def rounds(self) -> int:
+        """How often codes are swept and scales relocated."""
+        ...
+
+    @property
+    def metric(self) -> Metric:
+        """What `relocate` is to measure the output error in."""
+        ...
 
     def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
         """Scales and codes from the weights alone."""
@@ -52,6 +68,8 @@ class OnePlane:
 
     steps: int
     threshold: float
+    rounds: int
+    metric: Metric
 
     def fit(self, w, mask):
         """Stage 1."""
@@ -89,6 +107,8 @@ class TwoPlanes:
     """Nine levels, `α₁·T₁ + α₂·T₂ + μ`."""
 
     steps: int
+    rounds: int
+    metric: Metric
 
     def fit(self, w, mask):
         """Alternating least squares from several starts."""
@@ -125,6 +145,8 @@ class Integers:
     """`2**bits` equal steps; scale and zero point stay as they were fitted."""
 
     bits: int
+    rounds: int = 1
+    metric: Metric = "group"
 
     def fit(self, w, mask):
         """The range of least error, then nearest codes."""
@@ -162,22 +184,27 @@ class Integers:
         )
 
 
-def quantizer(recipe: WeightRecipe) -> Quantizer:
-    """The quantiser that a recipe names."""
-    if recipe.quantizer == "integer":
-        return Integers(recipe.bits)
-    if recipe.planes == 2:
-        return TwoPlanes(recipe.euclidean_steps)
-    return OnePlane(recipe.euclidean_steps, recipe.threshold)
+def quantizer(settings: WeightSettings) -> Quantizer:
+    """Returns the quantiser that settings stand for."""
+    match settings.quantizer:
+        case TernarySettings() as own:
+            return OnePlane(own.euclidean_steps, own.threshold, own.rounds, own.metric)
+        case TwoPlaneSettings() as own:
+            return TwoPlanes(own.euclidean_steps, own.rounds, own.metric)
+        case IntegerSettings() as own:
+            # Scales stay, so that one sweep finds all there is to find, and none where nothing is compensated.
+            return Integers(own.bits, rounds=1 if settings.compensation else 0)
 
 
-def tensor(recipe: WeightRecipe, parts: dict[str, Any], in_features: int) -> TernaryTensor | IntegerTensor:
-    """The tensor that a recipe's quantiser packs, from what `arrays` says of it."""
-    group_size = recipe.group_size or in_features
-    settings: dict[str, Any] = {"in_features": in_features, "group_size": group_size}
-    if recipe.quantizer == "integer":
-        return IntegerTensor(**parts, **settings, bits=recipe.bits)
-    return TernaryTensor(**parts, **settings)
+def tensor(
+    settings: WeightSettings, fields: dict[str, Any], in_features: int
+) -> TernaryTensor | IntegerTensor:
+    """Returns the tensor that the settings' quantiser packs, from what `arrays` says of it."""
+    group_size = settings.group_size or in_features
+    static: dict[str, Any] = {"in_features": in_features, "group_size": group_size}
+    if isinstance(settings.quantizer, IntegerSettings):
+        return IntegerTensor(**fields, **static, bits=settings.quantizer.bits)
+    return TernaryTensor(**fields, **static)
 
 
 def arrays(tensor: TernaryTensor | IntegerTensor) -> dict[str, Array]:

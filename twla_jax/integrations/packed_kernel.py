@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from twla_jax.core import activation, gptq, kotms
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.kotms import KroneckerRotation
+from twla_jax.core.settings import ActivationSettings, RotationSettings, WeightSettings
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor, dequantize, packed_matmul
-from twla_jax.recipe import ActivationRecipe, RotationRecipe, WeightRecipe
 
 
 @jax.tree_util.register_dataclass
@@ -68,9 +68,9 @@ def pack_kernel(
     key: jax.Array,
     *,
     contracted: tuple[int, ...],
-    weights: WeightRecipe,
-    rotation: RotationRecipe,
-    activations: ActivationRecipe,
+    weights: WeightSettings,
+    rotation: RotationSettings | None,
+    activations: ActivationSettings,
 ) -> tuple[PackedKernel, dict[str, Float[Array, ""]]]:
     """Rotates and quantises one kernel, and fits the clips of its input.
 
@@ -87,14 +87,14 @@ def pack_kernel(
     m = math.prod(kernel.shape[axis] for axis in contracted)
     rows = jnp.transpose(kernel, (*free, *contracted)).reshape(-1, m).astype(jnp.float32)
     fitted = None
-    if rotation.start != "none":
+    if rotation is not None:
         sizes = kotms.factor_sizes(m, rows.shape[0], rotation.factors)
-        inputs = sample if rotation.looks_at_inputs else None
-        fitted, _ = kotms.fit_rotation(rows, key, inputs, recipe=rotation, sizes=sizes)
+        inputs = sample if rotation.range_weight else None
+        fitted, _ = kotms.fit_rotation(rows, key, inputs, settings=rotation, sizes=sizes)
         left, right = fitted.left.astype(jnp.float32), fitted.right.astype(jnp.float32)
         rows, sample = kotms.rotate(rows, left, right), kotms.rotate(sample, left, right)
         moment = kotms.rotate_moment(moment, fitted)
-    tensor, figures = gptq.quantize_matrix(rows, moment, tokens, recipe=weights)
+    tensor, figures = gptq.quantize_matrix(rows, moment, tokens, settings=weights)
     dense = dequantize(tensor)
     metric = jnp.matmul(dense.T, dense, precision=jax.lax.Precision.HIGHEST)
     clips = activation.fit_clips(sample, metric, activations.clips)

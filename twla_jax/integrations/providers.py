@@ -15,9 +15,9 @@ from qwix._src.utils import flax_util  # where qwix's own contrib takes these fr
 from qwix.contrib.calibration import SinglePassCalibrationProvider
 
 from twla_jax.core import gptq
+from twla_jax.core.settings import ActivationSettings, CompensationSettings, RotationSettings, WeightSettings
 from twla_jax.errors import TwlaError
 from twla_jax.integrations.packed_kernel import PackedKernel
-from twla_jax.recipe import ActivationRecipe, RotationRecipe, WeightRecipe
 
 STATS_SUFFIX = "_twla"
 SAMPLE_SUFFIX = "_twla_sample"
@@ -32,13 +32,15 @@ class TwlaRule(QuantizationRule):
     Attributes:
       module_path: regular expression that a module's path (`layers/0/attention/q`) must match as a whole.
       weights: settings of the quantiser and the column sweep.
-      rotation: settings of KOTMS; `start="none"` leaves inputs unrotated.
+      rotation: settings of KOTMS; None leaves inputs unrotated.
       activations: bits of the linears' inputs, and how clips are fitted.
     """
 
-    weights: WeightRecipe = dataclasses.field(default_factory=lambda: WeightRecipe(propagation=0.0))
-    rotation: RotationRecipe = dataclasses.field(default_factory=RotationRecipe)
-    activations: ActivationRecipe = dataclasses.field(default_factory=ActivationRecipe)
+    weights: WeightSettings = dataclasses.field(
+        default_factory=lambda: WeightSettings(compensation=CompensationSettings(propagation=0.0))
+    )
+    rotation: RotationSettings | None = dataclasses.field(default_factory=RotationSettings)
+    activations: ActivationSettings = dataclasses.field(default_factory=ActivationSettings)
 
     def __post_init__(self):
         for name in ("weight_qtype", "act_qtype", "tile_size"):
@@ -47,7 +49,7 @@ class TwlaRule(QuantizationRule):
         if self.weights.propagation:
             raise TwlaError(
                 "a TwlaRule quantises every linear for the inputs of the full-precision model: "
-                "set weights.propagation to 0"
+                "set weights.compensation.propagation to 0"
             )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from twla_jax.allocation.choice import LOSS_TOKENS, METHODS, choose, frontier, prepare
 from twla_jax.core import ila_amp
 from twla_jax.evaluation.scoring import evaluate, perplexity
-from twla_jax.recipe import AllocationRecipe, Recipe
+from twla_jax.recipe import AllocationSettings, Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases
 from twla_jax.storage import checkpoint
@@ -27,7 +27,7 @@ TABLES = "ila_amp.json"
 
 def allocate_folder(
     out: str | Path,
-    settings: AllocationRecipe,
+    settings: AllocationSettings,
     *,
     corpus: str | None = None,
     budgets: Sequence[float] = (),

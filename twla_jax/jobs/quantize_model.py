@@ -95,21 +95,31 @@ def quantize_to_folder(
             model, windows, recipe, work_dir=work_dir, mesh=mesh, progress=progress
         )
     refined, refined_blocks, trained_clips = None, None, None
-    if recipe.refine.block_steps:
+    if recipe.refine.blocks:
         with phases("refine block by block"):
             quantised, refined_blocks = blockwise.refine_blocks(
-                quantised, model, windows, recipe.refine, work_dir=work_dir / "blocks", progress=progress
+                quantised,
+                model,
+                windows,
+                recipe.refine.blocks,
+                work_dir=work_dir / "blocks",
+                progress=progress,
             )
-    if recipe.refine.steps:
+    if recipe.refine.end_to_end:
         with phases("refine"):
             quantised, refined = end_to_end.refine(
-                quantised, model, more, recipe.refine, work_dir=work_dir / "refine", progress=progress
+                quantised,
+                model,
+                more,
+                recipe.refine.end_to_end,
+                work_dir=work_dir / "refine",
+                progress=progress,
             )
-    if recipe.refine.clip_steps:
+    if recipe.refine.clips:
         with phases("train clips"):
             seen = more if len(more) else windows
             quantised, trained_clips = clip_training.train_clips(
-                quantised, model, seen, recipe.refine, work_dir=work_dir / "clips", progress=progress
+                quantised, model, seen, recipe.refine.clips, work_dir=work_dir / "clips", progress=progress
             )
     by_domain: dict[str, Any] = {}
     if check.parts:

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int32
 from twla_jax.core import gptq, kotms, quantizers
 from twla_jax.core.activation import OFF, ActivationQuantizer, fit_clips
 from twla_jax.core.kotms import KroneckerRotation
+from twla_jax.core.settings import QuantizationSettings
 from twla_jax.core.tensors import dequantize
 from twla_jax.models.decoder import SITES, Block, Positions
 from twla_jax.quantization.stream import ResidualStream
-from twla_jax.recipe import Recipe
 
 
 def sample_site(
@@ -38,7 +38,7 @@ def quantize_block(
     stream: ResidualStream,
     reference: ResidualStream | None,
     reach: Int32[Array, ""],
-    recipe: Recipe,
+    settings: QuantizationSettings,
 ) -> dict[str, jax.Array]:
     """Quantises one block in place, input by input, and moves the stream past it.
 
@@ -48,7 +48,7 @@ def quantize_block(
       `q.kernel.codes`, `q.kernel.alpha`, … for every linear, and for every input its clips and figures.
     """
     result = {}
-    stride = max(1, stream.tokens // recipe.activations.clip_tokens)
+    stride = max(1, stream.tokens // settings.activations.clip_tokens)
     original = nnx.merge(*nnx.split(block))
     for site, names in SITES.items():
         linears = [getattr(block, name) for name in names]
@@ -74,12 +74,12 @@ def quantize_block(
             jnp.concatenate(samples),
             stream.tokens,
             drift,
-            recipe=recipe,
+            settings=settings,
         )
         for name, linear, tensor in zip(names, linears, tensors, strict=True):
             linear.kernel = nnx.Param(tensor)
             result |= {f"{name}.kernel.{part}": array for part, array in quantizers.arrays(tensor).items()}
-        set_input(getattr(block, f"{site}_input"), rotations.get(site), clips, recipe.activations.bits)
+        set_input(getattr(block, f"{site}_input"), rotations.get(site), clips, settings.activations.bits)
         result |= {f"{site}.clips": clips} | {f"{site}.{key}": value for key, value in figures.items()}
     for batch, _ in stream.batches():
         batch["x"] = finish(block, batch["x"])
@@ -171,7 +171,7 @@ def finish(block: Block, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
     return x + block.down(block.down_input(h))
 
 
-@functools.partial(jax.jit, static_argnames="recipe")
+@functools.partial(jax.jit, static_argnames="settings")
 def _quantize_site(
     kernels: tuple[Float[Array, "m n"], ...],
     rotation: KroneckerRotation | None,
@@ -180,7 +180,7 @@ def _quantize_site(
     tokens: Float[Array, ""],
     drift: Float[Array, "m m"] | None = None,
     *,
-    recipe: Recipe,
+    settings: QuantizationSettings,
 ) -> tuple[tuple[Any, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
     """Rotates and quantises the linears that share one input, and fits that input's clips to the result."""
     rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
@@ -189,10 +189,10 @@ def _quantize_site(
         rows, sample = kotms.rotate(rows, left, right), kotms.rotate(sample, left, right)
         moment = kotms.rotate_moment(moment, rotation)
         drift = None if drift is None else kotms.rotate_moment(drift, rotation)
-    tensor, figures = gptq.quantize_matrix(rows, moment, tokens, drift, recipe=recipe.weights)
+    tensor, figures = gptq.quantize_matrix(rows, moment, tokens, drift, settings=settings.weights)
     dense = dequantize(tensor)
     output_metric = jnp.matmul(dense.T, dense, precision=jax.lax.Precision.HIGHEST)
-    clips = fit_clips(sample, output_metric, recipe.activations.clips)
+    clips = fit_clips(sample, output_metric, settings.activations.clips)
     ends = np.cumsum([kernel.shape[1] for kernel in kernels])
     tensors = tuple(
         jax.tree.map(lambda leaf, rows=slice(end - kernel.shape[1], end): leaf[rows], tensor)

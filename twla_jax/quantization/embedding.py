@@ -11,21 +11,18 @@ from jaxtyping import Array, Float
 from twla_jax.core.quantizers import Integers
 from twla_jax.core.tensors import IntegerTensor
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import EmbeddingRecipe
+from twla_jax.recipe import EmbeddingSettings
 
 
-def quantize_embeddings(model: Decoder, recipe: EmbeddingRecipe) -> Decoder:
+def quantize_embeddings(model: Decoder, settings: EmbeddingSettings) -> Decoder:
     """The same model with its embedding, and its LM head where it has one of its own, rounded to nearest.
 
-    Rows are tokens, in groups of columns with a range of least error each; 16 bits leave both as they are. The new
-    arrays lie on the host.
+    Rows are tokens, in groups of columns with a range of least error each. The new arrays lie on the host.
     """
-    if recipe.bits == 16:
-        return model
     model = nnx.merge(*nnx.split(model))
 
     def quantized(rows):
-        return nnx.Param(jax.tree.map(np.asarray, _quantize(rows, recipe=recipe)))
+        return nnx.Param(jax.tree.map(np.asarray, _quantize(rows, settings=settings)))
 
     model.embed = quantized(model.embed.get_value())
     if model.head is not None:
@@ -33,12 +30,12 @@ def quantize_embeddings(model: Decoder, recipe: EmbeddingRecipe) -> Decoder:
     return model
 
 
-@functools.partial(jax.jit, static_argnames="recipe")
-def _quantize(rows: Float[Array, "vocab d"], *, recipe: EmbeddingRecipe) -> IntegerTensor:
+@functools.partial(jax.jit, static_argnames="settings")
+def _quantize(rows: Float[Array, "vocab d"], *, settings: EmbeddingSettings) -> IntegerTensor:
     columns = rows.shape[1]
-    group = recipe.group_size or columns
+    group = settings.group_size or columns
     groups = -(-columns // group)
-    levels = Integers(recipe.bits)
+    levels = Integers(settings.bits)
     padded = jnp.pad(jnp.asarray(rows, jnp.float32), ((0, 0), (0, groups * group - columns)))
     exists = jnp.arange(groups * group) < columns
 

@@ -5,6 +5,7 @@ Every kernel of a block becomes a packed tensor, every input of its linears gets
 is kept is the residual stream, on the device where it fits and on the host where not.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from twla_jax.core import quantizers
 from twla_jax.core.kotms import KroneckerRotation
+from twla_jax.core.settings import QuantizationSettings
 from twla_jax.devices import warn_if_triton_gemm
 from twla_jax.errors import TwlaError
 from twla_jax.models import sharding
@@ -36,22 +38,30 @@ _SNAPSHOT_SECONDS = 60  # between two copies of the residual stream to the worki
 
 
 def quantize(
+    model: Decoder, windows: Int32[np.ndarray, "w s"], recipe: Recipe, **options: Any
+) -> tuple[Decoder, dict[str, Any]]:
+    """Quantises blocks, and embedding and head where the recipe says so; `options` as for `quantize_blocks`."""
+    quantised, figures = quantize_blocks(model, windows, recipe.quantization, **options)
+    return quantize_embeddings(quantised, recipe.embedding) if recipe.embedding else quantised, figures
+
+
+def quantize_blocks(
     model: Decoder,
     windows: Int32[np.ndarray, "w s"],
-    recipe: Recipe,
+    settings: QuantizationSettings,
     *,
     work_dir: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Quantises every linear of the blocks, and embedding and head where the recipe says so; norms stay as they are.
+    """Quantises every linear of the blocks; norms, embedding and head stay as they are.
 
     Args:
       model: full precision; left as it is. Host (numpy) parameters go to the device one block at a time.
       windows: calibration tokens, for example from `calibration_windows`.
-      recipe: its `calibration` part is not read; the windows stand for it.
+      settings: of weights, rotations and activations.
       work_dir: finished rotations and blocks, and now and then the residual stream, are kept here; a later call with
-        the same model, windows and recipe goes on from them.
+        the same model, windows and settings goes on from them.
       mesh: with axes `data` and `model`: windows are split over `data`, parameters as `sharding.shardings` says.
       progress: bars with an estimate of the time left, on stderr.
     Returns:
@@ -63,12 +73,13 @@ def quantize(
     warn_if_triton_gemm()
     windows = np.asarray(windows, np.int32)
     check_vocabulary(windows, model.config.vocab_size)
-    store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, recipe)
+    store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, settings)
     start = time.perf_counter()
-    samples = _sample_inputs(model, windows, mesh) if recipe.rotation.looks_at_inputs else {}
-    rotations, losses = rotation_fitting.fit_rotations(model, samples, recipe.rotation, store, progress)
+    looks_at_inputs = settings.rotation is not None and settings.rotation.range_weight > 0
+    samples = _sample_inputs(model, windows, mesh) if looks_at_inputs else {}
+    rotations, losses = rotation_fitting.fit_rotations(model, samples, settings.rotation, store, progress)
     fitted = time.perf_counter()
-    layers = _quantize_blocks(model, windows, rotations, recipe, store, mesh, progress)
+    layers = _quantize_blocks(model, windows, rotations, settings, store, mesh, progress)
     figures = [
         {
             "layer": index,
@@ -81,22 +92,19 @@ def quantize(
         for site in SITES
     ]
     seconds = {"rotations": fitted - start, "blocks": time.perf_counter() - fitted}
-    quantised = quantize_embeddings(_assemble(model, rotations, layers, recipe), recipe.embedding)
-    return quantised, {"sites": figures, "seconds": seconds}
+    return _assemble(model, rotations, layers, settings), {"sites": figures, "seconds": seconds}
 
 
-def _open_work_dir(folder: Path, model: Decoder, windows: np.ndarray, recipe: Recipe) -> resume.WorkDir:
-    settings = {
+def _open_work_dir(
+    folder: Path, model: Decoder, windows: np.ndarray, settings: QuantizationSettings
+) -> resume.WorkDir:
+    work = {
         "config": model.config.to_dict(),
-        "recipe": {
-            key: value
-            for key, value in recipe.to_dict().items()
-            if key not in ("name", "calibration", "allocation")
-        },
+        "settings": settings.to_dict(),
         "dtype": model.dtype.name,
     }
     arrays = map(np.asarray, [windows, *jax.tree.leaves(model)])
-    return resume.WorkDir(folder, resume.fingerprint(settings, arrays))
+    return resume.WorkDir(folder, resume.fingerprint(work, arrays))
 
 
 _FIGURES = ("output_error", "weight_error", "damping")
@@ -123,7 +131,7 @@ def _quantize_blocks(
     model: Decoder,
     windows: np.ndarray,
     rotations: dict[str, KroneckerRotation],
-    recipe: Recipe,
+    settings: QuantizationSettings,
     store: resume.WorkDir | None,
     mesh: jax.sharding.Mesh | None,
     progress: bool,
@@ -132,9 +140,9 @@ def _quantize_blocks(
     config = model.config
     reach = model.windows()
     stream = ResidualStream(model, windows, mesh)
-    # What is read below, so that recipes that differ elsewhere, as in their seeds, share one compilation.
-    recipe = Recipe(weights=recipe.weights, activations=recipe.activations)
-    reference = ResidualStream(model, windows, mesh) if recipe.weights.propagation else None
+    # Rotations are fitted: without their settings, those that differ in them share one compilation.
+    settings = dataclasses.replace(settings, rotation=None)
+    reference = ResidualStream(model, windows, mesh) if settings.weights.propagation else None
     layers: list[dict[str, np.ndarray]] = []
     first = 0
     if store and (snapshot := store.load("stream")):
@@ -158,7 +166,7 @@ def _quantize_blocks(
                 site: jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), r)
                 for site, r in rotations.items()
             }
-            result = jax.device_get(quantize_block(block, here, stream, reference, reach[index], recipe))
+            result = jax.device_get(quantize_block(block, here, stream, reference, reach[index], settings))
             for site in SITES:
                 if not all(np.isfinite(result[f"{site}.{name}"]) for name in _FIGURES):
                     raise TwlaError(
@@ -192,7 +200,7 @@ def _assemble(
     model: Decoder,
     rotations: dict[str, KroneckerRotation],
     layers: list[dict[str, np.ndarray]],
-    recipe: Recipe,
+    settings: QuantizationSettings,
 ) -> Decoder:
     """The quantised model: blocks stacked on the host, everything else shared with the original."""
     graph, state = nnx.split(model)
@@ -207,11 +215,11 @@ def _assemble(
             m = linear.kernel.get_value().shape[-2]
             prefix = f"{name}.kernel."
             parts = {key.removeprefix(prefix): stacked(key) for key in layers[0] if key.startswith(prefix)}
-            linear.kernel = nnx.Param(quantizers.tensor(recipe.weights, parts, m))
+            linear.kernel = nnx.Param(quantizers.tensor(settings.weights, parts, m))
         set_input(
             getattr(quantised.blocks, f"{site}_input"),
             rotations.get(site),
             stacked(f"{site}.clips"),
-            recipe.activations.bits,
+            settings.activations.bits,
         )
     return quantised

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from twla_jax.core import kotms
 from twla_jax.core.kotms import KroneckerRotation
+from twla_jax.core.settings import RotationSettings
 from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.recipe import RotationRecipe
 from twla_jax.storage import resume
 
 _WEIGHTS = 2**23  # whose rotations are fitted at the same time
@@ -21,27 +21,27 @@ _WEIGHTS = 2**23  # whose rotations are fitted at the same time
 def fit_rotations(
     model: Decoder,
     samples: dict[str, np.ndarray],
-    recipe: RotationRecipe,
+    settings: RotationSettings | None,
     store: resume.WorkDir | None,
     progress: bool,
 ) -> tuple[dict[str, KroneckerRotation], dict[str, np.ndarray]]:
     """For every site the rotations of all blocks, stacked, on the host; and their losses `[layers, 2]`.
 
     Args:
-      samples: `[layers, c, m]` inputs of each site, where the recipe looks at their range.
+      samples: `[layers, c, m]` inputs of each site, where the settings look at their range.
       store: where finished sites are kept and looked for.
     """
     rotations, losses = {}, {}
     saved: Any
-    if recipe.start == "none":
+    if settings is None:
         return rotations, losses
     layers = model.config.num_layers
     with tqdm(total=len(SITES) * layers, desc="rotations", unit="input", disable=not progress) as bar:
         for index, (site, names) in enumerate(SITES.items()):
             saved = store.load(f"rotation-{site}") if store else None
             if saved is None:
-                key = jax.random.key(recipe.seed + index)
-                saved = _fit_site(model, names, key, samples.get(site), recipe, bar)
+                key = jax.random.key(settings.seed + index)
+                saved = _fit_site(model, names, key, samples.get(site), settings, bar)
                 if store:
                     store.save(f"rotation-{site}", saved)
             else:
@@ -56,18 +56,18 @@ def _fit_site(
     names: tuple[str, ...],
     key: jax.Array,
     sample: np.ndarray | None,
-    recipe: RotationRecipe,
+    settings: RotationSettings,
     bar: tqdm,
 ) -> dict[str, np.ndarray]:
     kernels = [getattr(model.blocks, name).kernel.get_value() for name in names]
     layers, m, _ = kernels[0].shape
     n = sum(kernel.shape[-1] for kernel in kernels)
-    sizes = kotms.factor_sizes(m, n, recipe.factors)
+    sizes = kotms.factor_sizes(m, n, settings.factors)
     keys = jax.random.split(key, layers)
     # Equal chunks, so that all of them share one compilation.
     fitting = (size for size in range(layers, 1, -1) if layers % size == 0 and size * n * m <= _WEIGHTS)
     chunk = next(fitting, 1)
-    settings = dataclasses.replace(recipe, seed=0)  # which is in the keys, and need not compile anew
+    settings = dataclasses.replace(settings, seed=0)  # which is in the keys, and need not compile anew
     parts = []
     for start in range(0, layers, chunk):
         here = slice(start, start + chunk)
@@ -89,6 +89,8 @@ def _fit_site(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _fit_chunk(kernels, keys, samples, recipe, sizes):
+def _fit_chunk(kernels, keys, samples, settings, sizes):
     rows = jnp.concatenate([jnp.swapaxes(kernel, -1, -2) for kernel in kernels], axis=-2)
-    return jax.vmap(functools.partial(kotms.fit_rotation, recipe=recipe, sizes=sizes))(rows, keys, samples)
+    return jax.vmap(functools.partial(kotms.fit_rotation, settings=settings, sizes=sizes))(
+        rows, keys, samples
+    )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from twla_jax.core.activation import OFF
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import RefineRecipe
+from twla_jax.recipe import BlockRefinementSettings
 from twla_jax.refinement import end_to_end
 from twla_jax.refinement.latents import apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
@@ -29,7 +29,7 @@ def refine_blocks(
     student: Decoder,
     teacher: Decoder,
     windows: Int32[np.ndarray, "w s"],
-    recipe: RefineRecipe,
+    settings: BlockRefinementSettings,
     *,
     work_dir: str | Path | None = None,
     progress: bool = True,
@@ -39,7 +39,7 @@ def refine_blocks(
     Args:
       student: quantised, with or without rotations; its activation settings stay.
       teacher: the model it was quantised from.
-      windows: calibration tokens; drawn anew for every block, `recipe.batch` at a time.
+      windows: calibration tokens; drawn anew for every block, `settings.batch` at a time.
       work_dir: the state is kept here after every block; a later call with the same arguments goes on from it.
       progress: a bar with an estimate of the time left, on stderr.
     Returns:
@@ -47,22 +47,22 @@ def refine_blocks(
       `loss` (for each, means of the first and the last tenth of the steps), `flipped` (share of codes that changed).
       Blocks whose loss has not fallen are left as they were.
     """
-    original, dtype, steps = student, jnp.dtype(recipe.dtype), recipe.block_steps
+    original, dtype, steps = student, jnp.dtype(settings.dtype), settings.steps
     student, teacher = (end_to_end.computing_in(model, dtype) for model in (student, teacher))
     latents = init_latents(student, teacher)
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
     x, exact = (model.embed_tokens(jnp.asarray(windows)) for model in (student, teacher))
     losses: list[np.ndarray] = []
-    store = None if work_dir is None else end_to_end.open_work_dir(Path(work_dir), student, windows, recipe)
+    store = None if work_dir is None else end_to_end.open_work_dir(Path(work_dir), student, windows, settings)
     if store and (saved := store.load("state")):
         losses = list(saved.pop("losses"))
         blocks, x, exact = resume.unflatten((blocks, x, exact), saved)
     reach, positions = student.windows(), student.positions(windows.shape[1])
-    size = min(recipe.block_window, student.config.num_layers)
-    count, batch = student.config.num_layers - size + 1, min(recipe.batch, len(windows))
-    rates = [rates_at(recipe, step, steps) for step in range(steps)]
+    size = min(settings.window, student.config.num_layers)
+    count, batch = student.config.num_layers - size + 1, min(settings.batch, len(windows))
+    rates = [rates_at(settings, step, steps) for step in range(steps)]
     rates = jax.tree.map(lambda *each: jnp.asarray(each, jnp.float32), *rates)
-    settings = {"bits": recipe.activation_bits, "learns_rotations": recipe.rotation_rate > 0}
+    static = {"bits": settings.activation_bits, "learns_rotations": settings.rotation_rate > 0}
     tenth = max(1, steps // 10)
 
     def ends(loss: np.ndarray) -> list[float]:
@@ -76,9 +76,9 @@ def refine_blocks(
         for first in range(len(losses), count):
             rng = np.random.default_rng(first)
             draws = np.stack([rng.choice(len(windows), batch, False) for _ in range(steps)])
-            schedule = (draws, rng.random(draws.shape) < recipe.block_mix, rates)
+            schedule = (draws, rng.random(draws.shape) < settings.mix, rates)
             here = (part(tree, first, size) for tree in (blocks, student.blocks, teacher.blocks))
-            fitted, loss = _fit(*here, x, exact, schedule, part(reach, first, size), positions, **settings)
+            fitted, loss = _fit(*here, x, exact, schedule, part(reach, first, size), positions, **static)
             losses.append(np.asarray(loss))
             before, after = ends(losses[-1])
             if after < before:
@@ -86,12 +86,12 @@ def refine_blocks(
                     lambda leaf, new, at=first: leaf.at[at : at + size].set(new), blocks, fitted
                 )
             here = (part(tree, first, 1) for tree in (blocks, student.blocks, teacher.blocks))
-            x, exact = _move(*here, x, exact, part(reach, first, 1), positions, bits=recipe.activation_bits)
+            x, exact = _move(*here, x, exact, part(reach, first, 1), positions, bits=settings.activation_bits)
             bar.update()
             bar.set_postfix(error=f"{after:.4f}")
             if store:
                 store.save("state", {**resume.flatten((blocks, x, exact)), "losses": np.stack(losses)})
-    refined = harden(student, {**blocks, "norm": latents["norm"]}, recipe.activation_bits)
+    refined = harden(student, {**blocks, "norm": latents["norm"]}, settings.activation_bits)
     refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
     figures = {
         "steps": steps,

@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.recipe import RefineRecipe
+from twla_jax.recipe import ClipTrainingSettings
 from twla_jax.refinement import end_to_end
 
 
@@ -22,17 +22,17 @@ def train_clips(
     student: Decoder,
     teacher: Decoder,
     windows: Int32[np.ndarray, "w s"],
-    recipe: RefineRecipe,
+    settings: ClipTrainingSettings,
     *,
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Trains the clips for `recipe.clip_bits`, with every linear input at these bits, over `recipe.clip_steps` steps.
+    """Trains the clips for `settings.bits`, with every linear input at these bits, over `settings.steps` steps.
 
     Args:
       student: quantised; its weights, norms, rotations and activation settings stay.
       teacher: the model it was quantised from.
-      windows: calibration tokens, `recipe.batch` a step, in order and from the start again where they run out.
+      windows: calibration tokens, `settings.batch` a step, in order and from the start again where they run out.
       work_dir: as `refinement.refine` takes it.
       progress: a bar with an estimate of the time left, on stderr.
     Returns:
@@ -42,12 +42,12 @@ def train_clips(
     """
     if not len(windows):
         raise TwlaError("clips need text to learn on, not 0 windows")
-    batches = np.resize(windows, (recipe.clip_steps, recipe.batch, windows.shape[1]))
-    original, dtype = student, jnp.dtype(recipe.dtype)
+    batches = np.resize(windows, (settings.steps, settings.batch, windows.shape[1]))
+    original, dtype = student, jnp.dtype(settings.dtype)
     student, teacher = (end_to_end.computing_in(model, dtype) for model in (student, teacher))
     store = None
     if work_dir is not None:
-        store = end_to_end.open_work_dir(Path(work_dir), student, batches, recipe)
+        store = end_to_end.open_work_dir(Path(work_dir), student, batches, settings)
 
     latents = {f"{site}_input": {"clip": jnp.zeros(student.config.num_layers)} for site in SITES}
     return end_to_end.descend(
@@ -56,8 +56,8 @@ def train_clips(
         teacher,
         latents,
         batches,
-        recipe,
-        bits=recipe.clip_bits,
+        settings,
+        bits=settings.bits,
         store=store,
         progress=progress,
         label="train clips",

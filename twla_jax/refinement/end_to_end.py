@@ -11,7 +11,6 @@ All of u, s and r are free of units, so one learning rate serves every layer. Tw
 rotation turns the input alone: the codes are those of the turned basis, whatever it is.
 """
 
-import dataclasses
 import functools
 import logging
 import time
@@ -31,7 +30,7 @@ from twla_jax.core.activation import (
 )
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder, can_fuse
-from twla_jax.recipe import RefineRecipe
+from twla_jax.recipe import EndToEndSettings, LearningSettings
 from twla_jax.refinement.latents import Latents, apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
 from twla_jax.storage import resume
@@ -46,7 +45,7 @@ def refine(
     student: Decoder,
     teacher: Decoder,
     windows: Int32[np.ndarray, "w s"],
-    recipe: RefineRecipe,
+    settings: EndToEndSettings,
     *,
     work_dir: str | Path | None = None,
     progress: bool = True,
@@ -56,7 +55,7 @@ def refine(
     Args:
       student: quantised, with or without rotations; its activation settings stay.
       teacher: the model it was quantised from.
-      windows: calibration tokens; each is seen once, `recipe.batch` at a time, in order.
+      windows: calibration tokens; each is seen once, `settings.batch` at a time, in order.
       work_dir: the state is kept here every few minutes; a later call with the same arguments goes on from it.
       progress: a bar with an estimate of the time left, on stderr.
     Returns:
@@ -67,17 +66,19 @@ def refine(
     Raises:
       TwlaError: fewer windows than one batch.
     """
-    steps = len(windows) // recipe.batch
+    steps = len(windows) // settings.batch
     if not steps:
-        raise TwlaError(f"refinement needs at least one batch of {recipe.batch} windows, not {len(windows)}")
-    batches = windows[: steps * recipe.batch].reshape(steps, recipe.batch, -1)
-    dtype = jnp.dtype(recipe.dtype)
+        raise TwlaError(
+            f"refinement needs at least one batch of {settings.batch} windows, not {len(windows)}"
+        )
+    batches = windows[: steps * settings.batch].reshape(steps, settings.batch, -1)
+    dtype = jnp.dtype(settings.dtype)
     original = student
     student, teacher = (computing_in(model, dtype) for model in (student, teacher))
-    store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, recipe)
-    latents, bits = init_latents(student, teacher), recipe.activation_bits
+    store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, settings)
+    latents, bits = init_latents(student, teacher), settings.activation_bits
     return descend(
-        original, student, teacher, latents, batches, recipe, bits=bits, store=store, progress=progress
+        original, student, teacher, latents, batches, settings, bits=bits, store=store, progress=progress
     )
 
 
@@ -87,7 +88,7 @@ def descend(
     teacher: Decoder,
     latents: Latents,
     batches: Int32[np.ndarray, "steps b s"],
-    recipe: RefineRecipe,
+    settings: LearningSettings,
     *,
     bits: int,
     store: resume.WorkDir | None,
@@ -95,9 +96,9 @@ def descend(
     label: str = "refine",
 ) -> tuple[Decoder, dict[str, Any]]:
     """What `refine` returns, from any latents of the student, which are donated: what has none is left as it is."""
-    steps, learns_rotations = len(batches), recipe.rotation_rate > 0
+    steps, learns_rotations = len(batches), settings.peak_rates.get("rotations", 0) > 0
     step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
-    state = optimizer(rates_at(recipe, 0, 1), learns_rotations).init(latents)
+    state = optimizer(rates_at(settings, 0, 1), learns_rotations).init(latents)
     losses: list[float] = []
     if store and (saved := store.load("state")):
         losses = saved.pop("losses").tolist()
@@ -105,7 +106,7 @@ def descend(
     saved_at = time.perf_counter()
     with tqdm(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
-            rates = rates_at(recipe, len(losses), steps)
+            rates = rates_at(settings, len(losses), steps)
             latents, state, loss = step(latents, state, student, teacher, batch, rates)
             losses.append(float(loss))
             bar.update()
@@ -115,7 +116,7 @@ def descend(
                 saved_at = time.perf_counter()
     refined = harden(student, latents, bits)
     refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
-    _, _, loss = step(latents, state, student, teacher, batches[0], rates_at(recipe, 0, 1))
+    _, _, loss = step(latents, state, student, teacher, batches[0], rates_at(settings, 0, 1))
     first_batch = [losses[0], float(loss)]
     kept = first_batch[1] <= first_batch[0]
     if not kept:
@@ -199,8 +200,8 @@ def computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
 
 
 def open_work_dir(
-    folder: Path, student: Decoder, windows: np.ndarray, recipe: RefineRecipe
+    folder: Path, student: Decoder, windows: np.ndarray, settings: LearningSettings
 ) -> resume.WorkDir:
     """The folder that an interrupted refinement of this student, on these windows, left its state in."""
     arrays = map(np.asarray, [windows, *jax.tree.leaves(student)])
-    return resume.WorkDir(folder, resume.fingerprint(dataclasses.asdict(recipe), arrays))
+    return resume.WorkDir(folder, resume.fingerprint(settings.to_dict(), arrays))

@@ -1,28 +1,23 @@
 """The optimiser of refinement and its learning rates."""
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import optax
 
 from twla_jax.core import stiefel
-from twla_jax.recipe import RefineRecipe
+from twla_jax.recipe import LearningSettings
 
 _WARMUP = 0.1  # share of the steps over which learning rates rise; a good start is lost without
 
 
-def rates_at(recipe: RefineRecipe, step: int, steps: int) -> dict[str, float]:
+def rates_at(settings: LearningSettings, step: int, steps: int) -> dict[str, float]:
     """Learning rates of one step: up in a line, then down to zero as a cosine; data, so that one program takes all."""
     warmup = math.ceil(_WARMUP * steps)
     falling = math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1))
     share = min((step + 1) / warmup, (1 + falling) / 2)
-    peaks = {
-        "codes": recipe.code_rate,
-        "scales": recipe.scale_rate,
-        "rotations": recipe.rotation_rate,
-        "clips": recipe.clip_rate,
-    }
-    return {name: share * peak for name, peak in peaks.items()}
+    return {name: share * peak for name, peak in settings.peak_rates.items()}
 
 
 def optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTransformation:
@@ -32,6 +27,9 @@ def optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTr
         return {name: {part: kinds.get(part, "scales") for part in parts} for name, parts in latents.items()}
 
     kinds = {"u": "codes", "left": "rotations", "right": "rotations", "clip": "clips"}
-    adam = {name: optax.adam(rate, b2=0.95) for name, rate in rates.items()}
-    rotations = stiefel.riemannian(adam["rotations"]) if learns_rotations else optax.set_to_zero()
-    return optax.partition({**adam, "rotations": rotations}, labels)
+    adam: dict[Hashable, optax.GradientTransformation] = {
+        name: optax.adam(rate, b2=0.95) for name, rate in rates.items()
+    }
+    if "rotations" in adam:
+        adam["rotations"] = stiefel.riemannian(adam["rotations"]) if learns_rotations else optax.set_to_zero()
+    return optax.partition(adam, labels)

@@ -15,7 +15,7 @@ from twla_jax.text.sampled import SampledText
 
 def count(recipe: Recipe) -> int:
     """Windows that a recipe wants in all, so that none is used twice."""
-    return recipe.calibration.windows + recipe.refine.steps * recipe.refine.batch + recipe.allocation.windows
+    return recipe.calibration.windows + recipe.refine.windows + recipe.allocation.windows
 
 
 Tokens = windows.Tokens | SampledText
@@ -39,7 +39,7 @@ def tokens_of(text: Corpus | SampledText, tokenizer: Any, vocab_size: int, recip
 def seen_windows(
     tokens: Tokens, recipe: Recipe
 ) -> tuple[Int32[np.ndarray, "w seq_len"], Int32[np.ndarray, "r seq_len"]]:
-    """The windows of the calibration and those of the refinement, `refine.steps · refine.batch` of them.
+    """The windows of the calibration and those of the refinement, `refine.windows` of them.
 
     Those of a corpus are drawn with replacement, of a mix from its domains in turn; those of sampled text are its rows,
     in order.
@@ -47,7 +47,7 @@ def seen_windows(
     Raises:
       TwlaError: fewer tokens than one window.
     """
-    drawn, more = recipe.calibration, recipe.refine.steps * recipe.refine.batch
+    drawn, more = recipe.calibration, recipe.refine.windows
     if isinstance(tokens, SampledText):
         return tokens.rows[: drawn.windows], tokens.rows[drawn.windows : drawn.windows + more]
     return (
@@ -73,6 +73,6 @@ def held_out_windows(tokens: Tokens, recipe: Recipe) -> tuple[Int32[np.ndarray, 
             )
         return rows[: settings.windows, :seq_len], 0.0
     seen = [drawn]
-    if more := recipe.refine.steps * recipe.refine.batch:
+    if more := recipe.refine.windows:
         seen.append(dataclasses.replace(drawn, windows=more, seed=drawn.seed + 1))
     return windows.held_out_windows(tokens, seen, settings.windows, seq_len, seed=drawn.seed + 2)

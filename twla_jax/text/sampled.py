@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from twla_jax.errors import TwlaError
-from twla_jax.recipe import CalibrationRecipe
+from twla_jax.recipe import CalibrationSettings
 from twla_jax.text.corpora import SELF
 
 FILE = "self_calibration.npy"  # in a quantised folder: what a later allocation of bits needs of the text
@@ -50,7 +50,7 @@ def dump(text: SampledText, calibration: int) -> bytes:
     return file.getvalue()
 
 
-def read(folder: str | Path, drawn: CalibrationRecipe) -> SampledText:
+def read(folder: str | Path, drawn: CalibrationSettings) -> SampledText:
     """What `dump` left in a quantised folder.
 
     Raises:

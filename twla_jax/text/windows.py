@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from twla_jax.errors import TwlaError
-from twla_jax.recipe import CalibrationRecipe
+from twla_jax.recipe import CalibrationSettings
 from twla_jax.text.corpora import Corpus, require_calibration, tokenize
 
 Tokens = Int32[np.ndarray, " t"] | tuple[Int32[np.ndarray, " _"], ...]  # of a text, or of a mix's domains
@@ -53,7 +53,7 @@ def sample_windows(
 
 
 def calibration_windows(
-    corpus: Corpus, tokenizer: Any, vocab_size: int, settings: CalibrationRecipe
+    corpus: Corpus, tokenizer: Any, vocab_size: int, settings: CalibrationSettings
 ) -> Int32[np.ndarray, "windows seq_len"]:
     """Draws the windows that a recipe calibrates on.
 
@@ -66,7 +66,7 @@ def calibration_windows(
 
 def held_out_windows(
     tokens: Tokens,
-    drawn: Sequence[CalibrationRecipe],
+    drawn: Sequence[CalibrationSettings],
     windows: int,
     seq_len: int,
     *,
