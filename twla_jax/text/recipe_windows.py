@@ -32,7 +32,7 @@ def tokens_of(text: Corpus | SampledText, tokenizer: Any, vocab_size: int, recip
     if isinstance(text, SampledText):
         return text
     drawn = recipe.calibration
-    wanted = (drawn.windows + recipe.refine.steps * recipe.refine.batch) * drawn.seq_len
+    wanted = (drawn.windows + recipe.refine.windows) * drawn.seq_len
     return windows.domain_tokens(text, tokenizer, vocab_size, wanted)
 
 
