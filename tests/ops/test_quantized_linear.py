@@ -85,6 +85,9 @@ def test_attention_in_parts_is_merged_first():
         (1, 1024, 256, 128, 2, 96, 1, "parts"),
         (2, 576, 96, 576, 2, 32, 1, "parts"),
         (2, 576, 512, 128, 2, 40, 1, "gated"),  # of seven blocks' rows, four multiprocessors take two times
+        (1, 1024, 256, 128, 2, 96, 1, "wide norm"),
+        (1, 576, 128, 128, 2, 40, 1, "wide gated"),
+        (2, 1536, 64, 128, 1, 32, 2, "wide residual"),
     ],
 )
 def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, kind, monkeypatch):
@@ -92,6 +95,7 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
     rotation = permutation(rotation)  # exact in every order of additions, so that codes are the same ones
     if size == m:
         weight = ungrouped(n, m)
+    wide, kind = kind.startswith("wide"), kind.removeprefix("wide ")
     gated = kind == "gated"
     if gated:
         weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
@@ -100,13 +104,15 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
     arguments = (
         x,
         rotation,
-        SETTINGS,
+        None if wide else SETTINGS,
         weight,
         None if kind in ("residual", "parts") else scale.astype(jnp.float32) if m == 576 else scale,
         None if kind == "norm" else residual[:, : n // 2] if gated else residual,
     )
     # With a gate, outputs are rounded before it, and sigmoids may round differently.
     dtype, tolerance = (jnp.bfloat16, 1e-2) if gated else (jnp.float32, 1e-5)
+    if wide and not gated:  # what one step of a second part weighs, where two ways round it apart
+        tolerance = 1e-4
     options = {"epsilon": 1e-5, "gated": gated, "out_dtype": dtype}
     expected = jax.jit(functools.partial(reference.quantized_linear, implementation="xla", **options))(
         *arguments
@@ -154,20 +160,26 @@ def ungrouped(n, m):
         (1, 4096, 4096, "parts"),
         (1, 8192, 8192, "parts"),
         (2, 4096, 4096, "parts"),
+        (1, 4096, 12288, "wide norm"),
+        (1, 11008, 4096, "wide residual"),
+        (1, 4096, 22016, "wide gated"),
+        (2, 4096, 22016, "wide gated"),
+        (2, 4096, 4096, "wide residual"),
     ],
 )
 def test_gpu_kernel_spills_nothing(t, m, n, kind, compile_for_h100):
     x, rotation, weight, scale, added = operands(t, m, n, make=jax.eval_shape)
+    wide, kind = kind.startswith("wide"), kind.removeprefix("wide ")
     gated = kind == "gated"
     if gated:
         weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
     function = functools.partial(gpu.quantized_linear, epsilon=1e-5, gated=gated, out_dtype=jnp.bfloat16)
-    settings = jax.ShapeDtypeStruct((3,), jnp.float32)
+    settings = None if wide else jax.ShapeDtypeStruct((3,), jnp.float32)
     scale = jax.ShapeDtypeStruct(scale.shape, jnp.float32) if m == 576 else scale
     norm, residual = (scale, None) if kind in ("norm", "gated") else (None, added)
     if kind == "parts":
         x = jax.eval_shape(lambda: in_parts(t, m, m // 128))
-    assert gpu.obstacle(x, rotation, weight, gated=gated) is None
+    assert gpu.obstacle(x, rotation, weight, gated=gated, wide=wide) is None
     _, reports = compile_for_h100(function, x, rotation, settings, weight, norm, residual)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
 

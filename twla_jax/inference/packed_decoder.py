@@ -193,7 +193,7 @@ class IntegerBlock(Block):
     def takes_parts(self) -> bool:
         """Whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
         gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
-        return gpu and self.mesh is None and self.o_input.settings is not None and self.o.plane is not None
+        return gpu and self.mesh is None and self.o_input.makes_codes and self.o.plane is not None
 
     def with_scratch(self, layer: LayerKV) -> PackedLayer:
         """Adds to a cache's layer the memory that `qkv_attention` and `linear_pair` need to be one kernel each."""
@@ -202,7 +202,9 @@ class IntegerBlock(Block):
             return packed
         qkv, pair = self.qkv_input.operands(self.qkv_linear), self.pair()
         if qkv is not None:
-            packed = packed.with_scratch(qkv=new_exchange(layer, qkv.rotation, qkv.weight))
+            packed = packed.with_scratch(
+                qkv=new_exchange(layer, qkv.rotation, qkv.weight, wide=qkv.settings is None)
+            )
         if pair is not None:
             packed = packed.with_scratch(pair=new_pair_exchange(layer.entries.shape[1], *pair))
         return packed

@@ -14,7 +14,7 @@ from twla_jax.core.activation import OFF, ActivationQuantizer, select_clip
 from twla_jax.core.kotms import rotate
 from twla_jax.core.tensors import TernaryTensor
 from twla_jax.inference import tensor_parallel
-from twla_jax.models.decoder import Block, RMSNorm, precision
+from twla_jax.models.decoder import SITES, Block, RMSNorm, precision
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight
@@ -24,6 +24,8 @@ from twla_jax.ops.rotate_quantize import gate, kernel_rotation, quantizer_settin
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
 
+# Most tokens at a time whose 16-bit activations go through the integer kernels, in two parts; beyond, bf16 is faster.
+_MOST_WIDE = 64
 _kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one for each of its operations
 
 
@@ -44,7 +46,11 @@ class FewTokens:
 
 
 class KernelInput(nnx.Module):
-    """An input of linears: norm, rotation and quantiser as one op; without a quantiser, norm and rotation in bf16."""
+    """An input of linears: norm, rotation and quantizer as one op.
+
+    Without a quantizer, a few bf16 tokens of ternary linears become codes of 16 bits (`ops.tokens.wide_tokens`), which
+    the integer kernels multiply at the speed of 8; else norm and rotation stay in bf16.
+    """
 
     def __init__(self, block: Block, site: str, *, norm: RMSNorm | None, dtype, mesh, implementation):
         transform = getattr(block, f"{site}_input")
@@ -55,24 +61,33 @@ class KernelInput(nnx.Module):
         settings = _settings(quantizer)
         self.settings = nnx.data(None if settings is None else nnx.Param(settings))
         self.mesh, self.implementation = mesh, implementation
+        ternary = all(
+            isinstance(getattr(block, name).kernel.get_value(), TernaryTensor) for name in SITES[site]
+        )
+        self.wide = settings is None and ternary and mesh is None and jnp.dtype(dtype) == jnp.bfloat16
+
+    @property
+    def makes_codes(self) -> bool:
+        """Returns whether linears are given integers, at least of a few tokens."""
+        return self.settings is not None or self.wide
 
     @property
     def takes_gate(self) -> bool:
         """Whether the op can begin a step earlier, with a gate's output and what it gates beside each other."""
-        return self.settings is not None and self.mesh is None
+        return self.makes_codes and self.mesh is None
 
     def operands(self, linear: "KernelLinear") -> LinearOperands | None:
         """For an op that begins with this input; None if it is not rotated, or the linear no single ternary plane."""
-        if self.settings is None or self.rotation is None or linear.plane is None or self.mesh is not None:
+        if not self.makes_codes or self.rotation is None or linear.plane is None or self.mesh is not None:
             return None
         return LinearOperands(weight=linear.plane, **self._options())
 
     def _options(self) -> dict[str, Any]:
         """What `rotate_quantize` has of it; not without a quantiser."""
-        assert self.settings is not None
+        assert self.makes_codes
         return {
             "rotation": None if self.rotation is None else self.rotation.get_value(),
-            "settings": self.settings.get_value(),
+            "settings": None if self.settings is None else self.settings.get_value(),
             "norm_scale": None if self.norm is None else self.norm.scale.get_value(),
             "epsilon": 0.0 if self.norm is None else self.norm.epsilon,
         }
@@ -81,14 +96,16 @@ class KernelInput(nnx.Module):
         self, x: Float[Array, "*tokens width"] | AttentionParts, *, gated: bool = False
     ) -> QuantizedTokens | FewTokens | Float[Array, "*tokens m"]:
         """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
-        if self.settings is None:
+        tokens = 1 if isinstance(x, AttentionParts) else x.size // x.shape[-1]
+        if self.settings is None and not (self.wide and tokens <= _MOST_WIDE):
             assert not isinstance(x, AttentionParts)
+            x = gate(x) if gated else x
             x = x if self.norm is None else self.norm(x)
             return x if self.rotation is None else rotate(x, *self.rotation.get_value().factors)
         settings = self._options()
         if isinstance(x, AttentionParts):
             return FewTokens(x=x, settings=settings)
-        if self.mesh is None and x.size <= MOST_TOKENS * x.shape[-1]:
+        if self.mesh is None and tokens <= MOST_TOKENS:
             return FewTokens(x=gate(x) if gated else x, settings=settings)
         op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
         return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)

@@ -64,10 +64,11 @@ def obstacle(
         return f"there are {residual.shape[0]} tokens, not one"
     if residual.dtype != jnp.bfloat16:
         return f"the residual is {residual.dtype}, not bfloat16"
-    if reason := linear.obstacle(x, first.rotation, first.weight):
+    if reason := linear.obstacle(x, first.rotation, first.weight, wide=first.settings is None):
         return reason
     # The second one's token is as the residual.
-    if reason := linear.obstacle(residual, second.rotation, second.weight, gated=True):
+    wide = second.settings is None
+    if reason := linear.obstacle(residual, second.rotation, second.weight, gated=True, wide=wide):
         return reason
     try:
         _plan(x, first, second, residual)
@@ -85,16 +86,16 @@ def _plan(
       ValueError: they are not split alike, not all blocks are there at once, or it is not worth the wait.
     """
     of_first, of_second = (
-        linear.beside_weights(tokens, each.rotation, each.weight)
+        linear.beside_weights(tokens, each.rotation, each.weight, wide=each.settings is None)
         for tokens, each in ((x, first), (residual, second))
     )
     most = max(of_first, of_second)
-    rows, tiles = linear.plan(x, first.rotation, first.weight, beside=most - of_first)
+    wides = [each.settings is None for each in (first, second)]
+    rows, tiles = linear.plan(x, first.rotation, first.weight, wide=wides[0], beside=most - of_first)
     one = _link(x, first, rows, tiles)
     beside = most - of_second + ring_tiles.under_way(tiles, 1)
-    two = _link(
-        residual, second, *linear.plan(residual, second.rotation, second.weight, gated=True, beside=beside)
-    )
+    of_two = {"gated": True, "wide": wides[1], "beside": beside}
+    two = _link(residual, second, *linear.plan(residual, second.rotation, second.weight, **of_two))
     if tiles.warpgroups != two.tiles.warpgroups:
         raise ValueError(f"blocks have {tiles.warpgroups} and {two.tiles.warpgroups} warpgroups")
     for link in (one, two):
@@ -108,7 +109,7 @@ def _plan(
 
 
 def _link(tokens: jax.Array | AttentionParts, of: LinearOperands, rows: Rows, tiles: Tiles) -> _Link:
-    shape = turning.shape(tokens, of.rotation, tiles.warpgroups)
+    shape = turning.shape(tokens, of.rotation, tiles.warpgroups, wide=of.settings is None)
     return _Link(rows, tiles, shape, of.weight, None if of.norm_scale is None else of.epsilon)
 
 

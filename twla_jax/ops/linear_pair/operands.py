@@ -15,7 +15,7 @@ class LinearOperands:
     """As `quantized_linear` takes them."""
 
     rotation: KernelRotation
-    settings: Float32[Array, " 3"]
+    settings: Float32[Array, " 3"] | None
     weight: KernelWeight
     norm_scale: Float[Array, " m"] | None = None
     epsilon: float = dataclasses.field(default=0.0, metadata={"static": True})

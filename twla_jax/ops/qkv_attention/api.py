@@ -19,7 +19,7 @@ from twla_jax.ops.ternary_matmul import KernelWeight
 def qkv_attention(
     x: Float[Array, "b m"],
     rotation: KernelRotation | None,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     weight: KernelWeight,
     layer: LayerKV,
     positions: Positions,
@@ -40,7 +40,7 @@ def qkv_attention(
 
     Args:
       x: one token of every sequence.
-      settings: from `quantizer_settings`.
+      settings: from `quantizer_settings`; None for codes of 16 bits.
       weight: rows of queries, of keys and of values, head by head.
       layer: a cache with room for another position.
       positions: that of the token, those of the cache's entries, and the token's angles.
@@ -59,20 +59,24 @@ def qkv_attention(
     operands: Any = (x, rotation, settings, weight, norm_scale, layer, positions, window, head_norm_scales)
     options = {"epsilon": epsilon, "head_epsilon": head_epsilon}
     can = apart and implementation in (None, "gpu") and not gpu_obstacle()
-    if exchange is not None and can and gpu.obstacle(x, rotation, weight, layer) is None:
+    if (
+        exchange is not None
+        and can
+        and gpu.obstacle(x, rotation, weight, layer, wide=settings is None) is None
+    ):
         return gpu.qkv_attention(*operands, exchange=exchange, **options)
     options |= {"apart": apart, "implementation": implementation}
     return *reference.qkv_attention(*operands, **options), exchange
 
 
 def new_exchange(
-    layer: LayerKV, rotation: KernelRotation, weight: KernelWeight
+    layer: LayerKV, rotation: KernelRotation, weight: KernelWeight, *, wide: bool = False
 ) -> Int32[Array, "1 n"] | None:
     """Returns the words `[1, n]` that `qkv_attention` needs to be one kernel; None where it cannot be one."""
     if gpu_obstacle():
         return None
     shape, dtype = (layer.entries.shape[1], weight.in_features), rotation.left.dtype
     x = jax.eval_shape(lambda: jnp.zeros(shape, dtype))
-    if gpu.obstacle(x, rotation, weight, layer) is not None:
+    if gpu.obstacle(x, rotation, weight, layer, wide=wide) is not None:
         return None
     return jnp.zeros((1, weight.out_features), jnp.int32)

@@ -40,25 +40,25 @@ _PIECES = 2  # in which a warpgroup's first entries come
 
 
 def obstacle(
-    x: jax.Array, rotation: KernelRotation | None, weight: KernelWeight, layer: LayerKV
+    x: jax.Array, rotation: KernelRotation | None, weight: KernelWeight, layer: LayerKV, *, wide: bool = False
 ) -> str | None:
     """Why the kernel cannot take such operands, or None."""
     if x.shape[0] != 1:
         return f"there are {x.shape[0]} tokens, not one"
-    if reason := linear.obstacle(x, rotation, weight):
+    if reason := linear.obstacle(x, rotation, weight, wide=wide):
         return reason
     if reason := attention.obstacle(x, layer):
         return reason
     assert rotation is not None  # which would be an obstacle
     try:
-        _plan(x, rotation, weight, layer)
+        _plan(x, rotation, weight, layer, wide=wide)
     except ValueError as error:
         return str(error)
     return None
 
 
 def _plan(
-    x: jax.Array, rotation: KernelRotation, weight: KernelWeight, layer: LayerKV
+    x: jax.Array, rotation: KernelRotation, weight: KernelWeight, layer: LayerKV, *, wide: bool
 ) -> tuple[Rows, Tiles, Shape]:
     """How both parts are split up.
 
@@ -73,7 +73,7 @@ def _plan(
     tiles = attention_tuning.all_at_once(tiles, size, d, quantized=quantized)
     shape = Shape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, tiles=tiles)
     beside = layer.entries.dtype.itemsize * math.prod(_staged(shape)) + 8 * tiles.warps * (d + 2)
-    rows, of_linear = linear.plan(x, rotation, weight, beside=beside)
+    rows, of_linear = linear.plan(x, rotation, weight, wide=wide, beside=beside)
     blocks = pl.cdiv(weight.out_features, rows.each)
     if 4 * of_linear.warpgroups != tiles.warps:
         raise ValueError(f"blocks have {of_linear.warpgroups} warpgroups for products, {tiles.warps} warps")
@@ -103,7 +103,7 @@ def _memory(
 def qkv_attention(
     x: BFloat16[Array, "1 m"],
     rotation: KernelRotation,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     weight: KernelWeight,
     norm_scale: Float[Array, " m"] | None,
     layer: LayerKV,
@@ -116,8 +116,9 @@ def qkv_attention(
     head_epsilon: float = 0.0,
 ) -> tuple[AttentionParts, LayerKV, Int32[Array, "1 all_heads_d"]]:
     """Returns what `reference.qkv_attention` computes, in parts, and the exchange with the next tag."""
-    rows, tiles, shape = _plan(x, rotation, weight, layer)
-    of_token = turning.shape(x, rotation, tiles.warpgroups)
+    wide = settings is None
+    rows, tiles, shape = _plan(x, rotation, weight, layer, wide=wide)
+    of_token = turning.shape(x, rotation, tiles.warpgroups, wide=wide)
     scratch = _memory(rows, tiles, of_token, weight, shape, layer.entries.dtype)
     heads, splits, d = shape.heads, shape.tiles.splits, shape.d
     norm = () if norm_scale is None else (threads.readable(norm_scale),)

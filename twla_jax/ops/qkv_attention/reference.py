@@ -14,7 +14,7 @@ from twla_jax.ops.ternary_matmul import KernelWeight
 def qkv_attention(
     x: Float[Array, "b m"],
     rotation: KernelRotation | None,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     weight: KernelWeight,
     norm_scale: Float[Array, " m"] | None,
     layer: LayerKV,

@@ -15,7 +15,7 @@ from twla_jax.ops.ternary_matmul.weight import KernelWeight
 def quantized_linear(
     x: Float[Array, "*tokens m"] | AttentionParts,
     rotation: KernelRotation | None,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     weight: KernelWeight,
     *,
     norm_scale: Float[Array, " m"] | None = None,
@@ -32,7 +32,7 @@ def quantized_linear(
 
     Args:
       x: of attention left in parts, the mix is merged first, and `*tokens` are its first axis.
-      settings: from `quantizer_settings`.
+      settings: from `quantizer_settings`; None for codes of 16 bits, `tokens.wide_tokens`.
       norm_scale: weights of an RMS norm before the rotation; None for no norm.
       epsilon: what the norm adds to the mean square.
       residual: in `out_dtype`.
@@ -47,7 +47,7 @@ def quantized_linear(
     options = {"epsilon": epsilon, "gated": gated, "out_dtype": out_dtype}
     two_ops = functools.partial(reference.quantized_linear, implementation=implementation, **options)
     operands = (tokens, rotation, settings, weight, norm_scale, added)
-    reason = gpu.obstacle(tokens, rotation, weight, gated=gated)
+    reason = gpu.obstacle(tokens, rotation, weight, gated=gated, wide=settings is None)
     if implementation in ("xla", "tpu") or reason:
         y = two_ops(*operands)
     else:

@@ -17,7 +17,7 @@ from twla_jax.core.packing import TILE
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.hopper import threads as threads
 from twla_jax.ops.quantized_linear import tile_configs as tuning
-from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch
+from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, quantizer_settings
 from twla_jax.ops.rotate_quantize import gpu_token as turning
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul import gpu_ring as ring
@@ -35,6 +35,7 @@ def obstacle(
     weight: KernelWeight,
     *,
     gated: bool = False,
+    wide: bool = False,
 ) -> str | None:
     """Why the kernel cannot take such operands, or is slower than two ops; or None."""
     tokens = _tokens(x)
@@ -50,16 +51,16 @@ def obstacle(
     if gated and len(weight.splits) != 2:
         return f"a gate and what it gates are two matrices, not {len(weight.splits)}"
     try:
-        _, tiles = plan(x, rotation, weight, gated=gated)
+        _, tiles = plan(x, rotation, weight, gated=gated, wide=wide)
     except ValueError as error:
         return str(error)
-    return turning.obstacle(turning.shape(x, rotation, tiles.warpgroups))
+    return turning.obstacle(turning.shape(x, rotation, tiles.warpgroups, wide=wide))
 
 
 def quantized_linear(
     x: Float[Array, "t m"] | AttentionParts,
     rotation: KernelRotation,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     weight: KernelWeight,
     norm_scale: Float[Array, " m"] | None,
     residual: Float[Array, "t n"] | None,
@@ -72,11 +73,12 @@ def quantized_linear(
     """What `reference.quantized_linear` computes, for a token in bf16 or up to `MOST_TOKENS`."""
     inputs = (x.mixed, x.softmax) if isinstance(x, AttentionParts) else (x,)
     t = len(inputs[0])
-    rows, chosen = plan(x, rotation, weight, gated=gated)
+    wide = settings is None
+    rows, chosen = plan(x, rotation, weight, gated=gated, wide=wide)
     if tiles is not None:
         rows, chosen = Rows(tiles.rows, rows.parts), tiles
     groups = chosen.warpgroups
-    shape = turning.shape(x, rotation, groups)
+    shape = turning.shape(x, rotation, groups, wide=wide)
     n = weight.out_features // rows.parts
     norm = () if norm_scale is None else (threads.readable(norm_scale),)
     added = () if residual is None else (threads.readable(residual),)
@@ -102,21 +104,22 @@ def quantized_linear(
 
 def operands(inputs, rotation: KernelRotation, settings, weight: KernelWeight, norm) -> tuple[jax.Array, ...]:
     """What `begin` has of global memory, but for residuals and the output."""
+    settings = quantizer_settings(8, 1.0) if settings is None else settings
     return *ring.operands(weight), rotation.left, rotation.right_transposed, settings, *inputs, *norm
 
 
 def memory(rows: Rows, tiles: Tiles, shape: turning.Shape, weight: KernelWeight) -> dict[str, Any]:
     """What `begin` has of shared memory."""
     n = weight.out_features // rows.parts
-    return ring.memory(rows, tiles, weight, tokens=shape.tokens) | {
+    return ring.memory(rows, tiles, weight, tokens=shape.codes) | {
         # Tokens are used up when their codes are written, and L when sums are.
         "token_or_x_smem": plgpu.RefUnion(
             turning.token_memory(shape, jnp.bfloat16),
-            ring.token_memory(shape.tokens, weight, Flat(shape.r)),
+            ring.token_memory(shape.codes, weight, Flat(shape.r)),
         ),
         "left_or_parts_smem": plgpu.RefUnion(
             turning.left_memory(shape, jnp.bfloat16),
-            ring.parts_memory(n, rows, tiles, tokens=shape.tokens),
+            ring.parts_memory(n, rows, tiles, tokens=shape.codes),
         ),
         "right_smem": turning.right_memory(shape, jnp.bfloat16),
         "warps_smem": turning.warps_memory(shape),
@@ -133,6 +136,7 @@ def plan(
     weight: KernelWeight,
     *,
     gated: bool = False,
+    wide: bool = False,
     beside: int = 0,
 ) -> tuple[Rows, Tiles]:
     """How the kernel is split up, with so many bytes of shared memory for others beside it.
@@ -142,21 +146,23 @@ def plan(
     """
     parts = 2 if gated else 1
     lines = min(turning.shape(x, rotation, MOST_WARPGROUPS).lines, MOST_WARPGROUPS)
-    other, t = beside_weights(x, rotation, weight) + beside, len(_tokens(x))
+    other, t = beside_weights(x, rotation, weight, wide=wide) + beside, len(_tokens(x))
     tiles = tuning.tiles(weight.out_features // parts, parts, weight.tiles, lines, other, tokens=t)
     return Rows(tiles.rows, parts), tiles
 
 
-def beside_weights(x: jax.Array | AttentionParts, rotation: KernelRotation, weight: KernelWeight) -> int:
+def beside_weights(
+    x: jax.Array | AttentionParts, rotation: KernelRotation, weight: KernelWeight, *, wide: bool = False
+) -> int:
     """Bytes of shared memory that all takes but the ring of weights."""
-    shape = turning.shape(x, rotation, MOST_WARPGROUPS)
-    t, flat, lines = shape.tokens, Flat(shape.r), min(shape.lines, MOST_WARPGROUPS)
-    of_row = 4 * max(WARPGROUPS, lines) * t  # of sums, of two passes
+    shape = turning.shape(x, rotation, MOST_WARPGROUPS, wide=wide)
+    flat, lines = Flat(shape.r), min(shape.lines, MOST_WARPGROUPS)
+    of_row = 4 * max(WARPGROUPS, lines) * shape.codes  # of sums, of two passes
     return (
-        t * max(2 * shape.rows * shape.columns, flat.stride(weight.tiles * TILE))
+        max(2 * shape.tokens * shape.rows * shape.columns, shape.codes * flat.stride(weight.tiles * TILE))
         + max(2 * shape.rows * shape.rows, 2 * of_row * MOST_ROWS)
         + 2 * shape.columns * shape.columns
-        + 4 * Columns(t).numbers * (weight.tiles + 1)
+        + 4 * Columns(shape.codes).numbers * (weight.tiles + 1)
         + 2048  # for what is small
     )
 
@@ -224,6 +230,7 @@ def begin(
         tiles=tiles,
         weight=weight,
         flat=Flat(shape.r),
+        wide=shape.wide,
         of_all=of_all,
         **of_ring,
     )

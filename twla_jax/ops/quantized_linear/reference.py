@@ -11,7 +11,7 @@ from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
 def quantized_linear(
     x: Float[Array, "t m"] | AttentionParts,
     rotation: KernelRotation | None,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     weight: KernelWeight,
     norm_scale: Float[Array, " m"] | None,
     residual: Float[Array, "t n"] | None,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from twla_jax.ops.dispatch import Implementation, dispatch
 from twla_jax.ops.rotate_quantize import gpu, reference, tpu
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
-from twla_jax.ops.tokens import QuantizedTokens
+from twla_jax.ops.tokens import QuantizedTokens, wide_tokens
 
 
 def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | float) -> Float32[Array, " 3"]:
@@ -25,7 +25,7 @@ def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | fl
 def rotate_quantize(
     x: Float[Array, "*tokens width"],
     rotation: KernelRotation | None,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     *,
     norm_scale: Float[Array, " m"] | None = None,
     epsilon: float = 0.0,
@@ -39,7 +39,7 @@ def rotate_quantize(
 
     Args:
       x: as wide as the rotation, or, if `gated`, twice as wide.
-      settings: from `quantizer_settings`.
+      settings: from `quantizer_settings`; None for codes of 16 bits, made by XLA: see `tokens.wide_tokens`.
       norm_scale: the norm's weights.
       epsilon: what the norm adds to the mean square.
       gated: the tokens are the outputs of an MLP's gate and, after them, those of its up linear; `silu(gate) · up`,
@@ -51,6 +51,9 @@ def rotate_quantize(
     """
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     options = {"epsilon": epsilon, "gated": gated}
+    if settings is None:
+        rotated = reference.rotated(x, rotation, norm_scale, **options)
+        return wide_tokens(rotated.reshape(*lead, -1))
     tokens = dispatch(
         "rotate_quantize",
         implementation,

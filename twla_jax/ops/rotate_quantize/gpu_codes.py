@@ -15,6 +15,7 @@ from twla_jax.ops.hopper import threads as threads
 from twla_jax.ops.hopper.threads import Real, Word
 from twla_jax.ops.rotate_quantize.gpu_token import WGMMA_ROWS, Shape, load_reals, place, tree
 from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat, write_table
+from twla_jax.ops.tokens import FINER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,11 @@ class Plain:
 def quantize(
     z: list[jax.Array], settings, codes_smem, table_smem, warps_smem, *, shape: Shape, lie: Flat | Plain
 ) -> jax.Array:
-    """Scale and zero point of every token, whose codes go to shared memory. Waits for the block.
+    """Returns scale and zero point of every row of codes, which go to shared memory. Waits for the block.
 
-    So do, for products, zeros after them and their sums; where they lie `Plain`, `table_smem` is None.
+    So do, for products, zeros after them and their sums; where they lie `Plain`, `table_smem` is None. Where the shape
+    is `wide`, a token's second row of codes has what the first one's rounding left, 254 times finer: together 16 bits.
+    All first rows come before all second ones.
     """
     t = shape.tokens
     refs = [codes_smem, warps_smem, *([table_smem] if isinstance(lie, Flat) else [])]
@@ -59,7 +62,7 @@ def quantize(
             threads.per_thread(3),
             *[plgpu.RefType()] * len(refs),
         ),
-        return_type=threads.values(2 * t, jnp.float32),
+        return_type=threads.values(2 * shape.codes, jnp.float32),
     )
     def write(_, *arguments):
         z, (line, share, settings, codes, warps, *tables) = arguments[:t], arguments[t:]
@@ -86,6 +89,7 @@ def quantize(
         last = threads.real(threads.WHOLE) - half
         for i, ((scale, zero_point, inverse), pairs) in enumerate(zip(of_tokens, parts, strict=True)):
             origin, start = zero_point - threads.WHOLE, lie.token(codes, i)
+            second = lie.token(codes, t + i) if shape.wide else start
             for pair in pairs:
                 for k, value in enumerate(threads.unpack_bfloat16(pair.values)):
                     # Ends are bf16 numbers, too, so that many lie half way between two codes: the quotient is
@@ -94,18 +98,25 @@ def quantize(
                     rest = (quotient * -1.0).times_plus(scale, value)
                     quotient = rest.times_plus(inverse, quotient)
                     # Among numbers as large as WHOLE, sums are rounded to whole ones, whose lowest byte is the code's.
-                    code = (quotient + threads.WHOLE + origin).most(0.0).least(levels) + last
-                    threads.store_byte(
-                        start + pair.places[k],
-                        code.word(),
-                        offset=pair.offsets[k],
-                        condition=None if pair.real is None else pair.real[k],
-                    )
+                    code = (quotient + threads.WHOLE + origin).most(0.0).least(levels)
+                    where = {
+                        "offset": pair.offsets[k],
+                        "condition": None if pair.real is None else pair.real[k],
+                    }
+                    threads.store_byte(start + pair.places[k], (code + last).word(), **where)
+                    if shape.wide:
+                        rest = ((code - zero_point) * -1.0).times_plus(scale, value)
+                        fine = (rest * (inverse * FINER)).most(-FINER / 2).least(FINER / 2) + threads.WHOLE
+                        threads.store_byte(second + pair.places[k], fine.word(), **where)
         threads.barrier(shape.threads)
         if isinstance(lie, Flat):
             write_table(codes, tables[0], lie, shape.threads)
             threads.barrier(shape.threads)
-        return threads.as_array([each for scale, zero, _ in of_tokens for each in (scale, zero - half)])
+        found = [each for scale, zero, _ in of_tokens for each in (scale, zero - half)]
+        if shape.wide:
+            for scale, _, _ in of_tokens:
+                found += [scale / FINER, threads.real(0.0)]
+        return threads.as_array(found)
 
     return write(*z, *place(shape), settings, *refs)
 
@@ -173,6 +184,6 @@ def _write_zeros(codes: ir.Value, table: ir.Value, shape: Shape, flat: Flat) -> 
     for i in range(-(-count // (4 * shape.threads))):
         index = (me + i * shape.threads) * 4
         with threads.when(index < count):
-            for token in range(shape.tokens):
+            for token in range(shape.codes):
                 at = flat.token(codes, token) + flat.place(index + shape.size * shape.r)
                 threads.store(at, threads.word(0))

@@ -39,6 +39,12 @@ class Shape:
     parts: int = 0  # of an attention, that tokens are to be merged of; 0 for tokens as they are
     heads: int = 0
     gated: bool = False  # a token is twice as wide, first what is its gate
+    wide: bool = False  # codes of 16 bits, in two parts of 8
+
+    @property
+    def codes(self) -> int:
+        """Returns the rows of codes: one a token, or two where they are wide."""
+        return self.tokens * (2 if self.wide else 1)
 
     @property
     def columns(self) -> int:
@@ -78,6 +84,7 @@ def shape(
     warpgroups: int,
     *,
     gated: bool = False,
+    wide: bool = False,
 ) -> Shape:
     """How a rotation's tokens are shared between warpgroups."""
     parts = heads = 0
@@ -92,6 +99,7 @@ def shape(
         parts=parts,
         heads=heads,
         gated=gated,
+        wide=wide,
     )
 
 

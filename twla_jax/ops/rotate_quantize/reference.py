@@ -23,18 +23,29 @@ def rotate_quantize(
 
     Before all that stands `silu(gate) · x` if the tokens are `gated`.
     """
-    if gated:
-        x = gate(x)
-    if norm_scale is not None:
-        x = rms_norm(x, norm_scale, epsilon)
-    if rotation is not None:
-        x = kotms.rotate(x, *rotation.factors)
+    x = rotated(x, rotation, norm_scale, epsilon=epsilon, gated=gated)
     levels, clip, half = settings
     codes, scale, zero_point = activation.quantize_tokens(x, levels, clip)
     signed = (codes - half).astype(jnp.int8)
     return QuantizedTokens(
         codes=signed, scale=scale[:, 0], zero_point=zero_point[:, 0] - half, sums=group_sums(signed)
     )
+
+
+def rotated(
+    x: Float[Array, "t width"],
+    rotation: KernelRotation | None,
+    norm_scale: Float[Array, " m"] | None,
+    *,
+    epsilon: float,
+    gated: bool,
+) -> Float[Array, "t m"]:
+    """Returns the tokens as the quantiser takes them: gated, normed and rotated, each where asked for."""
+    if gated:
+        x = gate(x)
+    if norm_scale is not None:
+        x = rms_norm(x, norm_scale, epsilon)
+    return x if rotation is None else kotms.rotate(x, *rotation.factors)
 
 
 def gate(x: Float[Array, "*tokens 2m"]) -> Float[Array, "*tokens m"]:

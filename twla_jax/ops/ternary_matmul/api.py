@@ -1,5 +1,6 @@
 """`x Ŵᵀ + b` with ternary weights that stay packed at two bits."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -36,6 +37,12 @@ def ternary_matmul(
     Raises:
       TwlaError: the implementation asked for cannot be used.
     """
+    if isinstance(x, QuantizedTokens) and x.wide:
+        # Both parts are tokens of their own, whose outputs add up; each brings the bias.
+        parts = dataclasses.replace(x, wide=False)
+        y = ternary_matmul(parts, weight, out_dtype=jnp.float32, implementation=implementation)
+        y = (y.sum(0) - weight.bias[: weight.out_features]).astype(out_dtype)
+        return y if residual is None else residual + y
     if isinstance(x, QuantizedTokens):
         lead = x.codes.shape[:-1]
         operands = (

@@ -98,6 +98,7 @@ def begin(
     tiles: Tiles,
     weight: KernelWeight,
     flat: Flat,
+    wide: bool = False,
     of_all: int | None = None,
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """Starts on the outputs of a block's rows, of `blocks` blocks or of more, and returns what goes on with them.
@@ -107,6 +108,7 @@ def begin(
     Args:
       of_weight: the `operands`, in global memory.
       residual: a list of nothing, or of `[tokens, n]`, to be added to the outputs.
+      wide: whether the second half of the rows of codes belongs to the first half's tokens: outputs add up.
       of_all: how many blocks there are, if some may have no rows.
     Returns:
       fetch: of the ring's places, starts the way of weights to those from the first argument on to before the second,
@@ -182,7 +184,7 @@ def begin(
         parts = parts_smem.at[lax.rem(index, jnp.int32(2)) if several else 0]
         of_row, row = None if weight.grouped else scales_gmem, first_row(index)
         products.write_sums(sums, parts.at[group], of_row, row, rows=rows, of_part=n)
-        _finish(parts, ends, row, of_rows, outputs, n=n, rows=rows)
+        _finish(parts, ends, row, of_rows, outputs, n=n, rows=rows, wide=wide)
 
     def end(answer: Callable[[], jax.Array], alongside: Callable[[], None] | None = None):
         ends = answer()
@@ -221,9 +223,12 @@ def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array
     return start(first_row, *refs)
 
 
-def _finish(parts_smem, ends, first_row, of_rows, outputs: Outputs, *, n: int, rows: Rows) -> None:
+def _finish(
+    parts_smem, ends, first_row, of_rows, outputs: Outputs, *, n: int, rows: Rows, wide: bool
+) -> None:
     """Adds up what warpgroups have, and scales and writes it, each row by a thread; waits for the block before."""
     groups, t = parts_smem.shape[0], parts_smem.shape[2]
+    tokens = t // 2 if wide else t
     sent = [] if outputs.tag is None else [outputs.tag]
     refs = [ref for ref in (outputs.stored, outputs.sent) if ref is not None]
 
@@ -245,17 +250,22 @@ def _finish(parts_smem, ends, first_row, of_rows, outputs: Outputs, *, n: int, r
         residuals = of_rows[3 * rows.parts :]
         threads.barrier(128 * groups)
 
-        def total(token: int, part: int) -> Real:
+        def sum_of(token: int, part: int) -> Real:
             (scale, zero_point), (row_sum, bias, step) = ends[2 * token :][:2], of_rows[3 * part :][:3]
             at = threads.address(parts) + (row + part * rows.each) * 4
             shares = [
                 threads.load(at, offset=4 * rows.count * (i * t + token))[0].real()
                 for i in range(rows.shares * groups)
             ]
-            return scale * (step * functools.reduce(Real.__add__, shares) - zero_point * row_sum) + bias
+            y = scale * (step * functools.reduce(Real.__add__, shares) - zero_point * row_sum)
+            return y if wide and token >= tokens else y + bias
+
+        def total(token: int, part: int) -> Real:
+            y = sum_of(token, part)
+            return y + sum_of(tokens + token, part) if wide else y
 
         with threads.when(threads.both(row < rows.each, first + row < n)):
-            for token in range(t):
+            for token in range(tokens):
                 y = total(token, 0)
                 if rows.parts == 2:
                     y = _gated(y, total(token, 1))
