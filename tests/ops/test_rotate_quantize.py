@@ -110,6 +110,24 @@ def test_gpu_kernel_equals_the_reference_thread_by_thread(left, right, norm, gat
         assert_close(gpu.rotate_quantize(x, *arguments, **options), expected)
 
 
+@pytest.mark.parametrize(("left", "right", "gated"), [(8, 24, False), (20, 128, True)])
+def test_gpu_kernel_makes_codes_of_16_bits(left, right, gated, monkeypatch):
+    (x, rotation, _, norm), options = kernel_operands(left, right, True, gated)
+    expected = reference.rotate_quantize(x, rotation, None, norm, **options)
+    emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes)
+    emulated_threads.emulate_kernel(monkeypatch, pl)
+    monkeypatch.setattr(gpu_token, "turn", turned)
+    monkeypatch.setattr(gpu, "STREAMING_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(gpu, "_WARPGROUPS", max(1, right // 64))
+    found = gpu.rotate_quantize(x, rotation, None, norm, **options)
+    assert found.wide
+    # The norm's and the gate's sums may be rounded differently before, by a bf16 step.
+    whole, other = (np.asarray(tokens.dequantize()) for tokens in (found, expected))
+    assert np.linalg.norm(whole - other) < 2.0**-8 * np.linalg.norm(other)
+    assert np.mean(found.codes[0] == expected.codes[0]) > 0.99
+    np.testing.assert_array_equal(found.sums, group_sums(found.codes))
+
+
 def test_half_way_between_two_codes_the_gpu_kernel_takes_the_even_one(monkeypatch):
     """As a division does it, but not a product with `1 / scale`."""
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Activations of 16 bits as two int8 parts: exact to a share of the token's range, and multiplied by integer kernels."""
+"""Activations of 16 bits as two int8 parts: how exact they are, and what integer kernels make of them."""
 
 import jax
 import jax.numpy as jnp

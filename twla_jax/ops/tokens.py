@@ -28,6 +28,22 @@ class QuantizedTokens:
     sums: Int32[Array, "*tokens groups"]
     wide: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    def dequantize(self) -> Float32[Array, "*tokens m"]:
+        """Returns x̂; of wide tokens the sum of both parts."""
+        values = self.scale[..., None] * (self.codes - self.zero_point[..., None])
+        return values.sum(0) if self.wide else values
+
+
+def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | float) -> Float32[Array, " 3"]:
+    """Returns how `rotate_quantize` makes codes, `[3]`: levels less one, the clip, and the offset of signed codes.
+
+    Args:
+      bits: 2 to 8.
+      clip: share of the token's range that the codes span.
+    """
+    bits = jnp.asarray(bits, jnp.float32)
+    return jnp.stack([2.0**bits - 1, jnp.asarray(clip, jnp.float32), 2.0 ** (bits - 1)])
+
 
 def wide_tokens(x: Float[Array, "*tokens m"]) -> QuantizedTokens:
     """Returns 16-bit codes of tokens in two int8 parts, stacked along a new leading axis of 2.

@@ -17,7 +17,7 @@ from twla_jax.core.packing import TILE
 from twla_jax.ops.decode_attention import AttentionParts
 from twla_jax.ops.hopper import threads as threads
 from twla_jax.ops.quantized_linear import tile_configs as tuning
-from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, quantizer_settings
+from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch
 from twla_jax.ops.rotate_quantize import gpu_token as turning
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul import gpu_ring as ring
@@ -25,6 +25,7 @@ from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import MOST_ROWS, MOST_WARPGROUPS, WARPGROUPS, Tiles
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.ops.tokens import quantizer_settings
 
 MOST_TOKENS = 4  # beyond, registers end: see `gpu_token.obstacle`
 

@@ -1,7 +1,8 @@
 """The input of a quantised linear: optional RMS norm, Kronecker rotation and per-token codes in one pass."""
 
-from twla_jax.ops.rotate_quantize.api import quantizer_settings, rotate_quantize
+from twla_jax.ops.rotate_quantize.api import rotate_quantize
 from twla_jax.ops.rotate_quantize.reference import gate, rms_norm
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation, kernel_rotation
+from twla_jax.ops.tokens import quantizer_settings
 
 __all__ = ["KernelRotation", "gate", "kernel_rotation", "quantizer_settings", "rms_norm", "rotate_quantize"]

@@ -1,25 +1,14 @@
 """From the residual stream to the codes that a quantised linear reads."""
 
+import dataclasses
 import functools
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from twla_jax.ops.dispatch import Implementation, dispatch
 from twla_jax.ops.rotate_quantize import gpu, reference, tpu
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
-from twla_jax.ops.tokens import QuantizedTokens, wide_tokens
-
-
-def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | float) -> Float32[Array, " 3"]:
-    """How `rotate_quantize` makes codes, as data: levels less one, clip, and what makes codes signed.
-
-    Args:
-      bits: 2 to 8.
-      clip: share of the token's range that the codes span.
-    """
-    bits = jnp.asarray(bits, jnp.float32)
-    return jnp.stack([2.0**bits - 1, jnp.asarray(clip, jnp.float32), 2.0 ** (bits - 1)])
+from twla_jax.ops.tokens import QuantizedTokens
 
 
 def rotate_quantize(
@@ -39,7 +28,7 @@ def rotate_quantize(
 
     Args:
       x: as wide as the rotation, or, if `gated`, twice as wide.
-      settings: from `quantizer_settings`; None for codes of 16 bits, made by XLA: see `tokens.wide_tokens`.
+      settings: from `quantizer_settings`; None for codes of 16 bits: see `tokens.wide_tokens`.
       norm_scale: the norm's weights.
       epsilon: what the norm adds to the mean square.
       gated: the tokens are the outputs of an MLP's gate and, after them, those of its up linear; `silu(gate) · up`,
@@ -51,9 +40,6 @@ def rotate_quantize(
     """
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     options = {"epsilon": epsilon, "gated": gated}
-    if settings is None:
-        rotated = reference.rotated(x, rotation, norm_scale, **options)
-        return wide_tokens(rotated.reshape(*lead, -1))
     tokens = dispatch(
         "rotate_quantize",
         implementation,
@@ -62,13 +48,18 @@ def rotate_quantize(
             "gpu": functools.partial(gpu.rotate_quantize, **options),
             "tpu": functools.partial(tpu.rotate_quantize, **options),
         },
-        {"gpu": gpu.obstacle(x, rotation, gated=gated), "tpu": tpu.obstacle(x.dtype, rotation)},
+        {
+            "gpu": gpu.obstacle(x, rotation, gated=gated),
+            "tpu": tpu.obstacle(x.dtype, rotation, wide=settings is None),
+        },
         x,
         rotation,
         settings,
         norm_scale,
     )
-    return QuantizedTokens(
+    lead = (2, *lead) if tokens.wide else lead
+    return dataclasses.replace(
+        tokens,
         codes=tokens.codes.reshape(*lead, -1),
         scale=tokens.scale.reshape(lead),
         zero_point=tokens.zero_point.reshape(lead),

@@ -20,7 +20,7 @@ from twla_jax.ops.rotate_quantize import gpu_token as turning
 from twla_jax.ops.rotate_quantize.gpu_codes import Plain
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul.tile_configs import STREAMING_MULTIPROCESSORS
-from twla_jax.ops.tokens import QuantizedTokens
+from twla_jax.ops.tokens import QuantizedTokens, quantizer_settings
 
 _MEMORY = 226 * 1024  # bytes of shared memory
 # Of the blocks that share a multiprocessor. 2048 tokens of 64×64 (a warpgroup each) took 17.2, 21.5 and 17.8 µs with
@@ -44,14 +44,17 @@ def obstacle(x: jax.Array, rotation: KernelRotation | None, *, gated: bool = Fal
 def rotate_quantize(
     x: Float[Array, "t width"],
     rotation: KernelRotation,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     norm_scale: Float[Array, " m"] | None,
     *,
     epsilon: float,
     gated: bool = False,
 ) -> QuantizedTokens:
     """What `reference.rotate_quantize` computes, for bf16 x."""
-    t, shape = len(x), _shape(x, rotation, gated=gated)
+    wide = settings is None
+    t, shape = len(x), _shape(x, rotation, gated=gated, wide=wide)
+    settings = quantizer_settings(8, 1.0) if settings is None else settings
+    count = 2 * t if wide else t
     norm = () if norm_scale is None else (threads.readable(norm_scale),)
     m, lie = shape.size * shape.r, Plain(shape.r)
     # More warpgroups leave a thread too few registers for a token on its way beside the one that is turned.
@@ -62,10 +65,10 @@ def rotate_quantize(
             _kernel, shape=shape, lie=lie, t=t, blocks=blocks, epsilon=epsilon if norm else None
         ),
         out_type=(
-            jax.ShapeDtypeStruct((t, m), jnp.int8),
-            jax.ShapeDtypeStruct((t,), jnp.float32),
-            jax.ShapeDtypeStruct((t,), jnp.float32),
-            jax.ShapeDtypeStruct((t, TILE // PLANE * pl.cdiv(m, TILE)), jnp.int32),
+            jax.ShapeDtypeStruct((count, m), jnp.int8),
+            jax.ShapeDtypeStruct((count,), jnp.float32),
+            jax.ShapeDtypeStruct((count,), jnp.float32),
+            jax.ShapeDtypeStruct((count, TILE // PLANE * pl.cdiv(m, TILE)), jnp.int32),
         ),
         grid=(blocks,),
         grid_names=("block",),
@@ -75,7 +78,8 @@ def rotate_quantize(
         scratch_types={
             # A token is used up when its codes are written.
             "token_or_codes_smem": plgpu.RefUnion(
-                turning.token_memory(shape, x.dtype), plgpu.SMEM((1, shape.rows * lie.stride), jnp.int8)
+                turning.token_memory(shape, x.dtype),
+                plgpu.SMEM((shape.codes, shape.rows * lie.stride), jnp.int8),
             ),
             "left_smem": turning.left_memory(shape, x.dtype),
             "right_smem": turning.right_memory(shape, x.dtype),
@@ -83,14 +87,18 @@ def rotate_quantize(
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(x, rotation.left, rotation.right_transposed, settings, *norm)
-    return QuantizedTokens(codes=codes, scale=scale, zero_point=zero_point, sums=sums)
+    if wide:
+        codes, scale, zero_point, sums = (
+            each.reshape(2, t, *each.shape[1:]) for each in (codes, scale, zero_point, sums)
+        )
+    return QuantizedTokens(codes=codes, scale=scale, zero_point=zero_point, sums=sums, wide=wide)
 
 
-def _shape(x: jax.Array, rotation: KernelRotation, *, gated: bool) -> turning.Shape:
+def _shape(x: jax.Array, rotation: KernelRotation, *, gated: bool, wide: bool = False) -> turning.Shape:
     """Of one token, on as many warpgroups as it has lines."""
     one = jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype)
     lines = turning.shape(one, rotation, 1).lines
-    return turning.shape(one, rotation, lines, gated=gated)
+    return turning.shape(one, rotation, lines, gated=gated, wide=wide)
 
 
 def _kernel(
@@ -123,8 +131,10 @@ def _kernel(
         gpu_fetch.meet(shape=shape)
         z = turning.turn(token_smem, right_smem, left_smem, shape=shape)
         found = gpu_codes.quantize(z, settings, codes_smem, None, warps_smem, shape=shape, lie=lie)
-        of_token = codes_gmem.at[token], sums_gmem.at[token]
-        _write(found, token, codes_smem, *of_token, scale_gmem, zero_point_gmem, shape=shape, lie=lie)
+        for part in range(shape.codes):
+            row = token + part * t
+            outputs = codes_gmem.at[row], sums_gmem.at[row], scale_gmem, zero_point_gmem
+            _write(found, row, codes_smem, *outputs, shape=shape, lie=lie, part=part)
 
     asked = fetch(first)
     factors = gpu_fetch.fetch_factors(left_gmem, right_gmem, shape=shape)
@@ -144,7 +154,7 @@ def _kernel(
 
 def _write(
     found,
-    token,
+    row,
     codes_smem,
     codes_gmem,
     sums_gmem,
@@ -153,15 +163,20 @@ def _write(
     *,
     shape: turning.Shape,
     lie: Plain,
+    part: int,
 ) -> None:
     """A token's codes, their sums by groups of 128, and `found`, its scale and zero point, to global memory."""
     refs = codes_smem, codes_gmem, sums_gmem, scale_gmem, zero_point_gmem
 
     @threads.on_threads(
-        arg_types=(threads.per_thread(2), plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs))
+        arg_types=(
+            threads.per_thread(2 * shape.codes),
+            plgpu.Layout.WG_SPLAT,
+            *[plgpu.RefType()] * len(refs),
+        )
     )
-    def write(_, found, token, codes, codes_out, sums_out, *out):
-        me, start = threads.thread(), lie.token(codes, 0)
+    def write(_, found, row, codes, codes_out, sums_out, *out):
+        me, start = threads.thread(), lie.token(codes, part)
         lane, count, groups = me & (threads.WARP - 1), shape.size * shape.r, threads.shape(sums_out)[0]
         for first in range(0, groups, shape.warps):
             group = me // threads.WARP + first
@@ -175,7 +190,7 @@ def _write(
             with threads.when(threads.both(lane.equals(0), group < groups)):
                 threads.store_global_words(sums_out, group * 4, [total])
         with threads.when(me.equals(0)):
-            for value, ref in zip(threads.reals(found), out, strict=True):
-                threads.store_real(ref, threads.splat_word(token), value)
+            for value, ref in zip(threads.reals(found)[2 * part :][:2], out, strict=True):
+                threads.store_real(ref, threads.splat_word(row), value)
 
-    write(found, token, *refs)
+    write(found, row, *refs)

@@ -7,13 +7,13 @@ from jaxtyping import Array, Float, Float32
 
 from twla_jax.core import activation, kotms
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
-from twla_jax.ops.tokens import QuantizedTokens, group_sums
+from twla_jax.ops.tokens import QuantizedTokens, group_sums, wide_tokens
 
 
 def rotate_quantize(
     x: Float[Array, "t width"],
     rotation: KernelRotation | None,
-    settings: Float32[Array, " 3"],
+    settings: Float32[Array, " 3"] | None,
     norm_scale: Float[Array, " m"] | None,
     *,
     epsilon: float,
@@ -24,6 +24,8 @@ def rotate_quantize(
     Before all that stands `silu(gate) · x` if the tokens are `gated`.
     """
     x = rotated(x, rotation, norm_scale, epsilon=epsilon, gated=gated)
+    if settings is None:
+        return wide_tokens(x)
     levels, clip, half = settings
     codes, scale, zero_point = activation.quantize_tokens(x, levels, clip)
     signed = (codes - half).astype(jnp.int8)

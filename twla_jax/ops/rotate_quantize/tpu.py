@@ -18,10 +18,12 @@ from twla_jax.ops.tokens import QuantizedTokens
 _TOKENS = 8
 
 
-def obstacle(dtype, rotation: KernelRotation | None) -> str | None:
+def obstacle(dtype, rotation: KernelRotation | None, *, wide: bool = False) -> str | None:
     """Why the kernel cannot take such activations, or None."""
     if rotation is None:
         return "there is no rotation"
+    if wide:
+        return "codes of 16 bits are made by XLA"
     return None if dtype == jnp.bfloat16 else f"activations are {dtype}, not bfloat16"
 
 
