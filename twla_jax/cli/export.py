@@ -1,0 +1,44 @@
+"""The command that writes a quantised model for other tools: `export`."""
+
+from typing import Annotated, Literal
+
+import tyro
+
+from twla_jax.cli.options import OptionalDtype, Out, argument, show
+
+Format = Literal["hf", "safetensors"]
+Dest = Annotated[tyro.conf.Positional[str], argument("DEST")]
+
+
+def export(
+    out: Out,
+    dest: Dest,
+    /,
+    *,
+    format: Format,
+    dtype: OptionalDtype = None,
+    json: bool = False,
+) -> None:
+    """Write a quantised model in a format of other tools: exact, or refused.
+
+    Tokenizer, chat template and generation settings go along.
+
+    Args:
+        out: folder written by twla
+        dest: folder to write
+        format: hf, a Hugging Face folder with dequantised weights, rotations folded in; safetensors, the packed arrays
+            in one file (examples/read_packed.py reads it with numpy alone)
+        dtype: of the weights in hf; default: bfloat16
+        json: print what was written as JSON
+    """
+    from twla_jax.jobs import export_model
+
+    figures = export_model.export_model(out, dest, format=format, dtype=dtype)
+
+    def text() -> str:
+        lines = [f"{dest}: {format}, {len(figures['files'])} files, {figures['bytes']:,} bytes"]
+        if figures["activation_bits"] < 16 and format != "safetensors":
+            lines.append("activations are not quantised there; compare with twla eval --activation-bits 16")
+        return "\n".join(lines)
+
+    show(figures, json, text)
