@@ -4,10 +4,11 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "twla_jax"
-# Folders of one row do not import one another; each imports those of the rows before. Modules that lie in no folder
-# come before all, but for the package's own `__init__` and `__main__`.
+# What stands in one row does not import one another; each imports those of the rows before. Modules that lie in no
+# folder and stand in no row come before all, but for the package's own `__init__` and `__main__`.
 LAYERS = (
     ("core",),
+    ("recipe",),
     ("text",),
     ("ops",),
     ("models",),
@@ -61,11 +62,10 @@ def imports(name, *, at_once=False):
 
 
 def level(name):
-    """The row of a module; −1 for those in no folder."""
-    parts = name.split(".")
-    if len(parts) == 2 and MODULES[name].name != "__init__.py":
-        return -1
-    return LEVEL[parts[1]]
+    """The row of a module; −1 for those in none."""
+    first = name.split(".")[1]
+    assert first in LEVEL or not (PACKAGE / first).is_dir(), f"{first} stands in no row of LAYERS"
+    return LEVEL.get(first, -1)
 
 
 INSIDE = sorted(name for name in MODULES if name not in ("twla_jax", "twla_jax.__main__"))

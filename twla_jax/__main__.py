@@ -4,7 +4,7 @@ from twla_jax.cli import interrupts
 
 
 def main() -> None:
-    """Runs the command line; from the first import to the last clean-up, Ctrl-C ends it with exit status 130."""
+    """Run the command line; from the first import to the last clean-up, Ctrl-C ends it with exit status 130."""
     interrupts.end_at_once()
     try:
         from twla_jax.cli.main import main as run

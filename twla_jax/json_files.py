@@ -11,7 +11,7 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def require_file(path: Path) -> int:
-    """Returns the size in bytes of a regular file that can be opened.
+    """Return the size in bytes of a regular file that can be opened.
 
     Nothing is waited for: a FIFO or a device is refused without being opened.
 
@@ -32,10 +32,12 @@ def require_file(path: Path) -> int:
 
 
 def read_json(path: Path, *, longest: int = 64 << 20) -> dict[str, Any]:
-    """Returns the JSON object in a file.
+    """Return the JSON object in a file.
 
     Args:
+      path: of the file.
       longest: bytes from which a file is refused unread.
+
     Raises:
       TwlaError: as `require_file`; the file is too long, not JSON, nested too deeply, or not an object.
     """

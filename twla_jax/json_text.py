@@ -8,7 +8,7 @@ from twla_jax.errors import TwlaError
 
 
 def dumps(value: Any, *, indent: int | None = 1) -> str:
-    """Returns JSON text with a line end; numbers that are not finite become null.
+    """Return JSON text with a line end; numbers that are not finite become null.
 
     Raises:
       TwlaError: the value holds something that JSON has no form for.

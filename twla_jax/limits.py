@@ -36,7 +36,7 @@ class Limit:
         )
 
     def accepts(self, value: Any) -> bool:
-        """Returns whether a value is a number of this kind within the range; booleans are none."""
+        """Return whether a value is a number of this kind within the range; booleans are none."""
         wanted = numbers.Integral if self.kind is int else numbers.Real
         if isinstance(value, bool) or not isinstance(value, wanted):
             return False
@@ -71,10 +71,13 @@ LIMITS = {
 
 
 def check_number(name: str, value: Any, *, called: str | None = None) -> None:
-    """Refuses a number outside the range that `LIMITS` has for its name.
+    """Refuse a number outside the range that `LIMITS` has for its name.
 
     Args:
+      name: of the entry in `LIMITS`.
+      value: what is checked.
       called: what a message calls it, if not by its name.
+
     Raises:
       TwlaError: it is no such number, or outside.
     """

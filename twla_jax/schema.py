@@ -19,7 +19,7 @@ class Check:
 
 
 def integer(least: int, most: int) -> Check:
-    """Accepts whole numbers in `[least, most]`; neither booleans nor floats such as 2.0."""
+    """Accept whole numbers in `[least, most]`; neither booleans nor floats such as 2.0."""
 
     def accepts(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
@@ -28,7 +28,7 @@ def integer(least: int, most: int) -> Check:
 
 
 def number(least: float, most: float, *, above: bool = False) -> Check:
-    """Accepts finite numbers in `[least, most]`, or in `(least, most]` if `above`."""
+    """Accept finite numbers in `[least, most]`, or in `(least, most]` if `above`."""
 
     def accepts(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -43,17 +43,17 @@ def number(least: float, most: float, *, above: bool = False) -> Check:
 
 
 def boolean() -> Check:
-    """Accepts true and false."""
+    """Accept true and false."""
     return Check(expected="true or false", accepts=lambda value: isinstance(value, bool))
 
 
 def text(longest: int = 4096) -> Check:
-    """Accepts strings of at most `longest` characters."""
+    """Accept strings of at most `longest` characters."""
     return Check(expected="a text", accepts=lambda value: isinstance(value, str) and len(value) <= longest)
 
 
 def one_of(*allowed: Any) -> Check:
-    """Accepts these values, of these very types."""
+    """Accept these values, of these very types."""
 
     def accepts(value: Any) -> bool:
         return any(type(value) is type(item) and value == item for item in allowed)
@@ -62,14 +62,14 @@ def one_of(*allowed: Any) -> Check:
 
 
 def optional(check: Check) -> Check:
-    """Accepts null, too."""
+    """Accept null, too."""
     return Check(
         expected=f"{check.expected}, or null", accepts=lambda value: value is None or check.accepts(value)
     )
 
 
 def either(*checks: Check) -> Check:
-    """Accepts what one of the checks accepts."""
+    """Accept what one of the checks accepts."""
     return Check(
         expected=" or ".join(check.expected for check in checks),
         accepts=lambda value: any(check.accepts(value) for check in checks),
@@ -77,7 +77,7 @@ def either(*checks: Check) -> Check:
 
 
 def sequence(check: Check, *, longest: int, shortest: int = 0) -> Check:
-    """Accepts lists and tuples whose every entry the check accepts."""
+    """Accept lists and tuples whose every entry the check accepts."""
 
     def accepts(value: Any) -> bool:
         return (
@@ -90,7 +90,7 @@ def sequence(check: Check, *, longest: int, shortest: int = 0) -> Check:
 
 
 def mapping(check: Check | None = None, *, longest: int = 10**6) -> Check:
-    """Accepts objects with at most `longest` entries, whose every value the check accepts."""
+    """Accept objects with at most `longest` entries, whose every value the check accepts."""
 
     def accepts(value: Any) -> bool:
         if not isinstance(value, Mapping) or len(value) > longest:
@@ -102,10 +102,13 @@ def mapping(check: Check | None = None, *, longest: int = 10**6) -> Check:
 
 
 def check_values(values: Mapping[str, Any], table: Mapping[str, Check], source: str) -> None:
-    """Checks every value that has an entry in the table; keys that the table does not name are left alone.
+    """Check every value that has an entry in the table; keys that the table does not name are left alone.
 
     Args:
+      values: what is checked, by key.
+      table: the checks, by key.
       source: where the values come from, for the message.
+
     Raises:
       TwlaError: a value is not what its entry accepts.
     """
@@ -115,7 +118,7 @@ def check_values(values: Mapping[str, Any], table: Mapping[str, Check], source: 
 
 
 def shown(value: Any) -> str:
-    """Returns a value on one line, cut to a length that a message can hold; nested ones by their type alone."""
+    """Return a value on one line, cut to a length that a message can hold; nested ones by their type alone."""
     if isinstance(value, Mapping | list | tuple):
         kind = "an object" if isinstance(value, Mapping) else "a list"
         return f"{kind} of {len(value)}"

@@ -49,9 +49,11 @@ def measure(
       embedding_bits: of the ternary decoding models' embedding and LM head: 16, or 2 to 8, which also times the head
         alone.
       on_row: called with the part and each row as it comes.
+
     Returns:
       JSON-ready: rows by part, `copy_bytes_per_second` and, for what decoding is held against, the same `by_clock`,
       peaks of XLA's products, how it was timed, and what stood in.
+
     Raises:
       TwlaError: an unknown shape or a size that is none.
     """

@@ -13,14 +13,14 @@ _MOMENT = 0.01  # seconds, by which the code that passes errors over has returne
 
 
 def end_at_once() -> None:
-    """Lets Ctrl-C end the process from now on: nothing is in progress that would have to be told."""
+    """Let Ctrl-C end the process from now on: nothing is in progress that would have to be told."""
     if _listens():
         signal.signal(signal.SIGINT, lambda *_: os._exit(STATUS))
 
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Raises KeyboardInterrupt at Ctrl-C, also when it falls into code whose errors Python passes over.
+    """Raise KeyboardInterrupt at Ctrl-C, also when it falls into code whose errors Python passes over.
 
     Such code, as callbacks of the garbage collector, prints "Exception ignored" and the work goes on. Here the
     interrupt is sent again until it is heard.
@@ -56,6 +56,6 @@ def heard() -> Iterator[None]:
 
 
 def _listens() -> bool:
-    """Whether a handler can be set here, and the process was not started with Ctrl-C switched off."""
+    """Return whether a handler can be set here, and the process was not started with Ctrl-C switched off."""
     main = threading.current_thread() is threading.main_thread()
     return main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)

@@ -143,7 +143,6 @@ def allocate(
         dtype: type the model computes in
         json: print the figures as JSON
     """
-
     if not budget and (plot or not frontier):
         raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
     options = {"budget": budget or 0.0, "site": site, "choices": numbers(choices, int, "--choices")}

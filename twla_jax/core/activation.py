@@ -25,7 +25,7 @@ class ActivationQuantizer:
     enabled: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Float[Array, "*tokens m"]) -> Float[Array, "*tokens m"]:
-        """x quantised and dequantised, in `x.dtype`."""
+        """Return x quantised and dequantised, in `x.dtype`."""
         if not self.enabled:
             return x
         clip = select_clip(self.clips, self.bits)
@@ -33,7 +33,7 @@ class ActivationQuantizer:
 
 
 def with_bits(quantizer: ActivationQuantizer, bits) -> ActivationQuantizer:
-    """The same input at other bits: an int, or an array of the quantiser's batch shape. Enabled unless the int 16."""
+    """Return the same input at other bits: an int, or an array of the batch shape. Enabled unless the int 16."""
     enabled = not (isinstance(bits, int) and bits >= OFF)
     return dataclasses.replace(
         quantizer, bits=jnp.broadcast_to(jnp.asarray(bits, jnp.int32), quantizer.bits.shape), enabled=enabled
@@ -41,14 +41,14 @@ def with_bits(quantizer: ActivationQuantizer, bits) -> ActivationQuantizer:
 
 
 def select_clip(clips: Float[Array, " 4"], bits: Int32[Array, ""]) -> Float[Array, ""]:
-    """The clip that belongs to `bits`; the widest one's where bits are off."""
+    """Return the clip that belongs to `bits`; the widest one's where bits are off."""
     return clips[jnp.clip(bits // 2 - 1, 0, len(BIT_CHOICES) - 1)].astype(jnp.float32)
 
 
 def fake_quantize(
     x: Float[Array, "*tokens m"], bits, clip, *, rounding: Callable[[jax.Array], jax.Array] = jnp.round
 ) -> Float[Array, "*tokens m"]:
-    """Quantises each token (last axis) to `2**bits` levels and maps it back, in float32 inside, `x.dtype` outside.
+    """Quantise each token (last axis) to `2**bits` levels and map it back, in float32 inside, `x.dtype` outside.
 
     `rounding` is what `x/s` goes through: `jnp.round`, or something that gradients pass.
     """
@@ -59,7 +59,7 @@ def fake_quantize(
 def quantize_tokens(
     x: Float[Array, "*tokens m"], levels, clip, *, rounding: Callable[[jax.Array], jax.Array] = jnp.round
 ) -> tuple[Float[Array, "*tokens m"], Float[Array, "*tokens 1"], Float[Array, "*tokens 1"]]:
-    """Codes, scale and zero point of each token, all float32, with `x̂ = s·(q − z)`.
+    """Return codes, scale and zero point of each token, all float32, with `x̂ = s·(q − z)`.
 
     `s = clip·(max − min)/levels`, `z = round(−clip·min/s)`, `q = clamp(round(x/s) + z, 0, levels)`, `levels = 2^b − 1`
     (TWLA's public quantiser). Zero is always exactly representable where the token's range contains it.
@@ -76,12 +76,13 @@ def quantize_tokens(
 def fit_clips(
     x: Float[Array, "t m"], output_metric: Float[Array, "m m"], candidates: Sequence[float]
 ) -> Float16[Array, " 4"]:
-    """For each of `BIT_CHOICES` the clip with the least output error, on tokens that are already rotated.
+    """Return the clip of least output error for each of `BIT_CHOICES`, `[4]`, on tokens that are already rotated.
 
     The error of clip c is `Σ_t e_t (ŴᵀŴ) e_tᵀ` with `e = x̂ − x`: what quantising the input adds to the outputs of
     the *quantised* weights. 1.0 belongs among the candidates, so that no clip is chosen that is worse than none.
 
     Args:
+      x: tokens of the input, rotated.
       output_metric: `ŴᵀŴ`, summed over the linears that share this input.
       candidates: clips to try, in (0, 1].
     """

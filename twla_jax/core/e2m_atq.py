@@ -14,7 +14,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def euclidean_fit(
     w: Float[Array, "n g"], mask: Bool[Array, " g"], *, steps: int = 15, threshold: float = 0.75
 ) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, "n g"]]:
-    """Stage 1 of E2M-ATQ: fits `α·T + μ` to each row of one group in the weights' own metric.
+    """Fit `α·T + μ` to each row of one group in the weights' own metric: stage 1 of E2M-ATQ.
 
     `Δ = threshold·mean|w − μ|`, `T = sign(w − μ)·[|w − μ| > Δ]`, `α = ⟨T, w − μ⟩ / ΣT²`; then `μ ← μ + mean(w − Ŵ)`,
     `steps` times.
@@ -22,6 +22,9 @@ def euclidean_fit(
     Args:
       w: weights of one group, a row an output.
       mask: which columns exist; a short last group is padded to the group size.
+      steps: corrections of μ.
+      threshold: Δ as a multiple of `mean|w − μ|`.
+
     Returns:
       `(alpha, mu, codes)`, codes as floats in {-1, 0, 1}, 0 where masked out.
     """
@@ -54,14 +57,19 @@ def relocate(
     metric: Float[Array, "g g"],
     mask: Bool[Array, " g"],
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """Stage 2 of E2M-ATQ: with T fixed, moves (α, μ) to the least output error `(w − αt − μ1)ᵀ M (w − αt − μ1)`.
+    """Move (α, μ) to the least output error `(w − αt − μ1)ᵀ M (w − αt − μ1)`, T fixed: stage 2 of E2M-ATQ.
 
     One 2×2 solve per row, the fixed point of the published coordinate steps. A row whose system is singular (all
     codes equal), or whose error the solve would not lower in float32, keeps the (α, μ) it came with.
 
     Args:
-      metric: second moments of the group's inputs, or their Schur complement (`compensation.py`); symmetric,
+      w: weights of one group, a row an output.
+      codes: T, floats in {-1, 0, 1}.
+      alpha: α to begin with.
+      mu: μ to begin with.
+      metric: second moments of the group's inputs, or their Schur complement (`gptq.py`); symmetric,
         positive semidefinite.
+      mask: which columns exist.
     """
     ones = mask.astype(w.dtype)
     w = w * ones
@@ -88,6 +96,6 @@ def relocate(
 def nearest_codes(
     w: Float[Array, "*shape"], alpha: Float[Array, "*shape"], mu: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """The code in {-1, 0, 1} whose value `α·T + μ` lies nearest to w; α = 0 gives 0."""
+    """Return the code in {-1, 0, 1} whose value `α·T + μ` lies nearest to w; α = 0 gives 0."""
     ratio = (w - mu) / jnp.where(alpha == 0, jnp.inf, alpha)
     return jnp.clip(jnp.round(ratio), -1, 1)

@@ -24,7 +24,7 @@ _DAMPING_TRIES = 6
 
 
 def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"]) -> Float[Array, "m m"]:
-    """`S + XᵀX`, in true float32 whatever the dtype of x."""
+    """Return `S + XᵀX`, in true float32 whatever the dtype of x."""
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     return moment + jnp.matmul(rows.T, rows, precision=_HIGHEST)
 
@@ -38,7 +38,7 @@ def quantize_matrix(
     *,
     settings: WeightSettings,
 ) -> tuple[TernaryTensor | IntegerTensor, dict[str, Float[Array, ""]]]:
-    """Quantises all rows of `weight`, group by group of columns, in one scan.
+    """Quantise all rows of `weight`, group by group of columns, in one scan.
 
     Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `rounds` times
     a sweep that re-rounds the codes column by column and a relocation of the scales for the new codes; then the group's
@@ -51,6 +51,8 @@ def quantize_matrix(
       tokens: how many tokens S sums over.
       drift: `Σ (x₀ − x)ᵀx`, x₀ what the full-precision model has in place of x, rotated the same way: what is quantised
         is then `propagated` weights. The errors stay those of `weight` itself.
+      settings: of the quantiser, the sweep and the propagation.
+
     Returns:
       The packed tensor, and scalars: `output_error` (`‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`), `weight_error`, and `damping`, the
       fraction of the mean diagonal that made H factor (NaN errors mean that none did).
@@ -103,11 +105,12 @@ def quantize_matrix(
 def propagated(
     weight: Float[Array, "n m"], drift: Float[Array, "m m"], inverse: Float[Array, "m m"], share: float
 ) -> Float[Array, "n m"]:
-    """`W* = W + β·W D H⁻¹`: with β = 1 the minimiser of `‖W X₀ − W* X‖² / t + λ‖W* − W‖²` (QEP, arXiv 2504.09629).
+    """Return `W + β·W D H⁻¹`: with β = 1 the minimiser W* of `‖W X₀ − W* X‖² / t + λ‖W* − W‖²` (QEP, arXiv 2504.09629).
 
     The weights that, on the inputs X that the quantised prefix gives, come nearest to the full-precision outputs.
 
     Args:
+      weight: W, rows are outputs, rotated.
       drift: `D = (X₀ − X) Xᵀ / t`.
       inverse: U, with `H⁻¹ = UᵀU`.
       share: β; errors are made up for where the calibration text has them, at β = 1 fully.
@@ -123,10 +126,14 @@ def sweep_codes(
     mask: Bool[Array, " g"],
     levels: Quantizer,
 ) -> Float[Array, "n g"]:
-    """Codes of one group at fixed scales: columns in order, the error of each pushed to the group's later columns.
+    """Return the codes of one group at fixed scales: columns in order, each error pushed to the group's later columns.
 
     Args:
+      w: weights of the group as compensated so far.
+      scales: of each row, as the quantiser takes them.
       inverse: `U_bb`, the group's diagonal block of the upper triangular factor of `H⁻¹ = UᵀU`.
+      mask: which columns exist.
+      levels: the quantiser, which rounds to codes and says what they stand for.
     """
     size = w.shape[1]
     block = math.gcd(size, _BLOCK)
@@ -164,7 +171,7 @@ def sweep_codes(
 def factor(
     mean_moment: Float[Array, "m m"], exists: Bool[Array, " m"], damping: float
 ) -> tuple[Float[Array, "m m"], Float[Array, "m m"], Float[Array, ""]]:
-    """`(R, U, damping)` with `H = R Rᵀ`, R upper triangular and `U = R⁻¹`, for `H = S/t + damping·mean(diag S/t)·I`.
+    """Return `(R, U, damping)`: `H = R Rᵀ`, R upper triangular and `U = R⁻¹`, for `H = S/t + damping·mean(diag S/t)·I`.
 
     H is damped before it is factored; where the factorisation still fails the damping is raised tenfold and only
     then. Columns that do not exist (padding) are decoupled.
@@ -192,7 +199,7 @@ def factor(
 def output_figures(
     weight: Float[Array, "n m"], difference: Float[Array, "n m"], moment: Float[Array, "m m"]
 ) -> dict[str, Float[Array, ""]]:
-    """Returns `output_error` (`‖X D ᵀ‖² / ‖X Wᵀ‖²`) and `weight_error` (`‖D‖² / ‖W‖²`) of a difference D."""
+    """Return `output_error` (`‖X D ᵀ‖² / ‖X Wᵀ‖²`) and `weight_error` (`‖D‖² / ‖W‖²`) of a difference D."""
 
     def energy(v):
         return (jnp.matmul(v, moment, precision=_HIGHEST) * v).sum()

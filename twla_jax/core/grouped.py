@@ -46,7 +46,7 @@ class GroupedTensor:
         return (*self.codes.shape[:-1], self.in_features)
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
-        """Returns the matrix `Ŵ` in `dtype`; unpacks it whole."""
+        """Return the matrix `Ŵ` in `dtype`; unpacks it whole."""
         m = self.in_features
         salient = packing.unpack_bits(self.salient, 1, m).astype(bool)[..., None, :]
         large = packing.unpack_bits(self.large, 1, m).astype(bool)
@@ -69,12 +69,12 @@ class GroupedTensor:
         return jnp.where(salient, mu_in + alpha_in * first + beta * second, mu_out + alpha_out * first)
 
     def trimmed(self, width: int) -> "GroupedTensor":
-        """Returns the same matrix with room for `width` salient columns, no fewer than there are."""
+        """Return the same matrix with room for `width` salient columns, no fewer than there are."""
         codes = packing.unpack(self.residual_codes, self.salient_width)[..., :width].astype(jnp.int8) - 1
         return dataclasses.replace(self, residual_codes=packing.pack(codes), salient_width=width)
 
     def salient_count(self) -> int:
-        """Returns the most salient columns that a matrix of the stack has."""
+        """Return the most salient columns that a matrix of the stack has."""
         return int(packing.unpack_bits(self.salient, 1, self.in_features).sum(-1).max())
 
 
@@ -86,7 +86,7 @@ def quantize_in_groups(
     *,
     damping: float = 0.1,
 ) -> tuple[GroupedTensor, dict[str, Float[Array, ""]]]:
-    """Quantises one matrix by the published layout, 128 columns at a time, in one scan.
+    """Quantise one matrix by the published layout, 128 columns at a time, in one scan.
 
     A block's groups, codes and scales are fixed by the weights as compensated so far; then its error goes to the
     columns that follow. As published, codes are not rounded again; so the column-by-column sweep is one triangular
@@ -97,6 +97,7 @@ def quantize_in_groups(
       moment: `S = Σ xᵀx` over calibration inputs, rotated the same way; summed once, never rescaled in mid-stream.
       tokens: how many tokens S sums over.
       damping: share of the mean diagonal that is added to `S/t` (the public code's 0.1).
+
     Returns:
       The tensor, with room for 63 salient columns a block, and the figures of `gptq.quantize_matrix`.
     """

@@ -44,7 +44,7 @@ class SensitivityTable:
         pairs: Float[np.ndarray, "l-1 c-1 c-1"],
         effort: dict[str, Any],
     ) -> Self:
-        """The table from losses at every choice but the base: of single sites, and of neighbours together.
+        """Return the table from losses at every choice but the base: of single sites, and of neighbours together.
 
         Raises:
           TwlaError: a loss that is not finite.
@@ -62,7 +62,7 @@ class SensitivityTable:
         )
 
     def predict(self, bits: Int[np.ndarray, " l"], beta: float) -> float:
-        """The loss that `base_loss + Σ C_l + β Σ K_{l−1,l}` gives an allocation."""
+        """Return the loss that `base_loss + Σ C_l + β Σ K_{l−1,l}` gives an allocation."""
         at = np.searchsorted(self.choices, bits)
         sites = np.arange(len(at))
         singles = self.costs[sites, at].sum()
@@ -70,7 +70,7 @@ class SensitivityTable:
         return float(self.base_loss + singles + beta * pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, exact to the last bit; `from_dict` is its inverse."""
+        """Return plain values for JSON, exact to the last bit; `from_dict` is its inverse."""
         return {
             **dataclasses.asdict(self),
             "costs": self.costs.tolist(),
@@ -79,7 +79,7 @@ class SensitivityTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The table that `to_dict` wrote."""
+        """Return the table that `to_dict` wrote."""
         choices, length = tuple(values["choices"]), len(values["costs"])
         arrays = {
             "costs": np.asarray(values["costs"], np.float64),
@@ -99,7 +99,7 @@ def allocate(
     choices: Sequence[int],
     beta: float = 0.5,
 ) -> Int[np.ndarray, " l"]:
-    """The bits that minimise `Σ C_l(b_l) + β Σ K_{l−1,l}(b_{l−1}, b_l)` while `Σ w_l b_l ≤ budget · Σ w_l`.
+    """Return the bits that minimise `Σ C_l(b_l) + β Σ K_{l−1,l}(b_{l−1}, b_l)` while `Σ w_l b_l ≤ budget · Σ w_l`.
 
     Exact: dynamic programming over (site, bits of the last site, budget used). The budget is counted in whole steps,
     `weights` and the choices' distances each divided by their greatest common divisor, so nothing is rounded.
@@ -110,6 +110,8 @@ def allocate(
       weights: what one bit of each site counts for: elements or multiply-adds, whole and positive.
       budget: bits on average.
       choices: bits, ascending.
+      beta: weight of the interactions.
+
     Raises:
       TwlaError: a budget outside what the choices can give; says what they can.
     """
@@ -142,18 +144,18 @@ def allocate(
 
 
 def uniform(length: int, budget: float, choices: Sequence[int]) -> Int[np.ndarray, " l"]:
-    """The most bits that every site can have alike within the budget. Raises as `allocate`."""
+    """Return the most bits that every site can have alike within the budget. Raises as `allocate`."""
     check_budget(budget, choices)
     return np.full(length, max(bits for bits in choices if bits <= budget))
 
 
 def average_bits(bits: Int[np.ndarray, " l"], weights: Int[np.ndarray, " l"]) -> float:
-    """`Σ w_l b_l / Σ w_l`."""
+    """Return `Σ w_l b_l / Σ w_l`."""
     return float(np.dot(bits, weights) / np.sum(weights))
 
 
 def check_budget(budget: float, choices: Sequence[int]) -> None:
-    """Refuses a budget that no allocation meets or that none can spend.
+    """Refuse a budget that no allocation meets or that none can spend.
 
     Raises:
       TwlaError: says the feasible range.
@@ -166,5 +168,5 @@ def check_budget(budget: float, choices: Sequence[int]) -> None:
 
 
 def _whole_steps(budget: float, low: int, step: int, total: int) -> int:
-    """Steps above the lowest choice that a budget pays for; 3.3 means 33/10, not the float next to it."""
+    """Return steps above the lowest choice that a budget pays for; 3.3 means 33/10, not the float next to it."""
     return math.floor((Fraction(str(float(budget))) - low) * total / step)

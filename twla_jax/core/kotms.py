@@ -25,14 +25,14 @@ class KroneckerRotation:
     right: Float16[Array, "*batch r r"]
 
     def __call__(self, x: Float[Array, "*tokens m"]) -> Float[Array, "*tokens m"]:
-        """x rotated, in `x.dtype`: `m·(l + r)` multiply-adds a token. Weight rows are rotated by the same call."""
+        """Return x rotated, in `x.dtype`: `m·(l + r)` multiply-adds a token. The same call rotates rows of weights."""
         return rotate(x, self.left, self.right)
 
 
 def rotate(
     x: Float[Array, "*tokens m"], left: Float[Array, "l l"], right: Float[Array, "r r"]
 ) -> Float[Array, "*tokens m"]:
-    """`vec(L · mat(x) · R)` in `x.dtype`; float32 stays true float32 on every chip."""
+    """Return `vec(L · mat(x) · R)` in `x.dtype`; float32 stays true float32 on every chip."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     tiles = x.reshape(*x.shape[:-1], left.shape[-1], right.shape[-1])
     tiles = jnp.einsum("...ij,jb->...ib", tiles, right.astype(x.dtype), precision=precision)
@@ -41,15 +41,17 @@ def rotate(
 
 
 def rotate_moment(moment: Float[Array, "m m"], rotation: KroneckerRotation) -> Float[Array, "m m"]:
-    """Second moments of the rotated input, `Q S Qᵀ`, from those of the input; S need not be symmetric."""
+    """Return the second moments of the rotated input, `Q S Qᵀ`, from those of the input; S need not be symmetric."""
     left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
     return rotate(rotate(moment, left, right).T, left, right).T
 
 
 def factor_sizes(in_features: int, out_features: int, rule: str) -> tuple[int, int]:
-    """`(l, r)` with `l·r = in_features`.
+    """Return `(l, r)` with `l·r = in_features`.
 
     Args:
+      in_features: features of the rotated input, m.
+      out_features: outputs of a linear that reads it, for the rule 'paper'.
       rule: 'balanced' takes the divisors nearest to the square root, l ≤ r; 'paper' takes for r the largest divisor
         of `in_features` not above `sqrt(out·in/64)`, the public code's budget, which gives 8×72 for a 576×576 layer.
     """
@@ -65,7 +67,7 @@ def factor_sizes(in_features: int, out_features: int, rule: str) -> tuple[int, i
 def tri_modal_loss(
     rows: Float[Array, "n m"], *, sigma: float = 0.25, balance: float = 0.1
 ) -> Float[Array, ""]:
-    """How far rows, less their mean, are from three equal Gaussians at −c, 0 and c.
+    """Return how far rows, less their mean, are from three equal Gaussians at −c, 0 and c.
 
     `c_i = mean|w_i|` and `σ_i = sigma·c_i` are not differentiated. Mean negative log-likelihood of an equal mixture,
     plus `balance·‖mean responsibilities − 1/3‖²`.
@@ -86,7 +88,7 @@ def tri_modal_loss(
 
 
 def log_range(x: Float[Array, "c m"]) -> Float[Array, ""]:
-    """Logarithm of the mean over tokens of `(max − min)² / mean x²`: a quantiser's noise, relative to its input."""
+    """Return the log of the mean over tokens of `(max − min)² / mean x²`: a quantiser's noise, relative to x."""
     squares = jnp.square(x).mean(-1) + 1e-12
     return jnp.log((jnp.square(x.max(-1) - x.min(-1)) / squares).mean())
 
@@ -100,12 +102,17 @@ def fit_rotation(
     settings: RotationSettings,
     sizes: tuple[int, int],
 ) -> tuple[KroneckerRotation, Float[Array, " 2"]]:
-    """Fits the rotation shared by all rows of `weight` (every linear that reads this input, stacked).
+    """Fit the rotation shared by all rows of `weight` (every linear that reads this input, stacked).
 
     Adam on the product of two Stiefel manifolds, `settings.steps` steps from a random orthogonal start or the identity.
 
     Args:
+      weight: rows of every linear that reads the input.
+      key: of the random start.
       sample: tokens of the input, whose range counts with `settings.range_weight`; None looks at the weights alone.
+      settings: of the fit.
+      sizes: `(l, r)`, see `factor_sizes`.
+
     Returns:
       The rotation with float16 factors, and the loss before and after.
     """

@@ -18,7 +18,7 @@ Codes = tuple[Float[Array, "n g"], ...]  # a plane each, in {-1, 0, 1}
 
 
 def greedy(x: Float[Array, "n g"], mask: Bool[Array, "n g"], *, terms: int) -> Float[Array, "n g"]:
-    """Returns an approximation of x under the mask, `[n, g]`: ternary terms, each of what the ones before left.
+    """Return an approximation of x under the mask, `[n, g]`: ternary terms, each of what the ones before left.
 
     A term is the mean, a threshold of 0.75 of the mean magnitude, the codes it gives, and their least-squares α.
     """
@@ -30,7 +30,7 @@ def greedy(x: Float[Array, "n g"], mask: Bool[Array, "n g"], *, terms: int) -> F
 
 
 def euclidean_one_plane(w: Float[Array, "n g"], mask: Bool[Array, "n g"]) -> tuple[Scales, Codes]:
-    """Returns `((μ, α), (T,))` of each row's masked elements: stage 1 of E2M-ATQ, 15 rounds."""
+    """Return `((μ, α), (T,))` of each row's masked elements: stage 1 of E2M-ATQ, 15 rounds."""
     w = jnp.where(mask, w, 0)
 
     def assign(mu):
@@ -48,7 +48,7 @@ def euclidean_one_plane(w: Float[Array, "n g"], mask: Bool[Array, "n g"]) -> tup
 
 
 def euclidean_two_planes(w: Float[Array, "n g"], mask: Bool[Array, "n g"]) -> tuple[Scales, Codes]:
-    """Returns `((μ, α₀, α₁), (T₀, T₁))` of each row's masked elements, from two greedy terms and 15 rounds.
+    """Return `((μ, α₀, α₁), (T₀, T₁))` of each row's masked elements, from two greedy terms and 15 rounds.
 
     A round moves μ by the mean residual, then α₀ and α₁ by least squares, then every code to the nearest of the nine
     levels.
@@ -79,7 +79,7 @@ def relocate(
     codes: Codes,
     moment: Float[Array, "g g"],
 ) -> Scales:
-    """Returns scales of less output error `(w − ŵ)ᵀ S (w − ŵ)` over the masked elements, codes fixed.
+    """Return scales of less output error `(w − ŵ)ᵀ S (w − ŵ)` over the masked elements, codes fixed.
 
     15 coordinate steps on (μ, α…), as published: each scale in turn to its optimum given the others. A row's products
     with S are formed once; `[n, g, g]` never is.
@@ -100,7 +100,7 @@ def relocate(
 
 
 def values(scales: Scales, codes: Codes, mask: Bool[Array, "n g"]) -> Float[Array, "n g"]:
-    """Returns what codes and scales stand for, `[n, g]`, 0 outside the mask."""
+    """Return what codes and scales stand for, `[n, g]`, 0 outside the mask."""
     mu, *alphas = scales
     planes = (alpha[:, None] * plane for alpha, plane in zip(alphas, codes, strict=True))
     return jnp.where(mask, sum(planes, mu[:, None]), 0)
@@ -127,7 +127,7 @@ def _least_squares(codes: Float[Array, "n g"], target: Float[Array, "n g"]) -> F
 
 
 def _nearest(centered, alpha, beta, mask) -> tuple[Float[Array, "n g"], Float[Array, "n g"]]:
-    """Returns the pair of codes of the nearest of nine levels; ties go to the first pair in rising order."""
+    """Return the pair of codes of the nearest of nine levels; ties go to the first pair in rising order."""
     best = jnp.full_like(centered, jnp.inf)
     first = second = jnp.zeros_like(centered)
     for i in (-1, 0, 1):

@@ -36,29 +36,29 @@ class Quantizer(Protocol):
         ...
 
     def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
-        """Scales and codes from the weights alone."""
+        """Return scales and codes fitted to the weights alone."""
         ...
 
     def relocate(self, w, codes, scales: Scales, metric: Float[Array, "g g"], mask) -> Scales:
-        """The scales that cost the least output error at fixed codes."""
+        """Return the scales that cost the least output error at fixed codes."""
         ...
 
     def nearest(self, w, *scales) -> Float[Array, "*shape"]:
-        """The codes whose values lie nearest to w."""
+        """Return the codes whose values lie nearest to w."""
         ...
 
     def values(self, codes, *scales) -> Float[Array, "*shape"]:
-        """What codes stand for."""
+        """Return what codes stand for."""
         ...
 
     def stored(self, codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
-        """Codes and scales as they will be read back: rounded, and of equal choices the one that can be stored."""
+        """Return codes and scales as they are read back: rounded, and of equal choices the one that can be stored."""
         ...
 
     def pack(
         self, codes: Float[Array, "n m"], scales: tuple[Float[Array, "n groups"], ...], group_size: int
     ) -> Any:
-        """The tensor that is kept, of scales that `stored` rounded."""
+        """Return the tensor that is kept, of scales that `stored` rounded."""
         ...
 
 
@@ -72,31 +72,31 @@ class OnePlane:
     metric: Metric
 
     def fit(self, w, mask):
-        """Stage 1."""
+        """Return scales and codes of stage 1."""
         alpha, mu, codes = e2m_atq.euclidean_fit(w, mask, steps=self.steps, threshold=self.threshold)
         return (alpha, mu), codes
 
     def relocate(self, w, codes, scales, metric, mask):
-        """Stage 2."""
+        """Return scales of stage 2, codes fixed."""
         alpha, mu = scales
         return e2m_atq.relocate(w, codes, alpha, mu, metric, mask)
 
     def nearest(self, w, *scales):
-        """Codes in {-1, 0, 1}."""
+        """Return codes in {-1, 0, 1}."""
         alpha, mu = scales
         return e2m_atq.nearest_codes(w, alpha, mu)
 
     def values(self, codes, *scales):
-        """`α·T + μ`."""
+        """Return `α·T + μ`."""
         alpha, mu = scales
         return alpha * codes + mu
 
     def stored(self, codes, scales):
-        """α and μ in float16."""
+        """Return α and μ in float16."""
         return codes, tuple(map(_float16, scales))
 
     def pack(self, codes, scales, group_size):
-        """One packed plane, in steps that let integers add up across groups."""
+        """Return one packed plane, in steps that let integers add up across groups."""
         alpha, mu = scales
         alpha, mu = tensors.in_whole_steps(alpha, mu, group_size)
         return tensors.from_codes(codes.astype(jnp.int8), alpha, mu, group_size)
@@ -111,29 +111,29 @@ class TwoPlanes:
     metric: Metric
 
     def fit(self, w, mask):
-        """Alternating least squares from several starts."""
+        """Return scales and codes by alternating least squares from several starts."""
         return two_planes.euclidean_fit(w, mask, steps=self.steps)
 
     def relocate(self, w, codes, scales, metric, mask):
-        """A 3×3 solve per row."""
+        """Return the scales that cost the least output error at fixed codes: a 3×3 solve per row."""
         return two_planes.relocate(w, codes, scales, metric, mask)
 
     def nearest(self, w, *scales):
-        """Digits `3·T₁ + T₂`."""
+        """Return digits `3·T₁ + T₂`."""
         return two_planes.nearest_codes(w, *scales)
 
     def values(self, codes, *scales):
-        """The levels of digits."""
+        """Return the levels of digits."""
         return two_planes.values(codes, *scales)
 
     def stored(self, codes, scales):
-        """α₁ and μ in float16, α₂ in a byte's share of α₁."""
+        """Return α₁ and μ in float16, α₂ in a byte's share of α₁."""
         codes, (alpha, residual_alpha, mu) = two_planes.ordered(codes, scales)
         ratio = tensors.nearest_ratio(alpha, residual_alpha) / tensors.RATIO_STEPS
         return codes, (_float16(alpha), _float16(alpha) * ratio, _float16(mu))
 
     def pack(self, codes, scales, group_size):
-        """Two packed planes."""
+        """Return two packed planes."""
         (alpha, residual_alpha, mu), (first, second) = scales, two_planes.split(codes)
         return tensors.from_codes(
             first.astype(jnp.int8), alpha, mu, group_size, second.astype(jnp.int8), residual_alpha
@@ -149,30 +149,30 @@ class Integers:
     metric: Metric = "group"
 
     def fit(self, w, mask):
-        """The range of least error, then nearest codes."""
+        """Return the scales of the range of least error, and the nearest codes."""
         scale, zero = uniform.fit_range(w, mask, self.bits)
         return (scale, zero), self.nearest(w, scale[:, None], zero[:, None])
 
     def relocate(self, w, codes, scales, metric, mask):
-        """Leaves the scales: GPTQ does not move them."""
+        """Leave the scales: GPTQ does not move them."""
         return scales
 
     def nearest(self, w, *scales):
-        """Codes in `[0, 2**bits)`."""
+        """Return codes in `[0, 2**bits)`."""
         scale, zero = scales
         return uniform.nearest_code(w, scale, zero, self.bits)
 
     def values(self, codes, *scales):
-        """`scale·(q − z)`."""
+        """Return `scale·(q − z)`."""
         scale, zero = scales
         return scale * (codes - zero)
 
     def stored(self, codes, scales):
-        """As they are: `fit` rounded them."""
+        """Return both as they are: `fit` rounded them."""
         return codes, scales
 
     def pack(self, codes, scales, group_size):
-        """One byte a code, until it goes to disk."""
+        """Return a tensor with one byte a code, until it goes to disk."""
         scale, zero = scales
         return IntegerTensor(
             codes=codes.astype(jnp.uint8),
@@ -185,7 +185,7 @@ class Integers:
 
 
 def quantizer(settings: WeightSettings) -> Quantizer:
-    """Returns the quantiser that settings stand for."""
+    """Return the quantiser that the settings describe."""
     match settings.quantizer:
         case TernarySettings() as own:
             return OnePlane(own.euclidean_steps, own.threshold, own.rounds, own.metric)
@@ -199,7 +199,7 @@ def quantizer(settings: WeightSettings) -> Quantizer:
 def tensor(
     settings: WeightSettings, fields: dict[str, Any], in_features: int
 ) -> TernaryTensor | IntegerTensor:
-    """Returns the tensor that the settings' quantiser packs, from what `arrays` says of it."""
+    """Return the tensor that the settings' quantiser packs, from what `arrays` says of it."""
     group_size = settings.group_size or in_features
     static: dict[str, Any] = {"in_features": in_features, "group_size": group_size}
     if isinstance(settings.quantizer, IntegerSettings):
@@ -208,7 +208,7 @@ def tensor(
 
 
 def arrays(tensor: TernaryTensor | IntegerTensor) -> dict[str, Array]:
-    """The arrays that a tensor consists of, by field."""
+    """Return the arrays that a tensor consists of, by field."""
     fields = (field for field in dataclasses.fields(tensor) if not field.metadata.get("static"))
     values = {field.name: getattr(tensor, field.name) for field in fields}
     return {name: value for name, value in values.items() if value is not None}

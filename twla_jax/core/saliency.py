@@ -20,7 +20,7 @@ _BATCH = 9  # candidates evaluated at a time, which bounds the memory they take
 
 
 def saliency(w: Float[Array, "n g"], diagonal: Float[Array, " g"]) -> Float[Array, "n g"]:
-    """Returns `A = W² / d²`, `[n, g]`, where d is the diagonal of the upper Cholesky factor of `H⁻¹`."""
+    """Return `A = W² / d²`, `[n, g]`, where d is the diagonal of the upper Cholesky factor of `H⁻¹`."""
     return jnp.square(w) / jnp.square(diagonal)
 
 
@@ -30,7 +30,7 @@ def group_masks(
     moment: Float[Array, "g g"],
     mask: Bool[Array, " g"],
 ) -> Bool[Array, "4 n g"]:
-    """Returns the four groups of a block as masks that partition its existing columns.
+    """Return the four groups of a block as masks that partition its existing columns.
 
     In this order: salient and large, salient and small, other and large, other and small.
 
@@ -52,7 +52,7 @@ def group_masks(
 
 
 def salient_columns(a: Float[Array, "n g"], mask: Bool[Array, " g"]) -> Bool[Array, " g"]:
-    """Returns which columns are salient, `[g]`: of 1 to 63 columns of the largest sums, the count of least error.
+    """Return which columns are salient, `[g]`: of 1 to 63 columns of the largest sums, the count of least error.
 
     Salient and other columns are each approximated by two greedy ternary terms a row; the error is the mean square.
     """
@@ -70,7 +70,7 @@ def salient_columns(a: Float[Array, "n g"], mask: Bool[Array, " g"]) -> Bool[Arr
 
 
 def salient_threshold(a: Float[Array, "n g"], inside: Bool[Array, "n g"]) -> Float[Array, ""]:
-    """Returns the saliency from which an element of a salient column is large.
+    """Return the saliency from which an element of a salient column is large.
 
     Of 81 quantiles of the non-zero values there, the one of least mean square error when the elements at or above it
     and those below it are each approximated by two greedy ternary terms a row.
@@ -91,7 +91,7 @@ def other_threshold(
     outside: Bool[Array, "n g"],
     moment: Float[Array, "g g"],
 ) -> Float[Array, ""]:
-    """Returns the saliency from which an element outside the salient columns is large.
+    """Return the saliency from which an element outside the salient columns is large.
 
     Of 81 quantiles (zeros in the place of salient columns included), the one of least `⟨(A − Â)ᵀ(A − Â), S⟩` when
     large and small elements are each approximated by one ternary term a row, and salient columns by two planes.
@@ -115,7 +115,7 @@ def _errors(error: Callable, candidates: Array) -> Float[Array, " candidates"]:
 
 
 def _quantiles(values: Float[Array, "n g"], chosen: Bool[Array, "n g"]) -> Float[Array, " quantiles"]:
-    """Returns the 0.10 to 0.90 quantiles of the chosen values, interpolated linearly as numpy does."""
+    """Return the 0.10 to 0.90 quantiles of the chosen values, interpolated linearly as numpy does."""
     ordered = jnp.sort(jnp.where(chosen, jnp.abs(values), jnp.inf).ravel())
     last = jnp.maximum(chosen.sum() - 1, 0)
     place = jnp.linspace(0.10, 0.90, _QUANTILES) * last

@@ -16,16 +16,16 @@ _NEWTON_SCHULZ_STEPS = 12
 
 
 def project(x: Matrix, direction: Matrix) -> Matrix:
-    """The part of `direction` that is tangent at x: `X·skew(Xᵀ D)`; of a Euclidean gradient, the Riemannian one."""
+    """Return the tangent part of `direction` at x, `X·skew(Xᵀ D)`: of a Euclidean gradient, the Riemannian one."""
     inner = _matmul(_t(x), direction)
     return _matmul(x, 0.5 * (inner - _t(inner)))
 
 
 def retract_polar(x: Matrix, tangent: Matrix) -> Matrix:
-    """The orthogonal matrix nearest to `X + ξ`, by Newton-Schulz iteration: matrix products only, fast on every
-    accelerator.
+    """Return the orthogonal matrix nearest to `X + ξ`, by Newton-Schulz iteration.
 
-    Also pulls a point that has drifted back onto the manifold, so rounding errors do not add up over steps.
+    Matrix products alone, so it is fast on every accelerator. It also pulls a point that has drifted back onto the
+    manifold, so rounding errors do not add up over steps.
     """
     y = x + tangent
     # σ(X + ξ)² = 1 + σ(ξ)², so this bound brings every singular value into (0, 1], where the iteration converges. 12
@@ -35,14 +35,14 @@ def retract_polar(x: Matrix, tangent: Matrix) -> Matrix:
 
 
 def retract_qr(x: Matrix, tangent: Matrix) -> Matrix:
-    """The Q factor of `X + ξ`, signs chosen so that the retraction of zero is X."""
+    """Return the Q factor of `X + ξ`, signs chosen so that the retraction of zero is X."""
     q, r = jnp.linalg.qr(x + tangent)
     signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0).astype(x.dtype)
     return q * signs[..., None, :]
 
 
 def retract_cayley(x: Matrix, tangent: Matrix) -> Matrix:
-    """`X (I − Ω/2)⁻¹ (I + Ω/2)` with `Ω = Xᵀξ`: the paper's Cayley map, taken at the current point.
+    """Return `X (I − Ω/2)⁻¹ (I + Ω/2)` with `Ω = Xᵀξ`: the paper's Cayley map, taken at the current point.
 
     The map multiplies X, so on its own it would keep and add up every step's rounding error; one Newton-Schulz step
     takes it back.
@@ -63,7 +63,7 @@ RETRACTIONS: dict[str, Callable[[Matrix, Matrix], Matrix]] = {
 def riemannian(
     inner: optax.GradientTransformation, retraction: Callable[[Matrix, Matrix], Matrix] = retract_polar
 ) -> optax.GradientTransformation:
-    """Runs an optax optimiser on orthogonal matrices.
+    """Run an optax optimiser on orthogonal matrices.
 
     The Euclidean gradient is projected to the tangent space, passed through `inner` (whose moments live in the
     ambient space), what comes out is projected again (which transports old momentum to the present point), and the
@@ -72,6 +72,7 @@ def riemannian(
     Args:
       inner: any transformation that yields a step, such as `optax.adam(1e-2)`.
       retraction: one of `RETRACTIONS`.
+
     Returns:
       A transformation over pytrees of `[..., n, n]` matrices; `update` needs `params`.
     """
@@ -87,12 +88,12 @@ def riemannian(
 
 
 def random_orthogonal(key: jax.Array, n: int, batch: tuple[int, ...] = ()) -> Matrix:
-    """Uniform (Haar) random orthogonal matrices, float32 `[*batch, n, n]`."""
+    """Return uniform (Haar) random orthogonal matrices, float32 `[*batch, n, n]`."""
     return jax.random.orthogonal(key, n, batch, dtype=jnp.float32)
 
 
 def _newton_schulz(y: Matrix) -> Matrix:
-    """One step towards the nearest orthogonal matrix; an error ε in `YᵀY − I` becomes `−3ε²/4`."""
+    """Take one step towards the nearest orthogonal matrix; an error ε in `YᵀY − I` becomes `−3ε²/4`."""
     return 1.5 * y - 0.5 * _matmul(y, _matmul(_t(y), y))
 
 

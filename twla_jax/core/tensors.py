@@ -36,7 +36,7 @@ class IntegerTensor:
         return (*self.codes.shape[:-1], self.in_features)
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
-        """The matrix `Ŵ` in `dtype`."""
+        """Return the matrix `Ŵ` in `dtype`."""
         scale, zero = (
             per_column(p.astype(dtype), self.in_features, self.group_size)
             for p in (self.scale, self.zero_point)
@@ -73,7 +73,7 @@ class TernaryTensor:
         return self.alpha.astype(jnp.float32) * (self.residual_ratio.astype(jnp.float32) / RATIO_STEPS)
 
     def planes(self) -> tuple["TernaryTensor", ...]:
-        """Tensors of one plane each that add up to this one; μ is the first one's, the second's is 0."""
+        """Return tensors of one plane each that add up to this one; μ is the first one's, the second's is 0."""
         if self.residual_codes is None:
             return (self,)
         first = dataclasses.replace(self, residual_codes=None, residual_ratio=None)
@@ -89,7 +89,7 @@ class TernaryTensor:
 
 
 def dequantize(weight: TernaryTensor | IntegerTensor, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
-    """The matrix `Ŵ` in `dtype`; α and μ are applied in `dtype`."""
+    """Return the matrix `Ŵ` in `dtype`; α and μ are applied in `dtype`."""
     if isinstance(weight, IntegerTensor):
         return weight.dequantize(dtype)
 
@@ -107,7 +107,7 @@ def dequantize(weight: TernaryTensor | IntegerTensor, dtype=jnp.float32) -> Floa
 def packed_matmul(
     x: Float[Array, "*tokens m"], weight: TernaryTensor | IntegerTensor
 ) -> Float[Array, "*tokens n"]:
-    """`x Ŵᵀ` in `x.dtype`, accumulated in float32: the XLA reference, which unpacks this one matrix.
+    """Return `x Ŵᵀ` in `x.dtype`, accumulated in float32: the XLA reference, which unpacks this one matrix.
 
     float32 inputs are multiplied in true float32, also on chips whose default is narrower.
     """
@@ -130,7 +130,7 @@ def from_codes(
     residual_codes: Int8[Array, "*batch n m"] | None = None,
     residual_alpha: Float[Array, "*batch n groups"] | None = None,
 ) -> TernaryTensor:
-    """Packs codes in {-1, 0, 1} and float scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
+    """Pack codes in {-1, 0, 1} and float scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
     residual_ratio = None if residual_alpha is None else nearest_ratio(alpha, residual_alpha)
     return TernaryTensor(
         residual_codes=None if residual_codes is None else packing.pack(residual_codes),
@@ -146,7 +146,7 @@ def from_codes(
 def in_whole_steps(
     alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"], group_size: int
 ) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"]]:
-    """α and μ rounded to whole numbers of their row's step; as they are where kernels add up no groups."""
+    """Return α and μ rounded to whole numbers of their row's step; as they are where kernels add up no groups."""
     if alpha.shape[-1] == 1 or group_size % packing.PLANE:
         return alpha, mu
     step = row_steps(alpha, mu)[..., None]
@@ -156,7 +156,7 @@ def in_whole_steps(
 def row_steps(
     alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"]
 ) -> Float32[Array, "*rows"]:
-    """A step for each row in which its weights `±α + μ`, α and μ rounded, are whole numbers from −127 to 127.
+    """Return a step for each row in which its weights `±α + μ`, α and μ rounded, are whole numbers from −127 to 127.
 
     Such weights add up in integers across groups. Rounding moves α and μ by less than 0.45 % of the row's largest
     |α| + |μ|, far below the error of three levels. Steps have 4 bits, so that float16 holds 7 bits of them. Of α and
@@ -184,7 +184,7 @@ def row_steps(
 def nearest_ratio(
     alpha: Float[Array, "*shape"], residual_alpha: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """`α₂/α` in whole steps of 1/200 that fit a byte, for the float16 α that is stored."""
+    """Return `α₂/α` in whole steps of 1/200 that fit a byte, for the float16 α that is stored."""
     stored = alpha.astype(jnp.float16).astype(jnp.float32)
     ratio = residual_alpha / jnp.where(stored == 0, jnp.inf, stored)
     return jnp.clip(jnp.round(RATIO_STEPS * ratio), 0, 255)
@@ -193,7 +193,7 @@ def nearest_ratio(
 def take_rows(
     table: Float[Array, "n m"] | IntegerTensor, rows: Int[Array, "*shape"], dtype
 ) -> Float[Array, "*shape m"]:
-    """Some rows of a matrix, in `dtype`; of integers, only these are made floats."""
+    """Return some rows of a matrix, in `dtype`; of integers, only these are made floats."""
     taken = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], table)
     return (taken.dequantize() if isinstance(taken, IntegerTensor) else taken).astype(dtype)
 
@@ -201,6 +201,6 @@ def take_rows(
 def per_column(
     parameter: Float[Array, "*batch n groups"], in_features: int, group_size: int
 ) -> Float[Array, "*batch n m"]:
-    """A parameter of every group, repeated for each of the group's columns."""
+    """Return a parameter of every group, repeated for each of the group's columns."""
     repeated = jnp.broadcast_to(parameter[..., None], (*parameter.shape, group_size))
     return repeated.reshape(*parameter.shape[:-1], -1)[..., :in_features]

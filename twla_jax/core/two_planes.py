@@ -15,19 +15,19 @@ Scales = tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]
 
 
 def split(codes: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """`(T₁, T₂)` of the digits `3·T₁ + T₂`."""
+    """Return `(T₁, T₂)` of the digits `3·T₁ + T₂`."""
     first = jnp.round(codes / 3)
     return first, codes - 3 * first
 
 
 def values(codes: Float[Array, "*shape"], alpha, residual_alpha, mu) -> Float[Array, "*shape"]:
-    """The levels that digits stand for; scales broadcast against them."""
+    """Return the levels that digits stand for; scales broadcast against them."""
     first, second = split(codes)
     return alpha * first + residual_alpha * second + mu
 
 
 def nearest_codes(w: Float[Array, "*shape"], alpha, residual_alpha, mu) -> Float[Array, "*shape"]:
-    """The digit of the level nearest to w, of all nine: for each T₁ the best T₂, then the best of three."""
+    """Return the digit of the level nearest to w, of all nine: for each T₁ the best T₂, then the best of three."""
     centred = w - mu
     divisor = jnp.where(residual_alpha == 0, jnp.inf, residual_alpha)
 
@@ -45,7 +45,7 @@ def nearest_codes(w: Float[Array, "*shape"], alpha, residual_alpha, mu) -> Float
 
 
 def ordered(codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
-    """The same levels with `α₁ ≥ α₂ ≥ 0`: signs go to the codes, and the larger plane comes first."""
+    """Return the same levels with `α₁ ≥ α₂ ≥ 0`: signs go to the codes, and the larger plane comes first."""
     alpha, residual_alpha, mu = scales
     first, second = split(codes)
     first, second = (jnp.where(p[:, None] < 0, -t, t) for p, t in ((alpha, first), (residual_alpha, second)))
@@ -58,13 +58,16 @@ def ordered(codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n
 def euclidean_fit(
     w: Float[Array, "n g"], mask: Bool[Array, " g"], *, steps: int = 15
 ) -> tuple[Scales, Float[Array, "n g"]]:
-    """Fits both planes to each row of one group in the weights' own metric.
+    """Fit both planes to each row of one group in the weights' own metric.
 
     From each of three starts, `steps` alternations of the nearest of the nine levels and of least squares for
     (α₁, α₂, μ), neither of which raises the error; the best of the three is kept, row by row.
 
     Args:
+      w: weights of one group, a row an output.
       mask: which columns exist; a short last group is padded to the group size.
+      steps: alternations from each start.
+
     Returns:
       `((α₁, α₂, μ), digits)`.
     """
@@ -96,12 +99,16 @@ def relocate(
     metric: Float[Array, "g g"] | None,
     mask: Bool[Array, " g"],
 ) -> Scales:
-    """With the codes fixed, moves (α₁, α₂, μ) to the least output error `(w − ŵ)ᵀ M (w − ŵ)`: a 3×3 solve per row.
+    """Move (α₁, α₂, μ) to the least output error `(w − ŵ)ᵀ M (w − ŵ)`, codes fixed: a 3×3 solve per row.
 
     A row whose error the solve would not lower in float32 (codes that are all equal, say) keeps what it came with.
 
     Args:
-      metric: M, as `ternary.relocate` takes it; None for the weights' own.
+      w: weights of one group, a row an output.
+      codes: digits `3·T₁ + T₂`.
+      scales: (α₁, α₂, μ) to begin with.
+      metric: M, as `e2m_atq.relocate` takes it; None for the weights' own.
+      mask: which columns exist.
     """
     ones = jnp.broadcast_to(mask.astype(w.dtype), codes.shape)
     basis = jnp.stack([*split(codes), ones], axis=1)  # [n, 3, g]
@@ -122,7 +129,7 @@ def relocate(
 
 
 def _solve(gram: Float[Array, "n 3 3"], target: Float[Array, "n 3"]) -> Float[Array, "n 3"]:
-    """`(G + 1e-5·I)⁻¹ t` of unit diagonals, written out: a library's solver takes a launch for each of its steps."""
+    """Return `(G + 1e-5·I)⁻¹ t` of unit diagonals, written out: a library's solver launches a kernel a step."""
     d = 1 + 1e-5
     a, b, c = gram[:, 0, 1], gram[:, 0, 2], gram[:, 1, 2]
     adjugate = (

@@ -11,7 +11,7 @@ _NORM = 2.4  # of the error that a range is chosen by, as in GPTQ's public code
 def fit_range(
     w: Float[Array, "n g"], mask: Bool[Array, " g"], bits: int
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """`(scale, zero_point)` of each row of one group: the shrunken range, zero in it, with the least `Σ|w − ŵ|^2.4`.
+    """Return `(scale, zero_point)` of each row of a group: the shrunken range, zero in it, of least `Σ|w − ŵ|^2.4`.
 
     The range search of GPTQ's public code (arXiv 2210.17323). The scale is rounded to float16 before it is judged.
     """
@@ -39,5 +39,5 @@ def fit_range(
 
 
 def nearest_code(w, scale, zero_point, bits: int) -> Float[Array, "*shape"]:
-    """The code in `[0, 2**bits)` whose value `scale·(q − z)` lies nearest to w."""
+    """Return the code in `[0, 2**bits)` whose value `scale·(q − z)` lies nearest to w."""
     return jnp.clip(jnp.round(w / scale) + zero_point, 0, 2**bits - 1)

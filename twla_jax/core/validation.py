@@ -124,7 +124,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _kinds(cls: type, name: str) -> tuple[type[Settings], ...]:
-    """The kinds of settings that a field may hold; none for plain values."""
+    """Return the kinds of settings that a field may hold; none for plain values."""
     hint = _hints(cls)[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings))

@@ -24,12 +24,12 @@ Report = dict[str, dict[str, float]]
 
 
 def arguments(batch: Any) -> tuple[Any, ...]:
-    """Returns a batch as positional arguments of the model: a tuple as it is, anything else alone."""
+    """Return a batch as positional arguments of the model: a tuple as it is, anything else alone."""
     return batch if isinstance(batch, tuple) else (batch,)
 
 
 def batch_stats(collected: Mapping[Any, Any]) -> Stats:
-    """Returns the statistics of one batch by kernel, from what the provider left in the collection `quant_stats`."""
+    """Return the statistics of one batch by kernel, from what the provider left in the collection `quant_stats`."""
     flat = flax.traverse_util.flatten_dict(dict(collected), is_leaf=lambda path, _: _is_stat(path))
     stats: Stats = {}
     for path, value in flat.items():
@@ -43,11 +43,13 @@ def batch_stats(collected: Mapping[Any, Any]) -> Stats:
 
 
 def collect(observe: Callable[..., Stats], parameters: Any, batches: Iterable[Any]) -> Stats:
-    """Returns the statistics of all batches: sums, and the last batch's sample.
+    """Return the statistics of all batches: sums, and the last batch's sample.
 
     Args:
       observe: maps parameters and the model's arguments to the statistics of one batch; compiled once a shape.
+      parameters: of the model.
       batches: arrays, or tuples of positional arguments.
+
     Raises:
       TwlaError: there is no batch.
     """
@@ -71,10 +73,11 @@ def collect(observe: Callable[..., Stats], parameters: Any, batches: Iterable[An
 def pack_all(
     kernels: Mapping[Path, jax.Array], stats: Stats, provider: MomentProvider
 ) -> tuple[dict[Path, PackedKernel], Report]:
-    """Packs every kernel that a rule matched; one at a time, and forgets its statistics.
+    """Pack every kernel that a rule matched, one at a time, and forget its statistics.
 
     Returns:
       The packed kernels, and for each the relative errors of outputs and weights.
+
     Raises:
       TwlaError: the inputs of a kernel are not finite.
     """
@@ -92,7 +95,7 @@ def pack_all(
 def packed_shapes(
     kernels: Mapping[Path, Any], stats: Stats, provider: MomentProvider
 ) -> dict[Path, PackedKernel]:
-    """Returns what `pack_all` would pack, with the shapes of arrays in their place; computes nothing."""
+    """Return what `pack_all` would pack, with the shapes of arrays in their place; computes nothing."""
 
     def shapes(path, kernel, stat):
         return jax.eval_shape(lambda kernel, stat: _pack(0, path, kernel, stat, provider)[0], kernel, stat)
@@ -101,7 +104,7 @@ def packed_shapes(
 
 
 def check_rules(rules: Sequence[Any], provider: MomentProvider) -> None:
-    """Refuses rules that match nothing, which is how a typing error in a path shows.
+    """Refuse rules that match nothing, which is how a typing error in a path shows.
 
     Raises:
       TwlaError: a rule matches no linear; names those that there are.
@@ -131,7 +134,7 @@ def _pack(index, path, kernel, stat, provider):
 
 
 def _added(path, total, new):
-    """Adds up sums; keeps the newer sample."""
+    """Add up sums; keep the newer sample."""
     return new if path[-1] == jax.tree_util.DictKey("sample") else total + new
 
 

@@ -16,7 +16,7 @@ from twla_jax.integrations.providers import MomentProvider, Path, TwlaProvider, 
 def quantize_linen(
     model: nn.Module, variables: Mapping[str, Any], batches: Iterable[Any], rules: Sequence[TwlaRule]
 ) -> tuple[nn.Module, dict[str, Any], Report]:
-    """Makes the linears of a Linen model ternary, by rules on module paths.
+    """Make the linears of a Linen model ternary, by rules on module paths.
 
     One pass over the batches collects the second moments of all matched linears' inputs, as the full-precision model
     has them: a float32 matrix `[m, m]` for each. Then each kernel is rotated and swept on its own. Errors of earlier
@@ -28,9 +28,11 @@ def quantize_linen(
       variables: what `model.init` gave, trained.
       batches: arrays, or tuples of the model's positional arguments.
       rules: the first that matches a module's path counts.
+
     Returns:
       The model that runs packed kernels, its variables (each matched kernel a `PackedKernel`), and for each kernel
       the relative errors of outputs and weights.
+
     Raises:
       TwlaError: a rule matches no linear, there is no batch, or inputs are not finite.
     """
@@ -44,13 +46,14 @@ def quantize_linen(
 def quantized_linen_shapes(
     model: nn.Module, variables: Mapping[str, Any], batch: Any, rules: Sequence[TwlaRule]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Returns the model that runs packed kernels, and variables of shapes: what orbax restores a saved model into.
+    """Return the model that runs packed kernels, and variables of shapes: what orbax restores a saved model into.
 
     Args:
       model: the module that was quantised.
       variables: arrays or their shapes, as of `jax.eval_shape(model.init, ...)`.
       batch: arguments of the model, or their shapes.
       rules: those it was quantised by.
+
     Raises:
       TwlaError: a rule matches no linear.
     """

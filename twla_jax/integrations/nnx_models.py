@@ -15,15 +15,17 @@ from twla_jax.integrations.providers import MomentProvider, Path, TwlaProvider, 
 def quantize_nnx[Model: nnx.Module](
     model: Model, batches: Iterable[Any], rules: Sequence[TwlaRule]
 ) -> tuple[Model, Report]:
-    """Makes the linears of an NNX model ternary, by rules on module paths; as `quantize_linen` does.
+    """Make the linears of an NNX model ternary, by rules on module paths; as `quantize_linen` does.
 
     Args:
       model: any NNX module; it is not changed.
       batches: arrays, or tuples of the model's positional arguments.
       rules: the first that matches a module's path counts.
+
     Returns:
       A model of the same class in which each matched kernel is a `PackedKernel`, and for each kernel the relative
       errors of outputs and weights.
+
     Raises:
       TwlaError: a rule matches no linear, there is no batch, or inputs are not finite.
     """
@@ -35,12 +37,13 @@ def quantize_nnx[Model: nnx.Module](
 
 
 def quantized_nnx_shapes[Model: nnx.Module](model: Model, batch: Any, rules: Sequence[TwlaRule]) -> Model:
-    """Returns the quantised model with shapes in the place of arrays: what orbax restores a saved state into.
+    """Return the quantised model with shapes in the place of arrays: what orbax restores a saved state into.
 
     Args:
       model: the module that was quantised, of arrays or, from `nnx.eval_shape`, of shapes.
       batch: arguments of the model, or their shapes.
       rules: those it was quantised by.
+
     Raises:
       TwlaError: a rule matches no linear.
     """
@@ -65,7 +68,7 @@ def _observer(model, rules):
 
 
 def _intercepted(model, provider):
-    """The model as qwix runs it, without the call that qwix would make to set it up."""
+    """Return the model as qwix runs it, without the call that qwix would make to set it up."""
     return qwix.quantize_model(model, provider, skip_nnx_init=True)
 
 

@@ -44,7 +44,7 @@ class PackedKernel:
         return self
 
     def multiply(self, x: Array, axes: Sequence[int]) -> Array:
-        """Returns `x` contracted with the kernel, in `x.dtype`: x's other axes, then the kernel's other axes.
+        """Return `x` contracted with the kernel, in `x.dtype`: x's other axes, then the kernel's other axes.
 
         Args:
           x: any shape; rotated and quantised here, as the kernel was fitted for.
@@ -72,7 +72,7 @@ def pack_kernel(
     rotation: RotationSettings | None,
     activations: ActivationSettings,
 ) -> tuple[PackedKernel, dict[str, Float[Array, ""]]]:
-    """Rotates and quantises one kernel, and fits the clips of its input.
+    """Rotate and quantise one kernel, and fit the clips of its input.
 
     Args:
       kernel: of any shape; as a matrix it is `[n, m]`, m the product of the sizes of the axes `contracted`.
@@ -80,6 +80,11 @@ def pack_kernel(
       tokens: how many inputs `moment` sums over.
       sample: some inputs, on which clips are chosen; rows of zeros count for nothing.
       key: of the rotation's random start.
+      contracted: axes of the kernel that a product contracts.
+      weights: settings of the quantiser.
+      rotation: settings of the rotation; None for none.
+      activations: settings of the clips.
+
     Returns:
       The packed kernel, and the figures of `core.gptq.quantize_matrix`.
     """

@@ -72,20 +72,20 @@ class MomentProvider(SinglePassCalibrationProvider):
         self.seen: dict[str, None] = {}
 
     def get_rule_type(self) -> type[QuantizationRule]:
-        """Returns the rule that this provider reads."""
+        """Return the rule that this provider reads."""
         return TwlaRule
 
     def get_stats_suffix(self) -> str:
-        """Returns the end of the name of a kernel's statistics."""
+        """Return the end of the name of a kernel's statistics."""
         return STATS_SUFFIX
 
     def compute_stats(self, lhs: Float[Array, "m tokens"]) -> dict[str, Array]:
-        """Returns the sums `XᵀX [m, m]` and the number of tokens, of one batch."""
+        """Return the sums `XᵀX [m, m]` and the number of tokens, of one batch."""
         moment = gptq.accumulate_moment(jnp.zeros((len(lhs), len(lhs)), jnp.float32), lhs.T)
         return {"moment": moment, "tokens": jnp.float32(lhs.shape[1])}
 
     def dot_general(self, lhs, rhs, dimension_numbers, *args, rule=None, op_id=None, **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Returns `lax.dot_general`, and collects; several axes may be contracted."""
+        """Return `lax.dot_general`, and collect; several axes may be contracted."""
         del rule, op_id
         (lhs_axes, rhs_axes), (lhs_batch, _) = dimension_numbers
         if not lhs_batch:
@@ -93,7 +93,7 @@ class MomentProvider(SinglePassCalibrationProvider):
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
 
     def einsum(self, einsum_str, *operands, **kwargs):
-        """Returns `jnp.einsum`, and collects, where the second of two operands is a kernel."""
+        """Return `jnp.einsum`, and collect where the second of two operands is a kernel."""
         axes = contraction(einsum_str, operands)
         if axes is not None:
             self._observe("einsum", *operands, axes.lhs, axes.rhs)
@@ -128,7 +128,7 @@ class TwlaProvider(QuantizationProvider):
         super().__init__(rules)
 
     def dot_general(self, lhs, rhs, dimension_numbers, *args, preferred_element_type=None, **kwargs):
-        """Returns `lax.dot_general`, of a packed kernel too."""
+        """Return `lax.dot_general`, of a packed kernel too."""
         if not isinstance(rhs, PackedKernel):
             kwargs["preferred_element_type"] = preferred_element_type
             return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
@@ -136,7 +136,7 @@ class TwlaProvider(QuantizationProvider):
         return _multiply(lhs, rhs, lhs_axes, rhs_axes, preferred_element_type)
 
     def einsum(self, einsum_str, *operands, preferred_element_type=None, **kwargs):
-        """Returns `jnp.einsum`, of a packed kernel too."""
+        """Return `jnp.einsum`, of a packed kernel too."""
         if not isinstance(operands[-1], PackedKernel):
             kwargs["preferred_element_type"] = preferred_element_type
             return jnp.einsum(einsum_str, *operands, **kwargs)
@@ -146,7 +146,7 @@ class TwlaProvider(QuantizationProvider):
         return jnp.transpose(product, axes.order)
 
     def param(self, module: nn.Module, name: str, *args, **kwargs):
-        """Returns a Linen parameter; packed ones without a comparison with the shapes of their initialiser."""
+        """Return a Linen parameter; packed ones without a comparison with the shapes of their initialiser."""
         if module.has_variable("params", name):
             held = module.get_variable("params", name)
             if isinstance(held, PackedKernel):
@@ -154,7 +154,7 @@ class TwlaProvider(QuantizationProvider):
         return module.param(name, *args, **kwargs)
 
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
-        """Returns the functions that are replaced while a model is called."""
+        """Return the functions that are replaced while a model is called."""
         return super().get_intercept_map() | {
             "jax.lax.dot_general": self.dot_general,
             "jax.numpy.einsum": self.einsum,
@@ -174,7 +174,7 @@ class Contraction:
 
 
 def contraction(einsum_str: Any, operands: Sequence[Any]) -> Contraction | None:
-    """Returns the axes of an einsum that is a plain product of two arrays; None if it is anything else."""
+    """Return the axes of an einsum that is a plain product of two arrays; None if it is anything else."""
     if not isinstance(einsum_str, str) or len(operands) != 2 or einsum_str.count("->") != 1:
         return None
     names, out = einsum_str.replace(" ", "").split("->")
@@ -216,7 +216,7 @@ def _promote_nnx(arrays, /, **kwargs):
 
 
 def _promoted(promote, arrays):
-    """Arrays in their common type; a packed kernel counts as what it stands for, and stays as it is."""
+    """Return arrays in their common type; a packed kernel counts as what it stands for, and stays as it is."""
     packed = [isinstance(array, PackedKernel) for array in arrays]
     plain = [
         jnp.zeros((), array.dtype) if is_packed else array

@@ -33,6 +33,7 @@ def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[s
       path: file to write; its suffix decides the format.
       table: costs and interactions of the sites.
       result: figures of the choice, from `allocation.choose`.
+
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
@@ -52,7 +53,8 @@ def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
 
     Args:
       path: file to write; its ending says the format.
-      result: what `comparison.compare_recipes` returns.
+      result: what `compare_recipes.compare_recipes` returns.
+
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
@@ -91,11 +93,12 @@ def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
 
 
 def plot_roofline(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Draws operations a second over operations a byte, below the ceilings measured in the same run.
+    """Draw operations a second over operations a byte, below the ceilings measured in the same run.
 
     Args:
       path: file to write; its ending says the format.
       result: what `benchmark.measure` returns.
+
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
@@ -116,7 +119,7 @@ def plot_roofline(path: str | Path, result: Mapping[str, Any]) -> None:
 
 
 def _roofline_points(result: Mapping[str, Any]) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """Of each kind of product, operations a byte and operations a second."""
+    """Return operations a byte and operations a second of each kind of product."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
     def add(label, marker, work, size, microseconds):
@@ -164,7 +167,7 @@ def _draw_costs(axes: Any, table: SensitivityTable) -> None:
 
 
 def _draw_interactions(axes: Any, figure: Any, table: SensitivityTable) -> None:
-    """Rows are pairs of bits, columns pairs of neighbours."""
+    """Draw K as a heat map: rows are pairs of bits, columns pairs of neighbours."""
     lower = table.choices[:-1]
     values = table.interactions[:, :-1, :-1].reshape(-1, len(lower) ** 2).T
     limit = float(np.quantile(np.abs(values), 0.98)) if values.size else 0.0

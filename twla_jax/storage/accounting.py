@@ -30,7 +30,7 @@ _LINEAR = ("codes", "scales_and_offsets", "bitmaps", "rotations", "clips")
 
 
 def account(folder: str | Path) -> dict[str, Any]:
-    """The size of a saved model, in bytes and in bits a weight; reads no array.
+    """Return the size of a saved model, in bytes and in bits a weight; reads no array.
 
     Returns:
       A JSON-ready dict:
@@ -42,6 +42,7 @@ def account(folder: str | Path) -> dict[str, Any]:
       `linears`: for each linear its shape and its bits per weight, codes and scales only;
       `plain_int4_g128`, `plain_int3_g128`: bits per weight of the linears and size of the file, were the linears
       asymmetric integers with one fp16 scale and one integer zero point for each row and 128 columns.
+
     Raises:
       TwlaError: `folder` holds no quantised model.
     """
@@ -114,7 +115,7 @@ def account(folder: str | Path) -> dict[str, Any]:
 
 
 def format_account(account: dict[str, Any]) -> str:
-    """The figures of `account` as lines of text for a person."""
+    """Return the figures of `account` as lines of text for a person."""
     on_disk, linear_weights = account["bytes_on_disk"], max(account["quantised_weights"], 1)
     lines = [
         f"bits per weight, linears   {account['bits_per_weight_linear']:8.3f}"
@@ -139,6 +140,6 @@ def format_account(account: dict[str, Any]) -> str:
 
 
 def _is_chunk(name: str) -> bool:
-    """Whether a file of the folder is one array's data: `params/<array>/<chunk indices>`."""
+    """Return whether a file of the folder is one array's data: `params/<array>/<chunk indices>`."""
     parts = name.split("/")
     return len(parts) == 3 and parts[0] == "params" and parts[2].replace(".", "").isdigit()

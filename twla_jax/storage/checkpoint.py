@@ -65,16 +65,17 @@ class CheckpointInfo:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Returns whether a path is a folder that `save` wrote."""
+    """Return whether a path is a folder that `save` wrote."""
     return (Path(path) / MANIFEST).is_file()
 
 
 @contextlib.contextmanager
 def claim(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Keeps the place of a folder for the caller, from before hours of work until it is saved there.
+    """Keep the place of a folder for the caller, from before hours of work until it is saved there.
 
     Returns:
       (as a context) the path to give to `save`; a link is followed.
+
     Raises:
       TwlaError: what `resolve_place`, `check_output` and `hold` refuse.
     """
@@ -86,10 +87,11 @@ def claim(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def claim_saved(out: str | Path) -> Iterator[Path]:
-    """Keeps a folder that `save` wrote for the caller, who changes it by `revise`.
+    """Keep a folder that `save` wrote for the caller, who changes it by `revise`.
 
     Returns:
       (as a context) its path; a link is followed.
+
     Raises:
       TwlaError: it holds no quantised model, or what `resolve_place` and `hold` refuse.
     """
@@ -103,7 +105,7 @@ def claim_saved(out: str | Path) -> Iterator[Path]:
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:
-    """Refuses a place that `save` would not write to; to be asked before hours of work.
+    """Refuse a place that `save` would not write to; call it before hours of work.
 
     Raises:
       TwlaError: `folder` is a file or a mount point, or holds something and `overwrite` is off or what it holds is no
@@ -128,15 +130,20 @@ def save(
     extra: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a quantised model beside `folder`, syncs it to the disk and puts it into place in one step.
+    """Write a quantised model beside `folder`, sync it to the disk and put it into place in one step.
 
     Codes go from 2 bits a weight to base 3, layer by layer (integers from a byte to their own bits); every other array
     is stored in the dtype it has.
 
     Args:
-      tokenizer: what `models.tokenizer.load_tokenizer` returns; None leaves the folder without one.
+      model: quantised.
+      tokenizer: what `models.io.tokenizer.load_tokenizer` returns; None leaves the folder without one.
+      folder: to write.
+      recipe: that made the model.
       report: JSON-ready figures, kept as `report.json`.
       extra: other files to keep in the folder, by name.
+      overwrite: replace a quantised model that is there.
+
     Raises:
       TwlaError: what `claim` refuses, a name in `extra` that is not that of a file of its own in the folder, a report
         that JSON cannot hold, or a disk without room. The folder is then as it was before.
@@ -159,14 +166,19 @@ def save(
 def revise(
     folder: str | Path, model: Decoder, recipe: Recipe, report: dict[str, Any], extra: Mapping[str, str]
 ) -> None:
-    """Gives a saved model the activation settings of `model`, and a new recipe and report; its weights stay the files
-    they are.
+    """Give a saved model the activation settings of `model`, and a new recipe and report.
+
+    Its weights stay the files they are.
 
     The new folder is made beside the old one, from links to the files that stay, and renamed into place.
 
     Args:
+      folder: that `save` wrote.
       model: what `load` gave for this folder, with other bits or clips.
+      recipe: in place of the old one.
+      report: in place of the old one.
       extra: other text files to keep in the folder, by name; those there before stay.
+
     Raises:
       TwlaError: no such model, or a disk without room. The folder is then as it was before.
     """
@@ -197,13 +209,16 @@ def _revise(folder: Path, model: Decoder, recipe: Recipe, written: Mapping[str, 
 def load(
     folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
 ) -> tuple[Decoder, Any, CheckpointInfo]:
-    """Reads what `save` wrote, straight onto one device or onto a mesh.
+    """Read what `save` wrote, straight onto one device or onto a mesh.
 
     Args:
+      folder: that `save` wrote.
       mesh: with axes `data` and `model`; every leaf lands in the sharding that `sharding.shardings` gives it.
       dtype: compute dtype of the model; None takes the decoder's default.
+
     Returns:
       `(model, tokenizer, info)`; the tokenizer is None where the folder has none.
+
     Raises:
       TwlaError: no such model, a newer format, or a file that is missing, cut short or changed.
     """
@@ -232,7 +247,7 @@ def load(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The checked contents of a folder's `twla.json`; reads no array.
+    """Return the checked contents of a folder's `twla.json`; reads no array.
 
     Raises:
       TwlaError: no such file, one that was changed or cut short, or a format this version does not know.
@@ -256,7 +271,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays that go to disk by name, and the manifest's account of the parameters they make up."""
+    """Return the arrays that go to disk by name, and the manifest's account of the parameters they make up."""
     arrays, tensors = {}, {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, value = ".".join(map(str, path)), variable.get_value()
@@ -286,7 +301,7 @@ def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dic
 
 
 def _abstract(entry: dict[str, Any]) -> Any:
-    """A parameter of `jax.ShapeDtypeStruct`s as it will be in memory, codes at 2 bits."""
+    """Return a parameter of `jax.ShapeDtypeStruct`s as it will be in memory, codes at 2 bits."""
     parts = {
         part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"]))
         for part, a in entry["arrays"].items()
@@ -300,7 +315,7 @@ def _abstract(entry: dict[str, Any]) -> Any:
 
 
 def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sharding.Mesh | None) -> None:
-    """Fills the abstract parameters of `model` from the orbax checkpoint."""
+    """Fill the abstract parameters of `model` from the orbax checkpoint."""
     state = nnx.state(model, nnx.Param)
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if mesh is None:
@@ -334,7 +349,7 @@ def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sh
 
 
 def _stored_sharding(shape: list[int], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
-    """Rows over `model` where they divide: bytes of five trits cannot be cut where 2-bit tiles are, rows can."""
+    """Return rows over `model` where they divide: bytes of five trits cannot be cut where 2-bit tiles are, rows can."""
     if mesh is None:
         return None
     divides = shape[-2] % mesh.shape["model"] == 0
@@ -355,7 +370,7 @@ def _array_name(tensor: str, part: str) -> str:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
-    """One plain file an array, uncompressed: what lies on the disk is then what the accounting says.
+    """Yield a checkpointer that writes one uncompressed file an array: the disk then holds what the accounting says.
 
     Orbax's log is held back: it would print every thread's traceback of the one error that is raised, too.
     """
@@ -370,7 +385,7 @@ def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
 
 
 def _checked_extra(extra: Mapping[str, str | bytes]) -> Mapping[str, str | bytes]:
-    """Returns the files as they are, if each has a name of its own in the folder and content that can be written.
+    """Return the files as they are, if each has a name of its own in the folder and content that can be written.
 
     Raises:
       TwlaError: another folder's name, one of the files that `save` itself writes, or a content that is no text.
@@ -394,7 +409,7 @@ def _write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 def _seal(
     folder: Path, config: DecoderConfig, recipe: Recipe, tensors: dict[str, Any], known: dict[str, Any]
 ) -> None:
-    """Writes the manifest, once every other file is on the disk; those in `known` are there already."""
+    """Write the manifest, once every other file is on the disk; those in `known` are there already."""
     names = (str(path.relative_to(folder)) for path in folders.files(folder))
     manifest = {
         "format_version": FORMAT_VERSION,

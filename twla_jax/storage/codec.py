@@ -42,7 +42,7 @@ class _Integers:
 
 
 def codec_of(kind: str, static: dict[str, Any], part: str) -> _Trits | _Integers | None:
-    """How an array lies on the disk if not as it is."""
+    """Return the codec of an array that does not lie on the disk as it is in memory, else None."""
     if kind == "ternary" and part in ("codes", "residual_codes"):
         return _Trits(static["in_features"])
     if kind == "integer" and part == "codes":
@@ -54,15 +54,15 @@ def codec_of(kind: str, static: dict[str, Any], part: str) -> _Trits | _Integers
 
 @functools.partial(jax.jit, static_argnums=1)
 def pack_stored(codes: jax.Array, codec: _Trits | _Integers) -> jax.Array:
-    """Returns codes as they lie on the disk from those in memory."""
+    """Return codes as they lie on the disk from those in memory."""
     return _by_layer(codec.pack, codes)
 
 
 def unpack_stored(stored: jax.Array, codec: _Trits | _Integers) -> jax.Array:
-    """Returns codes as they are in memory from those on the disk; inverts `pack_stored`."""
+    """Return codes as they are in memory from those on the disk; inverts `pack_stored`."""
     return _by_layer(codec.unpack, stored)
 
 
 def _by_layer(function: Any, stack: jax.Array) -> jax.Array:
-    """One matrix at a time: a trit takes a byte on the way, and a stack of them would be the whole model's worth."""
+    """Apply a function to one matrix at a time: in between, a trit takes a byte, too much for a whole stack."""
     return jax.lax.map(function, stack) if stack.ndim > 2 else function(stack)

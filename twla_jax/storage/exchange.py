@@ -13,10 +13,11 @@ _UNABLE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EP
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swaps two existing names: at every moment each names one of the two folders.
+    """Swap two existing names: at every moment each names one of the two folders.
 
     Returns:
       Whether it was done; False where the system or the file system cannot.
+
     Raises:
       OSError: it can, and failed.
     """

@@ -20,7 +20,7 @@ _PATIENCE = 5.0  # seconds that threads of a failed save may go on writing
 
 @contextlib.contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """Yields a folder beside `folder` to fill, which then takes its place; after an error nothing of it is left.
+    """Yield a folder beside `folder` to fill, which then takes its place; after an error nothing of it is left.
 
     The contents before go only once the new ones are in place. Where the system can exchange names, there is no moment
     without one of the two.
@@ -57,12 +57,12 @@ def beside(folder: Path) -> Iterator[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """Returns every file below a folder, in order."""
+    """Return every file below a folder, in order."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
-    """Returns a file's size and SHA-256; `sync` first sees to it that it is on the disk."""
+    """Return a file's size and SHA-256; `sync` first sees to it that it is on the disk."""
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
@@ -71,7 +71,7 @@ def fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`; where the file system cannot, a copy."""
+    """Make `target` the same file as `source`; where the file system cannot, a copy."""
     try:
         os.link(source, target)
     except OSError:
@@ -79,11 +79,12 @@ def link(source: Path, target: Path) -> None:
 
 
 def require_room(folder: Path, sizes: list[int]) -> None:
-    """Refuses to begin writing files of these sizes where they do not fit.
+    """Refuse to begin writing files of these sizes where they do not fit.
 
     Args:
       folder: whose parent, which exists, lies on the disk in question.
       sizes: bytes of each file; each has a folder and a description of its own.
+
     Raises:
       TwlaError: too few bytes or too few new files are left on the disk.
     """
@@ -101,7 +102,7 @@ def require_room(folder: Path, sizes: list[int]) -> None:
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    """Renames `temporary` to `folder`; what was there before takes the temporary name or is removed."""
+    """Rename `temporary` to `folder`; what was there before takes the temporary name or is removed."""
     if not folder.is_dir() or not any(folder.iterdir()):
         temporary.rename(folder)  # an empty folder is replaced
     elif not exchange(temporary, folder):
@@ -119,7 +120,7 @@ def _replace(temporary: Path, folder: Path) -> None:
 
 
 def _remove(folder: Path) -> bool:
-    """Removes a folder into which threads of a failed save may still be writing; returns whether it is gone."""
+    """Remove a folder into which threads of a failed save may still be writing; return whether it is gone."""
     until = time.monotonic() + _PATIENCE
     while os.path.lexists(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -144,7 +145,7 @@ def _sync(folder: Path) -> None:
 
 
 def _disk_error(error: Exception) -> str | None:
-    """Returns what the system says of an error of the disk, also of one that a library wraps; None for others."""
+    """Return what the system says of an error of the disk, also of one that a library wraps; None for others."""
     for code in (errno.ENOSPC, errno.EDQUOT):
         if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
             return os.strerror(code).lower()

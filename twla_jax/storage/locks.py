@@ -20,7 +20,7 @@ _HELD: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("held", d
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keeps `folder`, there or not yet, for the caller: no other process or thread can hold it meanwhile.
+    """Keep `folder`, there or not yet, for the caller: no other process or thread can hold it meanwhile.
 
     The lock is the system's own, on a hidden file beside the folder: it ends with the process, however that ends. Where
     the folder is held already by the caller, nothing more is done. Missing parents are made, and go again if they
@@ -56,7 +56,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Returns the temporary folders of `folder` that lie beside it, the newest last."""
+    """Return the temporary folders of `folder` that lie beside it, the newest last."""
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.(\d+|[0-9a-f]{{16}})\.(tmp|old)")
     try:
         found = [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]
@@ -66,14 +66,14 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def replaced_folder(folder: Path) -> Path | None:
-    """Returns the hidden folder that holds what was in `folder` when its replacement was cut short, if it was."""
+    """Return the hidden folder that holds what was in `folder` when its replacement was cut short, if it was."""
     if os.path.lexists(folder):
         return None
     return next((path for path in reversed(leftovers(folder)) if path.name.endswith(".old")), None)
 
 
 def recover(folder: Path) -> None:
-    """Puts back a folder whose replacement was cut short, and removes temporary ones. The caller holds `folder`."""
+    """Put back a folder whose replacement was cut short, and remove temporary ones. The caller holds `folder`."""
     if old := replaced_folder(folder):
         old.rename(folder)
         print(
@@ -85,7 +85,7 @@ def recover(folder: Path) -> None:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Makes the folders above, and returns those that were missing, the outermost first."""
+    """Make the folders above, and return those that were missing, the outermost first."""
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 def _acquire(lock: Path, folder: Path) -> tuple[int, bool]:
-    """Returns an open descriptor of the lock's file, and whether the file system locks files."""
+    """Return an open descriptor of the lock's file, and whether the file system locks files."""
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

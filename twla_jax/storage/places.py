@@ -12,7 +12,7 @@ _ESCAPE = re.compile(rb"\\([0-7]{3})")  # how the system writes blanks in that f
 
 
 def resolve_place(out: str | Path) -> Path:
-    """Returns the path that a folder given as `out` is written to.
+    """Return the path that a folder given as `out` is written to.
 
     A link is followed, so that what it leads to is replaced and not the link; `~` is the home folder.
 
@@ -36,7 +36,7 @@ def resolve_place(out: str | Path) -> Path:
 
 
 def expand(text: str | Path) -> Path:
-    """Returns a path with `~` as the home folder.
+    """Return a path with `~` as the home folder.
 
     Raises:
       TwlaError: the text holds a null byte or bytes that are no text here, or there is no such home.
@@ -57,7 +57,7 @@ def expand(text: str | Path) -> Path:
 
 
 def require_replaceable(folder: Path) -> None:
-    """Refuses a folder that another cannot take the place of.
+    """Refuse a folder that another cannot take the place of.
 
     Raises:
       TwlaError: it is a file, or a file system is mounted on it.
@@ -69,7 +69,7 @@ def require_replaceable(folder: Path) -> None:
 
 
 def _is_bind_mount(folder: Path) -> bool:
-    """Whether Linux lists the folder as a mount point; `os.path.ismount` misses those of the same device."""
+    """Return whether Linux lists the folder as a mount point; `os.path.ismount` misses those of the same device."""
     try:
         lines = _MOUNTS.read_bytes().splitlines()
     except OSError:

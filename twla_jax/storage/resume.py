@@ -23,7 +23,7 @@ _TEMPORARY = re.compile(r"\.(fingerprint\.json|.+\.npz)(\.[0-9a-f]{16})?\.tmp")
 
 
 def fingerprint(settings: Any, arrays: Iterable[np.ndarray]) -> str:
-    """Returns the SHA-256 of JSON-ready settings and of arrays with their shapes and dtypes, in order."""
+    """Return the SHA-256 of JSON-ready settings and of arrays with their shapes and dtypes, in order."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for array in arrays:
         array = np.ascontiguousarray(array)
@@ -40,7 +40,7 @@ class WorkDir:
     """
 
     def __init__(self, folder: Path, fingerprint: str):
-        """Opens or makes the folder, and removes what a killed run was about to write there.
+        """Open or make the folder, and remove what a killed run was about to write there.
 
         Raises:
           TwlaError: it holds the work of another fingerprint, or something else altogether, or cannot be read.
@@ -65,7 +65,7 @@ class WorkDir:
                 path.unlink(missing_ok=True)
 
     def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        """Writes a group; a crash leaves the earlier one of that name, or none.
+        """Write a group; a crash leaves the earlier one of that name, or none.
 
         Raises:
           TwlaError: the disk is full.
@@ -75,7 +75,7 @@ class WorkDir:
         self._write(f"{name}.npz", lambda file: np.savez(file, allow_pickle=False, **stored))
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:
-        """Returns a group saved before, or None.
+        """Return a group saved before, or None.
 
         Raises:
           TwlaError: the file is damaged, or was saved under another name or fingerprint.
@@ -96,7 +96,7 @@ class WorkDir:
         return {key: _from_bytes(array) for key, array in arrays.items()}
 
     def require(self, name: str) -> dict[str, np.ndarray]:
-        """Returns a group that has to be there, since a later one was saved after it.
+        """Return a group that has to be there, since a later one was saved after it.
 
         Raises:
           TwlaError: as `load`, or the group is missing.
@@ -106,7 +106,7 @@ class WorkDir:
         return arrays
 
     def _group(self, name: str) -> np.ndarray:
-        """Returns the bytes by which a group knows where it belongs."""
+        """Return the bytes by which a group knows where it belongs."""
         return np.frombuffer(f"{self._fingerprint}/{name}".encode(), np.uint8)
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
@@ -127,7 +127,7 @@ class WorkDir:
 
 
 def _read_identity(path: Path) -> str:
-    """Returns the fingerprint that a working folder belongs to."""
+    """Return the fingerprint that a working folder belongs to."""
     try:
         identity = json.loads(path.read_bytes())
         if isinstance(identity, dict) and isinstance(identity["sha256"], str):
@@ -138,7 +138,7 @@ def _read_identity(path: Path) -> str:
 
 
 def _holds_only_work(folder: Path) -> bool:
-    """Whether all that is in a folder, if anything, are working folders of earlier stages or unfinished files."""
+    """Return whether a folder holds nothing but working folders of earlier stages and unfinished files."""
     if not folder.is_dir() or folder.is_symlink():
         return False
     return all(
@@ -155,7 +155,7 @@ def _room_left(folder: Path) -> str:
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
-    """Returns an array; bfloat16, which numpy files cannot name, as a structured array of one field that names it."""
+    """Return an array; bfloat16, which numpy files cannot name, as a structured array of one field that names it."""
     array = np.asarray(array)
     if array.dtype.kind != "V":
         return array
@@ -171,11 +171,11 @@ def _from_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """Returns the leaves of a pytree by their place, as `WorkDir.save` takes them."""
+    """Return the leaves of a pytree by their place, as `WorkDir.save` takes them."""
     return {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
 
 
 def unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
-    """Returns what `flatten` was given, on the device; `like` has its structure."""
+    """Return what `flatten` was given, on the device; `like` has its structure."""
     leaves, structure = jax.tree.flatten(like)
     return jax.tree.unflatten(structure, [jnp.asarray(saved[str(index)]) for index in range(len(leaves))])
