@@ -87,12 +87,12 @@ def format_domains(result: Mapping[str, Any]) -> str:
 
 
 def _windows(name: str, tokens: np.ndarray, seq_len: int, most: int | None, size: int) -> np.ndarray:
-    tokens = np.asarray(tokens)
+    tokens = np.asanyarray(tokens)  # which may know of a BOS
     try:
+        check_vocabulary(tokens, size)
         windows = (cut_windows(tokens, seq_len) if tokens.ndim == 1 else tokens.astype(np.int32))[:most]
         if windows.size == 0:
             raise TwlaError(f"max_windows {most}: there is no window to evaluate")
-        check_vocabulary(windows, size)
     except TwlaError as error:
         raise TwlaError(f"text '{name}': {error}") from None
     return windows

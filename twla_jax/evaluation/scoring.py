@@ -14,20 +14,24 @@ from tqdm import tqdm
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder
+from twla_jax.text.token_ids import cut, text_length
 
 
 def cut_windows(tokens: Int[np.ndarray, " t"], seq_len: int) -> Int32[np.ndarray, "w seq_len"]:
-    """Consecutive windows of `seq_len` tokens; the remainder is dropped.
+    """Returns consecutive windows of `seq_len` tokens; the remainder is dropped.
+
+    Of a text whose tokenizer puts BOS in front, each window is BOS and `seq_len − 1` tokens of the text.
 
     Raises:
       TwlaError: the text is shorter than one window, or `seq_len` leaves nothing to predict.
     """
     if seq_len < 2:
         raise TwlaError(f"seq_len {seq_len}: a window needs at least 2 tokens")
-    count = len(tokens) // seq_len
+    length = text_length(tokens, seq_len)
+    count = len(tokens) // length
     if count == 0:
         raise TwlaError(f"the text has {len(tokens)} tokens, fewer than one window of seq_len {seq_len}")
-    return np.asarray(tokens[: count * seq_len], np.int32).reshape(count, seq_len)
+    return cut(tokens, np.arange(count) * length, seq_len)
 
 
 def evaluate(
@@ -53,11 +57,11 @@ def evaluate(
     Raises:
       TwlaError: as `cut_windows`; a token is not in the model's vocabulary.
     """
-    tokens = np.asarray(tokens)
+    tokens = np.asanyarray(tokens)  # which may know of a BOS
+    check_vocabulary(tokens, model.config.vocab_size)
     windows = (cut_windows(tokens, seq_len) if tokens.ndim == 1 else tokens.astype(np.int32))[:max_windows]
     if windows.size == 0:
         raise TwlaError(f"max_windows {max_windows}: there is no window to evaluate")
-    check_vocabulary(windows, model.config.vocab_size)
     # Host parameters move to the device once, not at every call.
     model = jax.tree.map(jnp.asarray, model)
     total = 0.0

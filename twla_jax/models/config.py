@@ -191,7 +191,13 @@ def check_length(seq_len: int, config: DecoderConfig) -> None:
 
 
 def check_vocabulary(tokens: Int[np.ndarray, "*shape"], vocab_size: int) -> None:
-    """TwlaError naming the first token id outside `[0, vocab_size)`: a lookup would take another row without a word."""
+    """Refuses token ids that are no integers or outside `[0, vocab_size)`: a lookup would take another row unseen.
+
+    Raises:
+      TwlaError: the first such id, or the type.
+    """
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise TwlaError(f"token ids have type {tokens.dtype}, not an integer type")
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if outside.size:
         raise TwlaError(f"token id {int(outside[0])} is not in the model's vocabulary of {vocab_size}")

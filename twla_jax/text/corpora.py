@@ -13,6 +13,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.text import files, machine, mix, named
 from twla_jax.text.files import Messages, Text
 from twla_jax.text.named import Split
+from twla_jax.text.token_ids import added_bos, cut, text_length, token_ids
 
 # The public wiki.test.raw: recognised by content, so that no path to it passes for calibration text.
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -183,11 +184,12 @@ def first_windows(
     rows = []
     for part in parts:
         tokens = tokenize(part, tokenizer, vocab_size, _LETTERS_PER_TOKEN * each * seq_len)
-        if len(tokens) < seq_len:
+        length = text_length(tokens, seq_len)
+        if len(tokens) < length:
             raise TwlaError(
                 f"corpus '{part.name}' has {len(tokens)} tokens, fewer than one window of {seq_len}: shorten --seq-len"
             )
-        rows.append(tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)[:each])
+        rows.append(cut(tokens, np.arange(min(each, len(tokens) // length)) * length, seq_len))
     in_turn = [row[turn] for turn in range(each) for row in rows if turn < len(row)]
     return np.stack(in_turn[:count])
 
@@ -206,8 +208,9 @@ def require_calibration(corpus: Corpus) -> Corpus:
 def tokenize(
     corpus: Corpus, tokenizer: Any, vocab_size: int, letters: int | None = None
 ) -> Int32[np.ndarray, " t"]:
-    """Returns the token ids of the whole text at once, with the special tokens that the tokenizer adds by itself.
+    """Returns the token ids of the whole text at once.
 
+    Where the tokenizer puts BOS before a text, it is not among the ids: every window cut from them begins with it.
     Chats are rendered by the tokenizer's chat template, where it has one.
 
     Args:
@@ -218,7 +221,8 @@ def tokenize(
     text = corpus.text
     if corpus.chats and getattr(tokenizer, "chat_template", None):
         text = _rendered(corpus.chats, tokenizer, letters)
-    tokens = np.asarray(tokenizer(text[:letters], verbose=False)["input_ids"], np.int32)
+    ids = np.asarray(tokenizer(text[:letters], verbose=False)["input_ids"], np.int32)
+    tokens = token_ids(ids, added_bos(tokenizer))
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         raise TwlaError(
             f"corpus '{corpus.name}' has token id {tokens.max()}, but the model's vocabulary ends at {vocab_size - 1}"

@@ -10,6 +10,7 @@ from jaxtyping import Int32
 from twla_jax.errors import TwlaError
 from twla_jax.recipe import CalibrationSettings
 from twla_jax.text.corpora import Corpus, require_calibration, tokenize
+from twla_jax.text.token_ids import cut, text_length
 
 Tokens = Int32[np.ndarray, " t"] | tuple[Int32[np.ndarray, " _"], ...]  # of a text, or of a mix's domains
 
@@ -49,7 +50,7 @@ def sample_windows(
             for index, (part, count) in enumerate(zip(tokens, counts, strict=True))
         ]
         return _in_turn(drawn)
-    return _cut(tokens, _starts(len(tokens), windows, seq_len, seed), seq_len)
+    return cut(tokens, _starts(len(tokens), windows, text_length(tokens, seq_len), seed), seq_len)
 
 
 def calibration_windows(
@@ -98,23 +99,25 @@ def held_out_windows(
             chosen.append(held_out)
             shares += share * count
         return _in_turn(chosen), shares / windows
+    length = text_length(tokens, seq_len)
     changes = np.zeros(len(tokens) + 1, np.int64)
     for settings in drawn:
-        starts = _starts(len(tokens), settings.windows, settings.seq_len, settings.seed)
+        drawn_length = text_length(tokens, settings.seq_len)
+        starts = _starts(len(tokens), settings.windows, drawn_length, settings.seed)
         np.add.at(changes, starts, 1)
-        np.add.at(changes, starts + settings.seq_len, -1)
+        np.add.at(changes, starts + drawn_length, -1)
     times = np.cumsum(changes)[:-1]
-    places = np.random.default_rng(seed).permutation(_places(len(tokens), seq_len))
+    places = np.random.default_rng(seed).permutation(_places(len(tokens), length))
     chosen, shared = [], 0
     for _ in range(windows):
         before = np.concatenate([[0], np.cumsum(times)])
-        start = places[(before[places + seq_len] - before[places]).argmin()]
-        here = slice(start, start + seq_len)
+        start = places[(before[places + length] - before[places]).argmin()]
+        here = slice(start, start + length)
         shared += int((times[here] > 0).sum())
         times[here] += 1
         chosen.append(start)
     starts = np.asarray(chosen, np.int64)
-    return _cut(tokens, starts, seq_len), shared / max(1, windows * seq_len)
+    return cut(tokens, starts, seq_len), shared / max(1, windows * length)
 
 
 def _counts(domains: int, windows: int) -> list[int]:
@@ -144,7 +147,3 @@ def _places(tokens: int, seq_len: int) -> int:
             f"the corpus has {tokens} tokens, fewer than one window of {seq_len}: shorten --seq-len or add text"
         )
     return tokens - seq_len + 1
-
-
-def _cut(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> Int32[np.ndarray, "windows seq_len"]:
-    return tokens[starts[:, None] + np.arange(seq_len)].astype(np.int32)
