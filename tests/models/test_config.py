@@ -7,7 +7,7 @@ import pytest
 
 from twla_jax.errors import TwlaError
 from twla_jax.models import rope
-from twla_jax.models.config import DecoderConfig, RopeScaling
+from twla_jax.models.config import DecoderConfig, RopeScaling, check_vocabulary
 
 BASE = {
     "model_type": "llama",
@@ -98,3 +98,15 @@ def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones():
 def test_a_missing_key_is_named():
     with pytest.raises(TwlaError, match="'hidden_size' is missing"):
         DecoderConfig.from_hf({key: value for key, value in BASE.items() if key != "hidden_size"})
+
+
+def test_token_ids_are_integers_of_the_vocabulary():
+    check_vocabulary(np.arange(4, dtype=np.uint8), 4)
+    for ids, message in (
+        (np.array([1.7]), "type float64, not an integer type"),
+        (np.array([1, 4]), "token id 4 is not in the model's vocabulary of 4"),
+        (np.array([2**32 + 1]), "token id 4294967297"),
+        (np.array([-1]), "token id -1"),
+    ):
+        with pytest.raises(TwlaError, match=message):
+            check_vocabulary(ids, 4)
