@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from twla_jax.evaluation.scoring import cut_windows
-from twla_jax.recipe import CalibrationRecipe
+from twla_jax.recipe import CalibrationSettings
 from twla_jax.text.corpora import Corpus, first_windows, tokenize
 from twla_jax.text.token_ids import token_ids
 from twla_jax.text.windows import calibration_windows, held_out_windows, sample_windows
@@ -41,13 +41,13 @@ def test_a_window_is_bos_and_one_token_less_of_the_text(text):
     assert windows.dtype == np.int32
     drawn = sample_windows(tokens, 5, 11, seed=0)
     held_out, shared = held_out_windows(
-        tokens, [CalibrationRecipe(windows=5, seq_len=11, seed=0)], 2, 11, seed=2
+        tokens, [CalibrationSettings(windows=5, seq_len=11, seed=0)], 2, 11, seed=2
     )
     for window in (*drawn, *held_out):
         assert window[0] == BOS
         assert "".join(map(chr, window[1:])) in text
     assert 0 <= shared <= 1
-    settings = CalibrationRecipe(windows=3, seq_len=8)
+    settings = CalibrationSettings(windows=3, seq_len=8)
     np.testing.assert_array_equal(first_windows(corpus(text), Letters(True), 256, 3, 11), windows[:3])
     assert (calibration_windows(corpus(text), Letters(True), 256, settings)[:, 0] == BOS).all()
 
