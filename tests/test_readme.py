@@ -1,13 +1,17 @@
 """The quick start of the README runs as it is written, and every other command in the documentation exists."""
 
+import dataclasses
 import functools
 import re
 import shlex
+import tomllib
+import typing
 from pathlib import Path
 
 import pytest
 
 from twla_jax.cli import main
+from twla_jax.recipe import Recipe
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PAGES = [README, README.with_name("CONTRIBUTING.md"), *sorted(README.parent.glob("docs/**/*.md"))]
@@ -79,3 +83,26 @@ def test_commands_exist(page, monkeypatch):
             assert ran.pop() == arguments[0]
         else:
             assert (README.parent / arguments[0]).is_file(), line
+
+
+def tables(settings):
+    """Every class of settings below one, by the name of its table."""
+    found = {}
+    for hint in typing.get_type_hints(settings).values():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                found |= {part.table: part, **tables(part)}
+    return found
+
+
+def test_the_page_on_recipes_has_every_setting_and_its_default():
+    page = (README.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name, settings in tables(Recipe).items():
+        plain = {
+            field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+            for field in dataclasses.fields(settings)
+            if isinstance(field.default, int | float | str | tuple)
+        }
+        _, _, section = page.partition(f"### `[{name}]`\n")
+        rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", section.partition("\n### ")[0], re.MULTILINE)
+        assert {key: tomllib.loads(f"x = {value}")["x"] for key, value in rows} == plain, name
