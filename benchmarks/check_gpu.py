@@ -17,11 +17,10 @@ from twla_jax.core.packing import TILE
 from twla_jax.core.tensors import IntegerTensor
 from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import AttentionParts, decode_attention
+from twla_jax.ops.decode_attention import AttentionSplits, decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul, integer_weight
-from twla_jax.ops.linear_pair import LinearOperands, linear_pair
-from twla_jax.ops.linear_pair import new_exchange as new_pair_exchange
-from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
+from twla_jax.ops.linear_pair import LinearOperands, linear_pair, new_pair_exchange
+from twla_jax.ops.qkv_attention import new_qkv_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
@@ -220,7 +219,7 @@ def check_linears(implementation: str, linears=LINEARS) -> None:
         weight = random_weight(jax.random.key(4), n, left * right)
         norm_scale = residual = None
         if kind == "parts":
-            x = random_parts(t, left * right, left * right // 64)
+            x = random_splits(t, left * right, left * right // 64)
         if kind == "norm":
             norm_scale = jnp.linspace(0.5, 1.5, left * right)
         if kind == "residual":
@@ -247,12 +246,12 @@ def check_linears(implementation: str, linears=LINEARS) -> None:
         assert float(jnp.abs(found - expected).mean()) < 1e-3 * _largest(expected)
 
 
-def random_parts(t: int, m: int, heads: int) -> AttentionParts:
+def random_splits(t: int, m: int, heads: int) -> AttentionSplits:
     """Attention over four parts of the positions."""
     keys = jax.random.split(jax.random.key(7), 3)
     softmax = [jax.random.uniform(key, (t, 4, heads), minval=0.5, maxval=4) for key in keys[:2]]
     mixed = jax.random.normal(keys[2], (t, 4, m), jnp.bfloat16)
-    return AttentionParts(mixed=mixed, softmax=jnp.stack(softmax, -1))
+    return AttentionSplits(mixed=mixed, softmax=jnp.stack(softmax, -1))
 
 
 _EVERYWHERE = np.iinfo(np.int32).max
@@ -303,7 +302,7 @@ def check_attention(implementation: str, cases=ATTENTION) -> None:
                     implementation=implementation,
                 )
             )(qkv, layer, positions, jnp.int32(window))
-            merged = apart.merged() if isinstance(apart, AttentionParts) else apart
+            merged = apart.merged() if isinstance(apart, AttentionSplits) else apart
             found, expected, merged = (values.astype(jnp.float32) for values in (found, expected, merged))
             for each in (found, merged):
                 np.testing.assert_allclose(each, expected, rtol=0, atol=1e-2 * _largest(expected))
@@ -344,7 +343,7 @@ def check_linear_pairs(implementation: str, cases=LINEAR_PAIRS, *, repetitions: 
             norm_scale=jnp.linspace(0.5, 1.5, n),
             epsilon=1e-5,
         )
-        parts = AttentionParts(
+        parts = AttentionSplits(
             mixed=jax.random.normal(jax.random.key(5), (1, 4, x.shape[-1]), jnp.bfloat16),
             softmax=jnp.abs(jax.random.normal(jax.random.key(6), (1, 4, x.shape[-1] // 128, 2))) + 0.1,
         )
@@ -387,7 +386,7 @@ def check_qkv_attention(
             expected, written, _ = tokens(x, jax.tree.map(jnp.asarray, stores), None, length)
             expected, exchange, first = (
                 expected.astype(jnp.float32),
-                new_exchange(stores, rotation, weight),
+                new_qkv_exchange(stores, rotation, weight),
                 None,
             )
             assert exchange is not None
@@ -411,7 +410,7 @@ def _in_turn(step, x: jax.Array, layer: LayerKV, exchange: jax.Array | None, len
             query=position[None], key=jnp.arange(size), cos=jnp.cos(angle), sin=jnp.sin(angle)
         )
         mixed, *written = step(x[None], layer=layer, positions=positions, exchange=exchange)
-        return tuple(written), mixed.merged() if isinstance(mixed, AttentionParts) else mixed
+        return tuple(written), mixed.merged() if isinstance(mixed, AttentionSplits) else mixed
 
     written, mixed = jax.lax.scan(one, (layer, exchange), (x, length + jnp.arange(len(x))))
     return mixed, *written

@@ -1,7 +1,8 @@
 """Times of kernels with other tiles than they take: `python benchmarks/tune.py --shape llama-2-7b`.
 
-For each matrix of the shapes, at one token, what the one-kernel linear takes by `ops/quantized_linear/tiles.py`, and
-the fastest of the tiles around it; with `--few`, `ternary_matmul` at one to sixteen tokens, and `gpu_few` with others.
+For each matrix of the shapes, at one token, what the one-kernel linear takes by
+`ops/quantized_linear/linear_tiles.py`, and the fastest of the tiles around it; with `--few`, `ternary_matmul` at one
+to sixteen tokens, and `gpu_few` with others.
 """
 
 import argparse
@@ -16,27 +17,27 @@ import jax.numpy as jnp
 
 from twla_jax import xla_flags
 from twla_jax.bench import shapes, timing
-from twla_jax.ops.quantized_linear import gpu
+from twla_jax.ops.quantized_linear import gpu, gpu_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings
 from twla_jax.ops.ternary_matmul import gpu_few, ternary_matmul
-from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
+from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 
 Timed = list[tuple[float, Any]]
 
 
-def around(tiles: Tiles, columns: int) -> Iterator[Tiles]:
+def around(config: RingTileConfig, columns: int) -> Iterator[RingTileConfig]:
     """The same tiles, and others: more warpgroups, other tiles under way, smaller copies, twice the blocks."""
-    under_way = tiles.rows * tiles.warpgroups * tiles.stages * tiles.together
+    under_way = config.rows * config.warpgroups * config.stages * config.together
     for rows, warpgroups, together in itertools.product(
-        {tiles.rows, 8 * -(-tiles.rows // 16)}, (2, 3, 4), {1, -(-tiles.together // 2), tiles.together}
+        {config.rows, 8 * -(-config.rows // 16)}, (2, 3, 4), {1, -(-config.together // 2), config.together}
     ):
         copies = -(-under_way // (rows * warpgroups * together))
         for stages in {copies - 1, copies, copies + 1}:
             if 1 <= stages <= -(-columns // (warpgroups * together)):
-                yield Tiles(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
+                yield RingTileConfig(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
 
 
-def timed(n: int, m: int, *, gated: bool) -> tuple[Tiles, Timed]:
+def timed(n: int, m: int, *, gated: bool) -> tuple[RingTileConfig, Timed]:
     """The tiles that the rule gives, and all with their seconds, fastest first; without those that find no room."""
     rotation, settings = shapes.rotation_for_kernels(jax.random.key(1), m, n), quantizer_settings(4, 0.9)
 
@@ -46,21 +47,21 @@ def timed(n: int, m: int, *, gated: bool) -> tuple[Tiles, Timed]:
         return jax.random.normal(key, (1, m), jnp.bfloat16), dataclasses.replace(weight, splits=splits)
 
     x, weight = jax.eval_shape(make, jax.random.key(0))
-    if reason := gpu.obstacle(x, rotation, weight, gated=gated):
+    if reason := gpu_linear.obstacle(x, rotation, weight, gated=gated):
         raise ValueError(reason)
-    _, rule = gpu.plan(x, rotation, weight, gated=gated)
+    _, rule = gpu_linear.launch_plan(x, rotation, weight, gated=gated)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
     found = []
-    for tiles in {rule, *around(rule, weight.tiles)}:
+    for config in {rule, *around(rule, weight.column_tiles)}:
 
-        def linear(x, weight, tiles=tiles):
+        def linear(x, weight, config=config):
             op = functools.partial(gpu.quantized_linear, epsilon=1e-5, out_dtype=jnp.bfloat16, gated=gated)
-            return op(x, rotation, settings, weight, None, None, tiles=tiles)
+            return op(x, rotation, settings, weight, None, None, config=config)
 
         try:
-            found.append((timing.seconds_each(linear, make, size), tiles))
+            found.append((timing.seconds_each(linear, make, size), config))
         except Exception as error:  # whatever the compiler says of tiles that do not fit
-            print(f"  {tiles}: {str(error).splitlines()[0][:100]}", flush=True)
+            print(f"  {config}: {str(error).splitlines()[0][:100]}", flush=True)
     return rule, sorted(found, key=lambda pair: pair[0])
 
 
@@ -75,23 +76,25 @@ def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
     now, found = timing.seconds_each(lambda weight, x: ternary_matmul(x, weight), make, size), []
     if gpu_few.obstacle(tokens, weight):
         return now, found
-    rule = gpu_few.plan(tokens, weight)
-    for tiles in {rule, *around(rule, weight.tiles)}:
+    rule = gpu_few.launch_plan(tokens, weight)
+    for config in {rule, *around(rule, weight.column_tiles)}:
 
-        def product(weight, x, tiles=tiles):
-            return gpu_few.matmul(x.codes, x.scale, x.zero_point, weight, out_dtype=jnp.bfloat16, tiles=tiles)
+        def product(weight, x, config=config):
+            return gpu_few.matmul(
+                x.codes, x.scale, x.zero_point, weight, out_dtype=jnp.bfloat16, config=config
+            )
 
         try:
-            found.append((timing.seconds_each(product, make, size), tiles))
+            found.append((timing.seconds_each(product, make, size), config))
         except Exception as error:  # whatever the compiler says of tiles that do not fit
-            print(f"  {tiles}: {str(error).splitlines()[0][:100]}", flush=True)
+            print(f"  {config}: {str(error).splitlines()[0][:100]}", flush=True)
     return now, sorted(found, key=lambda pair: pair[0])
 
 
 def _print(name: str, now: float, found: Timed) -> None:
     print(f"{name}: {now * 1e6:.2f} us", flush=True)
-    for seconds, tiles in found[:4]:
-        print(f"  {seconds * 1e6:.2f} us, {now / seconds:.3f} x: {tiles}", flush=True)
+    for seconds, config in found[:4]:
+        print(f"  {seconds * 1e6:.2f} us, {now / seconds:.3f} x: {config}", flush=True)
 
 
 if __name__ == "__main__":
@@ -115,5 +118,5 @@ if __name__ == "__main__":
             except ValueError as error:
                 print(f"{name}: {error}")
                 continue
-            now = next(seconds for seconds, tiles in found if tiles == rule)
+            now = next(seconds for seconds, config in found if config == rule)
             _print(f"{name} by {rule}", now, found)

@@ -12,6 +12,8 @@ from twla_jax.evaluation.scoring import evaluate
 from twla_jax.models import sites
 from twla_jax.models.decoder import SITES, Decoder
 
+from helpers.compiled import compiled_programs
+
 WINDOWS = np.random.default_rng(0).integers(0, 97, (4, 24)).astype(np.int32)
 CHOICES = (2, 4, 8)
 # In another program a value halfway between two codes may go to the other one. The entries are a hundred times this.
@@ -94,7 +96,7 @@ def test_all_layers_share_one_program(tiny_ternary):
         program.clear_cache()
     measure(tiny_ternary, "input")
     # one suffix; a site of each kind; the base past it, and candidates from each kind but the last to the block's end
-    assert [program._cache_size() for program in programs] == [1, 4, 7]
+    assert [compiled_programs(program) for program in programs] == [1, 4, 7]
 
 
 @pytest.mark.parametrize("kind", ["block", "input"])

@@ -9,6 +9,8 @@ import pytest
 
 from twla_jax.core import activation
 
+from helpers.compiled import compiled_programs
+
 CLIPS = (0.6, 0.8, 1.0)
 
 
@@ -66,7 +68,7 @@ def test_bits_are_data_and_16_is_off(tokens):
         atol=1e-5,
     )
     apply(activation.with_bits(quantizer, 2), tokens)
-    assert apply._cache_size() == 1
+    assert compiled_programs(apply) == 1
     mixed_off = dataclasses.replace(quantizer, bits=jnp.int32(16))
     np.testing.assert_array_equal(apply(mixed_off, tokens), tokens)
     assert not activation.with_bits(quantizer, 16).enabled

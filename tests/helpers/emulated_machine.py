@@ -1,7 +1,7 @@
-"""A GPU's blocks of threads, their memory and the copy engine, for `emulated_threads`: all threads go in step.
+"""Emulates a GPU's blocks of threads, their memory and the copy engine for `emulated_threads`; all threads go in step.
 
-Blocks of a cluster are rows of the arrays. Warps of a GPU do not go in step: none may touch shared memory that another
-has written, or write what another has touched, before both have met at a barrier.
+Blocks of a cluster are rows of the arrays. Warps of a GPU do not go in step: none may read shared memory that another
+has written, or write what another has touched, before both have passed a barrier.
 """
 
 import dataclasses
@@ -11,19 +11,19 @@ import ml_dtypes
 import numpy as np
 
 WARP = 32
-_SEVERAL = -2  # in place of a warp; and less, for several of one warpgroup
+_SEVERAL = -2  # stands for several warps; lower numbers for several of one warpgroup
 
 
 class Machine:
-    """Blocks of threads with their shared memory, and which threads take part in what happens now."""
+    """Holds blocks of threads with their shared memory, and which threads are active."""
 
     def __init__(self, threads: int, blocks: int = 1, memory: int = 232448):
         self.shape = (blocks, threads)
-        # As it may be found: whatever is not written before it is read shows.
+        # Random, so that reading what was never written shows.
         self.memory = np.random.default_rng(0).integers(0, 256, (blocks, memory), np.uint8)
         self.used = 0
         self.masks = [np.ones(self.shape, bool)]
-        # Of every byte: how many barriers there had been when it was last read and written, and by which warp.
+        # For every byte: the number of barriers before it was last read and written, and by which warp.
         self.met = 0
         self.begun = blocks == 1
         self.reads, self.writes = (np.full((2, blocks, memory), -1) for _ in range(2))
@@ -41,7 +41,7 @@ class Machine:
         return self.blocks * self.shape[1] + self.threads // WARP
 
     def check(self, blocks, places, *, writes, against):
-        """That what `against` noted since the last barrier, if anything, was by the same warp; and notes this."""
+        """Assert that what `against` noted since the last barrier, if anything, was by the same warp; and note this."""
         warps = np.broadcast_to(self.warps[self.masks[-1]][:, None], places.shape)
         when, by = against[:, blocks, places]
         assert not ((when == self.met) & (by != warps)).any(), "no barrier between two warps"
@@ -54,22 +54,24 @@ class Machine:
         noted[1, blocks, places] = np.where(others, together, warps)
 
     def read_by_all(self, ref):
-        """As products of whole warpgroups do."""
+        """Note a read by all threads, as products of whole warpgroups do."""
         at, size = int(ref.start), math.prod(ref.shape) * ref.dtype.itemsize
         assert (self.writes[0, :, at : at + size] < self.met).all()
         self.reads[0, :, at : at + size], self.reads[1, :, at : at + size] = self.met, _SEVERAL
 
     def copied(self, target, block, thread):
-        """A warpgroup may have a copy made to what it touched itself, as its warps wait for each other before."""
+        """Check a copy into shared memory: a warpgroup may overwrite what only it has touched."""
         at = int(self.spread(target.start)[block, thread])
         places = slice(at, at + math.prod(target.shape) * target.dtype.itemsize)
         own = self.warps[block, thread] // 4
         for noted in (self.reads, self.writes):
             when, by = noted[:, block, places]
-            assert not ((when == self.met) & (_warpgroup(by) != own)).any(), "a warpgroup is not done with it"
+            assert not ((when == self.met) & (_warpgroup(by) != own)).any(), (
+                "another warpgroup still uses this memory"
+            )
 
     def allocate(self, shape, dtype, *, swizzled=False):
-        """A reference to shared memory."""
+        """Return a reference to new shared memory."""
         at = self.used
         self.used = at + -(-math.prod(shape) * np.dtype(dtype).itemsize // 1024) * 1024
         assert self.used <= self.memory.shape[1]
@@ -84,7 +86,7 @@ def _warpgroup(by):
 
 
 def start(threads, blocks=1, **axes):
-    """A new machine; `axes` are the indices of the grid's block."""
+    """Start and return a new machine; `axes` are the indices of the grid's block."""
     global machine
     machine = Machine(threads, blocks)
     machine.axes = {"split": machine.blocks, "warpgroup": machine.threads // 128, **axes}
@@ -93,7 +95,7 @@ def start(threads, blocks=1, **axes):
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """`pl.ds`."""
+    """Stands for `pl.ds`."""
 
     start: object
     size: int
@@ -101,7 +103,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """Shared memory from an address on, which may be another for each thread."""
+    """Refers to shared memory from an address on, which may be another for each thread."""
 
     start: object
     shape: tuple
@@ -113,9 +115,9 @@ class Shared:
         return self
 
     def __getitem__(self, index):
-        """Leading indices: each a number, or an array of one for each thread; the last one may be a slice.
+        """Index leading axes by a number, or by an array of one for each thread; the last index may be a slice.
 
-        So may be that before it, if it is of all, and leaves a piece of memory.
+        So may the index before it, if it takes everything and leaves one piece of memory.
         """
         start, kept = self.start, ()
         index = index if isinstance(index, tuple) else (index,)
@@ -130,13 +132,13 @@ class Shared:
         return dataclasses.replace(self, start=start, shape=kept + self.shape[len(index) :])
 
     def view(self, block, thread):
-        """What a thread sees, as bytes."""
+        """Return what a thread sees, as bytes."""
         at = int(machine.spread(self.start)[block, thread])
         return machine.memory[block, at : at + math.prod(self.shape) * self.dtype.itemsize]
 
 
 def copy(source, target, _):
-    """The copy engine, for each warpgroup: zeros where the source ends; chunks of 16 bytes swizzled, 128 by 128."""
+    """Copy for each warpgroup as the copy engine does: zeros past the end, and chunks of 16 bytes swizzled."""
     for block in range(machine.shape[0]):
         for thread in range(0, machine.shape[1], 128):
             if machine.masks[-1][block, thread]:
@@ -152,19 +154,19 @@ def copy(source, target, _):
 
 
 def unswizzled(ref, block=0):
-    """A bf16 matrix in tiles of 8 rows, as wide as their swizzle."""
+    """Return a bf16 matrix from tiles of 8 rows, as wide as their swizzle."""
     rows, columns = ref.shape
     width = next(size for size in (128, 64, 32) if 2 * columns % size == 0)
     chunks = width // 16
     tiles = ref.view(block, 0).reshape(rows // 8, -1, 8, chunks, 16)
     row = np.arange(8)
-    turned = np.arange(chunks) ^ (row[:, None] // (128 // width)) % chunks
-    tiles = tiles[:, :, row[:, None], turned]
+    rotated = np.arange(chunks) ^ (row[:, None] // (128 // width)) % chunks
+    tiles = tiles[:, :, row[:, None], rotated]
     return tiles.transpose(0, 2, 1, 3, 4).reshape(rows, -1).view(ml_dtypes.bfloat16)
 
 
 class OfArray:
-    """A reference to what its `array` is."""
+    """Refers to its `array`."""
 
     @property
     def at(self):
@@ -181,7 +183,7 @@ class OfArray:
 
 @dataclasses.dataclass(frozen=True)
 class Global(OfArray):
-    """An array in global memory."""
+    """Refers to an array in global memory."""
 
     array: np.ndarray
 
@@ -195,7 +197,7 @@ class Global(OfArray):
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A part of an array in global memory, which may be another for each thread."""
+    """Refers to a piece of an array in global memory, which may be another for each thread."""
 
     array: np.ndarray
     index: tuple
@@ -233,7 +235,7 @@ class Window:
 
 
 def first(ref):
-    """Where a reference to global memory begins in its array, in numbers, for each thread."""
+    """Return where a reference to global memory begins in its array, in numbers, for each thread."""
     index = ref.index if isinstance(ref, Window) else ()
     places = [np.asarray(each) * math.prod(ref.array.shape[i + 1 :]) for i, each in enumerate(index)]
     return machine.spread(sum(places))

@@ -1,11 +1,12 @@
-"""A Mosaic GPU kernel's warpgroups on the CPU, each a thread of its own that waits for the others at barriers.
+"""Runs a Mosaic GPU kernel's warpgroups on the CPU, each a thread of its own that waits for the others at barriers.
 
-For kernels whose warpgroups have different work. Copies into shared memory are done as soon as they are asked for, and
-products as late as the kernel lets them, so that memory given free too early shows. A barrier is that of the PTX
-manual: a phase ends with the last arrival and the last byte, and nobody may let one go by.
+It is for kernels whose warpgroups have different work. Copies into shared memory are done as soon as they are started,
+and products as late as the kernel lets them, so that memory freed too early shows. A barrier is that of the PTX manual:
+a phase ends with the last arrival and the last byte, and no warpgroup may miss one.
 """
 
 import dataclasses
+import sys
 import threading
 import types
 
@@ -15,13 +16,13 @@ from jax import lax
 
 from helpers.emulated_machine import OfArray, Slice
 
-TIMEOUT = 60  # seconds, after which nobody will come any more
+TIMEOUT = 60  # seconds, after which a wait fails
 _here = threading.local()  # this thread's place: `axes`, and the `sums` of its products
 
 
 @dataclasses.dataclass(frozen=True)
 class Ref(OfArray):
-    """Global memory, beyond the end of which there is nothing, or shared memory, with that of the cluster's blocks."""
+    """Refers to global memory, past whose end there is nothing, or to shared memory of a cluster's blocks."""
 
     arrays: list
     own: int = 0
@@ -49,7 +50,7 @@ class Ref(OfArray):
 
 
 class Barrier:
-    """Of one block."""
+    """Emulates a barrier of one block."""
 
     def __init__(self, arrivals, changed):
         self.arrivals, self.changed = arrivals, changed
@@ -57,28 +58,28 @@ class Barrier:
         self.waited, self.broken = {}, False
 
     def count(self, arrivals, missing=0):
-        """So many arrive, and so many more parts of copies are missing."""
+        """Count arrivals, and pieces of copies that are missing."""
         with self.changed:
             self.arrived, self.missing = self.arrived + arrivals, self.missing + missing
-            assert self.arrived <= self.arrivals, "more arrive than the barrier waits for"
+            assert self.arrived <= self.arrivals, "more arrivals than the barrier expects"
             if self.arrived == self.arrivals and self.missing == 0:
                 self.arrived, self.phases = 0, self.phases + 1
                 self.changed.notify_all()
 
     def wait(self):
-        """For the end of the phase after the last one that this warpgroup waited for."""
+        """Wait for the end of the phase after the last one that this warpgroup waited for."""
         group = _here.axes["warpgroup"], _here.axes.get("warp")
         with self.changed:
             before = self.waited.get(group, 0)
             self.changed.wait_for(lambda: self.phases > before or self.broken, TIMEOUT)
-            assert self.phases > before, "nobody comes any more"
-            assert self.phases == before + 1, "a phase went by unseen"
+            assert self.phases > before, "the other warpgroups never arrived"
+            assert self.phases == before + 1, "a phase was missed"
             self.waited[group] = before + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Barriers:
-    """Of all blocks, `arrive` being at this one's or at all."""
+    """Holds the barriers of all blocks; `arrive` is at this one's or at all."""
 
     blocks: list
     own: int
@@ -89,7 +90,7 @@ class Barriers:
         return self
 
     def __getitem__(self, index):
-        """Of several, one; a single one is there under both names."""
+        """Return one of several; a single one is there under both names."""
         one = [each[int(index)] if isinstance(each, list) else each for each in self.blocks]
         return Barriers(one, self.own, self.of_cluster)
 
@@ -104,19 +105,19 @@ class Barriers:
 
 
 class Sums:
-    """Of products, some of them under way: they read memory when they are waited for."""
+    """Holds sums of products, some in flight: they read memory when they are waited for."""
 
     def __init__(self, value):
-        self.value, self.under_way = np.array(value, np.int64), []
+        self.value, self.in_flight = np.array(value, np.int64), []
 
     def wait(self, left):
-        while len(self.under_way) > left:
-            codes, ref = self.under_way.pop(0)
+        while len(self.in_flight) > left:
+            codes, ref = self.in_flight.pop(0)
             self.value += np.asarray(codes, np.int64) @ ref.array.astype(np.int64)
 
 
 def run_at_once(function, places, failures):
-    """A thread for each of the places; then raises the first of the failures that they have noted."""
+    """Run a thread for each of the places; then raise the first of the failures that they have noted."""
     running = [threading.Thread(target=function, args=place) for place in places]
     for thread in running:
         thread.start()
@@ -126,11 +127,11 @@ def run_at_once(function, places, failures):
         raise failures[0]
 
 
-def emulate(monkeypatch, pl, plgpu, *modules):
-    """Makes `plgpu.kernel` run its clusters one after the other, and all that `modules` call in it run here."""
+def emulate(monkeypatch, pl, plgpu):
+    """Make `plgpu.kernel` run its clusters one after the other, and all that `gpu_many` calls in it run here."""
 
     def memory(kind, blocks, changed):
-        """Of all blocks of a cluster; of a dictionary of kinds, likewise."""
+        """Return the memory of all blocks of a cluster; for a dictionary of kinds, a dictionary."""
         if isinstance(kind, dict):
             found = {name: memory(each, blocks, changed) for name, each in kind.items()}
             return lambda own: {name: of_block(own) for name, of_block in found.items()}
@@ -188,7 +189,7 @@ def emulate(monkeypatch, pl, plgpu, *modules):
         if collective_axes is None:
             target.array[...] = data
             return barrier.arrive()
-        # Each block of the cluster brings a part, to all of them.
+        # Each block of the cluster loads a piece, for all of them.
         blocks = len(target.arrays)
         barrier.blocks[barrier.own].count(1, blocks)
         part = slice(target.own * len(data) // blocks, (target.own + 1) * len(data) // blocks)
@@ -200,7 +201,7 @@ def emulate(monkeypatch, pl, plgpu, *modules):
         target.array[...] = source.array[tuple(slice(size) for size in target.shape)]
 
     def multiply(sums, codes, ref):
-        sums.under_way.append((codes, ref))
+        sums.in_flight.append((codes, ref))
         _here.sums = sums
 
     def run_state(function):
@@ -263,5 +264,6 @@ def emulate(monkeypatch, pl, plgpu, *modules):
         broadcast_in_dim=lax.broadcast_in_dim,
         bitcast_convert_type=lax.bitcast_convert_type,
     )
-    for module in modules:
+    modules = [name for name in sys.modules if name.startswith("twla_jax.ops.ternary_matmul.gpu_many")]
+    for module in map(sys.modules.get, modules):
         monkeypatch.setattr(module, "lax", fake)

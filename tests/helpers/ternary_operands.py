@@ -1,4 +1,4 @@
-"""Random ternary matrices and tokens, and the shapes of both."""
+"""Makes random ternary matrices and tokens, and the shapes of both."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from twla_jax.core import tensors
 from twla_jax.ops.ternary_matmul import kernel_weight
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
-packed = jax.jit(kernel_weight)  # whose steps would each be compiled for every shape
+packed = jax.jit(kernel_weight)  # one program; its operations would each be compiled for every shape
 
 
 def matrix(n, m, size, *, alpha=None, mu=None, seed=0):

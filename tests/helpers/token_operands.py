@@ -1,21 +1,21 @@
-"""Operands that several ops share: rotated tokens, their order in threads, and attention in parts."""
+"""Makes operands that several ops share: rotated tokens, their order in threads, and attention in splits."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.decode_attention import AttentionSplits
 from twla_jax.ops.rotate_quantize import (
-    gpu_token,
+    gpu_rotation,
     kernel_rotation,
 )
 
 from helpers import emulated_machine, emulated_threads
 
 
-def turned(token_smem, right_smem, left_smem, *, shape):
-    """What a warpgroup's products leave in its threads: every `Zᵀ`, as `wgmma` has it in its registers."""
+def rotated(token_smem, right_smem, left_smem, *, shape):
+    """Return what a warpgroup's products leave in its threads: every `Zᵀ`, as `wgmma` has it in its registers."""
     for ref in (token_smem, right_smem, left_smem):
         emulated_machine.machine.read_by_all(ref)
     tokens, right, left = (
@@ -26,7 +26,7 @@ def turned(token_smem, right_smem, left_smem, *, shape):
         return emulated_threads.pack_bfloat16(*map(emulated_threads.Real, values))
 
     thread = emulated_machine.machine.threads
-    line, share = gpu_token.place(shape)
+    line, share = gpu_rotation.warpgroup_share(shape)
     row = share * (shape.rows // shape.shares) + thread % 4 * 2
     column = line * 64 + thread // 32 % 4 * 16 + thread % 32 // 4
     places = [(row + 8 * j, column + 8 * h) for j in range(shape.rows // shape.shares // 8) for h in (0, 1)]
@@ -38,13 +38,13 @@ def turned(token_smem, right_smem, left_smem, *, shape):
     return found
 
 
-def in_parts(t, m, heads):
-    """Attention over four parts, one of no position; weights are powers of two, and the mix the same in every order."""
+def in_splits(t, m, heads):
+    """Return attention in four splits, one of no position; every order of additions gives the same mix."""
     mixed = jax.random.normal(jax.random.key(3), (t, 4, m), jnp.bfloat16).at[:, 2].set(0)
     top = jnp.array([3.0, 2.0, -1e30, 1.0])[:, None] + jnp.arange(heads)
     total = jnp.array([1.0, 1.0, 0.0, 2.0])[:, None] + jnp.zeros(heads)
     softmax = jnp.broadcast_to(jnp.stack([top, total], -1), (t, 4, heads, 2)).astype(jnp.float32)
-    return AttentionParts(mixed=mixed, softmax=softmax)
+    return AttentionSplits(mixed=mixed, softmax=softmax)
 
 
 def permutation(rotation):

@@ -14,6 +14,8 @@ from twla_jax.inference.generation import generate, stream
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models.decoder import Decoder
 
+from helpers.compiled import compiled_programs
+
 PROMPT = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
 
@@ -64,21 +66,21 @@ def test_sampling_follows_the_key_and_the_temperature(model):
 
 def test_prompts_of_one_bucket_compile_once(model):
     generate(model, PROMPT[:1, :2], max_new_tokens=4)
-    compiled = generation._prefill._cache_size(), generation.steps._cache_size()
+    compiled = compiled_programs(generation._prefill), compiled_programs(generation.steps)
     for length in (1, 3, 5):
         generate(model, PROMPT[:1, :length], max_new_tokens=length + 1)
-    assert compiled == (generation._prefill._cache_size(), generation.steps._cache_size())
+    assert compiled == (compiled_programs(generation._prefill), compiled_programs(generation.steps))
 
 
 def test_a_long_prompt_goes_in_by_chunks_of_one_compilation(model, greedy, monkeypatch):
     monkeypatch.setattr(generation, "_CHUNK", 4)
     monkeypatch.setattr(generation, "_BUCKET", 2)
-    compiled = generation._prefill._cache_size()
+    compiled = compiled_programs(generation._prefill)
     whole = np.concatenate([PROMPT, greedy], axis=1)
     for length in (5, 8, 11):
         found = generate(model, whole[:, :length], max_new_tokens=17 - length)
         np.testing.assert_array_equal(found, whole[:, length:])
-    assert generation._prefill._cache_size() - compiled <= 2  # by the size of the cache
+    assert compiled_programs(generation._prefill) - compiled <= 2  # by the size of the cache
 
 
 @pytest.mark.parametrize("prepared", [False, True])

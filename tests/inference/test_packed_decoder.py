@@ -23,7 +23,7 @@ from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models.decoder import SITES, Decoder
 from twla_jax.models.io import readers
 from twla_jax.models.sites import set_activation_bits
-from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.decode_attention import AttentionSplits
 from twla_jax.recipe import Recipe
 
 RECIPE = Recipe(
@@ -118,7 +118,7 @@ def test_attention_in_parts_ends_a_block_as_the_whole_does(quantised):
     mixed = jax.random.normal(keys[0], (2, 3, config.num_heads * config.head_dim))
     softmax = jax.random.uniform(keys[1], (2, 3, config.num_heads, 2))
     parts, x = (
-        AttentionParts(mixed=mixed, softmax=softmax),
+        AttentionSplits(mixed=mixed, softmax=softmax),
         jax.random.normal(keys[2], (2, 1, config.hidden_size)),
     )
     found, expected = (jax.jit(block.finish)(x, each) for each in (parts, parts.merged()[:, None]))

@@ -1,6 +1,7 @@
-"""Chips to compile for without having them."""
+"""Compiles programs for chips that are not there."""
 
 import importlib.util
+import os
 import re
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 
-# What the compiler asks of a device: the published figures of an H100 SXM and of compute capability 9.0.
+# What the compiler must know of a device: the published figures of an H100 SXM and of compute capability 9.0.
 H100 = """
 gpu_device_info {
   name: "NVIDIA H100 80GB HBM3"
@@ -50,25 +51,33 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def pytest_runtest_setup(item):
-    """Skips before a test has built what it would compile."""
+    """Skip before a test has built what it would compile."""
     if item.get_closest_marker("aot") and not any(map(_installed, ("libtpu", "jax_plugins.xla_cuda13"))):
         pytest.skip("no compilers are installed: pip install '.[aot]'")
 
 
 @pytest.fixture
 def compile_for():
-    """`compile_for(target, function, *arguments)`: compiled for a key of `TPUS` or for `h100`, for such arrays."""
+    """Return `compile_for(target, function, *arguments)`, which compiles for a key of `TPUS` or for `h100`."""
     return _compile_for
 
 
 @pytest.fixture
-def compile_for_h100(monkeypatch, capfd):
-    """Compiles for an H100; the program, and what the assembler says of each kernel's registers and spills."""
+def compile_for_h100(monkeypatch, capfd, request):
+    """Return a function that compiles for an H100; it returns the program, and ptxas's line on each kernel's spills.
+
+    If TWLA_AOT_REPORT names a file, the lines on registers and spills are appended to it, under the test's name.
+    """
 
     def compile_and_read(function, *arguments):
         monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
         compiled = _compile_for("h100", function, *arguments)
-        reports = re.findall(r"\d+ bytes stack frame.*", capfd.readouterr().out)
+        text = capfd.readouterr().out
+        reports = re.findall(r"\d+ bytes stack frame.*", text)
+        if path := os.environ.get("TWLA_AOT_REPORT"):
+            used = re.findall(r"Used \d+ registers", text)
+            with open(path, "a") as file:
+                file.write(f"{request.node.name}: {'; '.join(used + reports)}\n")
         return compiled, reports
 
     return compile_and_read

@@ -14,12 +14,9 @@ from twla_jax.ops.attention import kv_cache
 from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer
 from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import (
-    AttentionParts,
+    AttentionSplits,
     decode_attention,
     gpu,
-    gpu_entries,
-    gpu_finish,
-    gpu_lanes,
     reference,
     split_sizes,
 )
@@ -52,7 +49,7 @@ def operands(b, heads, kv_heads, d, size, length, window, dtype=jnp.bfloat16):
 
 
 def expected(qkv, layer, positions, window, scales, *, norm):
-    """The mix and the cache in float64, queries and keys rounded where the op rounds them."""
+    """Return the mix and the cache in float64, queries and keys rounded where the op rounds them."""
 
     def rounded(x):
         return np.asarray(jnp.asarray(x).astype(qkv.dtype), np.float64)
@@ -61,7 +58,7 @@ def expected(qkv, layer, positions, window, scales, *, norm):
         x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + EPSILON)
         return rounded(x * np.asarray(scale, np.float64))
 
-    def turned(x):
+    def rotated(x):
         cos, sin = (np.asarray(each, np.float64) for each in (positions.cos, positions.sin))
         first, second = np.split(x, 2, axis=-1)
         return rounded(np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1))
@@ -71,7 +68,7 @@ def expected(qkv, layer, positions, window, scales, *, norm):
     q, k, v = np.split(np.asarray(qkv, np.float64), [-2 * kv_heads, -kv_heads], axis=1)
     if norm:
         q, k = normed(q, scales[0]), normed(k, scales[1])
-    q, cache[0, :, :, length], cache[1, :, :, length] = turned(q), turned(k), v
+    q, cache[0, :, :, length], cache[1, :, :, length] = rotated(q), rotated(k), v
     seen = cache[:, :, :, max(0, length + 1 - int(window)) : length + 1]
     k, v = (np.repeat(each, q.shape[1] // kv_heads, axis=1) for each in seen)
     scores = np.einsum("bhd,bhsd->bhs", q, k) * q.shape[-1] ** -0.5
@@ -97,15 +94,15 @@ def test_reference(case, norm):
     check(reference.decode_attention, norm=norm, case=case, dtype=jnp.float32, tolerance=1e-5)
 
 
-def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
-    """The kernel, thread by thread."""
+def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, config):
+    """Run the kernel thread by thread, and return the mix and the cache."""
     heads, (_, b, kv_heads, _, d) = qkv.shape[1] - 2 * layer.entries.shape[2], layer.entries.shape
     quantized = layer.scales is not None
-    shape = gpu.Shape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, tiles=tiles)
+    shape = gpu.HeadShape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, config=config)
     cache, filled = jax.tree.map(np.array, layer), int(positions.query[0])
-    for each in jax.tree.leaves(cache):  # what is not filled may not come into the mix
+    for each in jax.tree.leaves(cache):  # entries past the filled ones must not enter the mix
         each[:, :, :, filled:] = -128 if each.dtype == np.int8 else np.nan
-    splits = (tiles.splits,) if tiles.apart else ()
+    splits = (config.splits,) if config.apart else ()
     out = np.zeros((b, *splits, heads, d), qkv.dtype)
     softmax = np.full((b, *splits, heads, 2), np.nan, np.float32)
     inputs = (
@@ -116,13 +113,13 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
         *(norm_scales or ()),
     )
     refs = [emulated_machine.Global(np.array(each)) for each in inputs]
-    for block, split in itertools.product(range(b * heads // tiles.queries), range(*splits or (1,))):
+    for block, split in itertools.product(range(b * heads // config.queries), range(*splits or (1,))):
         axes = {"head": block} | ({"split": split} if splits else {})
-        machine = emulated_machine.start(32 * tiles.warps, 1 if splits else tiles.splits, **axes)
+        machine = emulated_machine.start(32 * config.warps, 1 if splits else config.splits, **axes)
         memory = {
-            "parts_smem": machine.allocate((tiles.warps, tiles.queries, d + 2), np.float32),
+            "partials_smem": machine.allocate((config.warps, config.queries, d + 2), np.float32),
             "of_blocks_smem": machine.allocate(
-                (tiles.splits, 3, tiles.queries * d // tiles.splits), np.float32
+                (config.splits, 3, config.queries * d // config.splits), np.float32
             ),
         }
         of_cache = map(emulated_machine.Global, jax.tree.leaves(cache))
@@ -131,7 +128,7 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
     for each, before in zip(jax.tree.leaves(cache), jax.tree.leaves(layer), strict=True):
         each[:, :, :, filled + 1 :] = before[:, :, :, filled + 1 :]
     if splits:
-        parts = AttentionParts(mixed=out.reshape(b, *splits, heads * d), softmax=softmax)
+        parts = AttentionSplits(mixed=out.reshape(b, *splits, heads * d), softmax=softmax)
         return parts.merged(), cache
     return out.reshape(b, heads * d), cache
 
@@ -150,9 +147,9 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, tiles):
     ],
 )
 def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeypatch):
-    emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
-    chosen = split_sizes.Tiles(queries=queries, warps=warps, splits=splits)
-    check(functools.partial(emulated, tiles=chosen), norm=norm, case=case)
+    emulated_threads.emulate(monkeypatch)
+    chosen = split_sizes.SplitConfig(queries=queries, warps=warps, splits=splits)
+    check(functools.partial(emulated, config=chosen), norm=norm, case=case)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +157,9 @@ def test_gpu_kernel_thread_by_thread(case, norm, queries, warps, splits, monkeyp
     [(CASES[0], 1, 2), (CASES[1], 2, 4), (CASES[2], 1, 4), (CASES[4], 1, 4), (CASES[5], 1, 2)],
 )
 def test_gpu_kernel_that_leaves_parts_apart_thread_by_thread(case, queries, splits, monkeypatch):
-    emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
-    chosen = split_sizes.Tiles(queries=queries, warps=4, splits=splits, apart=True)
-    check(functools.partial(emulated, tiles=chosen), norm=True, case=case)
+    emulated_threads.emulate(monkeypatch)
+    chosen = split_sizes.SplitConfig(queries=queries, warps=4, splits=splits, apart=True)
+    check(functools.partial(emulated, config=chosen), norm=True, case=case)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +178,9 @@ def test_gpu_kernel_on_an_int8_cache_thread_by_thread(case, norm, queries, warps
     layer = kv_cache.write(empty_layer(floats.entries.shape, jnp.int8), key, value, jnp.int32(0))
     arguments = (qkv, layer, positions, window, scales if norm else None)
     expected, written = reference.decode_attention(*arguments, epsilon=EPSILON)
-    emulated_threads.emulate(monkeypatch, gpu, gpu_entries, gpu_lanes, gpu_finish)
-    chosen = split_sizes.Tiles(queries=queries, warps=warps, splits=splits, loads=4)
-    found, cache = emulated(*arguments, epsilon=EPSILON, tiles=chosen)
+    emulated_threads.emulate(monkeypatch)
+    chosen = split_sizes.SplitConfig(queries=queries, warps=warps, splits=splits, loads=4)
+    found, cache = emulated(*arguments, epsilon=EPSILON, config=chosen)
     expected = np.asarray(expected, float)
     np.testing.assert_allclose(np.asarray(found, float), expected, atol=6e-3 * np.abs(expected).max())
     codes, same = (np.asarray(each.entries, int) for each in (cache, written))
@@ -199,7 +196,7 @@ def test_clusters_of_a_launch_are_all_there_at_once(shared, d):
     for kv_heads in (1, 3, 8, 32, 256):
         heads = kv_heads * shared
         for size in (64, 576, 1280, 8192):
-            chosen = split_sizes.tiles(heads, shared, size, d)
+            chosen = split_sizes.split_config(heads, shared, size, d)
             assert shared % chosen.queries == 0
             assert d % chosen.splits == 0
             if chosen.splits > 1:
@@ -253,7 +250,7 @@ def test_gpu_kernel_spills_nothing(case, norm, dtype, apart, compile_for_h100):
 @pytest.mark.aot
 def test_it_is_one_kernel_between_two_linears(compile_for):
     def attend(qkv, layer, positions, window):
-        # XLA copies what it may not write to, so the cache must be its own.
+        # XLA copies what it may not write to, so the cache must be donated.
         layer = LayerKV(entries=layer.entries * 2)
         angle = positions.cos
         positions = dataclasses.replace(positions, cos=jnp.cos(angle), sin=jnp.sin(angle))
@@ -264,5 +261,5 @@ def test_it_is_one_kernel_between_two_linears(compile_for):
     program = compile_for("h100", attend, qkv, *rest).as_text()
     found = re.findall(r"^ .*? = .*? ([\w-]+)\(", program[program.index("ENTRY") :], re.MULTILINE)
     idle = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple")
-    # The fusions: what makes the cache, and both of the positions' cosines and sines.
+    # The fusions make the cache, and stack the positions' cosines and sines.
     assert sorted(name for name in found if name not in idle) == ["custom-call", "fusion", "fusion"]

@@ -1,4 +1,4 @@
-"""A decode step and its parts together, compiled for chips that are not there."""
+"""A decode step, its blocks and its ops, compiled for chips that are not there."""
 
 import dataclasses
 import functools
@@ -42,14 +42,14 @@ def test_a_step_copies_neither_cache_nor_weights(
     cache = model.init_cache(batch, 5120, cache_dtype)
     compiled = compile_for(target, loop, model, jnp.zeros(batch, jnp.int32), cache, jax.random.key(0))
     assert compiled.memory_analysis().temp_size_in_bytes < 8e6
-    if target == "h100":  # XLA would make one of a kernel and the slices that it reads.
+    if target == "h100":  # XLA would fuse a kernel with the slices that it reads.
         assert not re.search(r"%dynamic_slice_fusion\S* = ", compiled.as_text())
 
 
 @pytest.mark.hlo
 @pytest.mark.aot
 def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
-    monkeypatch.setattr(IntegerBlock, "takes_parts", True)  # it would look for a GPU
+    monkeypatch.setattr(IntegerBlock, "takes_splits", True)  # the property looks for a GPU
     model = decoder(8, 16, tied=True)
     arguments = model, jnp.zeros(1, jnp.int32), model.init_cache(1, 640), jnp.float32(0), jax.random.key(0)
     program = compile_for("h100", generation._step.__wrapped__, *arguments).as_text()
@@ -63,7 +63,7 @@ def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
 @pytest.mark.aot
 @pytest.mark.parametrize(("width", "kernels"), [(1024, 4), (2048, 3)])
 def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compile_for, monkeypatch):
-    monkeypatch.setattr(IntegerBlock, "takes_parts", True)
+    monkeypatch.setattr(IntegerBlock, "takes_splits", True)
     model = decoder(8, 4, tied=False, hidden_size=width, num_heads=16)
     cache = model.init_cache(1, 640)
     arguments = model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0)
@@ -77,7 +77,7 @@ def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compi
 @pytest.mark.hlo
 @pytest.mark.aot
 def test_a_step_on_tpus_takes_scales_as_they_are(compile_for, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where the model is prepared
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # the backend on which the model is prepared
     model = decoder.__wrapped__(8, 8, tied=False)
     cache = model.init_cache(1, 640)
     arguments = model, jnp.zeros(1, jnp.int32), cache, jnp.float32(0), jax.random.key(0)
@@ -117,7 +117,7 @@ def test_a_gate_of_many_tokens_is_read_as_it_lies(compile_for):
 
     rotation, _ = linear_shapes(4096, 11008)
     x = jax.ShapeDtypeStruct((1, 64, 2 * 11008), jnp.bfloat16)
-    # The kernel, which adds up its codes itself.
+    # Only the kernel, which adds up its codes itself.
     assert work(compile_for("h100", quantized, x, rotation)) == ["custom-call", "tuple"]
 
 
@@ -128,7 +128,7 @@ def loop(model, token, cache, key):
 
 @functools.cache
 def decoder(bits, embedding_bits, tied, **more):
-    # A head of 65 MB, and beside it 21 MB of keys and values, which other layouts or types would copy.
+    # A head of 65 MB, and 21 MB of keys and values, which another layout or dtype would copy.
     config = dataclasses.replace(SHAPES["tiny"], vocab_size=64000, num_kv_heads=8)
     config = dataclasses.replace(config, tie_word_embeddings=tied, **more)
     return shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding_bits)

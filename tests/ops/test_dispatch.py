@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and what is said of it."""
+"""Which implementation of an op runs, and what the log says about it."""
 
 import functools
 import logging
@@ -17,7 +17,7 @@ def test_a_fallback_is_logged_and_a_forced_kernel_refused(caplog):
     arguments = ("op", lambda x: x + 1, {"gpu": lambda x: x, "tpu": lambda x: x}, {"gpu": "too odd"})
     with caplog.at_level(logging.INFO):
         assert dispatch.dispatch("op", None, *arguments[1:], jnp.int32(1)) == 2
-    assert "op: the reference stands in for the gpu kernel: too odd" in caplog.text
+    assert "op: the XLA reference replaces the gpu kernel: too odd" in caplog.text
     with pytest.raises(TwlaError, match="'gpu' cannot be used: too odd"):
         dispatch.dispatch("op", "gpu", *arguments[1:], jnp.int32(1))
 
@@ -34,7 +34,7 @@ def test_gpus_that_are_no_hoppers_are_left_to_the_reference(capability, fits, mo
     op = functools.partial(dispatch.dispatch, f"op on {capability}")
     arguments = lambda x: x + 1, {"gpu": lambda x: x}, {}, jnp.int32(1)
     with caplog.at_level(logging.INFO):
-        assert op(None, *arguments) == 2  # which is compiled for a CPU in any case
+        assert op(None, *arguments) == 2  # compiled for a CPU in any case
     assert ("NVIDIA A100 is no Hopper GPU" in caplog.text) != fits
     if not fits:
         with pytest.raises(TwlaError, match="'gpu' cannot be used: NVIDIA A100 is no Hopper GPU"):

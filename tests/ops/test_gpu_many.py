@@ -19,7 +19,7 @@ from twla_jax.ops.ternary_matmul import (
     reference,
     tile_configs,
 )
-from twla_jax.ops.ternary_matmul.weight import parts_of_pair
+from twla_jax.ops.ternary_matmul.weight import fields_of_pair
 
 from helpers import emulated_warpgroups
 from helpers.ternary_operands import matrix, operand_shapes, operands, packed, tokens
@@ -49,12 +49,12 @@ def test_equals_the_reference_warpgroup_by_warpgroup(
     arguments = operands(tokens(t, m))
     expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*arguments, weight)
     emulate_warpgroups(monkeypatch)
-    # Few slots, filled again and again.
+    # Few slots, refilled again and again.
     x_slots = {1: 3, 2: 2, 4: 1}[x_planes]
-    chosen = tile_configs.ManyTiles(
+    chosen = tile_configs.ManyTileConfig(
         tokens=block_tokens, lines=lines, cluster=2, stages=2, x_slots=x_slots, x_planes=x_planes
     )
-    found = gpu_many.matmul(*arguments, weight, out_dtype=jnp.float32, tiles=chosen)
+    found = gpu_many.matmul(*arguments, weight, out_dtype=jnp.float32, config=chosen)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
@@ -66,21 +66,19 @@ def test_adds_a_residual(lines, monkeypatch):
     options = {"out_dtype": jnp.bfloat16}
     expected = reference.matmul(*arguments, weight, residual, **options).astype(jnp.float32)
     emulate_warpgroups(monkeypatch)
-    # Outputs of a block leave in three parts.
-    chosen = tile_configs.ManyTiles(tokens=192, lines=lines, cluster=1, stages=2, x_slots=2, x_planes=2)
-    found = gpu_many.matmul(*arguments, weight, residual, **options, tiles=chosen)
+    # A block writes its outputs in three pieces.
+    chosen = tile_configs.ManyTileConfig(tokens=192, lines=lines, cluster=1, stages=2, x_slots=2, x_planes=2)
+    found = gpu_many.matmul(*arguments, weight, residual, **options, config=chosen)
     # Sums are rounded on one side or the other of an edge.
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=np.abs(expected).max() / 128)
     assert (found == expected).mean() > 0.99
 
 
 def emulate_warpgroups(monkeypatch):
-    emulated_warpgroups.emulate(monkeypatch, pl, plgpu, gpu_many, gpu_many_rings, gpu_many_outputs)
+    emulated_warpgroups.emulate(monkeypatch, pl, plgpu)
     monkeypatch.setattr(gpu_many_rings, "unpack_rows", unpacked_rows)
     monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
-    monkeypatch.setattr(
-        tile_configs, "STREAMING_MULTIPROCESSORS", 4
-    )  # two clusters, for several outputs each
+    monkeypatch.setattr(gpu_many, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, with several outputs each
 
 
 def unpacked_rows(packed, plane, *, exact, wide):
@@ -91,7 +89,7 @@ def unpacked_rows(packed, plane, *, exact, wide):
 
 def unpacked_weights(packed, plane, pairs):
     unsigned = (np.asarray(packed) >> 2 * plane & 3).astype(int)
-    alpha, mu = (np.asarray(part)[:, None] for part in parts_of_pair(pairs))
+    alpha, mu = (np.asarray(part)[:, None] for part in fields_of_pair(pairs))
     return alpha * unsigned + mu
 
 
@@ -101,13 +99,13 @@ def test_tiles_fit_memory():
     for n, t, out_dtype in itertools.product(
         rows, (17, 33, 64, 65, 96, 128, 129, 300, 2048), (jnp.bfloat16, jnp.float32)
     ):
-        chosen = tile_configs.many_tiles(t, n)
+        chosen = tile_configs.many_tile_config(t, n)
         assert chosen.tokens >= min(t, 128)
-        work = gpu_many_rings.Work(tokens=t, weight_rows=n, tiles=chosen)
+        work = gpu_many_rings.ManyWork(tokens=t, weight_rows=n, config=chosen)
         memory = (
-            gpu_many_rings.memory(work, weight),
-            gpu_many_outputs.memory(work, out_dtype, grouped=True),
-            gpu_many.memory_of_lines(chosen),
+            gpu_many_rings.scratch_types(work, weight),
+            gpu_many_outputs.scratch_types(work, out_dtype, grouped=True),
+            gpu_many.line_scratch_types(chosen),
         )
         kinds = [kind for part in memory for kind in part.values()]
         arrays = [kind for kind in kinds if not isinstance(kind, plgpu.Barrier | plgpu.ClusterBarrier)]
@@ -141,7 +139,7 @@ def test_spills_nothing_and_copies_no_weights(t, n, m, size, out_dtype, compile_
     function = functools.partial(gpu.matmul, out_dtype=out_dtype)
     compiled, reports = compile_for_h100(function, *operand_shapes(t, n, m, size, jnp.int8))
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
-    # Sums of tokens, tokens filled up to whole tiles, and what of the output is past the last token.
+    # Sums of tokens, tokens padded to whole tiles, and the output past the last token.
     ragged = t * (m + 512) if m % 128 else 0
     ragged += 2 * t * (n + 128) + t * m if t % 8 else 0
     assert compiled.memory_analysis().temp_size_in_bytes <= t * -(-m // 512) * 32 + 2 * ragged

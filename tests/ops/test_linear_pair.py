@@ -10,18 +10,16 @@ import pytest
 from jax.experimental import pallas as pl
 
 from twla_jax.bench import shapes
-from twla_jax.ops.decode_attention import AttentionParts
-from twla_jax.ops.hopper import tags
-from twla_jax.ops.linear_pair import LinearOperands, gpu, linear_pair, new_exchange
+from twla_jax.ops.decode_attention import AttentionSplits
+from twla_jax.ops.linear_pair import LinearOperands, gpu, linear_pair, new_pair_exchange
 from twla_jax.ops.quantized_linear import quantized_linear
-from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, gpu_token, quantizer_settings
-from twla_jax.ops.ternary_matmul import gpu_products, gpu_ring, gpu_rows
+from twla_jax.ops.rotate_quantize import gpu_rotation, quantizer_settings
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
-from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
+from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 
 from helpers import emulated_machine, emulated_threads
 from helpers.emulated_machine import Global
-from helpers.token_operands import in_parts, permutation, turned
+from helpers.token_operands import in_splits, permutation, rotated
 
 SETTINGS = quantizer_settings(4, 0.9)
 
@@ -49,7 +47,7 @@ def abstract(*sizes):
     return jax.eval_shape(lambda: operands(*sizes))
 
 
-# One by one, as XLA would not round what goes from one to the other within one program.
+# Two programs: within one, XLA would not round what the first linear passes to the second.
 jitted = jax.jit(quantized_linear, static_argnames=("epsilon", "gated"))
 
 
@@ -66,16 +64,16 @@ def test_it_is_its_two_ops():
 
 
 def emulated(x, first, second, residual, links, before):
-    """The kernel, thread by thread, all blocks at once, on an exchange with the tag `before`."""
-    given, blocks = gpu._operands(x, first, second, residual), max(link.blocks for link in links)
-    exchange = np.array(gpu.new_exchange(residual)).view(np.uint32) + np.uint32(before << 16 | 0x1234)
+    """Run the kernel thread by thread, all blocks at once, on an exchange with the tag `before`."""
+    given, blocks = gpu._global_operands(x, first, second, residual), max(link.blocks for link in links)
+    exchange = np.array(gpu.new_pair_exchange(residual)).view(np.uint32) + np.uint32(before << 16 | 0x1234)
     outputs = [np.full((1, link.n), np.nan, residual.dtype) for link in links]
     emulated_machine.start(256, blocks, rows=None)
     emulated_machine.machine.axes["rows"] = emulated_machine.machine.blocks
     inputs = (np.array(each) for of_linear in given for each in of_linear)
     gpu._kernel(
         *map(Global, (exchange.view(np.int32), *inputs, *outputs)),
-        **emulated_threads.scratch(gpu._memory(links)),
+        **emulated_threads.scratch(gpu._scratch_types(links)),
         links=links,
         count=len(given[0]),
     )
@@ -93,18 +91,18 @@ def emulated(x, first, second, residual, links, before):
 )
 def test_gpu_kernel_thread_by_thread(m, n, rows, rows_of_second, parts, before, monkeypatch):
     x, first, second, residual = operands(1, m, n, 128, permutation)
-    x = in_parts(1, m, m // 64) if parts else x
+    x = in_splits(1, m, m // 64) if parts else x
     expected = two_ops(x, first, second, residual)
-    emulated_threads.emulate(
-        monkeypatch,
-        *(gpu, tags, gpu_fetch, gpu_token, gpu_codes, gpu_ring, gpu_products, gpu_rows),
-    )
+    emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
-    monkeypatch.setattr(gpu_token, "turn", turned)
+    monkeypatch.setattr(gpu_rotation, "rotate", rotated)
     links = (
-        gpu._link(x, first, Rows(rows, 1), Tiles(rows=rows, warpgroups=2, stages=1)),
+        gpu._link(x, first, Rows(rows, 1), RingTileConfig(rows=rows, warpgroups=2, stages=1)),
         gpu._link(
-            residual, second, Rows(rows_of_second, 2), Tiles(rows=rows_of_second, warpgroups=2, stages=2)
+            residual,
+            second,
+            Rows(rows_of_second, 2),
+            RingTileConfig(rows=rows_of_second, warpgroups=2, stages=2),
         ),
     )
     found = emulated(x, first, second, residual, links, before)
@@ -121,9 +119,11 @@ LLAMA, QWEN, SMOLLM = (4096, 4096, 11008), (4096, 4096, 12288), (576, 576, 1536)
 def test_models_of_these_shapes_have_the_kernel(model, monkeypatch):
     given = abstract(1, *model)
     assert gpu.obstacle(*given) is None
-    blocks = max(link.blocks for link in gpu._plan(*given))
+    blocks = max(link.blocks for link in gpu._launch_plan(*given))
     assert blocks <= 132
-    monkeypatch.setattr(gpu, "multiprocessors", lambda: blocks - 1)  # not all blocks at once
+    monkeypatch.setattr(
+        gpu, "multiprocessors", lambda: blocks - 1
+    )  # one too few for all blocks to be resident
     assert "blocks" in (gpu.obstacle(*given) or "")
 
 
@@ -134,15 +134,15 @@ def test_models_of_these_shapes_have_the_kernel(model, monkeypatch):
 def test_others_are_two_ops(t, model, reason):
     given = abstract(t, *model)
     assert reason in (gpu.obstacle(*given) or "")
-    assert new_exchange(t, *given[1:3]) is None
+    assert new_pair_exchange(t, *given[1:3]) is None
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("in_parts", [True, False])
-def test_gpu_kernel_spills_nothing(in_parts, compile_for_h100):
+@pytest.mark.parametrize("in_splits", [True, False])
+def test_gpu_kernel_spills_nothing(in_splits, compile_for_h100):
     x, first, second, residual = abstract(1, *LLAMA)
-    if in_parts:
-        x = AttentionParts(
+    if in_splits:
+        x = AttentionSplits(
             mixed=jax.ShapeDtypeStruct((1, 4, 4096), jnp.bfloat16),
             softmax=jax.ShapeDtypeStruct((1, 4, 32, 2), jnp.float32),
         )

@@ -9,22 +9,21 @@ from jax.experimental import pallas as pl
 from twla_jax.bench import shapes
 from twla_jax.ops.attention.kv_cache import empty_layer, write
 from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import AttentionParts, decode_attention, gpu_entries, gpu_finish, gpu_lanes
-from twla_jax.ops.decode_attention import gpu as attention_gpu
-from twla_jax.ops.decode_attention import split_sizes as attention_tiles
-from twla_jax.ops.decode_attention.gpu_lanes import Shape
-from twla_jax.ops.hopper import tags
-from twla_jax.ops.qkv_attention import gpu, gpu_exchange, new_exchange, qkv_attention
-from twla_jax.ops.quantized_linear import gpu as linear_gpu
-from twla_jax.ops.quantized_linear import quantized_linear
-from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, gpu_token, quantizer_settings
-from twla_jax.ops.ternary_matmul import gpu_products, gpu_ring, gpu_rows
+from twla_jax.ops.decode_attention import (
+    AttentionSplits,
+    decode_attention,
+    split_sizes,
+)
+from twla_jax.ops.decode_attention.gpu_lanes import HeadShape
+from twla_jax.ops.qkv_attention import gpu, new_qkv_exchange, qkv_attention
+from twla_jax.ops.quantized_linear import gpu_linear, quantized_linear
+from twla_jax.ops.rotate_quantize import gpu_rotation, quantizer_settings
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
-from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
+from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 
 from helpers import emulated_machine, emulated_threads
 from helpers.emulated_machine import Global
-from helpers.token_operands import permutation, turned
+from helpers.token_operands import permutation, rotated
 
 ALL = np.iinfo(np.int32).max
 SETTINGS = quantizer_settings(4, 0.9)
@@ -74,15 +73,15 @@ def test_it_is_its_two_ops():
 
 
 def emulated(x, rotation, weight, scale, layer, positions, head_scales, *, window, before, splits, loads):
-    """The kernel, thread by thread, all blocks at once, on an exchange with the tag `before`."""
+    """Run the kernel thread by thread, all blocks at once, on an exchange with the tag `before`."""
     (_, _, kv_heads, _, d), n = layer.entries.shape, weight.out_features
     heads, quantized = n // d - 2 * kv_heads, layer.scales is not None
-    of_heads = attention_tiles.Tiles(queries=1, warps=8, splits=splits, loads=loads, apart=True)
-    shape = Shape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, tiles=of_heads)
-    rows, tiles = Rows(32, 1), Tiles(rows=32, warpgroups=2, stages=1)
-    of_token, cache = gpu_token.shape(x, rotation, 2), jax.tree.map(np.array, layer)
+    of_heads = split_sizes.SplitConfig(queries=1, warps=8, splits=splits, loads=loads, apart=True)
+    shape = HeadShape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, config=of_heads)
+    rows, config = Rows(32, 1), RingTileConfig(rows=32, warpgroups=2, stages=1)
+    of_token, cache = gpu_rotation.token_shape(x, rotation, 2), jax.tree.map(np.array, layer)
     filled = int(positions.query[0])
-    for each in jax.tree.leaves(cache):  # what is not filled may not come into the mix
+    for each in jax.tree.leaves(cache):  # entries past the filled ones must not enter the mix
         each[:, :, :, filled:] = -128 if each.dtype == np.int8 else np.nan
     exchange = np.full((1, n), before << 16 | 0x1234, np.uint32).view(np.int32)
     outputs = (
@@ -90,15 +89,17 @@ def emulated(x, rotation, weight, scale, layer, positions, head_scales, *, windo
         np.full((1, splits, heads, 2), np.nan, np.float32),
     )
     turns = jnp.stack([positions.cos[0], positions.sin[0]])
-    of_linear = linear_gpu.operands((x,), rotation, SETTINGS, weight, (scale,))
+    of_linear = gpu_linear.global_operands((x,), rotation, SETTINGS, weight, (scale,))
     inputs = (turns, positions.query, np.full(1, window, np.int32), *head_scales, *of_linear)
     emulated_machine.start(256, n // 32, rows=None)
     emulated_machine.machine.axes["rows"] = emulated_machine.machine.blocks
     gpu._kernel(
         *map(Global, (exchange, *jax.tree.leaves(cache), *map(np.array, inputs), *outputs)),
-        **emulated_threads.scratch(gpu._memory(rows, tiles, of_token, weight, shape, layer.entries.dtype)),
+        **emulated_threads.scratch(
+            gpu._scratch_types(rows, config, of_token, weight, shape, layer.entries.dtype)
+        ),
         rows=rows,
-        tiles=tiles,
+        config=config,
         of_token=of_token,
         weight=weight,
         shape=shape,
@@ -109,7 +110,7 @@ def emulated(x, rotation, weight, scale, layer, positions, head_scales, *, windo
     for each, old in zip(jax.tree.leaves(cache), jax.tree.leaves(layer), strict=True):
         each[:, :, :, filled + 1 :] = old[:, :, :, filled + 1 :]
     mixed, softmax = outputs
-    return AttentionParts(mixed=mixed.reshape(1, splits, -1), softmax=softmax).merged(), cache
+    return AttentionSplits(mixed=mixed.reshape(1, splits, -1), softmax=softmax).merged(), cache
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_gpu_kernel_thread_by_thread(
     heads, kv_heads, d, size, length, window, splits, loads, dtype, before, monkeypatch
 ):
     x, rotation, *rest = operands(1, 1024, heads, kv_heads, d, size, length, dtype)
-    rotation = permutation(rotation)  # exact in every order of additions, so that codes are the same ones
+    rotation = permutation(rotation)  # exact in every order of additions, so that codes are equal
     weight, scale, layer, positions, head_scales = rest
     norms = {
         "norm_scale": scale,
@@ -137,13 +138,9 @@ def test_gpu_kernel_thread_by_thread(
     expected, written, _ = qkv_attention(
         x, rotation, SETTINGS, weight, layer, positions, jnp.int32(window), implementation="xla", **norms
     )
-    emulated_threads.emulate(
-        monkeypatch,
-        *(gpu, gpu_exchange, tags, attention_gpu, gpu_entries, gpu_lanes, gpu_finish),
-        *(linear_gpu, gpu_fetch, gpu_token, gpu_codes, gpu_ring, gpu_products, gpu_rows),
-    )
+    emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
-    monkeypatch.setattr(gpu_token, "turn", turned)
+    monkeypatch.setattr(gpu_rotation, "rotate", rotated)
     found, cache = emulated(
         x,
         rotation,
@@ -173,13 +170,13 @@ def abstract(m, heads, kv_heads, d, size, dtype=jnp.bfloat16):
 def test_blocks_that_wait_for_each_other_are_all_there_at_once(model, size, monkeypatch):
     x, rotation, weight, _, layer, _, _ = abstract(*model, size)
     if gpu.obstacle(x, rotation, weight, layer) is None:
-        rows, _, shape = gpu._plan(x, rotation, weight, layer)
+        rows, _, shape = gpu._launch_plan(x, rotation, weight, layer)
         blocks = -(-weight.out_features // rows.each)
-        assert shape.heads * shape.tiles.splits <= blocks <= 132
+        assert shape.heads * shape.config.splits <= blocks <= 132
         monkeypatch.setattr(gpu, "multiprocessors", lambda: blocks - 1)
         assert "blocks" in (gpu.obstacle(x, rotation, weight, layer) or "")
     else:
-        assert new_exchange(layer, rotation, weight) is None
+        assert new_qkv_exchange(layer, rotation, weight) is None
 
 
 @pytest.mark.parametrize("model", [WIDE, SHARED, (8192, 64, 8, 128)])

@@ -12,25 +12,21 @@ from jax.experimental import pallas as pl
 
 from twla_jax.bench import SHAPES, shapes
 from twla_jax.core import tensors
-from twla_jax.ops.quantized_linear import gpu, quantized_linear, reference, tile_configs
+from twla_jax.ops.quantized_linear import gpu, gpu_linear, linear_tiles, quantized_linear, reference
 from twla_jax.ops.rotate_quantize import (
-    gpu_codes,
-    gpu_fetch,
-    gpu_token,
+    gpu_rotation,
     quantizer_settings,
     rotate_quantize,
 )
 from twla_jax.ops.ternary_matmul import (
-    gpu_products,
     gpu_ring,
-    gpu_rows,
     kernel_weight,
     ring_tiles,
     ternary_matmul,
 )
 
 from helpers import emulated_threads
-from helpers.token_operands import in_parts, permutation, turned
+from helpers.token_operands import in_splits, permutation, rotated
 
 SETTINGS = quantizer_settings(4, 0.9)
 
@@ -59,7 +55,7 @@ def test_it_is_its_two_ops_and_the_residual(t):
 
 def test_attention_in_parts_is_merged_first():
     _, rotation, weight, _, residual = operands(2, 1024, 256)
-    parts = in_parts(2, 1024, 8)
+    parts = in_splits(2, 1024, 8)
     shares = jnp.array([0.5, 0.25, 0, 0.25])
     whole = jnp.einsum("tpm,p->tm", parts.mixed.astype(jnp.float32), shares).astype(jnp.bfloat16)
     found, expected = (
@@ -82,9 +78,9 @@ def test_attention_in_parts_is_merged_first():
         (2, 576, 128, 128, 2, 40, 1, "gated"),
         (3, 1536, 64, 128, 1, 32, 2, "residual"),
         (4, 2048, 24, 128, 4, 32, 1, "residual"),
-        (1, 1024, 256, 128, 2, 96, 1, "parts"),
-        (2, 576, 96, 576, 2, 32, 1, "parts"),
-        (2, 576, 512, 128, 2, 40, 1, "gated"),  # of seven blocks' rows, four multiprocessors take two times
+        (1, 1024, 256, 128, 2, 96, 1, "splits"),
+        (2, 576, 96, 576, 2, 32, 1, "splits"),
+        (2, 576, 512, 128, 2, 40, 1, "gated"),  # seven blocks' rows on four multiprocessors take two passes
         (1, 1024, 256, 128, 2, 96, 1, "wide norm"),
         (1, 576, 128, 128, 2, 40, 1, "wide gated"),
         (2, 1536, 64, 128, 1, 32, 2, "wide residual"),
@@ -92,21 +88,21 @@ def test_attention_in_parts_is_merged_first():
 )
 def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, kind, monkeypatch):
     x, rotation, weight, scale, residual = operands(t, m, n, make=lambda make: jax.jit(make)())
-    rotation = permutation(rotation)  # exact in every order of additions, so that codes are the same ones
+    rotation = permutation(rotation)  # exact in every order of additions, so that codes are equal
     if size == m:
         weight = ungrouped(n, m)
     wide, kind = kind.startswith("wide"), kind.removeprefix("wide ")
     gated = kind == "gated"
     if gated:
         weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
-    if kind == "parts":
-        x = in_parts(t, m, m // 64)
+    if kind == "splits":
+        x = in_splits(t, m, m // 64)
     arguments = (
         x,
         rotation,
         None if wide else SETTINGS,
         weight,
-        None if kind in ("residual", "parts") else scale.astype(jnp.float32) if m == 576 else scale,
+        None if kind in ("residual", "splits") else scale.astype(jnp.float32) if m == 576 else scale,
         None if kind == "norm" else residual[:, : n // 2] if gated else residual,
     )
     # With a gate, outputs are rounded before it, and sigmoids may round differently.
@@ -117,19 +113,19 @@ def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, ki
     expected = jax.jit(functools.partial(reference.quantized_linear, implementation="xla", **options))(
         *arguments
     )
-    emulated_threads.emulate(monkeypatch, gpu_fetch, gpu_token, gpu_codes, gpu_ring, gpu_products, gpu_rows)
+    emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
-    monkeypatch.setattr(gpu_token, "turn", turned)
+    monkeypatch.setattr(gpu_rotation, "rotate", rotated)
     monkeypatch.setattr(gpu_ring, "STREAMING_MULTIPROCESSORS", 4)
     stages, together = stages if isinstance(stages, tuple) else (stages, 1)
-    chosen = ring_tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
-    found = np.asarray(gpu.quantized_linear(*arguments, tiles=chosen, **options), np.float32)
+    chosen = ring_tiles.RingTileConfig(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
+    found = np.asarray(gpu.quantized_linear(*arguments, config=chosen, **options), np.float32)
     expected = np.asarray(expected, np.float32)
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
 
 
 def ungrouped(n, m):
-    """One (α, μ) a row."""
+    """Return a weight with one (α, μ) a row."""
     rng = np.random.default_rng(0)
     alpha, mu = rng.normal(size=(2, n, 1))
     codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
@@ -157,9 +153,9 @@ def ungrouped(n, m):
         (4, 4096, 22016, "gated"),
         (4, 8192, 57344, "gated"),
         (4, 1536, 576, "residual"),
-        (1, 4096, 4096, "parts"),
-        (1, 8192, 8192, "parts"),
-        (2, 4096, 4096, "parts"),
+        (1, 4096, 4096, "splits"),
+        (1, 8192, 8192, "splits"),
+        (2, 4096, 4096, "splits"),
         (1, 4096, 12288, "wide norm"),
         (1, 11008, 4096, "wide residual"),
         (1, 4096, 22016, "wide gated"),
@@ -177,9 +173,9 @@ def test_gpu_kernel_spills_nothing(t, m, n, kind, compile_for_h100):
     settings = None if wide else jax.ShapeDtypeStruct((3,), jnp.float32)
     scale = jax.ShapeDtypeStruct(scale.shape, jnp.float32) if m == 576 else scale
     norm, residual = (scale, None) if kind in ("norm", "gated") else (None, added)
-    if kind == "parts":
-        x = jax.eval_shape(lambda: in_parts(t, m, m // 128))
-    assert gpu.obstacle(x, rotation, weight, gated=gated, wide=wide) is None
+    if kind == "splits":
+        x = jax.eval_shape(lambda: in_splits(t, m, m // 128))
+    assert gpu_linear.obstacle(x, rotation, weight, gated=gated, wide=wide) is None
     _, reports = compile_for_h100(function, x, rotation, settings, weight, norm, residual)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
 
@@ -196,7 +192,7 @@ def test_more_tokens_than_one_kernel_is_good_for_are_two_ops(m, n, gated, most, 
     x, rotation, weight, *_ = operands(most + 1, m, n, make=jax.eval_shape)
     if gated:
         weight = dataclasses.replace(weight, splits=(n // 2, n // 2))
-    obstacle = functools.partial(gpu.obstacle, rotation=rotation, weight=weight, gated=gated)
+    obstacle = functools.partial(gpu_linear.obstacle, rotation=rotation, weight=weight, gated=gated)
     assert all(obstacle(jax.ShapeDtypeStruct((t, m), x.dtype)) is None for t in range(1, most + 1))
     assert reason in obstacle(x)
 
@@ -206,7 +202,7 @@ def test_tiles_fit_memory_and_threads():
         for parts in (1, 2):
             for columns in (1, 2, 8, 16):
                 for lines in (1, 2, 4):
-                    chosen = tile_configs.tiles(rows, parts, columns, lines, 40_000)
+                    chosen = linear_tiles.tile_config(rows, parts, columns, lines, 40_000)
                     assert chosen.rows % 8 == 0
                     assert lines <= chosen.warpgroups <= ring_tiles.MOST_WARPGROUPS
                     assert chosen.rows <= 128 * chosen.warpgroups
@@ -214,12 +210,12 @@ def test_tiles_fit_memory_and_threads():
                     tile = (chosen.rows * 128 + -(-chosen.rows // 16) * 16 * 8) * parts
                     used = chosen.warpgroups * chosen.stages * chosen.together * tile
                     assert used + 40_000 <= 226 * 1024
-                    if chosen.together > 1:  # all have their place
+                    if chosen.together > 1:  # every tile has its own place
                         assert chosen.warpgroups * chosen.stages * chosen.together >= columns
                     if chosen.stages * chosen.together == 1 and columns > chosen.warpgroups:
                         assert 2 * used + 40_000 > 226 * 1024  # no room for a second
     with pytest.raises(ValueError, match="leave no room"):
-        tile_configs.tiles(4096, 1, 8, 2, 230_000)
+        linear_tiles.tile_config(4096, 1, 8, 2, 230_000)
 
 
 def test_measured_tiles_come_before_the_rule():
@@ -228,10 +224,10 @@ def test_measured_tiles_come_before_the_rule():
         for config in SHAPES.values()
         for name, (n, m) in shapes.matrices(config).items()
     }
-    assert set(tile_configs.TUNED) <= published
-    for shape, measured in tile_configs.TUNED.items():
-        assert tile_configs.tiles(*shape, 2, 40_000) == measured
-        assert tile_configs.tiles(*shape, 2, 40_000, tokens=2) != measured
+    assert set(linear_tiles.TUNED) <= published
+    for shape, measured in linear_tiles.TUNED.items():
+        assert linear_tiles.tile_config(*shape, 2, 40_000) == measured
+        assert linear_tiles.tile_config(*shape, 2, 40_000, tokens=2) != measured
 
 
 @pytest.mark.hlo

@@ -1,4 +1,4 @@
-"""Norm, rotation and codes in one: the reference against the method's own parts, the kernels against the reference."""
+"""Norm, rotation and codes in one: the reference against the method's own steps, the kernels against the reference."""
 
 import functools
 
@@ -10,11 +10,10 @@ from jax.experimental import pallas as pl
 
 from twla_jax.core import activation, kotms
 from twla_jax.errors import TwlaError
+from twla_jax.ops.hopper.gate import silu_gate_pairs
 from twla_jax.ops.rotate_quantize import (
     gpu,
-    gpu_codes,
-    gpu_fetch,
-    gpu_token,
+    gpu_rotation,
     kernel_rotation,
     quantizer_settings,
     reference,
@@ -24,7 +23,7 @@ from twla_jax.ops.rotate_quantize import (
 from twla_jax.ops.tokens import group_sums
 
 from helpers import emulated_machine, emulated_threads
-from helpers.token_operands import permutation, turned
+from helpers.token_operands import permutation, rotated
 
 SIZES = [
     (64, 64),
@@ -32,7 +31,7 @@ SIZES = [
     (5, 128),
     (8, 224),
     (4, 80),
-]  # left and right; 5 rows are filled up, 80 columns cut groups
+]  # left and right; 5 rows are padded, 80 columns cut groups
 CLIP = jnp.float32(0.9)
 
 
@@ -91,8 +90,8 @@ def test_tpu_kernel_equals_the_reference(left, right, norm, gated):
 @pytest.mark.parametrize(
     ("left", "right", "norm", "gated"),
     [
-        (24, 64, True, False),  # one warpgroup, rows filled up
-        (8, 24, True, False),  # columns filled up, and a group of 128 that ends in the second row
+        (24, 64, True, False),  # one warpgroup, padded rows
+        (8, 24, True, False),  # padded columns, and a group of 128 that ends in the second row
         (20, 128, False, True),
         (32, 96, True, True),
         (5, 128, False, False),
@@ -101,9 +100,9 @@ def test_tpu_kernel_equals_the_reference(left, right, norm, gated):
 def test_gpu_kernel_equals_the_reference_thread_by_thread(left, right, norm, gated, monkeypatch):
     (x, *arguments), options = kernel_operands(left, right, norm, gated)
     expected = reference.rotate_quantize(x, *arguments, **options)
-    emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes)
+    emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
-    monkeypatch.setattr(gpu_token, "turn", turned)
+    monkeypatch.setattr(gpu_rotation, "rotate", rotated)
     for blocks in (2, 3):  # one has two of the three tokens, or each has one
         monkeypatch.setattr(gpu, "STREAMING_MULTIPROCESSORS", blocks)
         monkeypatch.setattr(gpu, "_WARPGROUPS", max(1, right // 64))
@@ -114,9 +113,9 @@ def test_gpu_kernel_equals_the_reference_thread_by_thread(left, right, norm, gat
 def test_gpu_kernel_makes_codes_of_16_bits(left, right, gated, monkeypatch):
     (x, rotation, _, norm), options = kernel_operands(left, right, True, gated)
     expected = reference.rotate_quantize(x, rotation, None, norm, **options)
-    emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes)
+    emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
-    monkeypatch.setattr(gpu_token, "turn", turned)
+    monkeypatch.setattr(gpu_rotation, "rotate", rotated)
     monkeypatch.setattr(gpu, "STREAMING_MULTIPROCESSORS", 2)
     monkeypatch.setattr(gpu, "_WARPGROUPS", max(1, right // 64))
     found = gpu.rotate_quantize(x, rotation, None, norm, **options)
@@ -129,14 +128,14 @@ def test_gpu_kernel_makes_codes_of_16_bits(left, right, gated, monkeypatch):
 
 
 def test_half_way_between_two_codes_the_gpu_kernel_takes_the_even_one(monkeypatch):
-    """As a division does it, but not a product with `1 / scale`."""
+    """A division gives that, a product with `1 / scale` does not."""
     rng = np.random.default_rng(0)
     rotation = permutation(kernel_rotation(rotation_of(8, 24), jnp.bfloat16))
     x = jnp.asarray([1.5 * rng.permutation(np.arange(192) % 31) for _ in range(3)], jnp.bfloat16)
     turned_x = np.asarray(kotms.rotate(x, *rotation.factors), np.float32)
-    emulated_threads.emulate(monkeypatch, gpu, gpu_fetch, gpu_token, gpu_codes)
+    emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
-    monkeypatch.setattr(gpu_token, "turn", turned)
+    monkeypatch.setattr(gpu_rotation, "rotate", rotated)
     found = gpu.rotate_quantize(x, rotation, quantizer_settings(4, 1.0), None, epsilon=0.0)
     np.testing.assert_array_equal(found.scale, 3)
     np.testing.assert_array_equal(found.codes, np.minimum(np.round(turned_x / np.float32(3)), 15) - 8)
@@ -146,14 +145,14 @@ def test_the_gate_in_the_gpu_kernel_is_that_of_xla_bit_by_bit(monkeypatch):
     largest = jnp.finfo(jnp.bfloat16).max
     gate = jnp.concatenate([jnp.linspace(-100, 100, 4092), jnp.array([-0.0, 1e-30, -largest, largest])])
     gate, x = gate.astype(jnp.bfloat16), jnp.full(gate.shape, 0.3, jnp.bfloat16)
-    emulated_threads.emulate(monkeypatch, gpu_fetch)
+    emulated_threads.emulate(monkeypatch)
     emulated_machine.start(512)
 
     def words(each):
         parts = np.asarray(each).view(np.uint32).reshape(1, 512, 4)
         return [emulated_threads.Word(parts[..., i]) for i in range(4)]
 
-    found = np.stack([each.value for each in gpu_fetch._gated(words(gate) + words(x))], -1)
+    found = np.stack([each.value for each in silu_gate_pairs(words(gate), words(x))], -1)
     np.testing.assert_array_equal(found.reshape(-1).view(jnp.bfloat16), jax.nn.silu(gate) * x)
 
 
@@ -166,7 +165,7 @@ def kernel_operands(left, right, norm, gated):
 
 
 def assert_close(found, expected):
-    """Equal but for codes on the edge between two levels, which sums in another order may push across."""
+    """Assert equality, but for codes on the edge between two levels, which sums in another order may move across."""
     difference = np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int))
     assert difference.max() <= 1
     assert difference.mean() < 0.01
@@ -187,7 +186,7 @@ def assert_close(found, expected):
 def test_what_the_gpu_kernel_cannot_take_runs_on_the_reference(left, right, dtype, reason):
     rotation = kernel_rotation(rotation_of(left, right), dtype)
     operands = values(1, left * right, dtype)[0], rotation, quantizer_settings(4, CLIP)
-    rotate_quantize(*operands)  # which traces every platform's branch
+    rotate_quantize(*operands)  # traces every platform's branch
     with pytest.raises(TwlaError, match=reason):
         rotate_quantize(*operands, implementation="gpu")
 
@@ -220,7 +219,7 @@ def test_tpu_kernel_compiles(target, left, right, norm, compile_for):
         (128, 224, False, True),
     ],
 )
-@pytest.mark.parametrize("t", [8, 2048])  # a block for each, or one for several
+@pytest.mark.parametrize("t", [8, 2048])  # a block for each token, or one for several
 def test_gpu_kernel_spills_nothing(t, left, right, norm, gated, compile_for_h100):
     function = functools.partial(gpu.rotate_quantize, epsilon=1e-5, gated=gated)
     _, reports = compile_for_h100(function, *shapes(t, left, right, norm, gated))

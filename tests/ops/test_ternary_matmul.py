@@ -19,14 +19,13 @@ from twla_jax.ops.ternary_matmul import (
     gpu_few,
     gpu_products,
     gpu_ring,
-    gpu_rows,
     kernel_weight,
     reference,
     ring_tiles,
     ternary_matmul,
     tpu,
 )
-from twla_jax.ops.ternary_matmul.weight import pair, parts_of_pair
+from twla_jax.ops.ternary_matmul.weight import fields_of_pair, pair
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
 from helpers import emulated_threads
@@ -95,7 +94,7 @@ def test_accumulators_are_exact(size):
 @pytest.mark.parametrize(
     ("t", "n", "m", "size", "rows", "warpgroups", "stages"),
     [
-        (2, 256, 1536, 128, 40, 2, 1),  # of seven blocks' rows, four multiprocessors take two times
+        (2, 256, 1536, 128, 40, 2, 1),  # seven blocks' rows on four multiprocessors take two passes
         (1, 128, 1024, 128, 32, 2, 1),
         (8, 128, 2000, 128, 88, 4, 1),
         (3, 128, 1536, 128, 96, 1, 2),
@@ -113,12 +112,12 @@ def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgrou
     codes, sums, scale, zero_point = operands(tokens(t, m))
     residual = None if t % 2 else jax.random.normal(jax.random.key(0), (t, n))
     expected = reference.matmul(codes, sums, scale, zero_point, weight, residual, out_dtype=jnp.float32)
-    emulated_threads.emulate(monkeypatch, gpu_few, gpu_ring, gpu_products, gpu_rows)
+    emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
     stages, together = stages if isinstance(stages, tuple) else (stages, 1)
-    chosen = ring_tiles.Tiles(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
+    chosen = ring_tiles.RingTileConfig(rows=rows, warpgroups=warpgroups, stages=stages, together=together)
     monkeypatch.setattr(gpu_ring, "STREAMING_MULTIPROCESSORS", 4)
-    found = gpu_few.matmul(codes, scale, zero_point, weight, residual, out_dtype=jnp.float32, tiles=chosen)
+    found = gpu_few.matmul(codes, scale, zero_point, weight, residual, out_dtype=jnp.float32, config=chosen)
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 
 
@@ -126,11 +125,11 @@ def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgrou
 def test_sums_of_a_group_fit_16_bits_at_their_largest(code, monkeypatch):
     weight = tensors.from_codes(jnp.ones((32, 1024), jnp.int8), *jnp.full((2, 32, 8), 63.0), 128)
     x = jnp.full((1, 1024), code, jnp.int8)
-    emulated_threads.emulate(monkeypatch, gpu_few, gpu_ring, gpu_products, gpu_rows)
+    emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
-    chosen = ring_tiles.Tiles(rows=32, warpgroups=2, stages=1)
+    chosen = ring_tiles.RingTileConfig(rows=32, warpgroups=2, stages=1)
     ends = jnp.ones(1), jnp.zeros(1)
-    found = gpu_few.matmul(x, *ends, packed([weight]), out_dtype=jnp.float32, tiles=chosen)
+    found = gpu_few.matmul(x, *ends, packed([weight]), out_dtype=jnp.float32, config=chosen)
     np.testing.assert_array_equal(found[:, :32], 126 * 1024 * code)
 
 
@@ -138,7 +137,7 @@ def test_a_pair_holds_every_two_bytes():
     alpha, mu = np.mgrid[-128:128, -128:128]
     pairs = pair(jnp.asarray(alpha), jnp.asarray(mu))
     assert pairs.dtype == jnp.int16
-    found = parts_of_pair(pairs.astype(jnp.int32))
+    found = fields_of_pair(pairs.astype(jnp.int32))
     np.testing.assert_array_equal(found, (alpha, mu))
 
 
@@ -187,7 +186,7 @@ def test_tiles_of_few_tokens_fit_memory():
         other = t * gpu_products.Flat(128).stride(512 * columns)
         if t * columns > (8 * 24 if t <= 8 else 16 * 8):
             continue
-        chosen = few_tiles.tiles(rows, columns, filled, other)
+        chosen = few_tiles.tile_config(rows, columns, filled, other)
         assert chosen.rows % 8 == 0
         passes = -(-rows // (132 * chosen.rows))
         assert chosen.stages * chosen.together <= passes * -(-columns // chosen.warpgroups)
@@ -196,7 +195,7 @@ def test_tiles_of_few_tokens_fit_memory():
         assert used + other + parts <= 226 * 1024
         assert used >= min(40 * 1024, columns * ring_tiles.tile_bytes(chosen.rows))
     with pytest.raises(ValueError, match="leave no room"):
-        few_tiles.tiles(8192, 56, 8, 8 * gpu_products.Flat(128).stride(512 * 56))
+        few_tiles.tile_config(8192, 56, 8, 8 * gpu_products.Flat(128).stride(512 * 56))
 
 
 def test_matrices_that_share_an_input_are_one_product():
@@ -224,14 +223,14 @@ def test_kernels_leave_float32_activations_to_the_reference():
     with pytest.raises(TwlaError, match="float32, not bfloat16"):
         ternary_matmul(x, weight, implementation="tpu")
     one = ternary_matmul(jnp.ones((1, 128)), weight, out_dtype=jnp.float32)
-    # Rounded to bf16, the two would be one.
+    # Rounded to bf16, the two would be equal.
     np.testing.assert_allclose(
         ternary_matmul(x, weight, out_dtype=jnp.float32), one * x[0, 0], rtol=1e-5, atol=1e-5
     )
 
 
 def test_an_implementation_that_is_none_is_refused():
-    with pytest.raises(TwlaError, match="'triton' is none of xla, gpu, tpu"):
+    with pytest.raises(TwlaError, match="'triton' must be one of xla, gpu, tpu"):
         ternary_matmul(tokens(1, 128), kernel_weight([matrix(8, 128, 128)]), implementation="triton")
 
 
@@ -242,7 +241,7 @@ def test_an_implementation_that_is_none_is_refused():
 def test_tpu_kernel_compiles(target, t, n, m, size, dtype, compile_for):
     function = functools.partial(tpu.matmul, out_dtype=jnp.bfloat16)
     compiled = compile_for(target, function, *operand_shapes(t, n, m, size, dtype))
-    # Filled up activations, and no copy of the weights at more than their own size.
+    # Padded activations, and no copy of the weights larger than they are.
     assert compiled.memory_analysis().temp_size_in_bytes < n * m // 4
 
 

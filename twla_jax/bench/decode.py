@@ -1,4 +1,4 @@
-"""Times decode steps of a whole packed model against the same model in bf16, and both against memory bandwidth."""
+"""Times decode steps of a whole model: packed against the same model in bf16, and both against the memory's limit."""
 
 import dataclasses
 import gc
@@ -25,12 +25,12 @@ _CALLS = 9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """Settings of a measured decode step.
+    """Describes what a decode step is measured at.
 
     Attributes:
-      batches: rows that go on together.
+      batches: numbers of rows that decode together.
       context: tokens in the cache before the first step.
-      steps: tokens a call makes, all in one loop on the device.
+      steps: tokens a call generates, all in one loop on the device.
       cache_dtype: of the cache; None for bf16.
       activation_bits: of the quantised models.
       embedding_bits: of their embedding and LM head; 16 for bf16.
@@ -45,7 +45,7 @@ class DecodeSettings:
 
 
 def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dict[str, Any]]:
-    """Yield the rows of bf16, then of W1.58 at each of the activation bits, at each batch size."""
+    """Yield a row for bf16, then one for W1.58 at each of the activation bits, at each batch."""
     bf16: dict[int, float] = {}
     low = [bits for bits in settings.activation_bits if bits < OFF]
     for bits in (None, *low[:1], *([OFF] if OFF in settings.activation_bits else [])):
@@ -69,7 +69,7 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
 
 
 def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, Decoder]]:
-    """Return the model at each of the bits; all below 16 share one program, whose settings are data."""
+    """Yield the name and the model at each of the bits; all below 16 are one program, with settings as data."""
     for each in bits:
         if each is not None and each < OFF:
             model = nnx.merge(*nnx.split(model))
@@ -80,7 +80,7 @@ def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, 
 
 
 def _step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float:
-    """Return the median wall-clock time of a step, over calls of the loop that `generate` runs."""
+    """Return the median wall-clock seconds of a step, over calls of the loop that `generate` runs."""
     room = generation.bucket(settings.steps + 1)
     cache = _random_cache(model, batch, settings)
     start = cache.length
@@ -142,7 +142,7 @@ def _cache_bytes(model: Decoder, batch: int, settings: DecodeSettings) -> int:
 
 
 def _block_bytes(model: Decoder, before: int | None) -> dict[str, Any]:
-    """Return the bits a weight of the blocks' matrices, by the bytes that the device's allocator reports as in use."""
+    """Return the bits a weight of the blocks' matrices, by what the device's allocator has in use."""
     if before is None:
         return {}
     others = sum(leaf.nbytes for leaf in jax.tree.leaves((model.embed, model.head, model.norm)))
@@ -151,7 +151,7 @@ def _block_bytes(model: Decoder, before: int | None) -> dict[str, Any]:
 
 
 def _bytes_in_use() -> int | None:
-    gc.collect()  # modules hold each other, and with them arrays that nothing needs any more
+    gc.collect()  # modules refer to each other, and keep arrays that nothing else needs
     stats = jax.devices()[0].memory_stats()
     return stats["bytes_in_use"] if stats else None
 

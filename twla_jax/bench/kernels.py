@@ -1,4 +1,4 @@
-"""Times each op alone at the matrices of a shape: at few tokens (decode) or many (prefill)."""
+"""Times each op alone, at the matrices of a shape: few tokens (decode) or many (prefill)."""
 
 import dataclasses
 import functools
@@ -17,26 +17,25 @@ from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul
-from twla_jax.ops.linear_pair import LinearOperands, linear_pair
-from twla_jax.ops.linear_pair import new_exchange as new_pair_exchange
-from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
+from twla_jax.ops.linear_pair import LinearOperands, linear_pair, new_pair_exchange
+from twla_jax.ops.qkv_attention import new_qkv_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
 
 Row = dict[str, Any]
-_CONTEXT = 512  # positions that attention sees
+_CONTEXT = 512  # positions that attention reads
 _ROOM = generation.cache_size(_CONTEXT + 1)
 _ROUNDS = 3  # over all caches
-_LEAST_COPY = 1e5  # bytes below which it is not memory that an op waits for
+_LEAST_COPY = 1e5  # bytes below which memory does not limit an op
 
 
 def decode_rows(
     config: DecoderConfig, batch: int, kinds: Sequence[str], embedding_bits: int = OFF
 ) -> Iterator[Row]:
-    """Yield rows of every matrix with `int8` codes, with rotation, and with `bf16` activations.
+    """Yield rows for every matrix (codes alone, codes with what makes them, bf16), and for every `rotate_quantize`.
 
-    Then every `rotate_quantize`, attention, and the LM head where it is of less than 16 bits.
+    Then attention, and the LM head where it is of less than 16 bits.
     """
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, batch)
@@ -80,7 +79,7 @@ def decode_rows(
 
 
 def _attention_seconds(config: DecoderConfig, batch: int, dtype, implementation) -> float:
-    """Return the seconds of `decode_attention` at `_CONTEXT` positions, rotary angles and cache write included."""
+    """Return the seconds of `decode_attention` at `_CONTEXT` filled positions, rotary angles and write included."""
     heads = config.num_heads + 2 * config.num_kv_heads
     qkv = jax.random.normal(jax.random.key(0), (batch, heads, config.head_dim), jnp.bfloat16)
     make = functools.partial(_cache_layer, config=config, batch=batch, room=_ROOM, dtype=dtype)
@@ -91,13 +90,13 @@ def _attention_seconds(config: DecoderConfig, batch: int, dtype, implementation)
 
 
 def _qkv_attention_seconds(config: DecoderConfig, dtype) -> float | None:
-    """Return the seconds of `qkv_attention`, likewise; None if it is not a kernel of its own here."""
+    """Return the seconds of `qkv_attention`, likewise; None where it is not one kernel."""
     n, m = shapes.matrices(config)["q,k,v"]
     rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
 
     def make(key):
         weight, layer = shapes.weight(key, n, m), _cache_layer(key, config, 1, _ROOM, dtype)
-        return weight, (layer, new_exchange(layer, rotation, weight))
+        return weight, (layer, new_qkv_exchange(layer, rotation, weight))
 
     if not has_kernels() or jax.eval_shape(make, jax.random.key(0))[1][1] is None:
         return None
@@ -114,7 +113,7 @@ def _qkv_attention_seconds(config: DecoderConfig, dtype) -> float | None:
 
 
 def _linear_pair_seconds(config: DecoderConfig) -> float | None:
-    """Return the seconds of `linear_pair` for one token, gate included; None if it is not a kernel of its own here."""
+    """Return the seconds of `linear_pair` for one token, gate included; None where it is not one kernel."""
     (n, m), (more, _) = (shapes.matrices(config)[name] for name in ("o", "gate,up"))
     rotations = [shapes.rotation_for_kernels(jax.random.key(2), *sizes) for sizes in ((m, n), (n, more))]
 
@@ -144,9 +143,9 @@ def _linear_pair_seconds(config: DecoderConfig) -> float | None:
 
 
 def _seconds_in_place(op, x, make, config: DecoderConfig) -> float:
-    """Return the seconds of `op(x, weight, layer, positions, window)` in a loop that updates layers in place.
+    """Return the seconds of `op(x, weight, layer, positions, window)`, in a loop that updates layers in place.
 
-    `make` makes a weight and a layer, or whatever else is written, from a key.
+    `make` returns a weight and a layer, or whatever else is updated, from a key.
     """
     angle = jax.random.normal(jax.random.key(1), (1, config.head_dim // 2))
     positions = Positions(
@@ -170,7 +169,7 @@ def _seconds_in_place(op, x, make, config: DecoderConfig) -> float:
 
 
 def _cache_layer(key: jax.Array, config: DecoderConfig, batch: int, room: int, dtype) -> LayerKV:
-    """Return a cache layer with random keys and values."""
+    """Return a layer of random keys and values."""
     shape = (2, batch, config.num_kv_heads, room, config.head_dim)
     keys, values = jax.random.normal(key, shape, jnp.bfloat16).swapaxes(2, 3)
     return write(empty_layer(shape, dtype), keys, values, jnp.int32(0))
@@ -194,7 +193,7 @@ def _head_row(n: int, m: int, batch: int, bits: int) -> Row:
 
 
 def _with_input(make, tokens, t: int, m: int):
-    """Return a function from a key to a weight and an input of its own."""
+    """Return a function that makes a weight and an input of its own from a key."""
     return lambda key: (make(key), tokens(key, t, m))
 
 
@@ -203,12 +202,12 @@ def _product(weight, x):
 
 
 def _whole_linear(weight, x, *, rotation):
-    """Return the product with the rotation and quantisation of its input."""
+    """Return the product with rotation and codes included."""
     return quantized_linear(x, rotation, quantizer_settings(8, 0.9), weight)
 
 
 def prefill_rows(config: DecoderConfig, tokens: int) -> Iterator[Row]:
-    """Yield rows of every matrix alone and with the rotation and quantisation of its input; then of a whole block."""
+    """Yield a row for every matrix, alone and with its input's rotation and codes; then one for a whole block."""
     total = {"product": 0.0, "whole": 0.0, "bf16": 0.0, "int8": 0.0}
     work = moved = 0
     for name, (n, m) in shapes.matrices(config).items():
@@ -260,7 +259,7 @@ def _row(name, n, m, tokens, taken, size, base) -> Row:
 
 @functools.cache
 def _xla(n: int, m: int, tokens: int) -> dict[str, float]:
-    """Return the seconds of XLA's own products of these sizes, by type."""
+    """Return the seconds of XLA's own products of these sizes."""
 
     def measure(dtype):
         def make(key):

@@ -1,4 +1,4 @@
-"""The measurements of `twla bench`, row by row, with versions and device."""
+"""Runs the measurements of a command, row by row, and notes what they were made on."""
 
 import contextlib
 import dataclasses
@@ -34,28 +34,28 @@ def measure(
     embedding_bits: int = OFF,
     on_row: Callable[[str, Mapping[str, Any]], None] = lambda part, row: None,
 ) -> dict[str, Any]:
-    """Measure speed on the default device with random weights, in one process.
+    """Return times on the device at hand, with random weights, all in one process.
 
     Args:
       parts: `kernels` times each op at few tokens, `prefill` at many, `decode` whole models' steps, which come first.
       shape: a name in `SHAPES`.
-      batches: numbers of sequences that decode together.
-      tokens: tokens of a prefill.
+      batches: rows that decode together.
+      tokens: of a prefill.
       context: tokens in the cache when decoding begins.
-      steps: tokens that are decoded after them.
+      steps: tokens that are timed after them.
       layers: blocks of the decoding model; all of them if None.
       cache_dtype: of the decoding model's cache; None for bf16.
       activation_bits: of the decoding models; 16 also times the kernels' products with bf16 activations.
       embedding_bits: of the ternary decoding models' embedding and LM head: 16, or 2 to 8, which also times the head
         alone.
-      on_row: called with the part and each row as it comes.
+      on_row: called with the part and each row as soon as it is measured.
 
     Returns:
-      JSON-ready: rows by part, `copy_bytes_per_second` and, for what decoding is held against, the same `by_clock`,
-      peaks of XLA's products, how it was timed, and what stood in.
+      JSON-ready: rows by part, `copy_bytes_per_second` and, for decoding, the same `by_clock`, peaks of XLA's
+      products, how it was timed, and which references replaced kernels.
 
     Raises:
-      TwlaError: an unknown shape or a size that is none.
+      TwlaError: an unknown shape, or a size below 1.
     """
     config = _config(shape, layers)
     for name, value in {
@@ -69,7 +69,7 @@ def measure(
     if other := set(activation_bits) - {OFF, *BIT_CHOICES}:
         raise TwlaError(f"activation bits {min(other)}: must be 16, 8, 6, 4 or 2")
     if embedding_bits != OFF:
-        EmbeddingSettings(bits=embedding_bits)  # which refuses bits that there are none of
+        EmbeddingSettings(bits=embedding_bits)  # raises for unknown bits
     settings = decode.DecodeSettings(
         batches=tuple(batches),
         context=context,

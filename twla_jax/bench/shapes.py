@@ -1,4 +1,4 @@
-"""Published model shapes, and random weights of these shapes, made on the device in the kernels' layout."""
+"""Defines published model shapes, and makes random weights of these shapes on the device in the kernels' layout."""
 
 import dataclasses
 from typing import Any
@@ -47,7 +47,7 @@ SHAPES: dict[str, DecoderConfig] = {
 
 
 def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Return rows and columns of a block's matrices by name; those that share an input count as one."""
+    """Return the rows and columns of a block's matrices; those that share an input are one."""
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     d, hidden = config.hidden_size, config.intermediate_size
     return {"q,k,v": (heads + 2 * kv, d), "o": (d, heads), "gate,up": (2 * hidden, d), "down": (d, hidden)}
@@ -59,10 +59,10 @@ def quantised_weights(config: DecoderConfig) -> int:
 
 
 def ternary_tensor(key: Array, n: int, m: int, lead: tuple[int, ...] = ()) -> TernaryTensor:
-    """Return random codes `[n, m]` and (α, μ) for every 128 columns; outputs keep the variance of the inputs."""
+    """Return random codes, with (α, μ) for every 128 columns such that outputs have the variance of the inputs."""
     keys = jax.random.split(key)
     bits = jax.random.bits(keys[0], (*lead, n, packed_width(m)), jnp.uint8)
-    codes = bits & ~((bits & (bits >> 1) & 0x55) * 3)  # what would be a 3 is a 0: −1 half of the time
+    codes = bits & ~((bits & (bits >> 1) & 0x55) * 3)  # a 3 becomes a 0: −1 half of the time
     alpha = 1.2 * m**-0.5 * jax.random.uniform(keys[1], (*lead, n, -(-m // _GROUP)), minval=0.5, maxval=1.5)
     return TernaryTensor(
         codes=codes,
@@ -74,12 +74,12 @@ def ternary_tensor(key: Array, n: int, m: int, lead: tuple[int, ...] = ()) -> Te
 
 
 def weight(key: Array, n: int, m: int) -> KernelWeight:
-    """Return a random `[n, m]` matrix in the kernels' layout."""
+    """Return a random matrix in the kernels' layout."""
     return kernel_weight([ternary_tensor(key, n, m)])
 
 
 def integer_tensor(key: Array, n: int, m: int, bits: int, size: float) -> IntegerTensor:
-    """Return random `[n, m]` codes with a scale for every 128 columns, of weights of about `size`."""
+    """Return random codes, with the zero in their middle and a scale for every 128 columns, for weights near `size`."""
     groups = (n, -(-m // _GROUP))
     scale = size * 12**0.5 / 2**bits * jax.random.uniform(key, groups, minval=0.5, maxval=1.5)
     return IntegerTensor(
@@ -93,12 +93,12 @@ def integer_tensor(key: Array, n: int, m: int, bits: int, size: float) -> Intege
 
 
 def head(key: Array, n: int, m: int, bits: int) -> IntegerWeight:
-    """Return a random `[n, m]` LM head in the kernels' layout."""
+    """Return a random LM head in the kernels' layout."""
     return integer_weight(integer_tensor(key, n, m, bits, m**-0.5))
 
 
 def tokens(key: Array, t: int, m: int) -> QuantizedTokens:
-    """Return random 8-bit codes `[t, m]`."""
+    """Return random 8-bit codes."""
     codes = jax.random.randint(key, (t, m), -128, 128, jnp.int8)
     return QuantizedTokens(
         codes=codes, scale=jnp.full(t, 0.01), zero_point=jnp.full(t, 3.0), sums=group_sums(codes)
@@ -106,13 +106,13 @@ def tokens(key: Array, t: int, m: int) -> QuantizedTokens:
 
 
 def rotation(key: Array, m: int, n: int) -> KroneckerRotation:
-    """Return a random rotation of m features, with factors as near to each other as m allows."""
+    """Return a random rotation, with factors as near to each other as m allows."""
     factors = (random_orthogonal(k, s) for k, s in zip(jax.random.split(key), _factors(m, n), strict=True))
     return KroneckerRotation(*(factor.astype(jnp.float16) for factor in factors))
 
 
 def rotation_for_kernels(key: Array, m: int, n: int) -> KernelRotation:
-    """Return a random rotation in the kernels' layout, in bf16."""
+    """Return the same rotation in the kernels' layout, in bf16."""
     return kernel_rotation(rotation(key, m, n), jnp.bfloat16)
 
 
@@ -147,7 +147,7 @@ def random_decoder(
 def random_model(
     config: DecoderConfig, *, activation_bits: int | None, embedding_bits: int = OFF, seed: int = 0
 ) -> Decoder:
-    """Return a random model in bf16, as the quantiser leaves it or, without activation bits, as a file gives it."""
+    """Return a random model in bf16 as the quantiser gives it or, without activation bits, as a file does."""
 
     def make():
         model = Decoder(config, rngs=nnx.Rngs(seed), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -157,7 +157,7 @@ def random_model(
             _quantize_embeddings_randomly(model, embedding_bits, jax.random.key(seed))
         return model
 
-    # In one program, which leaves out the float weights that ternary ones replace.
+    # One program, so that XLA never makes the float weights that ternary ones replace.
     return jax.jit(make)()
 
 

@@ -1,4 +1,4 @@
-"""Prints measurements as lines of a Markdown table, one at a time."""
+"""Formats rows of measurements as lines of a Markdown table, one at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,14 +70,14 @@ def header(part: str) -> str:
 
 
 def line(part: str, row: Mapping[str, Any]) -> str:
-    """Return one row; a note replaces figures that are missing."""
+    """Return one row; a note in place of figures where there are none."""
     if "note" in row:
         return _line([row["name"], row["note"], *[""] * (len(_COLUMNS[part]) - 2)])
     return _line([cell(row) for _, cell in _COLUMNS[part]])
 
 
 def footer(result: Mapping[str, Any]) -> str:
-    """Return what the figures were measured on, in words."""
+    """Return the lines that say what the figures were made on."""
     peaks = result["product_operations_per_second"]
     copy = f"copy {result['copy_bytes_per_second'] / 1e9:.0f} GB/s"
     if by_clock := result.get("copy_bytes_per_second_by_clock"):

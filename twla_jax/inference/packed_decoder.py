@@ -26,12 +26,11 @@ from twla_jax.models.decoder import SITES, Block, Decoder
 from twla_jax.models.sharding import shardings
 from twla_jax.ops.attention.kv_cache import KVCache, LayerKV, empty_layer
 from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import AttentionParts, decode_attention
+from twla_jax.ops.decode_attention import AttentionSplits, decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
-from twla_jax.ops.linear_pair import LinearOperands, linear_pair
-from twla_jax.ops.linear_pair import new_exchange as new_pair_exchange
-from twla_jax.ops.qkv_attention import new_exchange, qkv_attention
+from twla_jax.ops.linear_pair import LinearOperands, linear_pair, new_pair_exchange
+from twla_jax.ops.qkv_attention import new_qkv_exchange, qkv_attention
 from twla_jax.ops.tokens import QuantizedTokens
 
 
@@ -148,7 +147,7 @@ class IntegerBlock(Block):
             or pair is None
         ):
             return self.finish(x, mixed), layer
-        tokens = mixed if isinstance(mixed, AttentionParts) else mixed[:, 0]
+        tokens = mixed if isinstance(mixed, AttentionSplits) else mixed[:, 0]
         options = {"exchange": layer.scratch.pair, "implementation": self.implementation}
         h, hidden, exchange = linear_pair(tokens, *pair, x[:, 0], **options)
         return self.down(self.down_input(hidden[:, None]), h[:, None]), layer.with_scratch(pair=exchange)
@@ -176,9 +175,9 @@ class IntegerBlock(Block):
             scales = self.q_norm.scale.get_value(), self.k_norm.scale.get_value()
             epsilon = self.q_norm.epsilon
         where = {"layer": layer, "positions": positions, "window": window}
-        where |= {"apart": self.takes_parts, "implementation": self.implementation}
+        where |= {"apart": self.takes_splits, "implementation": self.implementation}
         if isinstance(h, FewTokens) and (plane := self.qkv_linear.plane) is not None:
-            assert not isinstance(h.x, AttentionParts)
+            assert not isinstance(h.x, AttentionSplits)
             where |= {"head_norm_scales": scales, "head_epsilon": epsilon} | h.settings
             exchange = layer.scratch.qkv if isinstance(layer, PackedLayer) else None
             mixed, layer, exchange = qkv_attention(h.x[:, 0], weight=plane, exchange=exchange, **where)
@@ -187,10 +186,10 @@ class IntegerBlock(Block):
             qkv = self.qkv_linear(h)
             qkv = qkv.reshape(len(qkv), -1, self.head_dim)
             mixed, layer = decode_attention(qkv, norm_scales=scales, epsilon=epsilon, **where)
-        return mixed if isinstance(mixed, AttentionParts) else mixed[:, None], layer
+        return mixed if isinstance(mixed, AttentionSplits) else mixed[:, None], layer
 
     @property
-    def takes_parts(self) -> bool:
+    def takes_splits(self) -> bool:
         """Whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
         gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
         return gpu and self.mesh is None and self.o_input.makes_codes and self.o.plane is not None
@@ -198,12 +197,12 @@ class IntegerBlock(Block):
     def with_scratch(self, layer: LayerKV) -> PackedLayer:
         """Adds to a cache's layer the memory that `qkv_attention` and `linear_pair` need to be one kernel each."""
         packed = PackedLayer(entries=layer.entries, scales=layer.scales)
-        if not self.takes_parts:
+        if not self.takes_splits:
             return packed
         qkv, pair = self.qkv_input.operands(self.qkv_linear), self.pair()
         if qkv is not None:
             packed = packed.with_scratch(
-                qkv=new_exchange(layer, qkv.rotation, qkv.weight, wide=qkv.settings is None)
+                qkv=new_qkv_exchange(layer, qkv.rotation, qkv.weight, wide=qkv.settings is None)
             )
         if pair is not None:
             packed = packed.with_scratch(pair=new_pair_exchange(layer.entries.shape[1], *pair))
@@ -221,7 +220,7 @@ class IntegerBlock(Block):
         return jax.nn.silu(gate) * up
 
     def finish(
-        self, x: Float[Array, "b t d"], mixed: Float[Array, "b t heads_d"] | AttentionParts
+        self, x: Float[Array, "b t d"], mixed: Float[Array, "b t heads_d"] | AttentionSplits
     ) -> Float[Array, "b t d"]:
         """As `Block.finish`; each residual is added where its linear ends."""
         x = self.o(self.o_input(mixed), x)

@@ -15,7 +15,7 @@ from twla_jax.core.kotms import rotate
 from twla_jax.core.tensors import TernaryTensor
 from twla_jax.inference import tensor_parallel
 from twla_jax.models.decoder import SITES, Block, RMSNorm, precision
-from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.decode_attention import AttentionSplits
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight
 from twla_jax.ops.linear_pair import LinearOperands
@@ -33,15 +33,15 @@ _kernel_weight = jax.jit(kernel_weight)  # one program for all layers, not one f
 class FewTokens:
     """Tokens that their linear is yet to turn and quantise: `settings` are `quantized_linear`'s.
 
-    Attention in parts, one token a sequence, is for the output linear of a block that `takes_parts`.
+    Attention in parts, one token a sequence, is for the output linear of a block that `takes_splits`.
     """
 
-    x: Float[Array, "*tokens m"] | AttentionParts
+    x: Float[Array, "*tokens m"] | AttentionSplits
     settings: dict[str, Any]
 
     def quantized(self, implementation: Implementation | None) -> QuantizedTokens:
         """The tokens as two ops leave them between them."""
-        assert not isinstance(self.x, AttentionParts)
+        assert not isinstance(self.x, AttentionSplits)
         return rotate_quantize(self.x, implementation=implementation, **self.settings)
 
 
@@ -93,17 +93,17 @@ class KernelInput(nnx.Module):
         }
 
     def __call__(
-        self, x: Float[Array, "*tokens width"] | AttentionParts, *, gated: bool = False
+        self, x: Float[Array, "*tokens width"] | AttentionSplits, *, gated: bool = False
     ) -> QuantizedTokens | FewTokens | Float[Array, "*tokens m"]:
         """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
-        tokens = 1 if isinstance(x, AttentionParts) else x.size // x.shape[-1]
+        tokens = 1 if isinstance(x, AttentionSplits) else x.size // x.shape[-1]
         if self.settings is None and not (self.wide and tokens <= _MOST_WIDE):
-            assert not isinstance(x, AttentionParts)
+            assert not isinstance(x, AttentionSplits)
             x = gate(x) if gated else x
             x = x if self.norm is None else self.norm(x)
             return x if self.rotation is None else rotate(x, *self.rotation.get_value().factors)
         settings = self._options()
-        if isinstance(x, AttentionParts):
+        if isinstance(x, AttentionSplits):
             return FewTokens(x=x, settings=settings)
         if self.mesh is None and tokens <= MOST_TOKENS:
             return FewTokens(x=gate(x) if gated else x, settings=settings)
@@ -155,7 +155,7 @@ class KernelLinear(nnx.Module):
                 implementation=self.implementation,
                 **x.settings,
             )
-            return y[:, None] if isinstance(x.x, AttentionParts) else y
+            return y[:, None] if isinstance(x.x, AttentionSplits) else y
         x = x.quantized(self.implementation) if isinstance(x, FewTokens) else x
         if self.plane is not None and self.mesh is None and not gated:
             options = {"out_dtype": self.dtype, "implementation": self.implementation}

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the platform's kernel where it can, the XLA reference where it cannot."""
+"""Decides which implementation of an op runs: the platform's kernel where it can, else the XLA reference."""
 
 import functools
 import logging
@@ -24,24 +24,28 @@ def dispatch(
     obstacles: Mapping[str, str | None],
     *operands: Any,
 ) -> Any:
-    """Runs the implementation asked for, or the one of the platform that the program is compiled for.
+    """Run the requested implementation, or that of the platform the program is compiled for, and return its result.
 
     Args:
       op: the op's name, for messages.
       implementation: None lets the platform decide, once it is known: every branch is traced, one is compiled.
       xla: the reference; runs everywhere.
       kernels: `gpu` and `tpu`, called with the same operands as the reference.
-      obstacles: why a kernel cannot take these operands; None, or no entry, where it can. GPUs that are not of the
-        kind that the kernels are for are an obstacle, too.
+      obstacles: why a kernel cannot take these operands; None, or no entry, where it can. A GPU that the kernels are
+        not written for is an obstacle, too.
+      *operands: of the op.
+
     Raises:
-      TwlaError: the implementation asked for cannot take these operands, or there is none of this name.
+      TwlaError: the requested implementation cannot take these operands, or does not exist.
     """
     if implementation == "xla":
         return xla(*operands)
     obstacles = {**obstacles, "gpu": obstacles.get("gpu") or gpu_obstacle()}
     if implementation is not None:
         if implementation not in kernels:
-            raise TwlaError(f"{op}: implementation {implementation!r} is none of xla, {', '.join(kernels)}")
+            raise TwlaError(
+                f"{op}: implementation {implementation!r} must be one of xla, {', '.join(kernels)}"
+            )
         if reason := obstacles.get(implementation):
             raise TwlaError(f"{op}: implementation {implementation!r} cannot be used: {reason}")
         return kernels[implementation](*operands)
@@ -56,4 +60,4 @@ def dispatch(
 
 @functools.cache
 def _log_fallback(op: str, name: str, reason: str) -> None:
-    _log.info("%s: the reference stands in for the %s kernel: %s", op, name, reason)
+    _log.info("%s: the XLA reference replaces the %s kernel: %s", op, name, reason)

@@ -1,4 +1,4 @@
-"""Quantised activations as the integer kernels read them."""
+"""Defines quantised activations as the integer kernels read them."""
 
 import dataclasses
 
@@ -14,12 +14,12 @@ FINER = 254.0  # steps of a wide code's second part in one of the first
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizedTokens:
-    """Activations `x̂ = scale·(codes − zero_point)`, a scale and a zero point a token.
+    """Holds activations `x̂ = scale·(codes − zero_point)`, with a scale and a zero point a token.
 
     Codes and zero points are those of `activation.fake_quantize` less `2^(bits − 1)`, so that 8 bits fit int8.
     `sums[..., g]` is the sum of the codes of columns `128g … 128g + 127`; it has four columns for every tile of 512
-    that is begun, zero where there are no codes. Of `wide` tokens all arrays have a leading axis of 2, and x̂ is the sum
-    of both: see `wide_tokens`.
+    that is begun, zero where there are no codes. If `wide`, all arrays have a leading axis of 2, and x̂ is the sum of
+    both: see `wide_tokens`.
     """
 
     codes: Int8[Array, "*tokens m"]
@@ -29,13 +29,13 @@ class QuantizedTokens:
     wide: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def dequantize(self) -> Float32[Array, "*tokens m"]:
-        """Returns x̂; of wide tokens the sum of both parts."""
+        """Return x̂ `[*tokens, m]`; for wide tokens, the sum of both."""
         values = self.scale[..., None] * (self.codes - self.zero_point[..., None])
         return values.sum(0) if self.wide else values
 
 
 def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | float) -> Float32[Array, " 3"]:
-    """Returns how `rotate_quantize` makes codes, `[3]`: levels less one, the clip, and the offset of signed codes.
+    """Return the quantiser's settings `[3]` as data: levels less one, clip, and the offset that makes codes signed.
 
     Args:
       bits: 2 to 8.
@@ -46,7 +46,7 @@ def quantizer_settings(bits: Int32[Array, ""] | int, clip: Float[Array, ""] | fl
 
 
 def wide_tokens(x: Float[Array, "*tokens m"]) -> QuantizedTokens:
-    """Returns 16-bit codes of tokens in two int8 parts, stacked along a new leading axis of 2.
+    """Return 16-bit codes of tokens as two int8 codes, stacked along a new leading axis of 2.
 
     The first part is the asymmetric 8-bit quantiser over the token's whole range, `s = (max − min)/255`; the second
     rounds what is left in steps of `s/254`. So `|x − x̂| ≤ s/508`, that is `(max − min)/129540`, up to float32: 16 bits
@@ -67,10 +67,11 @@ def wide_tokens(x: Float[Array, "*tokens m"]) -> QuantizedTokens:
 
 
 def group_sums(x: Array) -> Array:
-    """Sums over the groups of 128 columns, four groups a tile: int32 of integers, else float32.
+    """Return the sums over groups of 128 columns, four groups a tile: int32 for integers, else float32.
 
     Args:
       x: `[*tokens, m]`.
+
     Returns:
       `[*tokens, 4·ceil(m / 512)]`.
     """
@@ -80,5 +81,5 @@ def group_sums(x: Array) -> Array:
 
 
 def pad_columns(x: Array) -> Array:
-    """x with zeros up to a whole number of tiles of 512 columns."""
+    """Return x with zeros up to a whole number of tiles of 512 columns."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % packing.TILE)])

@@ -1,7 +1,7 @@
-"""`gpu_threads` on the CPU: every word is an array with a value for each thread, and all threads go in step.
+"""Emulates `ops.hopper.threads` on the CPU: every word is an array with a value for each thread; all go in step.
 
-What one instruction does is modelled after the PTX manual, so that kernels written with such words can be held against
-their references without a GPU, on the machine of `emulated_machine`.
+Each instruction does what the PTX manual says, so that kernels written with such words can be compared with their
+references without a GPU, on the machine of `emulated_machine`.
 """
 
 from helpers.emulated_threads.carried import (

@@ -1,4 +1,4 @@
-"""What Pallas carries from one function to the next, as it is."""
+"""Passes values from one function to the next, as Pallas would."""
 
 from helpers.emulated_threads.scalars import Word
 
@@ -17,7 +17,7 @@ def values(count, dtype):
 
 
 class Values(list):
-    """What Pallas carries from one function to the next; of 128 threads, by its shape."""
+    """Holds what Pallas carries from one function to the next; its shape is that of 128 threads."""
 
     @property
     def shape(self):

@@ -1,10 +1,10 @@
-"""Shared and global memory, as `emulated_machine` has them."""
+"""Reads and writes shared and global memory of `emulated_machine`."""
 
 import math
 
 import numpy as np
 
-from helpers import emulated_machine as here
+from helpers import emulated_machine
 from helpers.emulated_threads.scalars import Real, Word
 from helpers.emulated_threads.together import when
 
@@ -22,24 +22,26 @@ def address(ref):
 
 
 def _read(blocks, at, count):
-    """Bytes; of threads that take no part, anything."""
+    """Return bytes; for threads that are not active, any."""
     places = at.value.astype(np.int64)[..., None] + np.arange(count)
-    active = here.machine.masks[-1]
-    assert (places[active] < here.machine.memory.shape[1]).all()
+    active = emulated_machine.machine.masks[-1]
+    assert (places[active] < emulated_machine.machine.memory.shape[1]).all()
     assert (at.value[active] % min(count, 16) == 0).all()
-    blocks = np.broadcast_to(blocks, here.machine.shape)[..., None]
-    here.machine.check(blocks[active], places[active], writes=False, against=here.machine.writes)
-    return here.machine.memory[blocks, np.where(active[..., None], places, 0)]
+    blocks = np.broadcast_to(blocks, emulated_machine.machine.shape)[..., None]
+    emulated_machine.machine.check(
+        blocks[active], places[active], writes=False, against=emulated_machine.machine.writes
+    )
+    return emulated_machine.machine.memory[blocks, np.where(active[..., None], places, 0)]
 
 
 def _write(at, data, blocks=None):
-    active = here.machine.masks[-1]
+    active = emulated_machine.machine.masks[-1]
     count = data.shape[-1]
     assert (at.value[active] % count == 0).all()
     places = at.value.astype(np.int64)[active][:, None] + np.arange(count)
-    blocks = (here.machine.blocks if blocks is None else blocks)[active][:, None]
-    here.machine.check(blocks, places, writes=True, against=here.machine.reads)
-    here.machine.memory[blocks, places] = data[active]
+    blocks = (emulated_machine.machine.blocks if blocks is None else blocks)[active][:, None]
+    emulated_machine.machine.check(blocks, places, writes=True, against=emulated_machine.machine.reads)
+    emulated_machine.machine.memory[blocks, places] = data[active]
 
 
 def _as_words(data):
@@ -52,11 +54,11 @@ def _as_bytes(each):
 
 
 def load(at, count=1, *, offset=0):
-    return _as_words(_read(here.machine.blocks, at + offset, 4 * count))
+    return _as_words(_read(emulated_machine.machine.blocks, at + offset, 4 * count))
 
 
 def load_short(at, *, offset=0):
-    return Word(_read(here.machine.blocks, at + offset, 2).view(np.uint16)[..., 0])
+    return Word(_read(emulated_machine.machine.blocks, at + offset, 2).view(np.uint16)[..., 0])
 
 
 def store(at, *each, offset=0):
@@ -69,24 +71,32 @@ def store_byte(at, value, *, offset=0, condition=True):
 
 
 def load_matrices(at):
-    """Matrix i's row r is at the address of lane 8i + r; lane l gets word l % 4 of row l / 4."""
-    rows = _read(here.machine.blocks, at, 16).view(np.uint32).reshape(*here.machine.shape[:1], -1, 4, 8, 4)
-    return [Word(rows[:, :, i].reshape(here.machine.shape)) for i in range(4)]
+    """Return four matrices: row r of matrix i is at lane 8i + r's address; lane l gets word l % 4 of row l / 4."""
+    rows = (
+        _read(emulated_machine.machine.blocks, at, 16)
+        .view(np.uint32)
+        .reshape(*emulated_machine.machine.shape[:1], -1, 4, 8, 4)
+    )
+    return [Word(rows[:, :, i].reshape(emulated_machine.machine.shape)) for i in range(4)]
 
 
 def _global(ref, offset, count, condition=None):
-    """The array's bytes, which of them threads mean, and which threads take part."""
-    active = here.machine.masks[-1] if condition is None else here.machine.masks[-1] & condition
+    """Return the array's bytes, those that threads address, and which threads are active."""
+    active = (
+        emulated_machine.machine.masks[-1]
+        if condition is None
+        else emulated_machine.machine.masks[-1] & condition
+    )
     data = ref.array.reshape(-1).view(np.uint8)
     assert np.shares_memory(data, ref.array)
     places = offset.value.astype(np.int64)[..., None] + np.arange(count)
     assert (places[active] < math.prod(ref.shape) * ref.dtype.itemsize).all()
     assert (offset.value[active] % count == 0).all()
-    return data, places + here.first(ref)[..., None] * ref.dtype.itemsize, active
+    return data, places + emulated_machine.first(ref)[..., None] * ref.dtype.itemsize, active
 
 
 def _store_global(ref, offset, values):
-    """Bytes, of every thread."""
+    """Store the bytes of every active thread."""
     data, places, active = _global(ref, offset, values.shape[-1])
     data[places[active]] = values[active]
 
@@ -120,9 +130,9 @@ def send(ref, offset, value):
 
 
 def receive(ref, offsets, tag):
-    """As all threads go in step, those that wait have missed what is not there yet."""
+    """Return the words, which must have the tag: all threads go in step, so nothing can arrive while one waits."""
     found = [each for offset in offsets for each in load_global(ref, offset, 4)]
-    active = here.machine.masks[-1]
+    active = emulated_machine.machine.masks[-1]
     for each in found:
         assert (((each.value ^ tag.value) < 0x10000) | ~active).all(), "nobody sends it"
     return found
@@ -142,5 +152,5 @@ def address_of_block(at, block):
 
 def store_of_block(there, value, *, offset=0):
     at, block = there
-    assert here.machine.begun, "the other block may not have begun"
+    assert emulated_machine.machine.begun, "the other block may not have begun"
     _write(at + offset, _as_bytes(value), block.value.astype(np.int64))

@@ -1,8 +1,8 @@
-"""Arithmetic of single instructions."""
+"""Computes what single instructions do."""
 
 import numpy as np
 
-from helpers import emulated_machine as here
+from helpers import emulated_machine
 from helpers.emulated_threads.scalars import Real, Word, pack_bfloat16, unpack_bfloat16
 
 WHOLE = 1.5 * 2**23
@@ -15,12 +15,12 @@ def multiply_halves(a, b, so_far):
 
 
 def multiply_bytes(a, b, so_far):
-    """As the manual has the fragments: lane 4g + t has rows g and g + 8 of A and C, and column g of B."""
-    warps = (here.machine.shape[0], -1, 8, 4)
+    """Multiply fragments as in the manual: lane 4g + t has rows g and g + 8 of A and C, and column g of B."""
+    warps = (emulated_machine.machine.shape[0], -1, 8, 4)
     unsigned = np.stack([each.value.reshape(warps) for each in a], -1)[..., None].view(np.uint8)
     signed = np.stack([each.value.reshape(warps) for each in b], -1)[..., None].view(np.int8)
     blocks, count = unsigned.shape[:2]
-    left = np.zeros((blocks, count, 16, 32), np.float32)  # which is exact here
+    left = np.zeros((blocks, count, 16, 32), np.float32)  # exact for these bytes
     right = np.zeros((blocks, count, 32, 8), np.float32)
     for t in range(4):
         for i in range(4):
@@ -32,7 +32,7 @@ def multiply_bytes(a, b, so_far):
     out = []
     for i, each in enumerate(so_far):
         part = product[:, :, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2]
-        out.append(each + Word(part.astype(np.int64).reshape(here.machine.shape)))
+        out.append(each + Word(part.astype(np.int64).reshape(emulated_machine.machine.shape)))
     return out
 
 
@@ -71,7 +71,7 @@ def exponential(value):
 
 
 def reciprocal(value):
-    """What is too small for a normal number is zero."""
+    """Return 1 / value; a result too small for a normal number is zero."""
     found = 1 / value.value
     return Real(
         np.where(np.abs(found) < np.finfo(np.float32).tiny, np.copysign(0, found), found).astype(np.float32)

@@ -1,20 +1,32 @@
-"""Kernels written with these words, run block by block."""
+"""Runs kernels written with these words, block by block."""
 
+import sys
 import types
 
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from helpers import emulated_machine as here
-from helpers import emulated_threads
+from helpers import emulated_machine, emulated_threads
 from helpers.emulated_machine import Global, Slice, copy, start
 from helpers.emulated_threads.carried import Values
 from helpers.emulated_threads.scalars import select
 from helpers.emulated_threads.together import when
 
 
-def emulate(monkeypatch, *modules):
-    """Makes the modules use these words instead of a GPU's, and Python's loops."""
+def kernel_modules():
+    """Return every imported module below `twla_jax.ops` that has code of GPU kernels."""
+    found = []
+    for name, module in sys.modules.items():
+        inside = name.startswith("twla_jax.ops.hopper.") and not name.startswith(
+            "twla_jax.ops.hopper.threads"
+        )
+        if inside or (name.startswith("twla_jax.ops.") and name.rpartition(".")[2].startswith("gpu")):
+            found.append(module)
+    return found
+
+
+def emulate(monkeypatch):
+    """Make all modules of GPU kernels use these words instead of a GPU's, and Python's loops."""
 
     def chosen(mask, new, old):
         if isinstance(new, tuple):
@@ -22,16 +34,16 @@ def emulate(monkeypatch, *modules):
         return Values(select(mask, *pair) for pair in zip(new, old, strict=True))
 
     def loop(start, stop, step, carry):
-        stop = here.machine.spread(stop)
+        stop = emulated_machine.machine.spread(stop)
         for i in range(int(start), int(stop.max())):
             with when(i < stop):
                 carry = chosen(i < stop, step(i, carry), carry)
         return carry
 
     def axis_index(name):
-        return here.machine.axes[name]
+        return emulated_machine.machine.axes[name]
 
-    for module in modules:
+    for module in kernel_modules():
         for name in ("threads", "Real", "Word"):
             if hasattr(module, name):
                 emulated = emulated_threads if name == "threads" else getattr(emulated_threads, name)
@@ -44,29 +56,29 @@ def emulate(monkeypatch, *modules):
 
 
 def scratch(kind):
-    """What a kernel gets for a type of `plgpu`'s, or for each of several."""
+    """Return what a kernel gets for a type of `plgpu`'s, or for each of several."""
     if isinstance(kind, dict):
         return {name: scratch(each) for name, each in kind.items()}
     if isinstance(kind, list):
         return [scratch(each) for each in kind]
     if isinstance(kind, plgpu.RefUnion):
-        first = here.machine.used
+        first = emulated_machine.machine.used
         parts, ends = [], []
         for part in kind.refs:
-            here.machine.used = first
+            emulated_machine.machine.used = first
             parts.append(scratch(part))
-            ends.append(here.machine.used)
-        here.machine.used = max(ends)
+            ends.append(emulated_machine.machine.used)
+        emulated_machine.machine.used = max(ends)
         return parts
     if isinstance(kind, plgpu.Barrier):
         return Barriers()
-    return here.machine.allocate(
+    return emulated_machine.machine.allocate(
         kind.shape, kind.dtype, swizzled=bool(kind.transforms) and kind.dtype == np.uint8
     )
 
 
 def emulate_kernel(monkeypatch, pl):
-    """Makes `plgpu.kernel` run its blocks one after the other, and copies at once."""
+    """Make `plgpu.kernel` run its blocks one after the other, and copies at once."""
 
     def kernel(body, *, out_type, grid, grid_names, num_threads, scratch_types, **_):
         def call(*inputs):
@@ -82,14 +94,14 @@ def emulate_kernel(monkeypatch, pl):
 
     def when_called(condition):
         def run(function):
-            with when(here.machine.spread(condition)):
+            with when(emulated_machine.machine.spread(condition)):
                 function()
 
         return run
 
     def looped(start, stop):
         def run(function):
-            stops = here.machine.spread(stop)
+            stops = emulated_machine.machine.spread(stop)
             for i in range(start, int(stops.max())):
                 with when(i < stops):
                     function(i)
@@ -105,13 +117,13 @@ def emulate_kernel(monkeypatch, pl):
 
 
 def _unwritten(kind):
-    """What shows if it is read; of integers, nothing that codes or their sums come to."""
+    """Return an array that shows if it is read: NaN, or an integer that no code or sum has."""
     integer = np.issubdtype(kind.dtype, np.integer)
     return np.full(kind.shape, np.iinfo(kind.dtype).min if integer else np.nan, kind.dtype)
 
 
 class Barriers:
-    """Copies are done when they begin: there is nothing to wait for."""
+    """Stands for barriers; copies are done when they begin, so there is nothing to wait for."""
 
     @property
     def at(self):

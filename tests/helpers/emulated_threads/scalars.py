@@ -1,13 +1,13 @@
-"""Words and floats: arrays with a value for each thread."""
+"""Represents words and floats as arrays with a value for each thread."""
 
 import ml_dtypes
 import numpy as np
 
-from helpers import emulated_machine as here
+from helpers import emulated_machine
 
 
 class _Number:
-    """What words and floats have in common: `_with` applies an operation to both sides."""
+    """Holds what words and floats share: `_with` applies an operation to both sides."""
 
     def __add__(self, other):
         return self._with(np.add, other)
@@ -24,7 +24,9 @@ class Word(_Number):
         value = value.value if isinstance(value, Word) else np.asarray(value)
         if value.dtype != np.uint32:
             value = (value.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32)
-        self.value = value if value.shape == here.machine.shape else here.machine.spread(value)
+        self.value = (
+            value if value.shape == emulated_machine.machine.shape else emulated_machine.machine.spread(value)
+        )
 
     def _with(self, operation, other):
         other = other if isinstance(other, Word) else Word(other)
@@ -70,7 +72,7 @@ class Word(_Number):
 
 class Real(_Number):
     def __init__(self, value):
-        self.value = here.machine.spread(
+        self.value = emulated_machine.machine.spread(
             np.asarray(value.value if isinstance(value, Real) else value, np.float32)
         )
 

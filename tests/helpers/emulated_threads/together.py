@@ -1,33 +1,33 @@
-"""Which thread this is, and what threads do together."""
+"""Identifies threads, and does what they do together."""
 
 import contextlib
 
 import numpy as np
 
-from helpers import emulated_machine as here
+from helpers import emulated_machine
 from helpers.emulated_machine import WARP
 from helpers.emulated_threads.scalars import Real, Word
 
 
 def thread():
-    return Word(here.machine.threads)
+    return Word(emulated_machine.machine.threads)
 
 
 def barrier(count):
-    assert count == here.machine.shape[1]
-    here.machine.met += 1
+    assert count == emulated_machine.machine.shape[1]
+    emulated_machine.machine.met += 1
 
 
 def cluster_arrive():
-    pass  # what is written before is not taken to be seen, as others may arrive later
+    pass  # writes before it do not count as seen: others may arrive later
 
 
 def cluster_wait():
-    here.machine.begun = True
+    emulated_machine.machine.begun = True
 
 
 def cluster_barrier():
-    here.machine.met += 1
+    emulated_machine.machine.met += 1
 
 
 def publish():
@@ -36,19 +36,19 @@ def publish():
 
 @contextlib.contextmanager
 def when(condition):
-    here.machine.masks.append(here.machine.masks[-1] & condition)
+    emulated_machine.machine.masks.append(emulated_machine.machine.masks[-1] & condition)
     yield
-    here.machine.masks.pop()
+    emulated_machine.machine.masks.pop()
 
 
 def shuffle(value, distance):
     lanes = value.value.reshape(-1, WARP)[:, np.arange(WARP) ^ distance]
-    return type(value)(lanes.reshape(here.machine.shape))
+    return type(value)(lanes.reshape(emulated_machine.machine.shape))
 
 
 def of_lane(value, lane):
     lanes = value.value.reshape(-1, WARP)[:, np.full(WARP, lane)]
-    return Real(lanes.reshape(here.machine.shape))
+    return Real(lanes.reshape(emulated_machine.machine.shape))
 
 
 def warp_sum(value):
@@ -56,8 +56,8 @@ def warp_sum(value):
 
 
 def _over_warp(value, operation):
-    warps = operation(value.value.reshape(*here.machine.shape[:1], -1, WARP), -1, keepdims=True)
-    return type(value)(np.repeat(warps, WARP, -1).reshape(here.machine.shape))
+    warps = operation(value.value.reshape(*emulated_machine.machine.shape[:1], -1, WARP), -1, keepdims=True)
+    return type(value)(np.repeat(warps, WARP, -1).reshape(emulated_machine.machine.shape))
 
 
 def warp_least(value):

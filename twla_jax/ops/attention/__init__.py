@@ -1,1 +1,1 @@
-"""Attention, its cache and its positions: what kernels and models share."""
+"""Holds attention, its cache and its positions, which kernels and models share."""

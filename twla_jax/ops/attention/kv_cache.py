@@ -1,4 +1,4 @@
-"""The key/value cache: in the model's type, or in int8 with a scale for every token and head."""
+"""Defines the key/value cache, in the model's dtype or in int8 with a scale for every token and head."""
 
 import dataclasses
 from typing import Any
@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKV:
-    """Keys and values of one layer, one above the other; heads before positions, as attention reads.
+    """Holds the keys and values of one layer, stacked; heads come before positions, as attention reads them.
 
-    With a leading axis of layers for all of them. int8 entries stand for `scale · entry`; floats have no scales.
+    All layers of a model together have a leading axis. int8 entries stand for `scale · entry`; float entries have no
+    scales.
     """
 
     entries: Float[Array, "*layers 2 b kv s d"] | Int8[Array, "*layers 2 b kv s d"]
@@ -22,18 +23,18 @@ class LayerKV:
 
     @property
     def stores(self) -> "LayerKV":
-        """Entries and their scales alone."""
+        """Return a `LayerKV` of the entries and their scales alone, without what a subclass adds."""
         return LayerKV(entries=self.entries, scales=self.scales)
 
     def with_stores(self, stores: "LayerKV") -> "LayerKV":
-        """With others in their place."""
+        """Return the same object with the entries and scales of `stores`."""
         return dataclasses.replace(self, entries=stores.entries, scales=stores.scales)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """What every layer's attention has seen, and how many positions are filled.
+    """Holds the keys and values of every layer so far, and how many positions are filled.
 
     `layers` is one stack for a model that scans over its blocks, and a tuple for one that runs them one by one: a slice
     of a stack would be copied before it is read.
@@ -44,17 +45,17 @@ class KVCache:
 
     @property
     def size(self) -> int:
-        """Positions that there is room for."""
+        """Return the number of positions that there is room for."""
         return jax.tree.leaves(self.layers)[0].shape[-2]
 
     def layer(self, index: Any) -> LayerKV:
-        """The entries of one layer."""
+        """Return the entries of layer `index`."""
         if isinstance(self.layers, tuple):
             return self.layers[index]
         return jax.tree.map(lambda leaf: leaf[index], self.layers)
 
     def with_layer(self, index: Any, layer: LayerKV) -> "KVCache":
-        """The cache with other entries in one layer, in place where it was donated."""
+        """Return the cache with `layer` as layer `index`, updated in place where it was donated."""
         if isinstance(self.layers, tuple):
             layers = (*self.layers[:index], layer, *self.layers[index + 1 :])
         else:
@@ -63,7 +64,7 @@ class KVCache:
 
 
 def empty_layer(shape: tuple[int, ...], dtype) -> LayerKV:
-    """Zeros.
+    """Return a layer of zeros.
 
     Args:
       shape: `[*layers, 2, b, kv, s, d]`.
@@ -76,7 +77,7 @@ def empty_layer(shape: tuple[int, ...], dtype) -> LayerKV:
 def write(
     layer: LayerKV, k: Float[Array, "b t kv d"], v: Float[Array, "b t kv d"], position: Int32[Array, ""]
 ) -> LayerKV:
-    """The entries of one layer with those of `t` tokens from `position` on."""
+    """Return the layer with the keys and values of `t` tokens written from `position` on, quantised if it is int8."""
     entries, scales = jnp.stack([k, v]).swapaxes(2, 3), None
     if layer.scales is not None:
         entries, scales = _quantize(entries)
@@ -92,19 +93,19 @@ def write(
 
 
 def dequantize(layer: LayerKV, dtype) -> Float[Array, "2 b kv s d"]:
-    """Keys and values of one layer as floats in `dtype`."""
+    """Return the keys and values of one layer as floats in `dtype`."""
     if layer.scales is None:
         return layer.entries.astype(dtype)
     return (layer.entries * layer.scales[..., None]).astype(dtype)
 
 
-# Left to itself, XLA lays some layers out in another order within its loop, and copies them in and out.
+# Without a constraint, XLA lays some layers out in another order within its loop, and copies them in and out.
 def _row_major(store: jax.Array) -> jax.Array:
     return with_layout_constraint(store, Layout(tuple(range(store.ndim))))
 
 
 def _without_padding(store: jax.Array) -> jax.Array:
-    """As TPUs hold arrays: with positions last where features would be filled up to 128."""
+    """Constrain the layout to what TPUs use: positions last, where features would be padded to 128."""
     order = list(range(store.ndim))
     if store.ndim == 5 and store.shape[-1] % 128:
         order[-2:] = order[-1], order[-2]
@@ -112,7 +113,7 @@ def _without_padding(store: jax.Array) -> jax.Array:
 
 
 def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 codes and their scale over the last axis, symmetric about zero."""
+    """Return int8 codes and their float32 scale over the last axis, symmetric about zero."""
     values = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(values).max(-1), 1e-8) / 127
     return jnp.round(values / scale[..., None]).astype(jnp.int8), scale

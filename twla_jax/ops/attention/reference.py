@@ -1,4 +1,4 @@
-"""Grouped-query attention over keys and values that lie heads first; softmax in float32."""
+"""Computes grouped-query attention in XLA, over keys and values stored heads first, with a float32 softmax."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ _QUERY_CHUNK = 256  # queries whose scores against all keys exist at the same ti
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Positions:
-    """Where queries and keys stand, and the rotary angles of the queries (which are also those of the new keys)."""
+    """Holds the positions of queries and keys, and the rotary angles of the queries (those of new keys, too)."""
 
     query: Int32[Array, " t"]
     key: Int32[Array, " s"]
@@ -27,7 +27,7 @@ class Positions:
 def attention(
     q: Float[Array, "b t heads d"], kv: LayerKV, positions: Positions, window: Int32[Array, ""]
 ) -> Float[Array, "b t heads_d"]:
-    """Every query's mix of the values at or before it, no further back than `window`, in `q.dtype`."""
+    """Return every query's mix of the values at or before it, no further back than `window`, in `q.dtype`."""
     if q.shape[1] == 1 and kv.scales is not None:
         operands = q, kv, positions, window
         return jax.lax.platform_dependent(*operands, tpu=_scaled_products, default=_one_query)
@@ -44,13 +44,13 @@ def fused_attention(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "b t heads_d"]:
-    """`attention` of whole sequences without a window, forward and backward in kernels that write no scores out."""
+    """Return `attention` of whole sequences without a window, by kernels that never write the scores to memory."""
     mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     return mixed.reshape(*q.shape[:2], -1)
 
 
 def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
-    """A decode step, as sums that XLA fuses with the reading of the cache, int8 or not.
+    """Return one decode step as sums that XLA fuses with the reading of the cache, int8 or not.
 
     A matrix product would want int8 entries in another type first, written out and read again; and for a single query a
     key head, it has nothing to reuse.
@@ -58,7 +58,7 @@ def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
     b, _, heads, d = q.shape
     k, v = (kv.entries[i][:, :, None].astype(jnp.float32) for i in range(2))
     kv_heads = k.shape[1]
-    # Left to itself, XLA turns the queries to their position anew for every key.
+    # Without the barrier, XLA rotates the queries to their position again for every key.
     q = jax.lax.optimization_barrier(q)
     queries = q.reshape(b, kv_heads, heads // kv_heads, 1, d).astype(jnp.float32) * d**-0.5
     scores = (queries * k).sum(-1)
@@ -72,13 +72,13 @@ def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
 
 
 def _scaled_products(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
-    """A decode step on int8 entries as matrix products: TPUs widen them on their way; sums would take far longer."""
+    """Return one decode step on int8 entries as matrix products: TPUs widen them on load, and sums take far longer."""
     k, v = kv.entries.astype(q.dtype)
     return _many_queries(q, k, v, positions, window, kv.scales)
 
 
 def _many_queries(q, k, v, positions: Positions, window, scales=None) -> jax.Array:
-    """Matrix products, a chunk of queries at a time; `scales` are of keys and values that are yet to be scaled."""
+    """Return attention by matrix products, some queries at a time; `scales` belong to unscaled keys and values."""
     b, t, heads, d = q.shape
     kv_heads = k.shape[1]
     chunk = min(t, _QUERY_CHUNK)
@@ -111,7 +111,7 @@ def _visible(query: jax.Array, key: jax.Array, window) -> jax.Array:
 
 
 def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The weights before their division by the total, and the total."""
+    """Return the weights before they are divided by their total, and the total."""
     scores = jnp.where(visible, scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     return weights, weights.sum(-1, keepdims=True)

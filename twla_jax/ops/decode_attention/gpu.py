@@ -1,11 +1,11 @@
-"""Attention of one new token in one kernel on Hopper GPUs (Pallas Mosaic GPU), bound by the cache's way from memory.
+"""Attends with one new token on Hopper GPUs (Pallas Mosaic GPU), limited by reading the cache from memory.
 
-Thread by thread: so few queries meet a key that tensor cores, and what has to be waited for around them, bring nothing.
-A warp reads some positions of a key head at once, 16 bytes of a key or value a thread, on their way before the queries
-are there. The warps of a block, and the blocks of a cluster, share the positions; each has a softmax of its own, which
-meet in shared memory. Where whoever reads the mix takes `AttentionParts`, blocks share positions without a cluster, as
-sums that meet through one cost 2 µs. The new token's own key and value never pass through the cache: the first warp
-begins with them.
+It works thread by thread: so few queries share a key that tensor cores, with the synchronisation around them, do not
+pay. A warp reads some positions of a key head at once, 16 bytes of a key or value a thread, in flight before the
+queries are there. The warps of a block, and the blocks of a cluster, share the positions; each has a softmax of its
+own, and these are combined in shared memory. Where the reader of the mix takes `AttentionSplits`, blocks share
+positions without a cluster, since combining through one costs 2 µs. The new token's own key and value never pass
+through the cache: the first warp starts from them.
 """
 
 import functools
@@ -19,24 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from twla_jax.ops.attention.kv_cache import LayerKV
-from twla_jax.ops.attention.parts import AttentionParts
 from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import gpu_entries
-from twla_jax.ops.decode_attention import gpu_lanes as lanes
-from twla_jax.ops.decode_attention import split_sizes as tuning
-from twla_jax.ops.decode_attention.gpu_finish import finish
-from twla_jax.ops.decode_attention.gpu_lanes import Shape
-from twla_jax.ops.hopper import threads as threads
-
-
-def obstacle(qkv: jax.Array, layer: LayerKV) -> str | None:
-    """Why the kernel cannot take such operands, or None."""
-    d, dtype = layer.entries.shape[-1], layer.entries.dtype
-    if qkv.dtype != jnp.bfloat16:
-        return f"queries are {qkv.dtype}, not bfloat16"
-    if dtype not in (jnp.bfloat16, jnp.int8):
-        return f"the cache is {dtype}, not bfloat16 or int8"
-    return f"heads have {d} features, not 64, 128 or 256" if d not in (64, 128, 256) else None
+from twla_jax.ops.attention.splits import AttentionSplits
+from twla_jax.ops.decode_attention import gpu_attend, gpu_entries, gpu_lanes, split_sizes
+from twla_jax.ops.decode_attention.gpu_lanes import HeadShape
+from twla_jax.ops.hopper import threads
 
 
 def decode_attention(
@@ -48,19 +35,21 @@ def decode_attention(
     *,
     epsilon: float = 0.0,
     apart: bool = False,
-    tiles: tuning.Tiles | None = None,
-) -> tuple[BFloat16[Array, "b heads_d"] | AttentionParts, LayerKV]:
-    """What `reference.decode_attention` computes, in bf16; `apart`, in parts if that is faster."""
+    config: split_sizes.SplitConfig | None = None,
+) -> tuple[BFloat16[Array, "b heads_d"] | AttentionSplits, LayerKV]:
+    """Return what `reference.decode_attention` computes, in bf16; with `apart`, in splits if that is faster."""
     b, all_heads, d = qkv.shape
     _, _, kv_heads, size, _ = layer.entries.shape
     heads, quantized = all_heads - 2 * kv_heads, layer.scales is not None
-    if tiles is None:
-        # Parts of several sequences take their reader as long as they save here.
+    if config is None:
+        # With several sequences, merging the splits takes the reader as long as they save here.
         apart = apart and b == 1
-        tiles = tuning.tiles(b * heads, heads // kv_heads, size, d, quantized=quantized, apart=apart)
-    shape = Shape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, tiles=tiles)
-    splits, blocks = tiles.splits, b * heads // tiles.queries
-    if tiles.apart:
+        config = split_sizes.split_config(
+            b * heads, heads // kv_heads, size, d, quantized=quantized, apart=apart
+        )
+    shape = HeadShape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, config=config)
+    splits, blocks = config.splits, b * heads // config.queries
+    if config.apart:
         grid, outputs = {"grid": (blocks, splits), "grid_names": ("head", "split")}, (b, splits, heads)
     else:
         grid, outputs = {"grid": (blocks,), "grid_names": ("head",)}, (b, heads)
@@ -74,11 +63,11 @@ def decode_attention(
         lambda *refs: pl.run_scoped(
             functools.partial(body, *refs),
             collective_axes="warpgroup",
-            parts_smem=plgpu.SMEM((tiles.warps, tiles.queries, d + 2), jnp.float32),
-            of_blocks_smem=plgpu.SMEM((splits, 3, tiles.queries * d // splits), jnp.float32),  # of a cluster
+            partials_smem=plgpu.SMEM((config.warps, config.queries, d + 2), jnp.float32),
+            of_blocks_smem=plgpu.SMEM((splits, 3, config.queries * d // splits), jnp.float32),  # of a cluster
         ),
-        out_type=(mixed, softmax) if tiles.apart else (mixed,),
-        mesh=plgpu.Mesh(num_threads=tiles.warps // 4, thread_name="warpgroup", **grid),
+        out_type=(mixed, softmax) if config.apart else (mixed,),
+        mesh=plgpu.Mesh(num_threads=config.warps // 4, thread_name="warpgroup", **grid),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         name="decode_attention",
     )
@@ -86,81 +75,49 @@ def decode_attention(
     mixed, *softmax = kernel(
         *jax.tree.leaves(cache),
         qkv,
-        jnp.stack([positions.cos[0], positions.sin[0]]),  # of both, XLA makes two kernels
+        jnp.stack([positions.cos[0], positions.sin[0]]),  # two arrays would be two XLA kernels
         positions.query[:1],
         window.reshape(1),
         *map(threads.readable, norm_scales or ()),
     )
     mixed = mixed.reshape(*outputs[:-1], heads * d)
     if softmax:
-        mixed = AttentionParts(mixed=mixed, softmax=softmax[0])
+        mixed = AttentionSplits(mixed=mixed, softmax=softmax[0])
     return mixed, layer.with_stores(jax.tree.map(jax.freeze, cache))
 
 
-def _kernel(*refs, parts_smem, of_blocks_smem, shape: Shape, epsilon: float):
+def _kernel(*refs, partials_smem, of_blocks_smem, shape: HeadShape, epsilon: float):
     count = 2 if shape.quantized else 1
-    of_cache, (qkv_gmem, turns_gmem, length_gmem, window_gmem) = refs[:count], refs[count : count + 4]
-    *norm_scales, out_gmem = refs[count + 4 : len(refs) - shape.tiles.apart]
-    tiles, heads, kv_heads = shape.tiles, shape.heads, shape.kv_heads
-    of_sequence = heads // tiles.queries
+    of_cache, (qkv_gmem, angles_gmem, length_gmem, window_gmem) = refs[:count], refs[count : count + 4]
+    *norm_scales, out_gmem = refs[count + 4 : len(refs) - shape.config.apart]
+    config, heads, kv_heads = shape.config, shape.heads, shape.kv_heads
+    of_sequence = heads // config.queries
     sequence, first_head = (op(lax.axis_index("head"), jnp.int32(of_sequence)) for op in (lax.div, lax.rem))
-    first_head *= tiles.queries
+    first_head *= config.queries
     kv_head = lax.div(first_head, jnp.int32(heads // kv_heads))
-    split = lax.axis_index("split") if tiles.splits > 1 else jnp.int32(0)
+    split = lax.axis_index("split") if config.splits > 1 else jnp.int32(0)
     cache = [ref.at[kind, sequence, kv_head] for ref in of_cache for kind in range(2)]
-    # The first ones before it is known how many there are: what is too much is left out later.
+    # The first loads start before the length is known; entries past it are masked later.
     entries = gpu_entries.fetch(cache, jnp.int32(0), split, shape=shape)
-    if tiles.splits > 1 and not tiles.apart:
+    if config.splits > 1 and not config.apart:
         _arrive()
     limit = length_gmem[0], window_gmem[0]
-    angles = lanes.fetch_angles(turns_gmem.at[0], turns_gmem.at[1], norm_scales, shape=shape)
-    q, new = lanes.turn(
-        [qkv_gmem.at[sequence, first_head + i] for i in range(tiles.queries)],
+    angles = gpu_lanes.fetch_angles(angles_gmem.at[0], angles_gmem.at[1], norm_scales, shape=shape)
+    q, new = gpu_lanes.rotate_heads(
+        [qkv_gmem.at[sequence, first_head + i] for i in range(config.queries)],
         [qkv_gmem.at[sequence, row + kv_head] for row in (heads, heads + kv_heads)],
         angles,
         shape=shape,
         epsilon=epsilon,
     )
-    place = (sequence, split) if tiles.apart else (sequence,)
-    outputs = [out_gmem.at[place], *(ref.at[place] for ref in refs[len(refs) - tiles.apart :])]
-    memory = parts_smem, of_blocks_smem
-    attend(q, new, entries, cache, limit, memory, outputs, first_head, split, shape=shape)
-
-
-def attend(q, new, entries, cache, limit, memory, outputs, first_head, split, *, shape: Shape) -> None:
-    """From turned queries, the new token's key and value, and the first entries, to the outputs and the cache.
-
-    Args:
-      q: and `new`, from `gpu_lanes.turn`.
-      limit: the token's position, and how many positions attention reaches back.
-      memory: and `outputs`, as `gpu_finish.finish` takes them.
-    """
-    (length, window), (parts_smem, of_blocks_smem) = limit, memory
-    limits = jnp.maximum(length + 1 - window, 0), length
-    of_step = shape.chunk * shape.workers
-    skipped = jnp.maximum(lax.div(limits[0], of_step) - 1, 0)
-    steps = jnp.maximum(lax.div(length + of_step - 1, of_step) - skipped, 1)
-    lanes.write(new, cache, first_head, split, length, shape=shape)
-
-    def index(i):
-        """Of the i-th step that there is: before the first one in the window only the one that is under way."""
-        return jnp.where(i == 0, 0, skipped + i)
-
-    def step(i, carry):
-        state, entries = carry
-        state = lanes.attend(state, q, entries, index(i), split, limits, shape=shape)
-        return state, gpu_entries.fetch(cache, index(i + 1), split, limits, shape=shape)
-
-    state = lanes.begin(q, new, split, shape=shape)
-    if cache[0].shape[0] <= of_step:  # all of them are under way
-        state = lanes.attend(state, q, entries, jnp.int32(0), split, limits, shape=shape)
-    else:
-        state, _ = lax.fori_loop(0, steps, step, (state, entries))
-    finish(state, parts_smem, of_blocks_smem, outputs, first_head, split, shape=shape)
+    place = (sequence, split) if config.apart else (sequence,)
+    outputs = [out_gmem.at[place], *(ref.at[place] for ref in refs[len(refs) - config.apart :])]
+    memory = partials_smem, of_blocks_smem
+    gpu_attend.attend(q, new, entries, cache, limit, memory, outputs, first_head, split, shape=shape)
 
 
 def _arrive() -> None:
-    """Tells the cluster that this block has begun, so that the others may write into its memory."""
+    """Signal to the cluster that this block has started, so that the others may write into its memory."""
 
     @threads.on_threads()
     def arrive(_):

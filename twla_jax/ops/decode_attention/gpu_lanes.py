@@ -1,7 +1,7 @@
-"""What a warp does with the positions it reads, thread by thread (Mosaic GPU).
+"""Computes what a warp does with the positions it reads, thread by thread (Mosaic GPU).
 
-A thread has the same few features of queries, of a key and of a value; the threads of a position are neighbours.
-Entries of int8 are turned into whole numbers, and their scales meet the score of a key and the weight of a value.
+A thread holds the same few features of the queries, of a key and of a value; the threads of a position are neighbours.
+int8 entries become whole numbers; their scales multiply the score of a key and the weight of a value.
 """
 
 import dataclasses
@@ -14,92 +14,92 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from twla_jax.ops.decode_attention.split_sizes import Tiles
-from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.decode_attention.split_sizes import SplitConfig
+from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Real, Word
 
-_LOWEST = -1e30  # in place of −∞, whose difference from itself is no number
-BYTES = 16  # of an entry, that a thread reads at once
+_LOWEST = -1e30  # replaces −∞, since −∞ − (−∞) is not a number
+BYTES = 16  # of an entry that a thread reads at once
 _SPLAT = plgpu.Layout.WG_SPLAT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Features and heads, how they are split up, and whether entries are int8."""
+class HeadShape:
+    """Describes features and heads, how they are split up, and whether entries are int8."""
 
     d: int
     heads: int
     kv_heads: int
     quantized: bool
-    tiles: Tiles
+    config: SplitConfig
 
     @property
     def count(self) -> int:
-        """Features of a thread."""
+        """Return the number of features of a thread."""
         return BYTES // (1 if self.quantized else 2)
 
     @property
     def lanes(self) -> int:
-        """Threads that share a position."""
+        """Return the number of threads that share a position."""
         return self.d // self.count
 
     @property
     def rows(self) -> int:
-        """Positions that a warp reads at once."""
+        """Return the number of positions that a warp reads at once."""
         return threads.WARP // self.lanes
 
     @property
     def chunk(self) -> int:
-        """Positions that a warp has under way."""
-        return self.tiles.loads * self.rows
+        """Return the number of positions that a warp has in flight."""
+        return self.config.loads * self.rows
 
     @property
     def workers(self) -> int:
-        """Warps that share the positions."""
-        return self.tiles.warps * self.tiles.splits
+        """Return the number of warps that share the positions."""
+        return self.config.warps * self.config.splits
 
     @property
     def words(self) -> int:
-        """Of a thread, under way: keys and values, and the scales of both if there are any."""
-        return 2 * self.tiles.loads * (BYTES // 4 + self.quantized)
+        """Return the words a thread has in flight: keys, values, and the scales of both if there are any."""
+        return 2 * self.config.loads * (BYTES // 4 + self.quantized)
 
     @property
     def state(self) -> int:
-        """Numbers of a thread: for each query the largest score, the sum, and the mix of values."""
-        return self.tiles.queries * (2 + self.count)
+        """Return the numbers of a thread's state: for each query the largest score, the sum, and the mix of values."""
+        return self.config.queries * (2 + self.count)
 
 
-class Lane:
-    """A thread's place: the first of its features, and which of the positions read at once it has."""
+class KeyLane:
+    """Locates a thread: the first of its features, and which of the positions read at once it holds."""
 
-    def __init__(self, shape: Shape, split: Word):
+    def __init__(self, shape: HeadShape, split: Word):
         me = threads.thread()
         self.warp, self.lane = me // threads.WARP, me & (threads.WARP - 1)
         self.row, self.feature = self.lane // shape.lanes, (self.lane & (shape.lanes - 1)) * shape.count
-        self.worker = split * shape.tiles.warps + self.warp
+        self.worker = split * shape.config.warps + self.warp
         self.shape = shape
 
     def position(self, step: Word, i: int) -> Word:
-        """Of load i of a step."""
+        """Return the position of load i of a step."""
         shape = self.shape
         chunk = step * shape.workers + self.worker
         return chunk * shape.chunk + (self.row + i * shape.rows)
 
     def over_features(self, value: Real, combine: Callable[[Real, Real], Real]) -> Real:
-        """The values of a position's threads combined."""
+        """Return the values of a position's threads combined."""
         for i in range(self.shape.lanes.bit_length() - 1):
             value = combine(value, threads.shuffle(value, 1 << i))
         return value
 
     def over_rows(self, value: Real, combine: Callable[[Real, Real], Real]) -> Real:
-        """All positions' values combined."""
+        """Return the values of all positions read at once, combined."""
         for i in range(self.shape.rows.bit_length() - 1):
             value = combine(value, threads.shuffle(value, self.shape.lanes << i))
         return value
 
 
-def fetch_angles(cos_gmem, sin_gmem, norm_scales, *, shape: Shape) -> jax.Array:
-    """Starts the way of what `turn` needs beside the vectors to the threads."""
+def fetch_angles(cos_gmem, sin_gmem, norm_scales, *, shape: HeadShape) -> jax.Array:
+    """Start the loads of what `rotate_heads` needs besides the vectors, and return the words."""
     refs = [cos_gmem, sin_gmem, *norm_scales]
 
     @threads.on_threads(
@@ -107,7 +107,7 @@ def fetch_angles(cos_gmem, sin_gmem, norm_scales, *, shape: Shape) -> jax.Array:
         return_type=threads.values(len(refs) * shape.count, jnp.float32),
     )
     def load(_, cos, sin, *scales):
-        me, half = Lane(shape, threads.word(0)), shape.d // 2
+        me, half = KeyLane(shape, threads.word(0)), shape.d // 2
         of_half = threads.select(me.feature >= half, me.feature - half, me.feature)
         found = [_load(ref, of_half, shape.count) for ref in (cos, sin)]
         found += [_load(ref, me.feature, shape.count) for ref in scales]
@@ -116,16 +116,21 @@ def fetch_angles(cos_gmem, sin_gmem, norm_scales, *, shape: Shape) -> jax.Array:
     return load(*refs)
 
 
-def turn(q, kv, angles, *, shape: Shape, epsilon: float, shared: bool = False):
-    """A thread's features of queries, normed and turned to their position, and of what the cache gets.
+def rotate_heads(q, kv, angles, *, shape: HeadShape, epsilon: float, shared: bool = False):
+    """Return a thread's features of the rotated queries, and of the key and value for the cache.
 
-    That is the key, likewise, and the value; and, in whole numbers, both with their scales after them if it is int8.
+    Queries and the key are normalised if there are norm scales, and rotated to their position. If the cache is int8,
+    the key and the value are whole numbers, and their scales come after them.
 
     Args:
-      q: queries, and `kv` a key and a value, in global or in `shared` memory.
+      q: queries, in global or in shared memory.
+      kv: a key and a value, in the same memory.
       angles: from `fetch_angles`.
+      shape: how the heads are split up.
+      epsilon: added to the mean square in the norm.
+      shared: whether q and kv are in shared memory.
     """
-    count, queries = shape.count, shape.tiles.queries
+    count, queries = shape.count, shape.config.queries
     refs = [*q, *kv]
 
     @threads.on_threads(
@@ -136,13 +141,13 @@ def turn(q, kv, angles, *, shape: Shape, epsilon: float, shared: bool = False):
         ),
     )
     def run(_, angles, *refs):
-        me, half = Lane(shape, threads.word(0)), shape.d // 2
+        me, half = KeyLane(shape, threads.word(0)), shape.d // 2
         found = threads.reals(angles)
         cos, sin, *scales = [found[i : i + count] for i in range(0, len(found), count)]
         vectors = [_load(ref, me.feature, count, shared=shared) for ref in refs]
-        # The first half of the features is turned against the second, and the second towards the first.
+        # The first half of the features subtracts the second, the second half adds the first.
         sign = threads.select(me.feature >= half, threads.real(1.0), threads.real(-1.0))
-        turned = []
+        rotated = []
         for i, vector in enumerate(vectors[:-1]):
             if scales:
                 squares = functools.reduce(Real.__add__, [each * each for each in vector])
@@ -150,21 +155,21 @@ def turn(q, kv, angles, *, shape: Shape, epsilon: float, shared: bool = False):
                     me.over_features(squares, Real.__add__) * (1 / shape.d) + epsilon
                 )
                 scale = scales[i == queries]
-                # Rounded in between, as the reference does.
+                # Round in between, as the reference does.
                 vector = [(each * factor * s).to_bfloat16() for each, s in zip(vector, scale, strict=True)]
             others = [threads.shuffle(each, shape.lanes // 2) for each in vector]
-            turned.append(
+            rotated.append(
                 [
                     (each * c + other * (s * sign)).to_bfloat16()
                     for each, other, c, s in zip(vector, others, cos, sin, strict=True)
                 ]
             )
-        *turned, key = turned
+        *rotated, key = rotated
         new, of_new = [key, vectors[-1]], []
         if shape.quantized:
             new, of_new = zip(*(_quantize(each, me) for each in new), strict=True)
         return (
-            threads.as_array([each for vector in turned for each in vector]),
+            threads.as_array([each for vector in rotated for each in vector]),
             threads.as_array([*new[0], *new[1], *of_new]),
         )
 
@@ -172,38 +177,38 @@ def turn(q, kv, angles, *, shape: Shape, epsilon: float, shared: bool = False):
 
 
 def _load(ref: ir.Value, index: Word, count: int, *, shared: bool = False) -> list[Real]:
-    """So many numbers, a multiple of eight, from an index on, of float32 or bf16."""
+    """Return `count` numbers (a multiple of eight) of float32 or bf16, from `index` on."""
     size, values = threads.bits(ref) // 8, []
     for first in range(0, count, 8):
         offsets = [(index + first) * size + 16 * i for i in range(size // 2)]
         if shared:
-            parts = [threads.load(threads.address(ref) + offset, 4) for offset in offsets]
+            pieces = [threads.load(threads.address(ref) + offset, 4) for offset in offsets]
         else:
-            parts = [threads.load_global(ref, offset, 4) for offset in offsets]
-        values += threads.eight_reals([word for part in parts for word in part])
+            pieces = [threads.load_global(ref, offset, 4) for offset in offsets]
+        values += threads.eight_reals([word for piece in pieces for word in piece])
     return values
 
 
-def _quantize(values: list[Real], me: Lane) -> tuple[list[Real], Real]:
-    """Whole numbers of −127 to 127, and their scale."""
+def _quantize(values: list[Real], me: KeyLane) -> tuple[list[Real], Real]:
+    """Return whole numbers from −127 to 127, and their scale."""
     largest = functools.reduce(Real.most, [each.most(threads.real(0.0) - each) for each in values])
     scale = me.over_features(largest, Real.most).most(1e-8) / 127.0
     inverse = threads.real(1.0) / scale
-    # Among numbers as large as WHOLE, sums are rounded to whole ones.
+    # Adding a number as large as WHOLE rounds to a whole number.
     return [each.times_plus(inverse, threads.WHOLE) - threads.WHOLE for each in values], scale
 
 
-def write(new, cache, first_head, split, length, *, shape: Shape) -> None:
-    """The key and the value into the cache, by the first of the warps that have a share of their head."""
+def write_entry(new, cache, first_head, split, length, *, shape: HeadShape) -> None:
+    """Write the key and the value into the cache, by the first of the warps that share their head."""
 
     @threads.on_threads(
         arg_types=(threads.per_thread(new.shape[0] // 128), *[_SPLAT] * 3, *[plgpu.RefType()] * len(cache))
     )
     def run(_, new, first_head, split, length, *refs):
-        me, length = Lane(shape, threads.splat_word(split)), threads.splat_word(length)
+        me, length = KeyLane(shape, threads.splat_word(split)), threads.splat_word(length)
         of_kv_head = threads.splat_word(first_head) % (shape.heads // shape.kv_heads)
         mine = threads.both(me.worker.equals(0), of_kv_head.equals(0), me.row.equals(0))
-        key, value, scales = _parts(new, shape)
+        key, value, scales = _entry_fields(new, shape)
         with threads.when(mine):
             for ref, vector in zip(refs, (key, value), strict=False):
                 if shape.quantized:
@@ -220,22 +225,22 @@ def write(new, cache, first_head, split, length, *, shape: Shape) -> None:
     run(new, first_head, split, length, *cache)
 
 
-def _parts(new, shape: Shape) -> tuple[list[Real], list[Real], list[Real]]:
-    """Key, value and scales, of `turn`'s second result."""
+def _entry_fields(new, shape: HeadShape) -> tuple[list[Real], list[Real], list[Real]]:
+    """Return key, value and scales from the second result of `rotate_heads`."""
     values, count = threads.reals(new), shape.count
     return values[:count], values[count : 2 * count], values[2 * count :]
 
 
-def begin(q, new, split, *, shape: Shape) -> jax.Array:
-    """For each query, the largest score so far, the sum, and the mix of values: of the new token, or of nothing."""
+def initial_state(q, new, split, *, shape: HeadShape) -> jax.Array:
+    """Return for each query the largest score, the sum, and the mix of values: of the new token, or of nothing."""
 
     @threads.on_threads(
         arg_types=(*[threads.per_thread(each.shape[0] // 128) for each in (q, new)], _SPLAT),
         return_type=threads.values(shape.state, jnp.float32),
     )
     def run(_, q, new, split):
-        me = Lane(shape, threads.splat_word(split))
-        key, value, scales = _parts(new, shape)
+        me = KeyLane(shape, threads.splat_word(split))
+        key, value, scales = _entry_fields(new, shape)
         if scales:
             key, value = ([x * scale for x in of] for of, scale in zip((key, value), scales, strict=True))
         mine = me.worker.equals(0)
@@ -254,26 +259,26 @@ def begin(q, new, split, *, shape: Shape) -> jax.Array:
     return run(q, new, split)
 
 
-def _queries(q, shape: Shape) -> list[list[Real]]:
+def _queries(q, shape: HeadShape) -> list[list[Real]]:
     values = threads.reals(q)
     return [values[i : i + shape.count] for i in range(0, len(values), shape.count)]
 
 
-def _factor(shape: Shape) -> float:
+def _factor(shape: HeadShape) -> float:
     return shape.d**-0.5 * math.log2(math.e)
 
 
 def dot(a: list[Real], b: list[Real]) -> Real:
-    """The sum of products."""
+    """Return the sum of products."""
     total = a[0] * b[0]
     for one, other in zip(a[1:], b[1:], strict=True):
         total = one.times_plus(other, total)
     return total
 
 
-def attend(state, q, entries, step, split, limits, *, shape: Shape) -> jax.Array:
-    """The state with the positions of a step that are within the limits."""
-    arrays, loads, words = (state, q, entries), shape.tiles.loads, BYTES // 4
+def attend_step(state, q, entries, step, split, limits, *, shape: HeadShape) -> jax.Array:
+    """Return the state with those positions of a step added that are within the limits."""
+    arrays, loads, words = (state, q, entries), shape.config.loads, BYTES // 4
 
     @threads.on_threads(
         arg_types=(*[threads.per_thread(each.shape[0] // 128) for each in arrays], *[_SPLAT] * 4),
@@ -281,7 +286,7 @@ def attend(state, q, entries, step, split, limits, *, shape: Shape) -> jax.Array
     )
     def run(_, state, q, entries, step, split, start, end):
         step, split, start, end = map(threads.splat_word, (step, split, start, end))
-        me, found, nothing = Lane(shape, split), threads.words(entries), threads.word(0)
+        me, found, nothing = KeyLane(shape, split), threads.words(entries), threads.word(0)
         positions = [me.position(step, i) for i in range(loads)]
         seen = [threads.both(each >= start, each < end) for each in positions]
         of_keys, of_values = (
@@ -309,7 +314,7 @@ def attend(state, q, entries, step, split, limits, *, shape: Shape) -> jax.Array
             for row, weight in zip(scores, weights, strict=True):
                 row[j] = weight
         for i, (value, yes) in enumerate(zip(of_values, seen, strict=True)):
-            # What lies past the last position may be anything, even no number.
+            # Memory past the last position may hold anything, NaN included.
             v = _entry([threads.select(yes, each, nothing) for each in value], shape)
             scale = threads.select(yes, scales[loads + i], nothing).real() if scales else 1.0
             for query, weight in zip(out, scores[i], strict=True):
@@ -322,8 +327,8 @@ def attend(state, q, entries, step, split, limits, *, shape: Shape) -> jax.Array
     return run(state, q, entries, step, split, *limits)
 
 
-def _entry(words: list[Word], shape: Shape) -> list[Real]:
-    """A thread's features of a key or value; of int8, whole numbers."""
+def _entry(words: list[Word], shape: HeadShape) -> list[Real]:
+    """Return a thread's features of a key or value; for int8, as whole numbers."""
     if shape.quantized:
         return [each for word in words for each in threads.signed_bytes(word)]
     return threads.eight_reals(words)

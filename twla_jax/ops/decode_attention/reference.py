@@ -1,4 +1,4 @@
-"""One new token's attention in plain XLA: runs everywhere, and what the kernel is held against."""
+"""Computes one new token's attention in plain XLA: it runs everywhere, and is what the kernel is tested against."""
 
 from jaxtyping import Array, Float, Int32
 
@@ -17,7 +17,7 @@ def decode_attention(
     *,
     epsilon: float = 0.0,
 ) -> tuple[Float[Array, "b heads_d"], LayerKV]:
-    """`rms_norm` if scales are given, `rope.rotate`, `kv_cache.write` and `attention.attention`."""
+    """Return what `rms_norm` (if there are scales), `rope.rotate`, `kv_cache.write` and `attention` compute in turn."""
     kv_heads = layer.entries.shape[2]
     heads = qkv.shape[1] - 2 * kv_heads
     q, k, v = qkv[:, None, :heads], qkv[:, None, heads:-kv_heads], qkv[:, None, -kv_heads:]

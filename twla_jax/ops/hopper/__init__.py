@@ -1,1 +1,1 @@
-"""What all kernels for Hopper GPUs share."""
+"""Holds what all kernels for Hopper GPUs share."""

@@ -1,20 +1,20 @@
-"""Tags of numbers that blocks of a kernel pass on to each other through memory (Mosaic GPU).
+"""Tags numbers that blocks of a kernel pass to each other through global memory (Mosaic GPU).
 
-A number goes with a tag in one word, which is written and read at once: whoever finds the tag has the number, and there
-is nothing else to wait for. All words of an exchange have one tag before a launch, and the next one after it.
+A number and its tag are one word, which is written and read at once: a thread that finds the tag has the number, and
+needs to wait for nothing else. All words of an exchange have one tag before a launch, and the next one after it.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper import threads
 
 
 def next_tag(exchange_gmem, place) -> jax.Array:
-    """This launch's, in the upper half of a word, after that of the word at `place`.
+    """Return the tag of this launch: one more than that stored at `place`, in the upper 16 bits.
 
-    It is to be a word that this block itself sends, and only after this.
+    `place` must be a word that this block itself sends, and only after this call.
     """
 
     @threads.on_threads(
@@ -28,7 +28,7 @@ def next_tag(exchange_gmem, place) -> jax.Array:
 
 
 def keep_tag(exchange_gmem, place, tag) -> None:
-    """Writes this launch's tag to a word that nobody waits for, when all threads of the block have read it."""
+    """Write this launch's tag to a word that no block waits for, once all threads of the block have read it."""
 
     @threads.on_threads(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, threads.per_thread(1)))
     def store(_, exchange, place, tag):

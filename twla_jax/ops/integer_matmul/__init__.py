@@ -1,4 +1,4 @@
-"""Weights of four or eight bits times bf16 activations, for the embedding and the LM head."""
+"""Multiplies bf16 activations by weights of four or eight bits, for the embedding and the LM head."""
 
 from twla_jax.ops.integer_matmul.api import integer_matmul
 from twla_jax.ops.integer_matmul.weight import IntegerWeight, integer_rows, integer_weight, obstacle

@@ -1,4 +1,4 @@
-"""`x Ŵᵀ` with integer weights that stay at four or eight bits."""
+"""Computes `x Ŵᵀ` with integer weights that stay at four or eight bits: the public entry of this op."""
 
 import functools
 
@@ -18,20 +18,23 @@ def integer_matmul(
     out_dtype=jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*tokens n"]:
-    """`x Ŵᵀ` for float tokens, with float32 sums: the weight-only kernels of `ternary_matmul` on longer codes.
+    """Return `x Ŵᵀ` `[*tokens, out_features]` of float tokens and packed integer weights, with float32 sums.
 
-    Codes are exact in bf16; a group's scale and zero point meet its sum in float32.
+    It runs the weight-only kernels of `ternary_matmul` on longer codes. Codes are exact in bf16; a group's scale and
+    zero point are applied to its sum in float32.
 
     Args:
-      x: floats, of which the kernels take bf16 alone; few tokens, as each block of them unpacks the weights anew.
+      x: floats; the kernels take bf16 alone, and few tokens, since each block of tokens unpacks the weights again.
       weight: from `integer_weight`.
       out_dtype: of the result.
       implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
         used, which is logged.
+
     Returns:
       `[*tokens, weight.out_features]`.
+
     Raises:
-      TwlaError: the implementation asked for cannot be used.
+      TwlaError: the requested implementation cannot be used.
     """
     values = x.reshape(-1, weight.in_features)
     kernels = {

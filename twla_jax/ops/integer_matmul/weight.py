@@ -1,4 +1,4 @@
-"""Integer weights in the layout the kernels read, made once at load."""
+"""Converts integer weights to the layout the kernels read, once, when a model is loaded."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ from jaxtyping import Array, Float, Int
 from twla_jax.core.packing import PLANE
 from twla_jax.core.tensors import IntegerTensor
 from twla_jax.errors import TwlaError
-from twla_jax.ops.ternary_matmul.tile_configs import ROWS
+from twla_jax.ops.ternary_matmul.tile_configs import ROW_PADDING
 from twla_jax.ops.ternary_matmul.weight import PackedWeight, as_type
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntegerWeight(PackedWeight):
-    """A matrix `Ŵ = α·(C + μ)` of codes of 4 or 8 bits, with an (α, μ) for every 128 columns of a row.
+    """Holds a matrix `Ŵ = α·(C + μ)` of codes of 4 or 8 bits, with an (α, μ) for every 128 columns of a row.
 
     Invariants: `codes` are those of the `IntegerTensor`, in tiles of two planes (4 bits) or one (8), and C is half of
     their range less: what int8 and bf16 hold exactly. μ is an integer, too, what C is at a weight of zero, negated.
@@ -29,27 +29,27 @@ class IntegerWeight(PackedWeight):
 
     @property
     def bits(self) -> int:
-        """4 or 8."""
+        """Return the bits of a code: 4 or 8."""
         return self.width
 
     @property
     def offset(self) -> int:
-        """Half of the range of a code."""
+        """Return half of the range of a code."""
         return 2 ** (self.width - 1)
 
     @property
     def paired(self) -> bool:
-        """α is not of a row's steps."""
+        """Return False: α is not a whole number of its row's steps."""
         return False
 
     @property
     def relative(self) -> bool:
-        """A zero point is a number of steps."""
+        """Return True: a zero point is a number of steps."""
         return True
 
 
 def obstacle(tensor: IntegerTensor) -> str | None:
-    """Why `integer_weight` cannot take a tensor; None where it can."""
+    """Return why `integer_weight` cannot take a tensor, or None."""
     size = tensor.group_size
     if size >= tensor.in_features or size % PLANE == 0:
         return None
@@ -57,10 +57,11 @@ def obstacle(tensor: IntegerTensor) -> str | None:
 
 
 def integer_weight(tensor: IntegerTensor) -> IntegerWeight:
-    """The same matrix in the layout of the kernels: 4 bits a code where they suffice, else 8.
+    """Return the same matrix in the layout of the kernels: 4 bits a code where they suffice, else 8.
 
     Args:
       tensor: without leading axes; the group size a multiple of 128, or one group a row.
+
     Raises:
       TwlaError: the group size is one that the kernels have no place for.
     """
@@ -70,7 +71,7 @@ def integer_weight(tensor: IntegerTensor) -> IntegerWeight:
     width = 4 if tensor.bits <= 4 else 8
     planes = 8 // width
     tiles = -(-m // (planes * PLANE))
-    groups, padding = tiles * planes, -n % ROWS
+    groups, padding = tiles * planes, -n % ROW_PADDING
     codes = jnp.pad(jnp.asarray(tensor.codes), ((0, padding), (0, groups * PLANE - m)))
     codes = codes.reshape(-1, tiles, planes, PLANE)
     shifts = width * jnp.arange(planes, dtype=jnp.uint8)[:, None]
@@ -92,15 +93,15 @@ def integer_weight(tensor: IntegerTensor) -> IntegerWeight:
 
 
 def integer_rows(weight: IntegerWeight, rows: Int[Array, "*shape"], dtype) -> Float[Array, "*shape m"]:
-    """Some rows of `Ŵ`, in `dtype`, as `uniform.take_rows` gives them: only these are unpacked."""
+    """Return some rows of `Ŵ` in `dtype`, as `tensors.take_rows` does; only these are unpacked."""
     values = _rows(weight, rows.reshape(-1))
     return values.reshape(*rows.shape, -1).astype(dtype)
 
 
 def _rows(weight: IntegerWeight, rows: Int[Array, " t"]) -> Float[Array, "t m"]:
-    # As rows of the first axis: else XLA on TPUs would bring the whole matrix into another layout, as it would the
-    # scales for a single row.
-    places = jnp.arange(weight.tiles) * weight.rows + rows[:, None]
+    # Rows of the first axis, because XLA on TPUs would otherwise copy the whole matrix into another layout; two rows
+    # of scales, because it would copy these for a single one.
+    places = jnp.arange(weight.column_tiles) * weight.rows + rows[:, None]
     packed = weight.codes.reshape(-1, PLANE).at[places].get(mode="promise_in_bounds")[:, :, None]
     two = jnp.pad(rows, (0, 1 if rows.size == 1 else 0))
     shifts = weight.bits * jnp.arange(weight.planes, dtype=jnp.uint8)[:, None]

@@ -1,4 +1,4 @@
-"""What a linear of the two has of its own."""
+"""Groups the operands of one linear of a pair."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from twla_jax.ops.ternary_matmul import KernelWeight
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearOperands:
-    """As `quantized_linear` takes them."""
+    """Holds the operands of one linear, named as `quantized_linear` takes them."""
 
     rotation: KernelRotation
     settings: Float32[Array, " 3"] | None

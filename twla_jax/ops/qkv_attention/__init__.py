@@ -1,5 +1,5 @@
-"""One new token's queries, keys and values, and its attention: the XLA reference and a kernel for Hopper GPUs."""
+"""Computes the queries, keys and values of one new token, and its attention."""
 
-from twla_jax.ops.qkv_attention.api import new_exchange, qkv_attention
+from twla_jax.ops.qkv_attention.api import new_qkv_exchange, qkv_attention
 
-__all__ = ["new_exchange", "qkv_attention"]
+__all__ = ["new_qkv_exchange", "qkv_attention"]

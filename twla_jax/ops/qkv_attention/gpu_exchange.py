@@ -1,15 +1,15 @@
-"""Queries, keys and values from the blocks that make them to those that need them, through memory (Mosaic GPU)."""
+"""Passes queries, keys and values through global memory from the blocks that compute them (Mosaic GPU)."""
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops.decode_attention.gpu_lanes import Shape
-from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.decode_attention.gpu_lanes import HeadShape
+from twla_jax.ops.hopper import threads
 
 VECTORS = 3  # a query, a key and a value
 
 
-def receive(exchange_gmem, tag, head, kv_head, vectors_smem, *, shape: Shape) -> None:
-    """A head's query, and its key head's key and value, to `vectors_smem`; waits for the block."""
+def receive(exchange_gmem, tag, head, kv_head, vectors_smem, *, shape: HeadShape) -> None:
+    """Wait for a head's query and its key head's key and value, and store them in `vectors_smem`."""
     fours = shape.d // 4
 
     @threads.on_threads(
@@ -31,6 +31,6 @@ def receive(exchange_gmem, tag, head, kv_head, vectors_smem, *, shape: Shape) ->
             low = [each & 0xFFFF for each in found]
             packed = [low[i] + (low[i + 1] << 16) for i in (0, 2)]
             threads.store(threads.address(vectors) + me * 8, *packed)
-        threads.barrier(32 * shape.tiles.warps)
+        threads.barrier(32 * shape.config.warps)
 
     run(tag, head, kv_head, exchange_gmem, vectors_smem)

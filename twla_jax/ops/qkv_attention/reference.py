@@ -1,10 +1,10 @@
-"""The two ops that it is made of, one after the other."""
+"""Computes queries, keys, values and attention as two ops, one after the other."""
 
 from jaxtyping import Array, Float, Float32, Int32
 
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import AttentionParts, decode_attention
+from twla_jax.ops.decode_attention import AttentionSplits, decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import KernelRotation
@@ -26,8 +26,8 @@ def qkv_attention(
     head_epsilon: float,
     apart: bool,
     implementation: Implementation | None,
-) -> tuple[Float[Array, "b heads_d"] | AttentionParts, LayerKV]:
-    """`quantized_linear`, in heads, and `decode_attention` of them."""
+) -> tuple[Float[Array, "b heads_d"] | AttentionSplits, LayerKV]:
+    """Return `decode_attention` of `quantized_linear`'s outputs, head by head, and the cache."""
     y = quantized_linear(
         x,
         rotation,

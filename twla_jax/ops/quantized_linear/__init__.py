@@ -1,6 +1,6 @@
-"""A quantised linear whole: norm, rotation, codes, product and residual."""
+"""Computes a quantised linear whole: norm, rotation, codes, product and residual."""
 
 from twla_jax.ops.quantized_linear.api import quantized_linear
-from twla_jax.ops.quantized_linear.gpu import MOST_TOKENS
+from twla_jax.ops.quantized_linear.gpu_linear import MOST_TOKENS
 
 __all__ = ["MOST_TOKENS", "quantized_linear"]

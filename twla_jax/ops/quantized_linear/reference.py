@@ -1,15 +1,15 @@
-"""The two ops that a quantised linear is made of, one after the other."""
+"""Computes a quantised linear as two ops, one after the other."""
 
 from jaxtyping import Array, Float, Float32
 
-from twla_jax.ops.decode_attention import AttentionParts
+from twla_jax.ops.decode_attention import AttentionSplits
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.rotate_quantize import KernelRotation, gate, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, ternary_matmul
 
 
 def quantized_linear(
-    x: Float[Array, "t m"] | AttentionParts,
+    x: Float[Array, "t m"] | AttentionSplits,
     rotation: KernelRotation | None,
     settings: Float32[Array, " 3"] | None,
     weight: KernelWeight,
@@ -21,8 +21,8 @@ def quantized_linear(
     out_dtype,
     implementation: Implementation | None,
 ) -> Float[Array, "t n"]:
-    """Norm, rotation and codes, then the product, its gate, and the residual in the product's type."""
-    if isinstance(x, AttentionParts):
+    """Return the product of the rotated codes, through its gate if any, plus the residual in the product's dtype."""
+    if isinstance(x, AttentionSplits):
         x = x.merged()
     tokens = rotate_quantize(
         x, rotation, settings, norm_scale=norm_scale, epsilon=epsilon, implementation=implementation

@@ -1,4 +1,4 @@
-"""The input of a quantised linear: optional RMS norm, Kronecker rotation and per-token codes in one pass."""
+"""Prepares the input of a quantised linear in one pass: optional RMS norm, Kronecker rotation and per-token codes."""
 
 from twla_jax.ops.rotate_quantize.api import rotate_quantize
 from twla_jax.ops.rotate_quantize.reference import gate, rms_norm

@@ -1,4 +1,4 @@
-"""From the residual stream to the codes that a quantised linear reads."""
+"""Computes, from the residual stream, the codes that a quantised linear reads: the public entry of this op."""
 
 import dataclasses
 import functools
@@ -21,22 +21,27 @@ def rotate_quantize(
     gated: bool = False,
     implementation: Implementation | None = None,
 ) -> QuantizedTokens:
-    """An RMS norm if there is a `norm_scale`, the rotation if there is one, and the tokens' codes with their sums.
+    """Return the tokens' codes and their sums, after an RMS norm if `norm_scale` is given and the rotation if any.
 
     The rotation computes in `x.dtype`, as `kotms.rotate` does; a kernel may round its sums differently, so that a few
     codes differ by one.
 
     Args:
       x: as wide as the rotation, or, if `gated`, twice as wide.
-      settings: from `quantizer_settings`; None for codes of 16 bits: see `tokens.wide_tokens`.
+      rotation: of the input; None for none.
+      settings: from `quantizer_settings`; None for codes of 16 bits, see `tokens.wide_tokens`.
       norm_scale: the norm's weights.
-      epsilon: what the norm adds to the mean square.
+      epsilon: added to the mean square in the norm.
       gated: the tokens are the outputs of an MLP's gate and, after them, those of its up linear; `silu(gate) · up`,
         each step rounded to `x.dtype`, takes their place before anything else.
       implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
         used, which is logged.
+
+    Returns:
+      Codes `[*tokens, m]`, scales and zero points `[*tokens]`, and sums `[*tokens, groups]`.
+
     Raises:
-      TwlaError: the implementation asked for cannot be used.
+      TwlaError: the requested implementation cannot be used.
     """
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     options = {"epsilon": epsilon, "gated": gated}

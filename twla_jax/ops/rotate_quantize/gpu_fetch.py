@@ -1,6 +1,6 @@
-"""Tokens and the rotation's factors, from memory through threads into shared memory (Pallas Mosaic GPU).
+"""Loads tokens and the rotation's factors through threads into shared memory (Pallas Mosaic GPU).
 
-On their way tokens are merged of the parts that attention left them in, or gated, and normed.
+On their way, tokens are merged from the splits that attention left them in, or gated, and normalised.
 """
 
 import dataclasses
@@ -12,29 +12,32 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from twla_jax.ops.attention.parts import LEAST_SUM
-from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.attention.splits import LEAST_SUM
+from twla_jax.ops.hopper import threads
+from twla_jax.ops.hopper.gate import silu_gate_pairs
+from twla_jax.ops.hopper.swizzle import swizzle_bytes, swizzle_transforms
 from twla_jax.ops.hopper.threads import Real, Word
-from twla_jax.ops.rotate_quantize.gpu_token import Shape, load_reals, swizzled, tree
+from twla_jax.ops.rotate_quantize.gpu_rotation import TokenShape, load_reals, tree
 
-_OF_PIECE = 4  # words: eight features
-_OF_PART = _OF_PIECE + 2  # a piece of a part, and its softmax's two numbers
+_PIECE_WORDS = 4  # words of a piece: eight features
+_SPLIT_WORDS = _PIECE_WORDS + 2  # a piece of a split, and its softmax's two numbers
 
 
-def fetch(
-    x_gmem, norm_gmem, settings_gmem, *, shape: Shape, more: jax.Array | None = None
+def prefetch_tokens(
+    x_gmem, norm_gmem, settings_gmem, *, shape: TokenShape, more: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Starts the way of the tokens and the norm's weights to the threads, for `ready`; and the settings.
+    """Start the loads of tokens and the norm's weights into threads, for `prepare_tokens`; return these and settings.
 
-    Not by the copy engine, which would bring them in turn with the weights. `x_gmem` lists the tokens or, of attention
-    left in parts, mixes and softmaxes; nothing, if they are to be `receive`d. Nothing is read if `more` is zero.
+    The copy engine would bring them in turn with the weights, so the threads load them. `x_gmem` lists the tokens or,
+    for attention left in splits, mixes and softmaxes; it is empty if tokens are to be received. Nothing is read if
+    `more` is 0.
     """
     refs = [settings_gmem, *x_gmem, *([] if norm_gmem is None else [norm_gmem])]
     flags = [] if more is None else [more]
     tokens = _pieces_of_tokens(shape)
     wide = 0 if norm_gmem is None else norm_gmem.dtype.itemsize // 2
     given = tokens if x_gmem else []
-    count = sum(len(pieces) for pieces in given) * _words(shape) + _OF_PIECE * wide * len(tokens[0])
+    count = sum(len(pieces) for pieces in given) * _words(shape) + _PIECE_WORDS * wide * len(tokens[0])
 
     @threads.on_threads(
         arg_types=(*[plgpu.Layout.WG_SPLAT] * len(flags), *[plgpu.RefType()] * len(refs)),
@@ -61,13 +64,13 @@ def fetch(
     return start(*flags, *refs)
 
 
-def fetch_factors(left_gmem, right_gmem, *, shape: Shape) -> jax.Array:
-    """Starts the way of both factors to the threads, for `load_factors`."""
+def prefetch_factors(left_gmem, right_gmem, *, shape: TokenShape) -> jax.Array:
+    """Start the loads of both factors into threads, for `store_factors`."""
     pieces = _pieces_of_factors(shape)
 
     @threads.on_threads(
         arg_types=[plgpu.RefType()] * 2,
-        return_type=threads.values(_OF_PIECE * sum(map(len, pieces)), jnp.int32),
+        return_type=threads.values(_PIECE_WORDS * sum(map(len, pieces)), jnp.int32),
     )
     def start(_, *refs):
         found = [_fetch_pieces(ref, of_factor) for ref, of_factor in zip(refs, pieces, strict=True)]
@@ -77,22 +80,22 @@ def fetch_factors(left_gmem, right_gmem, *, shape: Shape) -> jax.Array:
 
 
 def _fetch_pieces(ref, pieces: "_Pieces", wide: int = 1, there: Sequence[ir.Value] = ()) -> list[Word]:
-    """Eight numbers each, of so many times two bytes."""
+    """Load pieces of eight numbers, each of `wide` times two bytes."""
     return [
         word
         for matrix, i in pieces
-        for part in range(wide)
+        for split in range(wide)
         for word in threads.load_global(
-            ref, matrix.offset(i) * wide + 16 * part, 4, condition=threads.both(matrix.real(i), *there)
+            ref, matrix.offset(i) * wide + 16 * split, 4, condition=threads.both(matrix.real(i), *there)
         )
     ]
 
 
-def _words(shape: Shape) -> int:
-    """Of a piece of a token, as it is fetched."""
-    if shape.parts:
-        return _OF_PART * shape.parts
-    return 2 * _OF_PIECE if shape.gated else _OF_PIECE
+def _words(shape: TokenShape) -> int:
+    """Return the words of a piece of a token, as it is loaded."""
+    if shape.splits:
+        return _SPLIT_WORDS * shape.splits
+    return 2 * _PIECE_WORDS if shape.gated else _PIECE_WORDS
 
 
 def _fetch_piece(
@@ -102,9 +105,9 @@ def _fetch_piece(
     token: int,
     offset: Word,
     real: ir.Value,
-    shape: Shape,
+    shape: TokenShape,
 ) -> list[Word]:
-    """Eight features of a token, after those of its gate; or of each part, and then its softmax's two numbers."""
+    """Load eight features of a token, after those of its gate; or of each split, with its softmax's two numbers."""
     size = shape.size * shape.r
     if softmax is None:
         matrices = 2 if shape.gated else 1
@@ -114,17 +117,17 @@ def _fetch_piece(
             for word in threads.load_global(x, offset + each * size * 2, 4, condition=real)
         ]
     head, found = (offset // 2) // (size // shape.heads), []
-    for part in range(token * shape.parts, (token + 1) * shape.parts):
-        found += threads.load_global(x, offset + part * size * 2, 4, condition=real)
-        found += threads.load_global(softmax, (head + part * shape.heads) * 8, 2, condition=real)
+    for split in range(token * shape.splits, (token + 1) * shape.splits):
+        found += threads.load_global(x, offset + split * size * 2, 4, condition=real)
+        found += threads.load_global(softmax, (head + split * shape.heads) * 8, 2, condition=real)
     return found
 
 
-def receive(words, sent_gmem, tag, *, shape: Shape) -> jax.Array:
-    """What `fetch` found but for tokens, with tokens that are sent, `[tokens, m]` words with this tag, before it."""
+def receive_tokens(words, sent_gmem, tag, *, shape: TokenShape) -> jax.Array:
+    """Return the words of `prefetch_tokens`, with the tokens `[tokens, m]` that are sent under this tag before them."""
     tokens = _pieces_of_tokens(shape)
     count, size = words.shape[0] // 128, shape.size * shape.r
-    found = count + _OF_PIECE * sum(len(pieces) for pieces in tokens)
+    found = count + _PIECE_WORDS * sum(len(pieces) for pieces in tokens)
 
     @threads.on_threads(
         arg_types=(threads.per_thread(count), threads.per_thread(1), plgpu.RefType()),
@@ -148,12 +151,12 @@ def receive(words, sent_gmem, tag, *, shape: Shape) -> jax.Array:
     return run(words, tag, sent_gmem)
 
 
-def ready(words, levels, warps_smem, *, shape: Shape, epsilon: float | None) -> jax.Array:
-    """What `fetch` found, with tokens merged of their parts or gated, and after an RMS norm if ε is not None.
+def prepare_tokens(words, levels, warps_smem, *, shape: TokenShape, epsilon: float | None) -> jax.Array:
+    """Return what `prefetch_tokens` loaded, merged or gated, and after an RMS norm unless ε is None.
 
-    `levels` are the settings' first number.
+    `levels` is the first number of the settings.
     """
-    if not (shape.parts or shape.gated) and epsilon is None:
+    if not (shape.splits or shape.gated) and epsilon is None:
         return words
     tokens = _pieces_of_tokens(shape)
     width, count = _words(shape), words.shape[0] // 128
@@ -164,58 +167,53 @@ def ready(words, levels, warps_smem, *, shape: Shape, epsilon: float | None) -> 
     def run(_, words, warps):
         found, of_token = threads.words(words), width * len(tokens[0])
         fours = [_each(found[of_token * i :], width, len(tokens[0])) for i in range(len(tokens))]
-        if shape.parts:
+        if shape.splits:
             fours = [[_merged(piece) for piece in each] for each in fours]
         if shape.gated:
-            fours = [[_gated(piece) for piece in each] for each in fours]
+            fours = [
+                [silu_gate_pairs(piece[:_PIECE_WORDS], piece[_PIECE_WORDS:]) for piece in each]
+                for each in fours
+            ]
         if epsilon is not None:
             scales = found[of_token * len(tokens) :]
             scales = _each(scales, len(scales) // len(tokens[0]), len(tokens[0]))
             fours = _normed(fours, scales, threads.address(warps), shape, epsilon)
         for i, four in enumerate(four for each in fours for four in each):
-            found[width * i : width * i + _OF_PIECE] = four[:_OF_PIECE]
+            found[width * i : width * i + _PIECE_WORDS] = four[:_PIECE_WORDS]
         return threads.as_array(found)
 
-    if not shape.parts:
+    if not shape.splits:
         return run(words, warps_smem)
-    # In a loop, of one round, as the compiler would have threads wait for what is in none before they ask for weights.
-    # For a norm alone it may: a step with weights asked for earlier was no faster.
+    # A one-trip loop: it stops the compiler from hoisting the wait above the prefetch of weights. For a norm alone it
+    # may hoist it: a step with weights prefetched earlier was no faster.
     return lax.fori_loop(0, jnp.where(levels > 0, 1, 0), lambda _, words: run(words, warps_smem), words)
 
 
 def _merged(words: list[Word]) -> list[Word]:
-    """A piece of a token of its parts'."""
-    parts = [words[i : i + _OF_PART] for i in range(0, len(words), _OF_PART)]
-    tops, sums = ([part[_OF_PIECE + i].real() for part in parts] for i in range(2))
+    """Return a piece of a token, merged from its splits."""
+    splits = [words[i : i + _SPLIT_WORDS] for i in range(0, len(words), _SPLIT_WORDS)]
+    tops, sums = ([split[_PIECE_WORDS + i].real() for split in splits] for i in range(2))
     top = tree(tops, Real.most)
     shares = [threads.power_of_two(one - top) * total for one, total in zip(tops, sums, strict=True)]
     inverse = threads.reciprocal(tree(shares, Real.__add__).most(LEAST_SUM))
     mixed = [threads.real(0.0)] * 8
-    for part, share in zip(parts, shares, strict=True):
+    for split, share in zip(splits, shares, strict=True):
         weight = share * inverse
         mixed = [
-            x.times_plus(weight, y) for x, y in zip(threads.eight_reals(part[:_OF_PIECE]), mixed, strict=True)
+            x.times_plus(weight, y)
+            for x, y in zip(threads.eight_reals(split[:_PIECE_WORDS]), mixed, strict=True)
         ]
     return [threads.pack_bfloat16(*mixed[i : i + 2]) for i in range(0, 8, 2)]
 
 
-def _gated(words: list[Word]) -> list[Word]:
-    """`silu(gate) · x` of a piece's gate and x, rounded to bf16 after every step, as XLA does it."""
-    found = []
-    for gate, x in zip(words[:_OF_PIECE], words[_OF_PIECE:], strict=True):
-        powers = [threads.exponential(threads.real(0.0) - each) for each in threads.unpack_bfloat16(gate)]
-        divisors = [each + 1.0 for each in threads.unpack_bfloat16(threads.pack_bfloat16(*powers))]
-        divisors = threads.unpack_bfloat16(threads.pack_bfloat16(*divisors))
-        sigmoid = threads.pack_bfloat16(*map(threads.reciprocal, divisors))
-        found.append(threads.multiply_bfloat16(threads.multiply_bfloat16(gate, sigmoid), x))
-    return found
-
-
-def load(words, token_smem, *, shape: Shape) -> None:
-    """What `fetch` found, and `ready` made of it, into shared memory, where all have it after `meet`."""
+def store_tokens(words, token_smem, *, shape: TokenShape) -> None:
+    """Store what `prepare_tokens` returned in shared memory, where all threads have it after `synchronize`."""
 
     @threads.on_threads(
-        arg_types=(threads.per_thread(words.shape[0] // 128), plgpu.RefType(swizzled(shape.columns)))
+        arg_types=(
+            threads.per_thread(words.shape[0] // 128),
+            plgpu.RefType(swizzle_transforms(2, shape.columns)),
+        )
     )
     def copy(_, words, token):
         _store(threads.words(words), [token] * shape.tokens, _pieces_of_tokens(shape), _words(shape))
@@ -223,28 +221,28 @@ def load(words, token_smem, *, shape: Shape) -> None:
     copy(words, token_smem)
 
 
-def load_factors(words, left_smem, right_smem, *, shape: Shape) -> None:
-    """What `fetch_factors` found into shared memory, where all have it after `meet`."""
-    refs = [plgpu.RefType(swizzled(each)) for each in (shape.rows, shape.columns)]
+def store_factors(words, left_smem, right_smem, *, shape: TokenShape) -> None:
+    """Store what `prefetch_factors` loaded in shared memory, where all threads have it after `synchronize`."""
+    refs = [plgpu.RefType(swizzle_transforms(2, each)) for each in (shape.rows, shape.columns)]
 
     @threads.on_threads(arg_types=(threads.per_thread(words.shape[0] // 128), *refs))
     def copy(_, words, *factors):
-        _store(threads.words(words), factors, _pieces_of_factors(shape), _OF_PIECE)
+        _store(threads.words(words), factors, _pieces_of_factors(shape), _PIECE_WORDS)
 
     copy(words, left_smem, right_smem)
 
 
 def _store(words: list[Word], refs: Sequence[ir.Value], pieces: "Sequence[_Pieces]", width: int) -> None:
-    """The first four of every so many words."""
+    """Store the first four of every `width` words."""
     for ref, of_matrix in zip(refs, pieces, strict=True):
         for four, (matrix, i) in zip(_each(words, width, len(of_matrix)), of_matrix, strict=True):
             with threads.when(matrix.exists(i)):
-                threads.store(threads.address(ref) + matrix.place(i), *four[:_OF_PIECE])
+                threads.store(threads.address(ref) + matrix.place(i), *four[:_PIECE_WORDS])
         words = words[width * len(of_matrix) :]
 
 
-def meet(*, shape: Shape) -> None:
-    """Waits for the block's threads, and for what they wrote to shared memory."""
+def synchronize(*, shape: TokenShape) -> None:
+    """Wait for the block's threads, and for what they wrote to shared memory."""
 
     @threads.on_threads()
     def wait(_):
@@ -260,7 +258,7 @@ def _each(words: list[Word], width: int, count: int) -> list[list[Word]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
-    """Rows and columns of a bf16 matrix that is copied, 16 bytes a thread at once, and what it is filled up to.
+    """Describes a bf16 matrix that is copied, 16 bytes a thread at once, and what it is padded to.
 
     There are `before` others like it above it in shared memory.
     """
@@ -291,38 +289,38 @@ class _Matrix:
         return (row * self.columns + chunk * 8) * 2
 
     def place(self, i: int) -> Word:
-        """Where the swizzle has it."""
-        width = next(size for size in (128, 64, 32) if 2 * self.whole_columns % size == 0)
+        """Return where the swizzle puts the i-th piece of this thread."""
+        width = swizzle_bytes(2, self.whole_columns)
         row, chunk = self._chunk(i)
         chunks = width // 16  # of a tile's row
         tile = (row // 8) * (self.whole_columns // 8 // chunks) + chunk // chunks
-        turned = (chunk % chunks) ^ ((row // (128 // width)) % chunks)
+        swizzled = (chunk % chunks) ^ ((row // (128 // width)) % chunks)
         above = 2 * self.before * self.whole_rows * self.whole_columns
-        return tile * (8 * width) + (row % 8) * width + turned * 16 + above
+        return tile * (8 * width) + (row % 8) * width + swizzled * 16 + above
 
 
-type _Pieces = list[tuple[_Matrix, int]]  # by the index that its first thread has
+type _Pieces = list[tuple[_Matrix, int]]  # with the index of its first thread
 
 
-def _pieces_of_tokens(shape: Shape) -> list[_Pieces]:
-    """What a thread copies of each token."""
+def _pieces_of_tokens(shape: TokenShape) -> list[_Pieces]:
+    """Return what a thread copies of each token."""
     matrices = (_Matrix(shape.size, shape.r, shape.rows, shape.columns, i) for i in range(shape.tokens))
     return [_pieces(matrix, shape) for matrix in matrices]
 
 
-def _pieces_of_factors(shape: Shape) -> list[_Pieces]:
-    """What a thread copies of L and of Rᵀ."""
+def _pieces_of_factors(shape: TokenShape) -> list[_Pieces]:
+    """Return what a thread copies of L and of Rᵀ."""
     left = _Matrix(shape.rows, shape.rows, shape.rows, shape.rows)
     right = _Matrix(shape.r, shape.r, shape.columns, shape.columns)
     return [_pieces(matrix, shape) for matrix in (left, right)]
 
 
-def _pieces(matrix: _Matrix, shape: Shape) -> _Pieces:
+def _pieces(matrix: _Matrix, shape: TokenShape) -> _Pieces:
     return [(matrix, i * shape.threads) for i in range(matrix.count(shape.threads))]
 
 
 def _normed(
-    tokens: list[list[list[Word]]], scales: list[list[Word]], warps: Word, shape: Shape, epsilon: float
+    tokens: list[list[list[Word]]], scales: list[list[Word]], warps: Word, shape: TokenShape, epsilon: float
 ) -> list[list[list[Word]]]:
     values = [[threads.eight_reals(each) for each in fours] for fours in tokens]
     weights = [threads.eight_reals(each) for each in scales]

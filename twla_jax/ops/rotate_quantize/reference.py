@@ -1,4 +1,4 @@
-"""Norm, rotation and quantiser in plain XLA: runs everywhere, and what the kernels are held against."""
+"""Norms, rotates and quantises in plain XLA: it runs everywhere, and kernels are tested against it."""
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ def rotate_quantize(
     epsilon: float,
     gated: bool = False,
 ) -> QuantizedTokens:
-    """`kotms.rotate` (unless None) and `activation.quantize_tokens`, after an RMS norm if `norm_scale` is given.
+    """Return the tokens' codes, by the gate, the RMS norm, `kotms.rotate` and `activation.quantize_tokens`.
 
-    Before all that stands `silu(gate) · x` if the tokens are `gated`.
+    The first three run only where `gated`, `norm_scale` and `rotation` say so. Without settings, codes have 16 bits.
     """
     x = rotated(x, rotation, norm_scale, epsilon=epsilon, gated=gated)
     if settings is None:
@@ -42,7 +42,7 @@ def rotated(
     epsilon: float,
     gated: bool,
 ) -> Float[Array, "t m"]:
-    """Returns the tokens as the quantiser takes them: gated, normed and rotated, each where asked for."""
+    """Return the tokens `[t, m]` as the quantiser takes them: gated, normalised and rotated, each where requested."""
     if gated:
         x = gate(x)
     if norm_scale is not None:
@@ -51,7 +51,7 @@ def rotated(
 
 
 def gate(x: Float[Array, "*tokens 2m"]) -> Float[Array, "*tokens m"]:
-    """`silu` of the first half of each token, times the second."""
+    """Return `silu` of the first half of each token, times the second."""
     first, second = jnp.split(x, 2, axis=-1)
     return jax.nn.silu(first) * second
 
@@ -59,7 +59,7 @@ def gate(x: Float[Array, "*tokens 2m"]) -> Float[Array, "*tokens m"]:
 def rms_norm(
     x: Float[Array, "*shape d"], scale: Float[Array, " d"], epsilon: float
 ) -> Float[Array, "*shape d"]:
-    """`x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 inside, `x.dtype` outside."""
+    """Return `x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 inside, `x.dtype` outside."""
     values = x.astype(jnp.float32)
     values = values * lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + epsilon)
     return (values * scale.astype(jnp.float32)).astype(x.dtype)

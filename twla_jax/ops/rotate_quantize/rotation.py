@@ -1,4 +1,4 @@
-"""Rotations in the layout the kernels read, made once at load."""
+"""Converts rotations to the layout the kernels read, once, when a model is loaded."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ from jaxtyping import Array, Float
 
 from twla_jax.core.kotms import KroneckerRotation
 
-_ROWS = 16  # what a tile of bf16 has on both matrix units
+_FACTOR_PADDING = 16  # rows of a bf16 tile on both GPUs and TPUs
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelRotation:
-    """`x ↦ vec(L · mat(x) · R)` with R transposed and L filled up with zeros to a multiple of 16 rows and columns.
+    """Holds `x ↦ vec(L · mat(x) · R)`: R transposed, and L padded with zeros to a multiple of 16 rows and columns.
 
     `size` is that of L itself.
     """
@@ -25,14 +25,14 @@ class KernelRotation:
 
     @property
     def factors(self) -> tuple[Float[Array, "l l"], Float[Array, "r r"]]:
-        """L and R."""
+        """Return L and R."""
         return self.left[: self.size, : self.size], self.right_transposed.T
 
 
 def kernel_rotation(rotation: KroneckerRotation, dtype) -> KernelRotation:
-    """The factors of `rotation`, without leading axes, in the type that activations have."""
+    """Return the factors of `rotation`, without leading axes, in the dtype of activations."""
     left, right = (jnp.asarray(factor, dtype) for factor in (rotation.left, rotation.right))
-    padding = -len(left) % _ROWS
+    padding = -len(left) % _FACTOR_PADDING
     return KernelRotation(
         left=jnp.pad(left, ((0, padding), (0, padding))), right_transposed=right.T, size=len(left)
     )

@@ -1,4 +1,4 @@
-"""Norm, rotation and quantiser on TPUs (Pallas Mosaic TPU): a block of tokens, one after the other."""
+"""Norms, rotates and quantises on TPUs (Pallas Mosaic TPU): a block of tokens, one after the other."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ _TOKENS = 8
 
 
 def obstacle(dtype, rotation: KernelRotation | None, *, wide: bool = False) -> str | None:
-    """Why the kernel cannot take such activations, or None."""
+    """Return why the kernel cannot take such activations, or None."""
     if rotation is None:
         return "there is no rotation"
     if wide:
@@ -37,7 +37,7 @@ def rotate_quantize(
     gated: bool = False,
     interpret=False,
 ) -> QuantizedTokens:
-    """What `reference.rotate_quantize` computes, for bf16 x; a gate is XLA's."""
+    """Return what `reference.rotate_quantize` computes, for bf16 x; XLA computes a gate."""
     x = gate(x) if gated else x
     t = len(x)
     x = jnp.pad(_as_matrices(x, rotation), ((0, -t % _TOKENS), (0, 0), (0, 0)))
@@ -87,7 +87,7 @@ def _kernel(x_ref, left_ref, right_ref, settings_ref, *refs, size: int, epsilon:
 
     def product(a, b, contracted):
         dimensions = (((1,), (contracted,)), ((), ()))
-        # Rounded as the reference rounds what goes from one factor to the next, and to the quantiser.
+        # Round as the reference does between the factors, and before the quantiser.
         return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32).astype(x_ref.dtype)
 
     for token in range(x_ref.shape[0]):
@@ -112,13 +112,13 @@ def _kernel(x_ref, left_ref, right_ref, settings_ref, *refs, size: int, epsilon:
 
 
 def _as_matrices(x: Float[Array, "t m"], rotation: KernelRotation) -> Float[Array, "t rows r"]:
-    """Each token as `mat(x)`, with rows of zeros up to those of the filled up L."""
+    """Return each token as `mat(x)`, with rows of zeros up to those of the padded L."""
     rows, r = len(rotation.left), len(rotation.right_transposed)
     return jnp.pad(x, ((0, 0), (0, rows * r - x.shape[1]))).reshape(len(x), rows, r)
 
 
 def _chunk(r: int) -> int:
-    """The columns of `mat(x)` that one sum of codes goes over: a group of 128 begins and ends between such chunks."""
+    """Return the columns of `mat(x)` that one sum of codes covers; groups of 128 begin and end between chunks."""
     return math.gcd(r, PLANE)
 
 
@@ -128,9 +128,9 @@ def _collect(
     zero_point: Float32[Array, " t"],
     sums: Int32[Array, "t l chunks"],
 ) -> QuantizedTokens:
-    """The kernel's outputs, without what was filled up, as flat tokens with a sum for every group of 128."""
+    """Return the kernel's outputs without padding, as flat tokens with a sum for every group of 128."""
     t, _, r = codes.shape
-    # Groups are whole numbers of chunks; the last one may lack some.
+    # Groups are whole numbers of chunks; the last group may be short.
     flat = sums.reshape(t, -1)
     per_group = PLANE // _chunk(r)
     flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % per_group)))

@@ -1,4 +1,4 @@
-"""`x Ŵᵀ + b` with ternary weights that stay packed at two bits."""
+"""Computes `x Ŵᵀ + b` with ternary weights that stay packed at two bits: the public entry of this op."""
 
 import dataclasses
 import functools
@@ -20,22 +20,24 @@ def ternary_matmul(
     out_dtype=jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*tokens n"]:
-    """`x Ŵᵀ + b` for quantised tokens (int8 × ternary, int32 sums), or for float ones (weight-only, float32 sums).
+    """Return `x Ŵᵀ + b` `[*tokens, n]` of quantised tokens (int32 sums), or of floats (float32 sums).
 
-    Per-group (α, μ): the sum over 128 columns is scaled, by whole numbers of a row's step, and added up in int32, or in
-    float32 in no particular order of groups.
+    With (α, μ) by groups, the sum over 128 columns is scaled by whole numbers of a row's step, and added up in int32;
+    or in float32, in no particular order of groups.
 
     Args:
       x: `QuantizedTokens`, or floats, of which the kernels take bf16 alone.
       weight: from `kernel_weight`.
-      residual: in `out_dtype`, to which the result is added, rounded before.
+      residual: in `out_dtype`; the rounded result is added to it.
       out_dtype: of the result.
       implementation: `xla`, `gpu` or `tpu`; None takes the platform's kernel, or the reference where that cannot be
         used, which is logged.
+
     Returns:
       `[*tokens, weight.out_features]`.
+
     Raises:
-      TwlaError: the implementation asked for cannot be used.
+      TwlaError: the requested implementation cannot be used.
     """
     if isinstance(x, QuantizedTokens) and x.wide:
         # Both parts are tokens of their own, whose outputs add up; each brings the bias.
@@ -47,7 +49,7 @@ def ternary_matmul(
         lead = x.codes.shape[:-1]
         operands = (
             x.codes.reshape(-1, weight.in_features),
-            x.sums.reshape(-1, 4 * weight.tiles),
+            x.sums.reshape(-1, 4 * weight.column_tiles),
             x.scale.reshape(-1),
             x.zero_point.reshape(-1),
         )

@@ -1,9 +1,10 @@
-"""Packed weights on Hopper GPUs (Pallas Mosaic GPU): bf16 tokens here, and of ternary weights alone, int8 tokens by
-`gpu_few`, `gpu_integer` and `gpu_many`, the more of them the later.
+"""Multiplies by packed weights on Hopper GPUs (Pallas Mosaic GPU): bf16 tokens here, int8 tokens in other modules.
 
-Tokens are the 16 rows of `mma.sync`, weight rows its columns; tokens that are not there are neither read nor written.
-Each warp unpacks its own weights in registers. K is split between the warpgroups of a block, each with its own ring of
-tiles in shared memory, and added up there in a fixed order.
+int8 tokens, of ternary weights alone, go to `gpu_few`, `gpu_mma` and `gpu_many`, in this order as they become more.
+
+Tokens are the 16 rows of `mma.sync`, weight rows its columns; padding tokens are neither read nor written. Each warp
+unpacks its own weights in registers. K is split between the warpgroups of a block, each with its own ring of tiles in
+shared memory, and added up there in a fixed order.
 """
 
 import functools
@@ -16,10 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, gpu_mma
-from twla_jax.ops.ternary_matmul import tile_configs as tuning
+from twla_jax.ops.hopper.swizzle import swizzle_transforms
+from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, gpu_mma, tile_configs
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
-from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, parts_of_pair
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, fields_of_pair
 from twla_jax.ops.tokens import group_sums, pad_columns
 
 _COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
@@ -35,10 +36,10 @@ def matmul(
     *,
     out_dtype,
 ) -> Float[Array, "t n"]:
-    """What `reference.matmul` computes, for int8 or bf16 x."""
+    """Return what `reference.matmul` computes, for int8 or bf16 x."""
     if x.dtype == jnp.int8 and gpu_few.obstacle(len(x), weight) is None:
         return gpu_few.matmul(x, scale, zero_point, weight, residual, out_dtype=out_dtype)
-    if x.dtype == jnp.int8 and len(x) > tuning.FEW_TOKENS:
+    if x.dtype == jnp.int8 and len(x) > tile_configs.FEW_TOKENS:
         return gpu_many.matmul(x, sums, scale, zero_point, weight, residual, out_dtype=out_dtype)
     if x.dtype == jnp.int8:
         y = gpu_mma.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)
@@ -54,37 +55,39 @@ def product(
     by_row: tuple[Float32[Array, " rows"], Float32[Array, " rows"]] | tuple[()] = (),
     *,
     out_dtype,
-    tiles: tuning.GpuTiles | None = None,
+    config: tile_configs.GpuTileConfig | None = None,
 ) -> Float[Array, "t rows"]:
-    """What `reference.product` computes, for bf16 x; with steps and biases `by_row`, what `matmul` does."""
+    """Return what `reference.product` computes, for bf16 x; with steps and biases `by_row`, what `matmul` does."""
     t, planes = len(x), weight.planes
-    tiles = tiles or tuning.gpu_tiles(t, weight.rows, weight.tiles, planes)
-    n, block, groups, stages = tiles.rows, tiles.tokens, tiles.warpgroups, tiles.stages
-    del sums  # To fill up would take a kernel; to fill up tokens before they are summed takes none.
+    config = config or tile_configs.gpu_tile_config(t, weight.rows, weight.column_tiles, planes)
+    n, block, groups, stages = config.rows, config.tokens, config.warpgroups, config.stages
+    del sums  # Padding the sums would take a kernel; padding tokens before they are summed takes none.
     totals = group_sums(jnp.pad(x, ((0, -t % block), (0, 0)))).T
     totals = totals if weight.grouped else totals.sum(0, keepdims=True)
-    # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
+    # The copy engine swizzles pieces of 8 tokens by 128 bytes: it pads past the end, but cannot cut a piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
     x = unpacked_order(x)
-    kernel = functools.partial(_kernel, tiles=tiles, weight=weight)
+    kernel = functools.partial(_kernel, config=config, weight=weight)
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
-        # Blocks of the same rows run side by side, and only the first of them has its weights from memory.
+        # Blocks of the same rows run at the same time, and only the first of them reads its weights from memory.
         grid=(weight.rows // n, pl.cdiv(len(x), block)),
         grid_names=("rows", "tokens"),
         num_threads=groups,
         thread_name="warpgroup",
         kernel_name="packed_matmul",
         scratch_types={
-            "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=_swizzled(1)),
+            "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=swizzle_transforms(1)),
             "scales_smem": plgpu.SMEM((groups, stages, weight.parameters, n), weight.gpu_scales.dtype),
             "x_smem": plgpu.SMEM(
-                (groups, stages, block, planes * PLANE), x.dtype, transforms=_swizzled(x.dtype.itemsize)
+                (groups, stages, block, planes * PLANE),
+                x.dtype,
+                transforms=swizzle_transforms(x.dtype.itemsize),
             ),
             "totals_smem": plgpu.SMEM((groups, stages, _total_rows(planes), block), totals.dtype),
-            "parts_smem": plgpu.SMEM((groups, block, n), jnp.float32),
+            "partials_smem": plgpu.SMEM((groups, block, n), jnp.float32),
             "out_smem": plgpu.SMEM((block, n), out_dtype),
             "filled": plgpu.Barrier(
                 num_arrivals=_COPIES if weight.grouped else 2, num_barriers=groups * stages
@@ -106,22 +109,22 @@ def _kernel(
     scales_smem,
     x_smem,
     totals_smem,
-    parts_smem,
+    partials_smem,
     out_smem,
     filled,
     added,
-    tiles: tuning.GpuTiles,
+    config: tile_configs.GpuTileConfig,
     weight: PackedWeight,
 ):
     *by_row_gmem, out_gmem = by_row_and_out_gmem
-    n, block, planes = tiles.rows, tiles.tokens, weight.planes
+    n, block, planes = config.rows, config.tokens, weight.planes
     group = lax.axis_index("warpgroup")
     tokens = pl.ds(lax.axis_index("tokens") * block, block)
     rows = pl.ds(lax.axis_index("rows") * n, n)
     x_layout = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=1)
     codes_layout = plgpu.Layout.MMA_RHS(jnp.int8, m_warps=1)
     layout = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=1)
-    steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
+    steps = lax.div(weight.column_tiles - group + config.warpgroups - 1, config.warpgroups)
 
     def load_token(ref):
         value = plgpu.load(ref, layout=layout.reduce(1), optimized=False)
@@ -136,12 +139,12 @@ def _kernel(
 
     def load_scales(ref, plane):
         if weight.paired:
-            return map(spread, parts_of_pair(load_row(ref.at[plane]).astype(jnp.int32)))
+            return map(spread, fields_of_pair(load_row(ref.at[plane]).astype(jnp.int32)))
         return (spread(load_row(ref.at[i])) for i in (plane, planes + plane))
 
     def fetch(step, slot):
-        tile = step * tiles.warpgroups + group
-        barrier = filled.at[group * tiles.stages + slot]
+        tile = step * config.warpgroups + group
+        barrier = filled.at[group * config.stages + slot]
 
         def copy(source, ring):
             plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
@@ -154,12 +157,12 @@ def _kernel(
 
     zeros = plgpu.layout_cast(jnp.zeros((block, n), jnp.float32), layout)
 
-    for slot in range(tiles.stages):
+    for slot in range(config.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
 
     def step(k, y):
-        slot = lax.rem(k, jnp.int32(tiles.stages))
-        plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
+        slot = lax.rem(k, jnp.int32(config.stages))
+        plgpu.barrier_wait(filled.at[group * config.stages + slot])
         packed = plgpu.load(codes_smem.at[group, slot].T, layout=codes_layout)
         for plane in range(planes):
             x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)], layout=x_layout)
@@ -171,7 +174,7 @@ def _kernel(
                 y += alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
             else:
                 y = plgpu.mma(y, x_plane, codes)
-        pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
+        pl.when(k + config.stages < steps)(functools.partial(fetch, k + config.stages, slot))
         return y
 
     y = lax.fori_loop(0, steps, step, zeros)
@@ -181,16 +184,16 @@ def _kernel(
         share = jnp.where(group == 0, total, jnp.zeros_like(total))
         alpha, mu = (spread(load_row(scales_gmem.at[0, i, rows])) for i in range(2))
         y = alpha * y + mu * share
-    parts_smem[group] = y
+    partials_smem[group] = y
     plgpu.barrier_arrive(added)
 
     @pl.when(group == 0)
     def _():
         plgpu.barrier_wait(added)
-        parts = [
-            plgpu.load(parts_smem.at[i], layout=layout, optimized=False) for i in range(tiles.warpgroups)
+        partials = [
+            plgpu.load(partials_smem.at[i], layout=layout, optimized=False) for i in range(config.warpgroups)
         ]
-        out = functools.reduce(jnp.add, parts)
+        out = functools.reduce(jnp.add, partials)
         if by_row_gmem:
             steps, bias = (spread(load_row(ref.at[rows])) for ref in by_row_gmem)
             out = out * steps + bias
@@ -201,10 +204,5 @@ def _kernel(
 
 
 def _total_rows(planes: int) -> int:
-    """Sums of so many planes are copied at a time: those of one are less than the 128 bytes that slots begin at."""
+    """Return how many planes' sums are copied at a time: those of one are less than the 128 bytes of a slot."""
     return max(2, planes)
-
-
-def _swizzled(itemsize: int):
-    tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore[reportAbstractUsage]
-    return (tiling, plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]

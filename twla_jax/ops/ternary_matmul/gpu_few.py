@@ -1,4 +1,4 @@
-"""Two-bit weights times up to sixteen int8 tokens on Hopper GPUs (Pallas Mosaic GPU), thread by thread.
+"""Multiplies up to sixteen int8 tokens by two-bit weights on Hopper GPUs (Pallas Mosaic GPU), thread by thread.
 
 Every block reads the tokens whole, through its threads into shared memory, and some rows of weights: see `gpu_ring`.
 """
@@ -11,12 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8
 
 from twla_jax.core.packing import PLANE, TILE
-from twla_jax.ops.hopper import threads as threads
-from twla_jax.ops.ternary_matmul import few_tiles as tuning
-from twla_jax.ops.ternary_matmul import gpu_ring as ring
+from twla_jax.ops.hopper import threads
+from twla_jax.ops.ternary_matmul import few_tiles, gpu_ring
 from twla_jax.ops.ternary_matmul.gpu_products import COLUMNS, Columns, Flat, write_table
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
-from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
+from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 
 _CHUNK = 16  # bytes that a thread reads at once
@@ -25,28 +24,28 @@ _MOST_TOKENS = 2 * COLUMNS
 
 
 def obstacle(tokens: int, weight: KernelWeight) -> str | None:
-    """Why the kernel cannot take so many tokens, or None."""
+    """Return why the kernel cannot take so many tokens, or None."""
     if tokens > _MOST_TOKENS:
         return f"there are {tokens} tokens, more than {_MOST_TOKENS}"
     try:
-        plan(tokens, weight)
+        launch_plan(tokens, weight)
     except ValueError as error:
         return str(error)
     return None
 
 
-def plan(tokens: int, weight: KernelWeight) -> Tiles:
-    """How the kernel is split up.
+def launch_plan(tokens: int, weight: KernelWeight) -> RingTileConfig:
+    """Return how the kernel is split up.
 
     Raises:
       ValueError: there is no room.
     """
     other = (
-        tokens * _FLAT.stride(weight.tiles * TILE)
-        + 4 * Columns(tokens).numbers * (weight.tiles + 1)
-        + 2048  # for what is small
+        tokens * _FLAT.stride(weight.column_tiles * TILE)
+        + 4 * Columns(tokens).numbers * (weight.column_tiles + 1)
+        + 2048  # for small arrays and barriers
     )
-    return tuning.tiles(weight.rows, weight.tiles, Columns(tokens).filled, other)
+    return few_tiles.tile_config(weight.rows, weight.column_tiles, Columns(tokens).filled, other)
 
 
 def matmul(
@@ -57,56 +56,56 @@ def matmul(
     residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype,
-    tiles: Tiles | None = None,
+    config: RingTileConfig | None = None,
 ) -> Float[Array, "t n"]:
-    """What `reference.matmul` computes, for int8 x, of the rows that are outputs; and the residual added."""
+    """Return what `reference.matmul` computes, for int8 x, in the rows that are outputs, plus the residual."""
     t, n = len(x), weight.out_features
     added = [] if residual is None else [threads.readable(residual)]
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _CHUNK)))
-    tiles = tiles or plan(t, weight)
-    rows = Rows(tiles.rows, 1)
+    config = config or launch_plan(t, weight)
+    rows = Rows(config.rows, 1)
     return plgpu.kernel(
-        functools.partial(_kernel, rows=rows, tiles=tiles, weight=weight),
+        functools.partial(_kernel, rows=rows, config=config, weight=weight),
         out_type=jax.ShapeDtypeStruct((t, n), out_dtype),
-        grid=(ring.blocks(n, rows),),
+        grid=(gpu_ring.block_count(n, rows),),
         grid_names=("rows",),
-        num_threads=tiles.warpgroups,
+        num_threads=config.warpgroups,
         thread_name="warpgroup",
         kernel_name="ternary_matmul_few",
-        scratch_types=ring.memory(rows, tiles, weight, tokens=t)
+        scratch_types=gpu_ring.scratch_types(rows, config, weight, tokens=t)
         | {
-            "x_smem": ring.token_memory(t, weight, _FLAT),
-            "parts_smem": ring.parts_memory(n, rows, tiles, tokens=t),
+            "x_smem": gpu_ring.token_scratch(t, weight, _FLAT),
+            "partials_smem": gpu_ring.partials_scratch(n, rows, config, tokens=t),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*ring.operands(weight), x, scale, zero_point, *added)
+    )(*gpu_ring.weight_operands(weight), x, scale, zero_point, *added)
 
 
-def _kernel(*refs, rows: Rows, tiles: Tiles, weight: KernelWeight, **memory):
+def _kernel(*refs, rows: Rows, config: RingTileConfig, weight: KernelWeight, **memory):
     of_weight, (x_gmem, scale_gmem, zero_point_gmem, *residual, out_gmem) = refs[:5], refs[5:]
-    count = 128 * tiles.warpgroups
+    count = 128 * config.warpgroups
 
-    words, ends = _fetch_tokens(x_gmem, weight.tiles, count), _fetch_ends(scale_gmem, zero_point_gmem)
-    outputs = ring.Outputs(stored=out_gmem)
-    fetch, end = ring.begin(
-        of_weight, residual, outputs, rows=rows, tiles=tiles, weight=weight, flat=_FLAT, **memory
+    words, ends = _fetch_tokens(x_gmem, weight.column_tiles, count), _fetch_ends(scale_gmem, zero_point_gmem)
+    outputs = gpu_ring.RingOutputs(stored=out_gmem)
+    start_prefetch, finish_outputs = gpu_ring.product_stages(
+        of_weight, residual, outputs, rows=rows, config=config, weight=weight, flat=_FLAT, **memory
     )
 
     def answer() -> jax.Array:
         _store_tokens(words, memory["x_smem"], memory["table_smem"], count)
         return ends
 
-    fetch()
-    end(answer)
+    start_prefetch()
+    finish_outputs(answer)
 
 
 def _chunks(t: int, tiles: int, count: int) -> int:
-    """Of 16 bytes, that each of `count` threads reads."""
+    """Return the number of chunks of 16 bytes that each of `count` threads reads."""
     return -(-t * tiles * (TILE // _CHUNK) // count)
 
 
 def _fetch_tokens(x_gmem, tiles: int, count: int) -> jax.Array:
-    """Starts the way of the tokens to the threads."""
+    """Start the loads of the tokens into the threads."""
     t, m = x_gmem.shape
     each = tiles * (TILE // _CHUNK)
 
@@ -126,7 +125,7 @@ def _fetch_tokens(x_gmem, tiles: int, count: int) -> jax.Array:
 
 
 def _fetch_ends(scale_gmem, zero_point_gmem) -> jax.Array:
-    """Starts the way of every token's scale and zero point to each thread."""
+    """Start the loads of every token's scale and zero point into each thread."""
     t = scale_gmem.shape[0]
 
     @threads.on_threads(arg_types=(plgpu.RefType(),) * 2, return_type=threads.values(2 * t, jnp.float32))
@@ -137,9 +136,9 @@ def _fetch_ends(scale_gmem, zero_point_gmem) -> jax.Array:
 
 
 def _store_tokens(words, x_smem, table_smem, count: int) -> None:
-    """Tokens' codes, and their sums. Waits for the block.
+    """Store the tokens' codes and their sums. Waits for the block.
 
-    Sums are of what is in shared memory: of what is on its way, threads would wait for it before they ask for weights.
+    Codes are added up from shared memory: in flight, threads would wait for them before they prefetch weights.
     """
     t, each = x_smem.shape[0], (table_smem.shape[0] - 1) * (TILE // _CHUNK)
 

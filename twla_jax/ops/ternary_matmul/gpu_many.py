@@ -1,10 +1,9 @@
-"""Two-bit weights times more than sixteen int8 tokens on Hopper GPUs (Pallas Mosaic GPU), for the tensor cores.
+"""Multiplies more than sixteen int8 tokens by two-bit weights on Hopper GPUs (Pallas Mosaic GPU), on tensor cores.
 
 Two warpgroups multiply, 64 weight rows each, which they unpack in registers as the left operand of `wgmma`. Each has
 rows of its own; or both have the same, where that keeps more multiprocessors busy, and every other tile of columns. A
 third warpgroup keeps rings of tiles filled, across the outputs that a block computes one after the other. While one
-warpgroup scales what it has summed, the other multiplies. Blocks of a cluster share tokens, which are read once for
-all.
+warpgroup scales its sums, the other multiplies. Blocks of a cluster share tokens, which are read once for all.
 
 Where a row has several (α, μ), its weights are unpacked to whole numbers of its step, which int8 holds: sums of all
 columns stay integers, and registers have room for more tokens than they would beside sums in float32.
@@ -22,10 +21,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.ternary_matmul import gpu_many_outputs, gpu_many_rings
-from twla_jax.ops.ternary_matmul import tile_configs as tuning
-from twla_jax.ops.ternary_matmul.gpu_many_outputs import Outputs
-from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ROWS, WARPGROUPS, Rings, Work
+from twla_jax.ops.hopper.limits import STREAMING_MULTIPROCESSORS, WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.ternary_matmul import gpu_many_outputs, gpu_many_rings, tile_configs
+from twla_jax.ops.ternary_matmul.gpu_many_outputs import ManyOutputs
+from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyRings, ManyWork
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
 
@@ -39,33 +38,33 @@ def matmul(
     residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype,
-    tiles: tuning.ManyTiles | None = None,
+    config: tile_configs.ManyTileConfig | None = None,
 ) -> Float[Array, "t n"]:
-    """What `reference.matmul` computes, for int8 x."""
-    t, tiles = len(x), tiles or tuning.many_tiles(len(x), weight.rows)
-    # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
+    """Return what `reference.matmul` computes, for int8 x."""
+    t, config = len(x), config or tile_configs.many_tile_config(len(x), weight.rows)
+    # The copy engine swizzles pieces of 8 tokens by 128 bytes: it pads past the end, but cannot cut a piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8), (0, 0)))
     added = []
     if residual is not None and _adds(residual, weight, out_dtype):
         added = [jnp.pad(residual, ((0, -t % 8), (0, 0)))]
-    # Sums of int8 weights need nothing beside them.
+    # Sums of int8 weights need no sums of tokens.
     last = weight.steps if weight.grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
-    work = Work(tokens=len(x), weight_rows=weight.rows, tiles=tiles)
+    work = ManyWork(tokens=len(x), weight_rows=weight.rows, config=config)
     y = plgpu.kernel(
         functools.partial(_kernel, work=work, weight=weight),
         out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
-        grid=(min(work.outputs, tuning.STREAMING_MULTIPROCESSORS // tiles.cluster),),
+        grid=(min(work.outputs, STREAMING_MULTIPROCESSORS // config.cluster),),
         grid_names=("block",),
-        cluster=(tiles.cluster,),
+        cluster=(config.cluster,),
         cluster_names=("cluster",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="ternary_matmul_many",
         scratch_types={
-            "of_rings": gpu_many_rings.memory(work, weight),
-            "of_outputs": gpu_many_outputs.memory(work, out_dtype, grouped=weight.grouped),
-            "of_lines": memory_of_lines(tiles),
+            "of_rings": gpu_many_rings.scratch_types(work, weight),
+            "of_outputs": gpu_many_outputs.scratch_types(work, out_dtype, grouped=weight.grouped),
+            "of_lines": line_scratch_types(config),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last, *added)
@@ -73,16 +72,16 @@ def matmul(
 
 
 def _adds(residual: jax.Array, weight: KernelWeight, out_dtype) -> bool:
-    """Whether the kernel adds it itself: it is of all rows, and of two bytes as the outputs are."""
+    """Return whether the kernel adds the residual itself: it has all rows, and two bytes a number as the outputs."""
     dtype = residual.dtype
     return residual.shape[1] == weight.rows and dtype == out_dtype and dtype.itemsize == 2
 
 
-def memory_of_lines(tiles: tuning.ManyTiles) -> dict[str, Any]:
-    """For the second line's sums on their way to the first, if there are two."""
-    if tiles.lines == 1:
+def line_scratch_types(config: tile_configs.ManyTileConfig) -> dict[str, Any]:
+    """Return the shared memory that passes the second line's sums to the first, if there are two."""
+    if config.lines == 1:
         return {}
-    sums = plgpu.SMEM((ROWS, tiles.tokens), jnp.int32)
+    sums = plgpu.SMEM((WGMMA_ROWS, config.tokens), jnp.int32)
     return {"sums": sums, "added": plgpu.Barrier(), "taken": plgpu.Barrier()}
 
 
@@ -99,12 +98,12 @@ def _kernel(
     of_rings,
     of_outputs,
     of_lines,
-    work: Work,
+    work: ManyWork,
     weight: KernelWeight,
 ):
     *residual_gmem, out_gmem = residual_and_out_gmem
-    group, lines = lax.axis_index("warpgroup"), work.tiles.lines
-    rings = Rings(work=work, weight=weight, **of_rings)
+    group, lines = lax.axis_index("warpgroup"), work.config.lines
+    rings = ManyRings(work=work, weight=weight, **of_rings)
 
     @pl.when(group == WARPGROUPS)
     def _():
@@ -117,9 +116,9 @@ def _kernel(
     @pl.when(group < WARPGROUPS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        line, part = lax.rem(group, lines), lax.div(group, lines)
-        outputs = Outputs(
-            part=part,
+        line, half = lax.rem(group, lines), lax.div(group, lines)
+        outputs = ManyOutputs(
+            half=half,
             scale_gmem=scale_gmem,
             zero_point_gmem=zero_point_gmem,
             row_sums_gmem=row_sums_gmem,
@@ -135,19 +134,19 @@ def _kernel(
         @pl.loop(0, work.mine())
         def _(i):
             first_token, first_row = work.place(i)
-            first_row += part * ROWS
+            first_row += half * WGMMA_ROWS
             if lines == 1:
                 outputs.fetch(first_token, first_row)
-                return outputs.finish(rings.sums(i, line, part), first_token, first_row)
+                return outputs.finish(rings.sums(i, line, half), first_token, first_row)
             pl.when(line == 0)(lambda: outputs.fetch(first_token, first_row))
-            sums = rings.sums(i, line, part)
+            sums = rings.sums(i, line, half)
             _add_lines(i, line, sums, lambda sums: outputs.finish(sums, first_token, first_row), **of_lines)
 
         plgpu.wait_smem_to_gmem(0)
 
 
 def _add_lines(i, line, own: jax.Array, finish: Callable[[jax.Array], None], *, sums, added, taken) -> None:
-    """Of two lines, the first one finishes what both have summed."""
+    """Finish in the first of two lines what both have summed."""
 
     @pl.when(line == 1)
     def _():

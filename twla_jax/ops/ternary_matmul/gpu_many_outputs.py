@@ -1,4 +1,4 @@
-"""What many tokens' sums are scaled by, and their way out through shared memory (Mosaic GPU)."""
+"""Scales many tokens' sums, and copies them out through shared memory (Mosaic GPU)."""
 
 import dataclasses
 import math
@@ -10,33 +10,39 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ROWS, Work, swizzled
+from twla_jax.ops.hopper.epilogue import rescale
+from twla_jax.ops.hopper.limits import WGMMA_ROWS
+from twla_jax.ops.hopper.swizzle import swizzle_transforms
+from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyWork
 
 
-def memory(work: Work, dtype, *, grouped: bool) -> dict[str, Any]:
-    """What `Outputs` has of shared memory, by its fields: for each part of a block's rows."""
-    parts, tokens, itemsize = work.parts, work.tiles.tokens, jnp.dtype(dtype).itemsize
+def scratch_types(work: ManyWork, dtype, *, grouped: bool) -> dict[str, Any]:
+    """Return the shared memory of `ManyOutputs`, by its fields, for each half of a block's rows."""
+    halves, tokens, itemsize = work.halves, work.config.tokens, jnp.dtype(dtype).itemsize
     return {
-        "of_tokens": plgpu.SMEM((parts, 3, tokens), jnp.float32),
-        "of_rows": plgpu.SMEM((parts, 3, ROWS), jnp.float32),
-        "scales": plgpu.SMEM((parts, 2, ROWS), jnp.float16),
+        "of_tokens": plgpu.SMEM((halves, 3, tokens), jnp.float32),
+        "of_rows": plgpu.SMEM((halves, 3, WGMMA_ROWS), jnp.float32),
+        "scales": plgpu.SMEM((halves, 2, WGMMA_ROWS), jnp.float16),
         "out": plgpu.SMEM(
-            (parts, math.gcd(tokens, 256 // itemsize), ROWS), dtype, transforms=swizzled(itemsize)
+            (halves, math.gcd(tokens, 256 // itemsize), WGMMA_ROWS),
+            dtype,
+            transforms=swizzle_transforms(itemsize),
         ),
-        "loaded": plgpu.Barrier(num_arrivals=5 if grouped else 7, num_barriers=parts),
-        "residual_loaded": plgpu.Barrier(num_barriers=parts),
+        "loaded": plgpu.Barrier(num_arrivals=5 if grouped else 7, num_barriers=halves),
+        "residual_loaded": plgpu.Barrier(num_barriers=halves),
     }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outputs:
-    """Of the warpgroup that finishes part `part` of a block's rows.
+class ManyOutputs:
+    """Writes the outputs of one half of a block's rows.
 
-    In global memory are each token's scale and zero point, each row's sum and bias, and where rows have several groups
-    their steps, else α and μ of rows and the tokens' sums; and the residual, if there is one, and the outputs.
+    In global memory are each token's scale and zero point, and each row's sum and bias; where rows have several
+    groups also their steps, else α and μ of rows and the tokens' sums; and the outputs, and the residual if there is
+    one.
     """
 
-    part: jax.Array
+    half: jax.Array
     scale_gmem: Any
     zero_point_gmem: Any
     row_sums_gmem: Any
@@ -54,27 +60,27 @@ class Outputs:
     residual_loaded: Any
 
     def fetch(self, first_token: jax.Array, first_row: jax.Array) -> None:
-        """Starts the way of all that is needed beside the sums."""
-        tokens, rows = pl.ds(first_token, self.of_tokens.shape[-1]), pl.ds(first_row, ROWS)
+        """Start the loads of all that is needed besides the sums."""
+        tokens, rows = pl.ds(first_token, self.of_tokens.shape[-1]), pl.ds(first_row, WGMMA_ROWS)
 
         def copy(source, target):
-            plgpu.copy_gmem_to_smem(source, target, self.loaded.at[self.part])
+            plgpu.copy_gmem_to_smem(source, target, self.loaded.at[self.half])
 
         for j, source in enumerate((self.scale_gmem, self.zero_point_gmem)):
-            copy(source.at[tokens], self.of_tokens.at[self.part, j])
+            copy(source.at[tokens], self.of_tokens.at[self.half, j])
         for j, source in enumerate((self.row_sums_gmem, self.bias_gmem)):
-            copy(source.at[rows], self.of_rows.at[self.part, j])
+            copy(source.at[rows], self.of_rows.at[self.half, j])
         if self.steps_gmem is not None:
-            copy(self.steps_gmem.at[rows], self.of_rows.at[self.part, 2])
+            copy(self.steps_gmem.at[rows], self.of_rows.at[self.half, 2])
         else:
-            copy(self.sums_gmem.at[tokens], self.of_tokens.at[self.part, 2])
+            copy(self.sums_gmem.at[tokens], self.of_tokens.at[self.half, 2])
             for j in range(2):
-                copy(self.scales_gmem.at[0, j, rows], self.scales.at[self.part, j])
+                copy(self.scales_gmem.at[0, j, rows], self.scales.at[self.half, j])
         self._fetch_residual(first_token, first_row)
 
     def finish(self, sums: jax.Array, first_token: jax.Array, first_row: jax.Array) -> None:
-        """Scales sums `[64, tokens]`, and sends them to their place, some tokens at a time."""
-        plgpu.barrier_wait(self.loaded.at[self.part])
+        """Scale sums `[64, tokens]`, and copy them to their place, some tokens at a time."""
+        plgpu.barrier_wait(self.loaded.at[self.half])
         width = self.out.shape[1]
         for j in range(0, sums.shape[1], width):
             if j:
@@ -82,12 +88,12 @@ class Outputs:
             self._write(sums[:, j : j + width], j, first_token + j, first_row)
 
     def _fetch_residual(self, first_token, first_row) -> None:
-        """What is to be added, into the place of the outputs, once those before have left it."""
+        """Load the residual into the place of the outputs, once the outputs before have left it."""
         if self.residual_gmem is None:
             return
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        source = self.residual_gmem.at[pl.ds(first_token, self.out.shape[1]), pl.ds(first_row, ROWS)]
-        plgpu.copy_gmem_to_smem(source, self.out.at[self.part], self.residual_loaded.at[self.part])
+        source = self.residual_gmem.at[pl.ds(first_token, self.out.shape[1]), pl.ds(first_row, WGMMA_ROWS)]
+        plgpu.copy_gmem_to_smem(source, self.out.at[self.half], self.residual_loaded.at[self.half])
 
     def _write(self, sums: jax.Array, j: int, first_token, first_row) -> None:
         shape, width = sums.shape, self.out.shape[1]
@@ -96,11 +102,11 @@ class Outputs:
             return plgpu.layout_cast(lax.broadcast_in_dim(values, shape, (axis,)), LAYOUT)
 
         def of_token(kind):
-            ref = self.of_tokens.at[self.part, kind, pl.ds(j, width)]
+            ref = self.of_tokens.at[self.half, kind, pl.ds(j, width)]
             return spread(plgpu.load(ref, layout=LAYOUT.reduce(0), optimized=False), 1)
 
         def of_row(ref, kind):
-            values = plgpu.load(ref.at[self.part, kind], layout=LAYOUT.reduce(1), optimized=False)
+            values = plgpu.load(ref.at[self.half, kind], layout=LAYOUT.reduce(1), optimized=False)
             return spread(values.astype(jnp.float32), 0)
 
         y = sums.astype(jnp.float32)
@@ -111,15 +117,17 @@ class Outputs:
             # U = T + 1, and both are whole numbers that float32 holds.
             y = alpha * (y - of_token(2)) + mu * of_token(2)
         row_sums, bias = (of_row(self.of_rows, kind) for kind in range(2))
-        y = of_token(0) * (y - of_token(1) * row_sums) + bias
-        value, out = y.astype(self.out.dtype), self.out.at[self.part]
+        y = rescale(y, of_token(0), of_token(1), row_sums, bias)
+        value, out = y.astype(self.out.dtype), self.out.at[self.half]
         if self.residual_gmem is not None:
-            plgpu.barrier_wait(self.residual_loaded.at[self.part])
+            plgpu.barrier_wait(self.residual_loaded.at[self.half])
             value += plgpu.load(out.T, layout=LAYOUT, optimized=False)
-            plgpu.commit_smem()  # all have read it before it is overwritten
-        if self.out.dtype.itemsize == 4:  # what has fewer bytes is transposed on the way
+            plgpu.commit_smem()  # all threads have read it before it is overwritten
+        if self.out.dtype.itemsize == 4:  # narrower numbers are transposed by the store
             value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out.T[...] = value
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out, self.out_gmem.at[pl.ds(first_token, width), pl.ds(first_row, ROWS)])
+        plgpu.copy_smem_to_gmem(
+            out, self.out_gmem.at[pl.ds(first_token, width), pl.ds(first_row, WGMMA_ROWS)]
+        )

@@ -1,4 +1,4 @@
-"""A block's tiles of weights and tokens in rings of shared memory (Mosaic GPU): a warp keeps those of a line filled.
+"""Keeps tiles of weights and tokens in rings of shared memory (Mosaic GPU): one warp keeps those of a line filled.
 
 The warpgroups of a line unpack weights in registers and multiply them by `wgmma`, whose right operand are the tokens.
 """
@@ -14,82 +14,80 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.core.packing import PLANE
+from twla_jax.ops.hopper.limits import WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows, unpack_weights
-from twla_jax.ops.ternary_matmul.tile_configs import ManyTiles
+from twla_jax.ops.ternary_matmul.tile_configs import ManyTileConfig
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 
-WARPGROUPS = 2  # that multiply
-ROWS = 64  # of a warpgroup: those of `wgmma`
 LAYOUT = plgpu.Layout.WGMMA
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """So many tokens by weight rows, in `outputs`, of which each block of a cluster has its own `rows`."""
+class ManyWork:
+    """Describes the outputs, of `tokens` by `weight_rows`; each block of a cluster has its own `rows` of an output."""
 
     tokens: int
     weight_rows: int
-    tiles: ManyTiles
+    config: ManyTileConfig
 
     @property
-    def parts(self) -> int:
-        """Of 64 rows each, that a block has at once."""
-        return WARPGROUPS // self.tiles.lines
+    def halves(self) -> int:
+        """Return the number of halves of 64 rows each that a block has at once."""
+        return WARPGROUPS // self.config.lines
 
     @property
     def rows(self) -> int:
-        """That a block has at once."""
-        return ROWS * self.parts
+        """Return the rows that a block has at once."""
+        return WGMMA_ROWS * self.halves
 
     @property
     def outputs(self) -> int:
-        """That clusters share, each one after the other."""
-        return pl.cdiv(self.weight_rows, self.rows * self.tiles.cluster) * pl.cdiv(
-            self.tokens, self.tiles.tokens
+        """Return the number of outputs, which clusters share and compute one after the other."""
+        return pl.cdiv(self.weight_rows, self.rows * self.config.cluster) * pl.cdiv(
+            self.tokens, self.config.tokens
         )
 
     def mine(self) -> jax.Array:
-        """How many outputs this block has."""
+        """Return how many outputs this block has."""
         block, blocks = lax.axis_index("block"), lax.axis_size("block")
         return lax.div(self.outputs - block + blocks - 1, blocks)
 
     def place(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First token and first row of this block's output i."""
-        tokens = pl.cdiv(self.tokens, self.tiles.tokens)
+        """Return the first token and the first row of this block's output i."""
+        tokens = pl.cdiv(self.tokens, self.config.tokens)
         output = lax.axis_index("block") + i * lax.axis_size("block")
-        rows = lax.div(output, tokens) * self.tiles.cluster + lax.axis_index("cluster")
-        return lax.rem(output, tokens) * self.tiles.tokens, rows * self.rows
+        rows = lax.div(output, tokens) * self.config.cluster + lax.axis_index("cluster")
+        return lax.rem(output, tokens) * self.config.tokens, rows * self.rows
 
 
-def memory(work: Work, weight: KernelWeight) -> dict[str, Any]:
-    """What `Rings` has of shared memory, by its fields."""
-    tiles, lines, parts = work.tiles, work.tiles.lines, work.parts
+def scratch_types(work: ManyWork, weight: KernelWeight) -> dict[str, Any]:
+    """Return the shared memory of `ManyRings`, by its fields."""
+    config, lines, halves = work.config, work.config.lines, work.halves
     return {
-        "codes": plgpu.SMEM((lines, tiles.stages, work.rows, PLANE), jnp.uint8, transforms=swizzled(1)),
-        "scales": plgpu.SMEM((lines, tiles.stages, weight.planes, work.rows), jnp.int16),
-        "x": plgpu.SMEM(
-            (lines, tiles.x_slots, tiles.tokens, tiles.x_planes * PLANE), jnp.int8, transforms=swizzled(1)
+        "codes": plgpu.SMEM(
+            (lines, config.stages, work.rows, PLANE), jnp.uint8, transforms=swizzle_transforms(1)
         ),
-        "filled": plgpu.Barrier(num_arrivals=2 if weight.grouped else 1, num_barriers=lines * tiles.stages),
-        "freed": plgpu.Barrier(num_arrivals=parts, num_barriers=lines * tiles.stages),
-        "x_filled": plgpu.Barrier(num_barriers=lines * tiles.x_slots),
+        "scales": plgpu.SMEM((lines, config.stages, weight.planes, work.rows), jnp.int16),
+        "x": plgpu.SMEM(
+            (lines, config.x_slots, config.tokens, config.x_planes * PLANE),
+            jnp.int8,
+            transforms=swizzle_transforms(1),
+        ),
+        "filled": plgpu.Barrier(num_arrivals=2 if weight.grouped else 1, num_barriers=lines * config.stages),
+        "freed": plgpu.Barrier(num_arrivals=halves, num_barriers=lines * config.stages),
+        "x_filled": plgpu.Barrier(num_barriers=lines * config.x_slots),
         "x_freed": plgpu.ClusterBarrier(
-            collective_axes=("cluster",), num_arrivals=parts, num_barriers=lines * tiles.x_slots
+            collective_axes=("cluster",), num_arrivals=halves, num_barriers=lines * config.x_slots
         ),
     }
 
 
-def swizzled(itemsize: int):
-    """Transforms of shared memory that the copy engine and `wgmma` know."""
-    tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore[reportAbstractUsage]
-    return (tiling, plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rings:
-    """Of each line `stages` tiles of codes and scales, and tokens in shares of a tile's planes."""
+class ManyRings:
+    """Holds, for each line, `stages` tiles of codes and scales, and tokens in shares of a tile's planes."""
 
-    work: Work
+    work: ManyWork
     weight: KernelWeight
     codes: Any
     scales: Any
@@ -101,26 +99,26 @@ class Rings:
 
     @property
     def shares(self) -> int:
-        """Of a tile's tokens."""
-        return self.weight.planes // self.work.tiles.x_planes
+        """Return the number of shares of a tile's tokens."""
+        return self.weight.planes // self.work.config.x_planes
 
     def own(self, line: jax.Array) -> jax.Array:
-        """How many of an output's tiles a line has."""
-        lines = self.work.tiles.lines
-        return lax.div(self.weight.tiles - line + lines - 1, lines)
+        """Return how many of an output's tiles a line has."""
+        lines = self.work.config.lines
+        return lax.div(self.weight.column_tiles - line + lines - 1, lines)
 
     def fill(self, line: jax.Array, codes_gmem, scales_gmem, x_gmem) -> None:
-        """Brings all that a line reads, by one warp."""
-        work, tiles, own = self.work, self.work.tiles, self.own(line)
-        stages, x_slots, width = tiles.stages, tiles.x_slots, tiles.x_planes * PLANE
+        """Load all that a line reads, by one warp."""
+        work, config, own = self.work, self.work.config, self.own(line)
+        stages, x_slots, width = config.stages, config.x_slots, config.x_planes * PLANE
         last = work.mine() * own
 
         @pl.loop(0, last)
         def _(k):
-            i, turn = lax.div(k, own), lax.rem(k, own)
+            i, own_tile = lax.div(k, own), lax.rem(k, own)
             first_token, first_row = work.place(i)
-            tile, slot = turn * tiles.lines + line, lax.rem(k, stages)
-            tokens, rows = pl.ds(first_token, tiles.tokens), pl.ds(first_row, work.rows)
+            tile, slot = own_tile * config.lines + line, lax.rem(k, stages)
+            tokens, rows = pl.ds(first_token, config.tokens), pl.ds(first_row, work.rows)
             barrier = line * stages + slot
             pl.when(k >= stages)(lambda: plgpu.barrier_wait(self.freed.at[barrier]))
 
@@ -146,37 +144,37 @@ class Rings:
             def _(step, barrier=barrier, slots=slots):
                 plgpu.barrier_wait(barrier.at[line * slots + lax.rem(step, jnp.int32(slots))])
 
-    def sums(self, i: jax.Array, line: jax.Array, part: jax.Array) -> jax.Array:
-        """`[64, tokens]` int32 of this block's output i, over the line's columns."""
-        own, tokens = self.own(line), self.work.tiles.tokens
+    def sums(self, i: jax.Array, line: jax.Array, half: jax.Array) -> jax.Array:
+        """Return the sums `[64, tokens]` int32 of this block's output i, over the line's columns."""
+        own, tokens = self.own(line), self.work.config.tokens
 
         def step(k, acc):
-            slot = lax.rem(k, self.work.tiles.stages)
-            add = functools.partial(self._add_tile, k, slot, line, part)
+            slot = lax.rem(k, self.work.config.stages)
+            add = functools.partial(self._add_tile, k, slot, line, half)
             acc = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))
             plgpu.barrier_arrive(self.x_freed.at[self._x_slot(k, self.shares - 1, line)[1]])
-            plgpu.barrier_arrive(self.freed.at[line * self.work.tiles.stages + slot])
+            plgpu.barrier_arrive(self.freed.at[line * self.work.config.stages + slot])
             return acc
 
-        start = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.int32), LAYOUT)
+        start = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, tokens), jnp.int32), LAYOUT)
         return lax.fori_loop(i * own, (i + 1) * own, step, start)
 
     def _x_slot(self, k, share: int, line) -> tuple[jax.Array, jax.Array]:
-        """Of a tile's share: where it lies in the line's ring, and which of all barriers is its own."""
-        slots = self.work.tiles.x_slots
+        """Return where a tile's share lies in the line's ring, and the number of its barrier."""
+        slots = self.work.config.x_slots
         slot = lax.rem(self.shares * k + share, slots)
         return slot, line * slots + slot
 
-    def _add_tile(self, k, slot, line, part, acc_ref) -> None:
-        tiles, planes = self.work.tiles, range(self.weight.planes)
-        rows = pl.ds(part * ROWS, ROWS)
-        plgpu.barrier_wait(self.filled.at[line * tiles.stages + slot])
+    def _add_tile(self, k, slot, line, half, acc_ref) -> None:
+        config, planes = self.work.config, range(self.weight.planes)
+        rows = pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)
+        plgpu.barrier_wait(self.filled.at[line * config.stages + slot])
         packed = plgpu.load(self.codes.at[line, slot, rows], layout=plgpu.Layout.WGMMA_8BIT, optimized=False)
         of_planes = [self.scales.at[line, slot, plane, rows] for plane in planes if self.weight.grouped]
         pairs = [plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False) for ref in of_planes]
         x_slot = x_barrier = None
         for plane in planes:
-            share, place = divmod(plane, tiles.x_planes)
+            share, place = divmod(plane, config.x_planes)
             codes, previous = self._unpack(packed, pairs, plane), x_barrier
             if place == 0:
                 x_slot, x_barrier = self._x_slot(k, share, line)

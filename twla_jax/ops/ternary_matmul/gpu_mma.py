@@ -1,10 +1,10 @@
-"""Two-bit weights times up to sixteen int8 tokens on Hopper GPUs (Pallas Mosaic GPU), too long for `gpu_few`.
+"""Multiplies up to sixteen int8 tokens, too long for `gpu_few`, by two-bit weights on Hopper GPUs (Mosaic GPU).
 
-Those are bound by the weights' way from memory. Weight rows are the rows of `mma.sync` and tokens its columns, so that
-no more than eight tokens are multiplied where there are no more. K is split between the warpgroups of a block, each
-with its own ring of tiles in shared memory, of weights and of tokens, and added up there in a fixed order. Several
-blocks share a multiprocessor: while one waits for its tiles, another multiplies. Tokens are read and written as they
-are, so nothing stands between this kernel and the one that made the codes.
+They are limited by loading the weights. Weight rows are the rows of `mma.sync` and tokens its columns, so that no more
+than eight tokens are multiplied where there are no more. K is split between the warpgroups of a block, each with its
+own ring of tiles in shared memory, of weights and of tokens, and added up there in a fixed order. Several blocks share
+a multiprocessor: while one waits for its tiles, another multiplies. Tokens are read and written as they are, so nothing
+stands between this kernel and the one that made the codes.
 """
 
 import functools
@@ -20,13 +20,14 @@ from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array, Float, Float32, Int8
 
 from twla_jax.core.packing import PLANE, TILE
-from twla_jax.ops.ternary_matmul import tile_configs as tuning
+from twla_jax.ops.hopper.epilogue import rescale
+from twla_jax.ops.ternary_matmul import tile_configs
 from twla_jax.ops.ternary_matmul.gpu_rows import SWIZZLED
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows
-from twla_jax.ops.ternary_matmul.weight import KernelWeight, parts_of_pair
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, fields_of_pair
 from twla_jax.ops.tokens import pad_columns
 
-ROWS = 64  # of a block: those of its warps' `mma.sync`
+MMA_ROWS = 64  # of a block: those of its warps' `mma.sync`
 
 LHS, RHS, ACC = (
     kind(jnp.int8) for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
@@ -40,28 +41,28 @@ def matmul(
     weight: KernelWeight,
     *,
     out_dtype,
-    tiles: tuning.IntegerTiles | None = None,
+    config: tile_configs.MmaTileConfig | None = None,
 ) -> Float[Array, "t rows"]:
-    """What `reference.matmul` computes, for int8 x."""
+    """Return what `reference.matmul` computes, for int8 x."""
     t = len(x)
-    tiles = tiles or tuning.integer_tiles(t, weight.rows, weight.tiles)
-    # The copy engine swizzles 8 tokens by 128 bytes: it fills up what lies past the end, but cuts no such piece.
+    config = config or tile_configs.mma_tile_config(t, weight.rows, weight.column_tiles)
+    # The copy engine swizzles pieces of 8 tokens by 128 bytes: it pads past the end, but cannot cut a piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
-    n, groups, stages = tiles.tokens, tiles.warpgroups, tiles.stages
+    n, groups, stages = config.tokens, config.warpgroups, config.stages
     return plgpu.kernel(
-        functools.partial(_kernel, t=t, tiles=tiles, weight=weight),
+        functools.partial(_kernel, t=t, config=config, weight=weight),
         out_type=jax.ShapeDtypeStruct((t, weight.rows), out_dtype),
-        grid=(weight.rows // ROWS,),
+        grid=(weight.rows // MMA_ROWS,),
         grid_names=("rows",),
         num_threads=groups,
         thread_name="warpgroup",
         kernel_name="ternary_matmul_integer",
         scratch_types={
-            "codes_smem": plgpu.SMEM((groups, stages, ROWS, PLANE), jnp.uint8, transforms=SWIZZLED),
+            "codes_smem": plgpu.SMEM((groups, stages, MMA_ROWS, PLANE), jnp.uint8, transforms=SWIZZLED),
             "x_smem": plgpu.SMEM((groups, stages, n, TILE), jnp.int8, transforms=SWIZZLED),
-            "scales_smem": plgpu.SMEM((groups, stages, weight.parameters, ROWS), weight.gpu_scales.dtype),
-            "parts_smem": plgpu.SMEM((groups, ROWS, n), jnp.float32),
+            "scales_smem": plgpu.SMEM((groups, stages, weight.parameters, MMA_ROWS), weight.gpu_scales.dtype),
+            "partials_smem": plgpu.SMEM((groups, MMA_ROWS, n), jnp.float32),
             "filled": plgpu.Barrier(num_arrivals=3 if weight.grouped else 2, num_barriers=groups * stages),
             "added": plgpu.Barrier(num_arrivals=groups),
         },
@@ -83,29 +84,29 @@ def _kernel(
     codes_smem,
     x_smem,
     scales_smem,
-    parts_smem,
+    partials_smem,
     filled,
     added,
     t: int,
-    tiles: tuning.IntegerTiles,
+    config: tile_configs.MmaTileConfig,
     weight: KernelWeight,
 ):
-    n = tiles.tokens
+    n = config.tokens
     group = lax.axis_index("warpgroup")
-    first_row = lax.axis_index("rows") * ROWS
-    rows = pl.ds(first_row, ROWS)
-    steps = lax.div(weight.tiles - group + tiles.warpgroups - 1, tiles.warpgroups)
+    first_row = lax.axis_index("rows") * MMA_ROWS
+    rows = pl.ds(first_row, MMA_ROWS)
+    steps = lax.div(weight.column_tiles - group + config.warpgroups - 1, config.warpgroups)
 
     def load_tokens(ref):
-        column = plgpu.broadcasted_iota(jnp.int32, (ROWS, n), 1, layout=ACC)
-        value = plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.float32), ACC)
+        column = plgpu.broadcasted_iota(jnp.int32, (MMA_ROWS, n), 1, layout=ACC)
+        value = plgpu.layout_cast(jnp.zeros((MMA_ROWS, n), jnp.float32), ACC)
         for i in range(t):
             value = jnp.where(column == i, ref[i], value)
         return value
 
     def fetch(step, slot):
-        tile = step * tiles.warpgroups + group
-        barrier = filled.at[group * tiles.stages + slot]
+        tile = step * config.warpgroups + group
+        barrier = filled.at[group * config.stages + slot]
 
         def copy(source, ring):
             plgpu.copy_gmem_to_smem(source, ring.at[group, slot], barrier)
@@ -115,30 +116,30 @@ def _kernel(
         if weight.grouped:
             copy(scales_gmem.at[tile, :, rows], scales_smem)
 
-    for slot in range(tiles.stages):
+    for slot in range(config.stages):
         pl.when(slot < steps)(functools.partial(fetch, jnp.int32(slot), slot))
 
-    ones = plgpu.layout_cast(jnp.ones((ROWS, PLANE), jnp.int8), LHS)
-    zero = plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.int32), ACC)
+    ones = plgpu.layout_cast(jnp.ones((MMA_ROWS, PLANE), jnp.int8), LHS)
+    zero = plgpu.layout_cast(jnp.zeros((MMA_ROWS, n), jnp.int32), ACC)
 
     def step(k, carry):
         y, totals = carry
-        slot = lax.rem(k, jnp.int32(tiles.stages))
-        plgpu.barrier_wait(filled.at[group * tiles.stages + slot])
+        slot = lax.rem(k, jnp.int32(config.stages))
+        plgpu.barrier_wait(filled.at[group * config.stages + slot])
         packed = plgpu.load(codes_smem.at[group, slot], layout=LHS)
         for plane in range(4):
             x_plane = plgpu.load(x_smem.at[group, slot, :, pl.ds(plane * PLANE, PLANE)].T, layout=RHS)
             codes, factor = unpack_rows(packed, plane, exact=not weight.grouped)
-            # Every row of a product with ones is the tokens' sum of codes Q, which μ is for, or U = T + 1.
+            # Every row of a product with ones is the tokens' sum of codes Q, for μ, or for U = T + 1.
             if weight.grouped:
                 total = plgpu.mma(zero, ones, x_plane).astype(jnp.float32)
                 product = plgpu.mma(zero, codes, x_plane).astype(jnp.float32)
                 pair = _load_row(scales_smem.at[group, slot, plane]).astype(jnp.int32)
-                alpha, mu = (_spread(each, n) for each in parts_of_pair(pair))
+                alpha, mu = (_spread(each, n) for each in fields_of_pair(pair))
                 y += (alpha * (1 / factor)) * product + mu * total
             else:
                 y, totals = plgpu.mma(y, codes, x_plane), plgpu.mma(totals, ones, x_plane)
-        pl.when(k + tiles.stages < steps)(functools.partial(fetch, k + tiles.stages, slot))
+        pl.when(k + config.stages < steps)(functools.partial(fetch, k + config.stages, slot))
         return y, totals
 
     start = zero.astype(jnp.float32) if weight.grouped else zero
@@ -146,7 +147,7 @@ def _kernel(
     if not weight.grouped:
         alpha, mu = (_spread(_load_row(scales_gmem.at[0, i, rows]), n) for i in (0, 1))
         y = alpha * (y - totals).astype(jnp.float32) + mu * totals.astype(jnp.float32)
-    parts_smem[group] = y
+    partials_smem[group] = y
     plgpu.barrier_arrive(added)
 
     @pl.when(group == 0)
@@ -156,23 +157,26 @@ def _kernel(
             _spread(_load_row(ref.at[rows]), n) for ref in (row_sums_gmem, bias_gmem, steps_gmem)
         )
         plgpu.barrier_wait(added)
-        parts = [plgpu.load(parts_smem.at[i], layout=ACC, optimized=False) for i in range(tiles.warpgroups)]
-        total = row_steps * functools.reduce(jnp.add, parts) - zero_point * row_sums
-        _store((scale * total + bias).astype(out_gmem.dtype), out_gmem, first_row)
+        partials = [
+            plgpu.load(partials_smem.at[i], layout=ACC, optimized=False) for i in range(config.warpgroups)
+        ]
+        product = row_steps * functools.reduce(jnp.add, partials)
+        y = rescale(product, scale, zero_point, row_sums, bias)
+        _store(y.astype(out_gmem.dtype), out_gmem, first_row)
 
 
 def _load_row(ref) -> jax.Array:
-    """A value for each weight row."""
+    """Return a value for each weight row."""
     return plgpu.load(ref, layout=ACC.reduce(1), optimized=False)
 
 
 def _spread(row: jax.Array, tokens: int) -> jax.Array:
-    """In float32 and beside each other for all tokens."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(row.astype(jnp.float32), (ROWS, tokens), (0,)), ACC)
+    """Return the row's values in float32, beside each other for all tokens."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(row.astype(jnp.float32), (MMA_ROWS, tokens), (0,)), ACC)
 
 
 def _store(y: jax.Array, out_gmem, first_row: jax.Array) -> None:
-    """Writes `yᵀ`, of which only the tokens that there are."""
+    """Write `yᵀ` for the tokens that exist."""
     t = out_gmem.shape[0]
 
     @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(), plgpu.Layout.WG_SPLAT))

@@ -1,10 +1,10 @@
-"""Tiles of two-bit codes times one to sixteen tokens, on `mma.sync`, thread by thread (Mosaic GPU).
+"""Multiplies tiles of two-bit codes by one to sixteen tokens, on `mma.sync`, thread by thread (Mosaic GPU).
 
-A product's eight columns are four planes' codes of two tokens, two planes' of four, or one's of eight. Each plane of a
-tile is masked where it lies in its bytes, `4ᵖ` times too large, and multiplied with all columns; of these products a
-thread keeps that whose plane is its columns'. So the sums of a tile's four groups come out apart, as they meet their
-scales, and add up in whole numbers of a row's steps. A single token's second columns are the first ones again; more
-than eight tokens take two rounds of products.
+The eight columns of a product are four planes' codes of two tokens, two planes' of four, or one's of eight. Each plane
+of a tile is masked where it lies in its bytes, `4ᵖ` times too large, and multiplied with all columns; of these products
+a thread keeps the one whose plane its columns have. So the sums of a tile's four groups stay separate until they are
+scaled, and add up in whole numbers of a row's steps. A single token's second columns repeat the first; more than eight
+tokens take two rounds of products.
 """
 
 import dataclasses
@@ -16,9 +16,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from twla_jax.core.packing import PLANE, TILE
-from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Word
-from twla_jax.ops.ternary_matmul.gpu_rows import PLANES, SWIZZLED, Lane, Rows, add_paired, load_pair, plane_of
+from twla_jax.ops.ternary_matmul.gpu_rows import (
+    PLANES,
+    SWIZZLED,
+    RowLane,
+    Rows,
+    add_paired,
+    load_pair,
+    plane_of,
+)
 
 COLUMNS = 8  # of `mma.sync`
 _PER_THREAD = 2  # columns of a product that a thread has, neighbours; of two rows
@@ -27,78 +35,78 @@ _HALVES = 2  # of a unit's rows, of which a thread has one each
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Column `width · p + i` of a product has token i of its round, and plane p of those planes that it has at once."""
+    """Assigns a product's columns: `width · p + i` has token i of its round, and plane p of those it has at once."""
 
     tokens: int
 
     @property
     def rounds(self) -> int:
-        """Of products, each with up to eight tokens."""
+        """Return the number of rounds of products, each with up to eight tokens."""
         return -(-self.tokens // COLUMNS)
 
     @property
     def width(self) -> int:
-        """Tokens of a round, filled up to a power of two."""
+        """Return the tokens of a round, padded to a power of two."""
         return min(max(1 << (self.tokens - 1).bit_length(), _PER_THREAD), COLUMNS)
 
     @property
     def filled(self) -> int:
-        """Tokens of all rounds."""
+        """Return the tokens of all rounds."""
         return self.rounds * self.width
 
     @property
     def at_once(self) -> int:
-        """Planes of a product."""
+        """Return the planes of a product."""
         return COLUMNS // self.width
 
     @property
     def products(self) -> int:
-        """Of a round, for all planes."""
+        """Return the products of a round."""
         return PLANES // self.at_once
 
     @property
     def used(self) -> int:
-        """Of a thread's columns, those with a token of their own."""
+        """Return the columns of a thread that hold a distinct token."""
         return min(self.tokens, _PER_THREAD)
 
     @property
     def numbers(self) -> int:
-        """Of all products' columns."""
+        """Return the columns of all products."""
         return self.rounds * self.products * COLUMNS
 
     @property
     def of_unit(self) -> int:
-        """Sums of a thread for a unit."""
+        """Return the sums of a thread for a unit."""
         return self.rounds * _HALVES * self.used
 
-    def place(self, i: int, turn: int, half: int, other: int) -> int:
-        """Where a thread has the sum of its unit i's half, and of a round's column."""
-        return i * self.of_unit + (turn * _HALVES + half) * self.used + other
+    def place(self, i: int, round_index: int, half: int, other: int) -> int:
+        """Return where a thread has the sum of its unit i's half, and of a round's column."""
+        return i * self.of_unit + (round_index * _HALVES + half) * self.used + other
 
     def number(self, token: int) -> int:
-        """Which one a token's first is of all `numbers`."""
+        """Return which of all `numbers` a token's first column is."""
         return token // COLUMNS * (self.products * COLUMNS) + token % COLUMNS
 
-    def first_token(self, me: Lane) -> Word:
-        """Of a thread's columns in the first round."""
+    def first_token(self, me: RowLane) -> Word:
+        """Return the token of a thread's first column in the first round."""
         return (me.pair * _PER_THREAD) % self.width
 
-    def plane(self, me: Lane) -> Word:
-        """That a thread's columns have of a product's planes."""
+    def plane(self, me: RowLane) -> Word:
+        """Return which of a product's planes a thread's columns have."""
         return (me.pair * _PER_THREAD) // self.width
 
-    def shift(self, me: Lane) -> Word:
-        """By how many bits a thread's sums of the first product are too large."""
+    def shift(self, me: RowLane) -> Word:
+        """Return by how many bits a thread's sums of the first product are too large."""
         return self.plane(me) * 2
 
     def more(self, product: int) -> int:
-        """By how many more those of another are."""
+        """Return the extra shift, in bits, of product `product`."""
         return 2 * product * self.at_once
 
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """Where tokens' codes lie in shared memory: 16 bytes are left out after every `run`, against bank conflicts.
+    """Lays tokens' codes out in shared memory: 16 bytes are left free after every `run`, against bank conflicts.
 
     Of 64 codes, words (four codes) 0, 4, 8 and 12 come first, then 1, 5, 9 and 13, and so on: what a thread multiplies
     lies together.
@@ -108,46 +116,46 @@ class Flat:
 
     @property
     def run(self) -> int:
-        """Codes that lie next to each other."""
+        """Return the number of codes that lie next to each other."""
         return 128 if self.r % 128 == 0 else 64
 
     @property
     def regular(self) -> bool:
-        """Whether one row of r codes begins where another does, so much further."""
+        """Return whether rows of r codes begin at equal distances."""
         return self.r % self.run == 0
 
     def offset(self, row: int, column: int) -> int:
-        """Bytes from a code to that so many rows and 0 or 8 columns on, if rows are regular."""
+        """Return the bytes from a code to that `row` rows and 0 or 8 columns on, if rows are regular."""
         return row * self.size(self.r) + column * 4
 
     def size(self, count: int) -> int:
-        """Bytes of so many codes, whole runs, and what is left out."""
+        """Return the bytes of `count` codes, whole runs, and what is left free."""
         return count + 16 * (count // self.run)
 
     def stride(self, count: int) -> int:
-        """Bytes from a token of so many codes to the next one: two of them are read at once, 64 bytes each."""
+        """Return the bytes from a token of `count` codes to the next: two are read at once, 64 bytes each."""
         size = self.size(count)
         return size + (64 - size) % 128
 
     def token(self, codes: ir.Value, index: int) -> Word:
-        """The address of a token in `[tokens, stride]`."""
+        """Return the address of a token in `[tokens, stride]`."""
         return threads.address(codes) + index * threads.shape(codes)[1]
 
     def place(self, index: Word) -> Word:
-        """Where a code's byte is."""
+        """Return where a code's byte is."""
         word = index // 4
         return self.chunk(index // 64 * 64) + (word & 3) * 16 + ((word // 4) & 3) * 4 + (index & 3)
 
     def chunk(self, first: Word) -> Word:
-        """Where 16 bytes begin that are so many bytes after the first one, but for what is left out."""
+        """Return where the 16 bytes begin that are `first` bytes after the first one, counting what is left free."""
         return first + (first // self.run) * 16
 
 
-def start(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
-    """Sums to begin with: for every unit of a warp, of a row and of that eight below it.
+def initial_sums(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
+    """Return zero sums: for every unit of a warp, those of a row and of the row eight below it.
 
-    If a row has but one pair of scales, they are sums of products as they are, as much too large as the first one's,
-    and sums of codes come after them.
+    If a row has one pair of scales, they are sums of plain products, as much too large as those of the first plane, and
+    sums of codes come after them.
     """
     columns = Columns(tokens)
     count = columns.of_unit * rows.of_warp + (0 if grouped else columns.rounds * columns.used)
@@ -162,16 +170,18 @@ def start(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
 def add_tile(
     sums, codes_smem, scales_smem, token_smem, table_smem, place, tile, *, rows: Rows, flat: Flat
 ) -> jax.Array:
-    """Sums with a tile's products added.
+    """Return the sums with a tile's products added.
 
     Args:
-      sums: as `start` makes them.
+      sums: as `initial_sums` makes them.
       codes_smem: `[tiles, rows, PLANE]` bytes of a copy.
-      scales_smem: `[parts, tiles, PLANES, rows.scales]` int16, their pairs (α, μ); None if a row has but one.
-      token_smem: `[tokens, bytes]`, tokens' codes, as `flat` says, all tiles'.
+      scales_smem: `[matrices, tiles, PLANES, rows.scales]` int16, their pairs (α, μ); None if a row has but one.
+      token_smem: `[tokens, bytes]`, tokens' codes of all tiles, laid out as `flat` says.
       table_smem: `[tiles + 1, numbers]` int32: see `write_table`.
       place: of the tile in its copy.
-      tile: which of all it is.
+      tile: its number among all tiles.
+      rows: the rows of a block.
+      flat: the layout of the codes.
     """
     count, grouped = sums.shape[0] // 128, scales_smem is not None
     refs = [plgpu.RefType(SWIZZLED), *[plgpu.RefType()] * (3 if grouped else 2)]
@@ -182,35 +192,38 @@ def add_tile(
         return_type=threads.values(count, jnp.int32),
     )
     def add(_, sums, place, tile, codes, tokens, table, *scales):
-        y, me = list(threads.words(sums)), Lane(rows)
+        y, me = list(threads.words(sums)), RowLane(rows)
         place, tile = threads.splat_word(place), threads.splat_word(tile)
         at_codes = threads.address(codes) + place * (rows.count * PLANE)
         rounds, products = range(columns.rounds), range(columns.products)
-        operands = [_load_tokens(me, tokens, tile, flat, columns, turn) for turn in rounds]
-        of_codes = [_load_sums(me, table, tile, columns, turn) for turn in rounds]
+        operands = [_load_tokens(me, tokens, tile, flat, columns, round_index) for round_index in rounds]
+        of_codes = [_load_sums(me, table, tile, columns, round_index) for round_index in rounds]
         if scales:
             of_codes = [[[each & 0xFFFF for each in found] for found in of_round] for of_round in of_codes]
         else:
             first = columns.of_unit * rows.of_warp
-            for turn, product, other in itertools.product(rounds, products, range(columns.used)):
-                at = first + turn * columns.used + other
-                y[at] = y[at] + of_codes[turn][product][other]
+            for round_index, product, other in itertools.product(rounds, products, range(columns.used)):
+                at = first + round_index * columns.used + other
+                y[at] = y[at] + of_codes[round_index][product][other]
         factors = [threads.word(1 << (16 - columns.more(k))) >> columns.shift(me) for k in products]
         kinds = list(itertools.product(products, range(_HALVES)))
         for i in range(rows.of_warp):
             packed = me.codes(at_codes, i)
-            # Before the products, which they would wait for.
+            # Load before the products: after them, these loads would wait.
             pairs = [
                 load_pair(me, scales[0], place, i, half, product * columns.at_once, columns.plane(me))
                 for product, half in kinds
                 if scales
             ]
-            for turn in rounds:
-                found = [_multiply(packed, operands[turn][k], k, columns, me) for k in products]
+            for round_index in rounds:
+                found = [_multiply(packed, operands[round_index][k], k, columns, me) for k in products]
                 for j, (product, half) in enumerate(kinds):
                     for other in range(columns.used):
-                        at = columns.place(i, turn, half, other)
-                        value, q = found[product][half * _PER_THREAD + other], of_codes[turn][product][other]
+                        at = columns.place(i, round_index, half, other)
+                        value, q = (
+                            found[product][half * _PER_THREAD + other],
+                            of_codes[round_index][product][other],
+                        )
                         if pairs:
                             y[at] = add_paired(value, factors[product], q, pairs[j], y[at])
                         else:
@@ -221,22 +234,24 @@ def add_tile(
     return add(sums, place, tile, *operands)
 
 
-def _load_sums(me: Lane, table: ir.Value, tile: Word, columns: Columns, turn: int) -> list[list[Word]]:
-    """For each product of a round, what μ of a thread's columns is multiplied by."""
+def _load_sums(
+    me: RowLane, table: ir.Value, tile: Word, columns: Columns, round_index: int
+) -> list[list[Word]]:
+    """Return what μ of a thread's columns is multiplied by, for each product of a round."""
     at = threads.address(table) + tile * (4 * columns.numbers)
     if me.rows.shares > 1:
         at = threads.select(me.share.equals(0), at, _zeros(table))
     at = at + me.pair * (4 * _PER_THREAD)
-    first = turn * columns.products
+    first = round_index * columns.products
     return [threads.load(at, columns.used, offset=4 * COLUMNS * (first + k)) for k in range(columns.products)]
 
 
 def _load_tokens(
-    me: Lane, tokens: ir.Value, tile: Word, flat: Flat, columns: Columns, turn: int
+    me: RowLane, tokens: ir.Value, tile: Word, flat: Flat, columns: Columns, round_index: int
 ) -> list[list[Word]]:
-    """For each product of a round, the right operands of a warp's share of the columns."""
-    # Of a token that is missing, the last one's codes: nobody reads those sums.
-    token = (me.group % columns.width + turn * COLUMNS).least(columns.tokens - 1)
+    """Return the right operands of a warp's share of the columns, for each product of a round."""
+    # A missing token gets the last one's codes; its sums are never read.
+    token = (me.group % columns.width + round_index * COLUMNS).least(columns.tokens - 1)
     at = threads.address(tokens) + token * threads.shape(tokens)[1]
     at = at + tile * flat.size(TILE) + (me.group // columns.width) * flat.size(PLANE)
     at = at + me.share * flat.size(PLANE // 2) + (me.lane & 3) * 16
@@ -254,9 +269,9 @@ def _load_tokens(
 
 
 def _multiply(
-    packed: list[list[Word]], tokens: list[Word], product: int, columns: Columns, me: Lane
+    packed: list[list[Word]], tokens: list[Word], product: int, columns: Columns, me: RowLane
 ) -> list[Word]:
-    """A thread's sums of a warp's unit over its share of a tile's columns: of two rows, two columns each."""
+    """Return a thread's sums of a warp's unit over its share of a tile's columns: two rows, two columns each."""
     found, first = [], product * columns.at_once
     for plane in range(first, first + columns.at_once):
         sums = [threads.word(0)] * (_HALVES * _PER_THREAD)
@@ -270,10 +285,10 @@ def _multiply(
 
 
 def write_table(codes: ir.Value, table: ir.Value, flat: Flat, count: int) -> None:
-    """Every tile's sums of tokens' codes; after the last, zeros.
+    """Write every tile's sums of tokens' codes; after the last, zeros.
 
-    Of plane p and token i that is number `width · p + i`, and those of the second round come after the first one's.
-    `count` threads share the work, and are to be waited for.
+    The sum of plane p and token i is number `width · p + i`; those of the second round come after the first one's.
+    `count` threads share the work; the caller waits for them.
     """
     me, first = threads.thread(), threads.address(table)
     tokens, tiles = threads.shape(codes)[0], threads.shape(table)[0] - 1
@@ -299,19 +314,19 @@ def write_table(codes: ir.Value, table: ir.Value, flat: Flat, count: int) -> Non
         threads.store(_zeros(table) + me * 4, threads.word(0))
 
 
-def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows, of_part: int) -> None:
-    """A warpgroup's sums, planes added up, into `parts_smem` `[shares, tokens, rows]` float32.
+def write_sums(sums, partials_smem, scales_gmem, first_row, *, rows: Rows, matrix_rows: int) -> None:
+    """Write a warpgroup's sums, planes added up, to `partials_smem` `[shares, tokens, rows]` float32.
 
-    Where a row has one pair (α, μ), `scales_gmem` `[1, 2, all rows]` has it, and the block's are `first_row` and on of
-    each part, which has so many; None elsewhere.
+    Where a row has one pair (α, μ), `scales_gmem` `[1, 2, all rows]` has it, and the block's rows are `first_row` and
+    on of each matrix, which has `matrix_rows`; elsewhere it is None.
     """
     refs = [plgpu.RefType()] * (1 + (scales_gmem is not None))
-    t = parts_smem.shape[1]
+    t = partials_smem.shape[1]
     columns = Columns(t)
 
     @threads.on_threads(arg_types=(threads.per_thread(sums.shape[0] // 128), plgpu.Layout.WG_SPLAT, *refs))
-    def write(_, sums, first_row, parts, scales=None):
-        values, me = threads.words(sums), Lane(rows)
+    def write(_, sums, first_row, partials, scales=None):
+        values, me = threads.words(sums), RowLane(rows)
         first, plane = threads.splat_word(first_row), columns.plane(me)
 
         def total(value: Word) -> Word:
@@ -332,27 +347,29 @@ def write_sums(sums, parts_smem, scales_gmem, first_row, *, rows: Rows, of_part:
                 if scales is not None:
                     n = threads.shape(scales)[-1]
                     of_first = (
-                        threads.word(0) if rows.parts == 1 else row // rows.each * (of_part - rows.each)
+                        threads.word(0)
+                        if rows.matrices == 1
+                        else row // rows.each * (matrix_rows - rows.each)
                     )
                     at = (first + row + of_first).least(n - 1)
                     pair = [threads.load_real(scales, at + kind * n) for kind in range(2)]
-                for turn, other in itertools.product(range(columns.rounds), range(columns.used)):
-                    at = columns.place(i, turn, half, other)
+                for round_index, other in itertools.product(range(columns.rounds), range(columns.used)):
+                    at = columns.place(i, round_index, half, other)
                     acc = total(values[at] >> columns.shift(me) if pair else values[at])
                     value = acc.converted()
-                    if pair:  # α and μ of T, but U is what was multiplied
-                        q = of_codes[turn * columns.used + other]
+                    if pair:  # α and μ belong to T, but U was multiplied
+                        q = of_codes[round_index * columns.used + other]
                         value = q.converted().times_plus(pair[1], (acc - q).converted() * pair[0])
-                    mine = token + (turn * COLUMNS + other)
+                    mine = token + (round_index * COLUMNS + other)
                     with threads.when(threads.both(plane.equals(0), mine < t, row < rows.count)):
                         at = (me.share * t + mine) * rows.count + row
-                        threads.store(threads.address(parts) + at * 4, value)
+                        threads.store(threads.address(partials) + at * 4, value)
 
-    operands = [parts_smem] + ([] if scales_gmem is None else [scales_gmem])
+    operands = [partials_smem] + ([] if scales_gmem is None else [scales_gmem])
     write(sums, first_row, *operands)
 
 
 def _zeros(table: ir.Value) -> Word:
-    """The address of the table's last row."""
+    """Return the address of the table's last row."""
     rows, columns = threads.shape(table)
     return threads.address(table) + (rows - 1) * 4 * columns

@@ -1,11 +1,11 @@
-"""Two-bit weights of a block's rows, through rings of shared memory, times a few tokens' codes that lie there, too.
+"""Streams a block's two-bit weight rows through rings in shared memory, and multiplies them by few tokens there.
 
-For Hopper GPUs (Pallas Mosaic GPU), thread by thread. Where the codes come from is for others to say: `gpu_few` is
-given them, and a linear in one kernel makes them. Meanwhile the weights come from memory, as many of them under way as
-memory needs and no more. Warpgroups share the columns, each with a ring of its own, and their sums meet in shared
-memory. If all of a block's weights have room, they come in a few copies, as it takes a while to begin one. If a
-multiprocessor has more rows than a block takes at once, its block takes them one after the other, and the next ones'
-weights are under way while the sums of those before are written: it has the tokens already.
+It works on Hopper GPUs (Pallas Mosaic GPU), thread by thread. The caller provides the tokens' codes: `gpu_few` loads
+them, and a linear in one kernel computes them. Meanwhile weights are loaded, as many in flight as memory needs and no
+more. Warpgroups share the columns, each with a ring of its own, and their sums are combined in shared memory. If all of
+a block's weights fit, they come in a few copies, since each takes a while to start. If a multiprocessor has more rows
+than a block takes at once, its block takes them in passes; the weights of the next pass are in flight while the sums of
+this one are written, and the tokens are there already.
 """
 
 import dataclasses
@@ -20,19 +20,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.core.packing import PLANE, TILE
-from twla_jax.ops.hopper import threads as threads
+from twla_jax.ops.hopper import threads
+from twla_jax.ops.hopper.epilogue import rescale
+from twla_jax.ops.hopper.gate import silu_gate
+from twla_jax.ops.hopper.limits import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.hopper.threads import Real
-from twla_jax.ops.ternary_matmul import gpu_products as products
+from twla_jax.ops.ternary_matmul import gpu_products
 from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat
 from twla_jax.ops.ternary_matmul.gpu_rows import PLANES, SWIZZLED, Rows, copy_tiles
-from twla_jax.ops.ternary_matmul.ring_tiles import Tiles
-from twla_jax.ops.ternary_matmul.tile_configs import STREAMING_MULTIPROCESSORS
+from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 
 
 @dataclasses.dataclass(frozen=True)
-class Outputs:
-    """Where they go: `stored` `[tokens, n]`, and `sent` as words to whoever waits for them, likewise.
+class RingOutputs:
+    """Says where outputs go: to `stored` `[tokens, n]`, and as words to `sent`, for the blocks that wait for them.
 
     What is sent is rounded to bf16, and lies below a `tag` in the upper half of its word.
     """
@@ -42,106 +44,122 @@ class Outputs:
     tag: jax.Array | None = None
 
 
-def blocks(n: int, rows: Rows) -> int:
-    """For each part's n rows."""
+def block_count(n: int, rows: Rows) -> int:
+    """Return the number of blocks for n rows of each matrix."""
     return min(pl.cdiv(n, rows.each), STREAMING_MULTIPROCESSORS)
 
 
 def _passes(n: int, rows: Rows) -> int:
-    """How often a block takes rows, at most."""
-    return pl.cdiv(pl.cdiv(n, rows.each), blocks(n, rows))
+    """Return how many passes a block takes over its rows, at most."""
+    return pl.cdiv(pl.cdiv(n, rows.each), block_count(n, rows))
 
 
-def operands(weight: KernelWeight) -> tuple[jax.Array, ...]:
-    """What `begin` has of a weight."""
+def weight_operands(weight: KernelWeight) -> tuple[jax.Array, ...]:
+    """Return the global-memory operands of a weight."""
     return weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, weight.steps
 
 
-def memory(rows: Rows, tiles: Tiles, weight: KernelWeight, *, tokens: int) -> dict[str, Any]:
-    """What `begin` has of shared memory for itself."""
-    groups, stages, together = tiles.warpgroups, tiles.stages, tiles.together
+def scratch_types(rows: Rows, config: RingTileConfig, weight: KernelWeight, *, tokens: int) -> dict[str, Any]:
+    """Return the shared memory that `product_stages` needs for itself."""
+    groups, stages, together = config.warpgroups, config.stages, config.together
     return {
         "codes_smem": plgpu.SMEM(
             (groups, stages, together, rows.count, PLANE), jnp.uint8, transforms=SWIZZLED
         ),
-        "scales_smem": plgpu.SMEM((groups, stages, rows.parts, together, PLANES, rows.scales), jnp.int16),
-        "table_smem": plgpu.SMEM((weight.tiles + 1, Columns(tokens).numbers), jnp.int32),
+        "scales_smem": plgpu.SMEM((groups, stages, rows.matrices, together, PLANES, rows.scales), jnp.int16),
+        "table_smem": plgpu.SMEM((weight.column_tiles + 1, Columns(tokens).numbers), jnp.int32),
         "filled": plgpu.Barrier(
-            num_arrivals=(2 if weight.grouped else 1) * rows.parts, num_barriers=groups * stages
+            num_arrivals=(2 if weight.grouped else 1) * rows.matrices, num_barriers=groups * stages
         ),
     }
 
 
-def token_memory(tokens: int, weight: KernelWeight, flat: Flat):
-    """Shared memory of tokens' codes."""
-    return plgpu.SMEM((tokens, flat.stride(weight.tiles * TILE)), jnp.int8)
+def token_scratch(tokens: int, weight: KernelWeight, flat: Flat):
+    """Return the shared memory of the tokens' codes."""
+    return plgpu.SMEM((tokens, flat.stride(weight.column_tiles * TILE)), jnp.int8)
 
 
-def parts_memory(n: int, rows: Rows, tiles: Tiles, *, tokens: int):
-    """Shared memory of warpgroups' sums; of two passes, if there are several, as some may still be read."""
+def partials_scratch(n: int, rows: Rows, config: RingTileConfig, *, tokens: int):
+    """Return the shared memory of warpgroups' sums; of two passes, if there are several, as some are still read."""
     passes = min(_passes(n, rows), 2)
-    return plgpu.SMEM((passes, tiles.warpgroups, rows.shares, tokens, rows.count), jnp.float32)
+    return plgpu.SMEM((passes, config.warpgroups, rows.shares, tokens, rows.count), jnp.float32)
 
 
-def begin(
+def product_stages(
     of_weight,
     residual,
-    outputs: Outputs,
+    outputs: RingOutputs,
     *,
     codes_smem,
     scales_smem,
     table_smem,
     x_smem,
-    parts_smem,
+    partials_smem,
     filled,
     rows: Rows,
-    tiles: Tiles,
+    config: RingTileConfig,
     weight: KernelWeight,
     flat: Flat,
     wide: bool = False,
     of_all: int | None = None,
 ) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Starts on the outputs of a block's rows, of `blocks` blocks or of more, and returns what goes on with them.
+    """Prepare the outputs of a block's rows, of `block_count` blocks or more, and return the two stages that follow.
 
-    What tokens' codes are made of is to be asked for before: behind weights it would queue up.
+    The caller starts the loads of what tokens' codes are made of before this: behind weights they would queue up.
 
     Args:
-      of_weight: the `operands`, in global memory.
+      of_weight: the `weight_operands`, in global memory.
       residual: a list of nothing, or of `[tokens, n]`, to be added to the outputs.
-      wide: whether the second half of the rows of codes belongs to the first half's tokens: outputs add up.
+      outputs: where outputs go.
+      codes_smem: as `scratch_types` has it.
+      scales_smem: as `scratch_types` has it.
+      table_smem: as `scratch_types` has it.
+      x_smem: as `token_scratch` has it.
+      partials_smem: as `partials_scratch` has it.
+      filled: as `scratch_types` has it.
+      rows: the rows of a block.
+      config: how the ring is split up.
+      weight: whose codes these are.
+      flat: the layout of the tokens' codes.
+      wide: the second half of the codes are the tokens' finer ones, and outputs are the sum of both.
       of_all: how many blocks there are, if some may have no rows.
+
     Returns:
-      fetch: of the ring's places, starts the way of weights to those from the first argument on to before the second,
-        by default to all. Every place once.
-      end: the products, and all that follows. Its argument `answer` leaves codes in x_smem, as `flat` says, and their
-        sums in table_smem, as `gpu_products.write_table` does, for all of the block; and returns each token's scale and
-        zero point, as `threads.as_array` has them. `alongside` is what a warpgroup does when its last weights are
-        there.
+      start_prefetch: starts the loads of weights into the ring's places, from the first argument to before the
+        second, by default into all. Every place is to be filled once.
+      finish_outputs: the products, and all that follows. Its argument `answer` leaves codes in x_smem, as `flat`
+        says, and their sums in table_smem, as `gpu_products.write_table` does, for all of the block; and returns each
+        token's scale and zero point, as `threads.as_array` has them. `alongside` is what a warpgroup does when its
+        last weights are there.
     """
     codes_gmem, scales_gmem, *of_rows_gmem = of_weight
-    groups, stages, together = tiles.warpgroups, tiles.stages, tiles.together
-    t, n = x_smem.shape[0], weight.out_features // rows.parts
+    groups, stages, together = config.warpgroups, config.stages, config.together
+    t, n = x_smem.shape[0], weight.out_features // rows.matrices
     group, block = lax.axis_index("warpgroup"), lax.axis_index("rows")
-    several, others = _passes(n, rows) > 1, blocks(n, rows)
-    if together > 1:  # neighbours
-        own = pl.cdiv(weight.tiles, groups)
-        first, distance, count = group * own, 1, jnp.maximum(jnp.minimum(weight.tiles - group * own, own), 0)
+    several, others = _passes(n, rows) > 1, block_count(n, rows)
+    if together > 1:  # neighbouring tiles
+        own = pl.cdiv(weight.column_tiles, groups)
+        first, distance, count = (
+            group * own,
+            1,
+            jnp.maximum(jnp.minimum(weight.column_tiles - group * own, own), 0),
+        )
     else:
-        first, distance, count = group, groups, lax.div(weight.tiles - group + groups - 1, groups)
+        first, distance, count = group, groups, lax.div(weight.column_tiles - group + groups - 1, groups)
     steps = lax.div(count + together - 1, together)
     passes = lax.div(pl.cdiv(n, rows.each) - block + others - 1, others)
     idle = of_all is not None and of_all > others
     all_steps, least = passes * steps if several or idle else steps, jnp.maximum(steps, 1)
 
     def first_row(index):
-        """Of a pass."""
+        """Return the first row of a pass."""
         return (block + index * others if several else block) * rows.each
 
     def memory(slot):
         return codes_smem.at[group, slot], scales_smem.at[group, slot] if weight.grouped else None
 
     def fetch(step, slot):
-        """Of all passes' steps."""
+        """Start the loads of one step, counted over all passes."""
         index, step = (lax.div(step, least), lax.rem(step, least)) if several else (0, step)
         tile, barrier = first + step * together * distance, filled.at[group * stages + slot]
         source = codes_gmem, scales_gmem
@@ -152,12 +170,12 @@ def begin(
 
     of_first = None if several else fetch_rows(0)
 
-    def fetch_places(begin: int = 0, end: int = stages):
-        for slot in range(begin, min(end, stages)):
+    def start_prefetch(first_slot: int = 0, last_slot: int = stages):
+        for slot in range(first_slot, min(last_slot, stages)):
             pl.when(slot < all_steps)(functools.partial(fetch, jnp.int32(slot), slot))
 
     def take(index, of_rows, ends, alongside):
-        """A pass: all products of its rows, and their outputs."""
+        """Compute a pass: all products of its rows, and their outputs."""
 
         def step(k, sums):
             each = index * steps + k if several else k
@@ -168,7 +186,7 @@ def begin(
 
             def add(place, sums):
                 tile = first + (k * together + place) * distance
-                return products.add_tile(
+                return gpu_products.add_tile(
                     sums, *memory(slot), x_smem, table_smem, place, tile, rows=rows, flat=flat
                 )
 
@@ -176,17 +194,17 @@ def begin(
                 sums = add(jnp.int32(0), sums)
             else:
                 sums = lax.fori_loop(0, jnp.minimum(together, count - k * together), add, sums)
-            if several or stages * together * groups < weight.tiles:
+            if several or stages * together * groups < weight.column_tiles:
                 pl.when(each + stages < all_steps)(functools.partial(fetch, each + stages, slot))
             return sums
 
-        sums = lax.fori_loop(0, steps, step, products.start(rows, t, weight.grouped))
-        parts = parts_smem.at[lax.rem(index, jnp.int32(2)) if several else 0]
+        sums = lax.fori_loop(0, steps, step, gpu_products.initial_sums(rows, t, weight.grouped))
+        partials = partials_smem.at[lax.rem(index, jnp.int32(2)) if several else 0]
         of_row, row = None if weight.grouped else scales_gmem, first_row(index)
-        products.write_sums(sums, parts.at[group], of_row, row, rows=rows, of_part=n)
-        _finish(parts, ends, row, of_rows, outputs, n=n, rows=rows, wide=wide)
+        gpu_products.write_sums(sums, partials.at[group], of_row, row, rows=rows, matrix_rows=n)
+        _finish(partials, ends, row, of_rows, outputs, n=n, rows=rows, wide=wide)
 
-    def end(answer: Callable[[], jax.Array], alongside: Callable[[], None] | None = None):
+    def finish_outputs(answer: Callable[[], jax.Array], alongside: Callable[[], None] | None = None):
         ends = answer()
         if alongside:
             pl.when(jnp.logical_or(steps == 0, passes == 0))(alongside)
@@ -197,13 +215,13 @@ def begin(
         else:
             take(0, of_first, ends, alongside)
 
-    return fetch_places, end
+    return start_prefetch, finish_outputs
 
 
 def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array:
-    """For the row of each thread, what `of_all` have, for that of the second part likewise, and tokens' residuals."""
+    """Load, for each thread's row, the numbers in `of_all`, those of the second matrix, and tokens' residuals."""
     refs = [*of_all, *residual]
-    count = rows.parts * len(of_all) + sum(ref.shape[0] for ref in residual)
+    count = rows.matrices * len(of_all) + sum(ref.shape[0] for ref in residual)
 
     @threads.on_threads(
         arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)),
@@ -212,8 +230,8 @@ def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array
     def start(_, first_row, *refs):
         row = (threads.splat_word(first_row) + threads.thread()).least(n - 1)
         found = [
-            threads.load_real(ref, row + part * n)
-            for part in range(rows.parts)
+            threads.load_real(ref, row + matrix * n)
+            for matrix in range(rows.matrices)
             for ref in refs[: len(of_all)]
         ]
         for ref in refs[len(of_all) :]:
@@ -224,10 +242,10 @@ def _fetch_rows(of_all, residual, first_row, n: int, *, rows: Rows) -> jax.Array
 
 
 def _finish(
-    parts_smem, ends, first_row, of_rows, outputs: Outputs, *, n: int, rows: Rows, wide: bool
+    partials_smem, ends, first_row, of_rows, outputs: RingOutputs, *, n: int, rows: Rows, wide: bool
 ) -> None:
-    """Adds up what warpgroups have, and scales and writes it, each row by a thread; waits for the block before."""
-    groups, t = parts_smem.shape[0], parts_smem.shape[2]
+    """Add up the warpgroups' sums, scale them and write them, each row by a thread; waits for the block before."""
+    groups, t = partials_smem.shape[0], partials_smem.shape[2]
     tokens = t // 2 if wide else t
     sent = [] if outputs.tag is None else [outputs.tag]
     refs = [ref for ref in (outputs.stored, outputs.sent) if ref is not None]
@@ -242,34 +260,35 @@ def _finish(
         )
     )
     def write(_, ends, first_row, of_rows, *more):
-        tag, (parts, *refs) = more[: len(sent)], more[len(sent) :]
+        tag, (partials, *refs) = more[: len(sent)], more[len(sent) :]
         stored, to = refs[: outputs.stored is not None], refs[outputs.stored is not None :]
         ends = threads.reals(ends)
         first, row = threads.splat_word(first_row), threads.thread()
         of_rows = threads.reals(of_rows)
-        residuals = of_rows[3 * rows.parts :]
+        residuals = of_rows[3 * rows.matrices :]
         threads.barrier(128 * groups)
 
-        def sum_of(token: int, part: int) -> Real:
-            (scale, zero_point), (row_sum, bias, step) = ends[2 * token :][:2], of_rows[3 * part :][:3]
-            at = threads.address(parts) + (row + part * rows.each) * 4
+        def sum_of(token: int, matrix: int) -> Real:
+            (scale, zero_point), (row_sum, bias, step) = ends[2 * token :][:2], of_rows[3 * matrix :][:3]
+            at = threads.address(partials) + (row + matrix * rows.each) * 4
             shares = [
                 threads.load(at, offset=4 * rows.count * (i * t + token))[0].real()
                 for i in range(rows.shares * groups)
             ]
-            y = scale * (step * functools.reduce(Real.__add__, shares) - zero_point * row_sum)
-            return y if wide and token >= tokens else y + bias
+            product = step * functools.reduce(Real.__add__, shares)
+            once = None if wide and token >= tokens else bias
+            return rescale(product, scale, zero_point, row_sum, once)
 
-        def total(token: int, part: int) -> Real:
-            y = sum_of(token, part)
-            return y + sum_of(tokens + token, part) if wide else y
+        def total(token: int, matrix: int) -> Real:
+            y = sum_of(token, matrix)
+            return y + sum_of(tokens + token, matrix) if wide else y
 
         with threads.when(threads.both(row < rows.each, first + row < n)):
             for token in range(tokens):
                 y = total(token, 0)
-                if rows.parts == 2:
-                    y = _gated(y, total(token, 1))
-                if residuals:  # rounded before, as two ops would
+                if rows.matrices == 2:
+                    y = silu_gate(y, total(token, 1))
+                if residuals:  # round before, as two ops would
                     y = (y.to_bfloat16() if to else threads.rounded(y, stored[0])) + residuals[token]
                 index = first + row + token * n
                 for ref in to:
@@ -278,12 +297,4 @@ def _finish(
                 for ref in stored:
                     threads.store_real(ref, index, y)
 
-    write(ends, first_row, of_rows, *sent, parts_smem, *refs)
-
-
-def _gated(gate: Real, up: Real) -> Real:
-    """`silu(gate) · up`, rounded to bf16 after every step, as XLA does it."""
-    gate, up = gate.to_bfloat16(), up.to_bfloat16()
-    small = threads.exponential(threads.real(0.0) - gate).to_bfloat16()
-    sigmoid = (threads.real(1.0) / (small + 1.0).to_bfloat16()).to_bfloat16()
-    return (gate * sigmoid).to_bfloat16() * up
+    write(ends, first_row, of_rows, *sent, partials_smem, *refs)

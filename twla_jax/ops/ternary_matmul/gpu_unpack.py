@@ -1,4 +1,4 @@
-"""Packed codes to the operands of `mma.sync`, register by register.
+"""Unpacks codes to the operands of `mma.sync`, register by register.
 
 Mosaic GPU has no shifts on 8-bit vectors, so this is written against its registers: each holds four consecutive bytes
 of one weight row, whose plane i of two-bit codes is `(w >> 2i) & 0x03030303`.
@@ -20,12 +20,14 @@ from twla_jax.core.packing import PLANE
 
 
 def unpack(packed: jax.Array, plane: int, rows: int, *, bits: int, offset: int) -> jax.Array:
-    """`[PLANE, rows]` codes less their offset in bf16, as the right operand of `plgpu.mma`, in `unpacked_order`.
+    """Return `[PLANE, rows]` codes less their offset in bf16, as the right operand of `plgpu.mma`, in `unpacked_order`.
 
     Args:
       packed: bytes in the layout `MMA_RHS(int8, m_warps=1)`.
+      plane: which codes of a byte.
+      rows: of the weight.
       bits: of a code: 2, 4 or 8.
-      offset: what stored codes are too large by; 128 for 8 bits.
+      offset: by which stored codes are too large; 128 for 8 bits.
     """
     layout = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=1)
 
@@ -48,13 +50,14 @@ def unpack(packed: jax.Array, plane: int, rows: int, *, bits: int, offset: int) 
 def unpack_rows(
     packed: jax.Array, plane: int, *, exact: bool = False, wide: bool = False
 ) -> tuple[jax.Array, int]:
-    """`[rows, PLANE]` codes U times a factor, in int8, as the left operand of `plgpu.mma`; and the factor.
+    """Return `[rows, PLANE]` codes U times a factor, in int8, as the left operand of `plgpu.mma`; and the factor.
 
     Codes that are left where they lie in their bytes, 4 and 16 times too large, cost one operation less than codes
     shifted into place. Those of the last plane would not fit int8.
 
     Args:
       packed: bytes in the layout `MMA_LHS(int8)`, or `WGMMA_8BIT` if wide.
+      plane: which codes of a byte.
       exact: the factor is 1.
       wide: for `plgpu.wgmma` and not `plgpu.mma`.
     """
@@ -76,12 +79,13 @@ def unpack_rows(
 
 
 def unpack_weights(packed: jax.Array, plane: int, pairs: Int32[Array, " rows"]) -> jax.Array:
-    """`[rows, PLANE]` weights `α·U + μ` in int8, as the left operand of `plgpu.wgmma`.
+    """Return `[rows, PLANE]` weights `α·U + μ` in int8, as the left operand of `plgpu.wgmma`.
 
     Four codes are multiplied at once: none carries into the next, as the weights, raised by 128, fit their bytes.
 
     Args:
       packed: bytes in the layout `WGMMA_8BIT`.
+      plane: which codes of a byte.
       pairs: of α and μ, such that no weight leaves int8, in the layout `WGMMA_8BIT.reduce(1)`.
     """
     layout = plgpu.Layout.WGMMA_8BIT
@@ -93,7 +97,7 @@ def unpack_weights(packed: jax.Array, plane: int, pairs: Int32[Array, " rows"]) 
     def convert_registers(_, array, alpha, raised_mu):
         i32 = ir.IntegerType.get_signless(32)
         factors, offsets = (
-            [utils.bitcast(register, i32) for register in part.registers.flat] for part in (alpha, raised_mu)
+            [utils.bitcast(register, i32) for register in each.registers.flat] for each in (alpha, raised_mu)
         )
         offsets = [arith.muli(offset, _word(0x01010101)) for offset in offsets]
         # A thread has two rows, which alternate.
@@ -107,12 +111,12 @@ def unpack_weights(packed: jax.Array, plane: int, pairs: Int32[Array, " rows"]) 
             _registers=out.reshape(array.registers.shape), _layout=array.layout, _is_signed=True
         )
 
-    # The lower byte, raised by 128 as weights are, is as it is but for its first bit.
+    # Raising the lower byte by 128, as weights are, flips its first bit.
     return convert_registers(packed, pairs >> 8, (pairs & 0xFF) ^ 0x80)  # pyright: ignore[reportCallIssue]
 
 
 def unpacked_order(x: Array) -> Array:
-    """Columns of x `[t, m]` in the order in which bf16 codes come out of their bytes.
+    """Return the columns of x `[t, m]` in the order in which bf16 codes come out of their bytes.
 
     A register's bytes 0 and 2 are converted together, and so are 1 and 3; `mma.sync` takes two such pairs, columns
     `2i, 2i + 1` and `2i + 8, 2i + 9` of 16, where four consecutive columns lay.
@@ -133,7 +137,7 @@ def _to_bfloat16(registers: np.ndarray, plane: int, bits: int, offset: int) -> n
 
 
 def _small(word: ir.Value, bits: int, offset: int) -> ir.Value:
-    """Two codes of less than 7 bits, in the lowest of each half: 128 + U, less 128 and the offset."""
+    """Return two codes of less than 7 bits, in the lowest bits of each half: 128 + U, less 128 and the offset."""
     bf16 = ir.BF16Type.get()
     pair = ir.VectorType.get((2,), bf16)
     # The exponent of 128 with U in the last bits of its mantissa.
@@ -142,8 +146,9 @@ def _small(word: ir.Value, bits: int, offset: int) -> ir.Value:
 
 
 def _signed_bytes(word: ir.Value) -> ir.Value:
-    """Two codes of 8 bits less 128: the mantissa of 128 has room for seven bits; the top one, if it is 0, takes off
-    256 in place of 128.
+    """Return two codes of 8 bits less 128.
+
+    The mantissa of 128 has room for seven bits; where the top bit is 0, 256 is subtracted in place of 128.
     """
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     raised = arith.ori(arith.andi(word, _word(0x007F007F)), _word(0x43004300))

@@ -1,4 +1,4 @@
-"""The ternary matmul in plain XLA: runs everywhere, and what the kernels are held against."""
+"""Computes the ternary matmul in plain XLA: it runs everywhere, and kernels are tested against it."""
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,16 @@ def matmul(
     *,
     out_dtype,
 ) -> Float[Array, "t n"]:
-    """`y = scale·(x Ŵᵀ − zero_point·w) + bias`, with w the row sums of Ŵ, rounded, and the residual added.
+    """Return `y = scale·(x Ŵᵀ − zero_point·w) + bias`, w being Ŵ's row sums, rounded, plus the residual.
 
     Args:
       x: int8 codes, or floats; float32 is multiplied in true float32.
       sums: `tokens.group_sums(x)`.
+      scale: of each token.
+      zero_point: of each token.
+      weight: from `kernel_weight`.
+      residual: in `out_dtype`.
+      out_dtype: of the result.
     """
     y = product(x, sums, weight) * weight.steps
     y = scale[:, None] * (y - zero_point[:, None] * weight.row_sums) + weight.bias
@@ -32,19 +37,19 @@ def matmul(
 def product(
     x: Float[Array, "t m"], sums: Float[Array, "t groups"], weight: PackedWeight
 ) -> Float32[Array, "t rows"]:
-    """`x Ŵᵀ = Σ_g α_g·acc_g + μ_g·Q_g`, or `Σ_g α_g·(acc_g + μ_g·Q_g)`, with `acc_g = Σ_{k∈g} C_k·x_k`.
+    """Return `x Ŵᵀ = Σ_g α_g·acc_g + μ_g·Q_g`, or `Σ_g α_g·(acc_g + μ_g·Q_g)`, with `acc_g = Σ_{k∈g} C_k·x_k`.
 
     Q_g are the `sums` of x over a group. Integers are accumulated in int32, floats in float32. A tile is unpacked at a
-    time. Of a `KernelWeight`, in steps of its rows.
+    time. For a `KernelWeight`, the result is in steps of its rows.
     """
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     planes = weight.planes
-    groups = weight.tiles * planes
+    groups = weight.column_tiles * planes
     shifts = weight.bits * jnp.arange(planes, dtype=jnp.uint8)[:, None]
     tokens = jnp.pad(x, ((0, 0), (0, groups * packing.PLANE - x.shape[1])))
-    tokens = tokens.reshape(len(x), weight.tiles, planes, packing.PLANE).transpose(1, 2, 0, 3)
-    totals = sums[:, :groups].reshape(len(x), weight.tiles, planes).transpose(1, 2, 0)
+    tokens = tokens.reshape(len(x), weight.column_tiles, planes, packing.PLANE).transpose(1, 2, 0, 3)
+    totals = sums[:, :groups].reshape(len(x), weight.column_tiles, planes).transpose(1, 2, 0)
 
     def accumulate(tile, x_tile):
         codes = ((tile[:, None] >> shifts) & (2**weight.bits - 1)).astype(x.dtype) - weight.offset
@@ -54,8 +59,8 @@ def product(
         tile, x_tile, total, scales = operands
         acc, total = accumulate(tile, x_tile).astype(jnp.float32), total[..., None].astype(jnp.float32)
         alpha, mu = weight.of_planes(scales)[:, :, None]
-        part = alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
-        return y + part.sum(0), None
+        term = alpha * (acc + mu * total) if weight.relative else alpha * acc + mu * total
+        return y + term.sum(0), None
 
     def single(acc, operands):
         return acc + accumulate(*operands).sum(0), None

@@ -1,22 +1,20 @@
-"""Tile sizes of the packed matmuls: measured for some shapes, by rule for the rest."""
+"""Chooses the tile sizes of the packed matmuls: measured for some shapes, by rule for the rest."""
 
 import dataclasses
 
 from twla_jax.core.packing import PLANE
+from twla_jax.ops.hopper.limits import BLOCK_MEMORY, STREAMING_MULTIPROCESSORS, WGMMA_ROWS
 
-ROWS = 128  # matrices are filled up to a multiple of this
+ROW_PADDING = 128  # matrices are padded to a multiple of this
 
-FEW_TOKENS = 16  # up to which int8 tokens are bound by the weights' way from memory
+FEW_TOKENS = 16  # up to which int8 products are limited by loading the weights
 _MANY_TOKENS = 128  # up to which they are one block
-_X_BYTES = 128 * 1024  # of those that are under way
-STREAMING_MULTIPROCESSORS = 132  # of an H100
-MULTIPROCESSOR_MEMORY = 226 * 1024  # bytes that the blocks of a multiprocessor share
-_SHARED_MEMORY = 220 * 1024  # bytes a block of an H100 may take, less what barriers need
+_X_BYTES = 128 * 1024  # of tokens in flight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GpuTiles:
-    """Weight rows and tokens of a block, warpgroups that share its columns, and tiles each has under way.
+class GpuTileConfig:
+    """Describes a block's rows and tokens, the warpgroups that share its columns, and each one's tiles in flight.
 
     Tokens are a multiple of the 16 that `mma.sync` takes: a block unpacks its weights once for all of them.
     """
@@ -27,10 +25,10 @@ class GpuTiles:
     stages: int
 
 
-def gpu_tiles(tokens: int, rows: int, tiles: int, planes: int) -> GpuTiles:
-    """Tiles for so many bf16 tokens and a matrix of `rows` by `128·planes·tiles`.
+def gpu_tile_config(tokens: int, rows: int, tiles: int, planes: int) -> GpuTileConfig:
+    """Return the config for `tokens` bf16 tokens and a matrix of `rows` by `128·planes·tiles`.
 
-    Wide codes, of which the way from memory takes longest, are fastest in small blocks, several to a multiprocessor.
+    Wide codes, which take longest to load, are fastest in small blocks, several to a multiprocessor.
     """
     few, wide = 16, planes < 4
     if wide and tokens > few:
@@ -40,42 +38,44 @@ def gpu_tiles(tokens: int, rows: int, tiles: int, planes: int) -> GpuTiles:
     while block > 32 and rows // block < STREAMING_MULTIPROCESSORS:
         block //= 2
     warpgroups = min(1 if wide else 2, tiles)
-    # Codes, tokens, scales and sums of a slot; parts and output of a block.
+    # A slot has codes, tokens, scales and sums; a block has partial sums and an output.
     slot = block * 128 + planes * (few * 128 * 2 + 2 * block * 2) + max(2, planes) * few * 4
-    left = _SHARED_MEMORY - (warpgroups + 1) * few * block * 4
+    left = BLOCK_MEMORY - (warpgroups + 1) * few * block * 4
     stages = min(2 if wide else 4, -(-tiles // warpgroups), left // (slot * warpgroups))
-    return GpuTiles(rows=block, tokens=few, warpgroups=warpgroups, stages=stages)
+    return GpuTileConfig(rows=block, tokens=few, warpgroups=warpgroups, stages=stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IntegerTiles:
-    """Tokens of a block, warpgroups that share its columns, and tiles of 512 columns each has under way."""
+class MmaTileConfig:
+    """Describes a block's tokens, the warpgroups that share its columns, and each one's column tiles in flight."""
 
     tokens: int
     warpgroups: int
     stages: int
 
 
-def integer_tiles(tokens: int, rows: int, tiles: int) -> IntegerTiles:
-    """Tiles for so many int8 tokens, few of them, and a matrix of `rows` by `512·tiles`.
+def mma_tile_config(tokens: int, rows: int, tiles: int) -> MmaTileConfig:
+    """Return the config for `tokens` int8 tokens, few of them, and a matrix of `rows` by `512·tiles`.
 
     Two stages beat four on an H100, as more blocks then share a multiprocessor. Warpgroups are added until there is
     work for two to each, as far as their registers go.
     """
     block, most = next(pair for pair in ((8, 4), (FEW_TOKENS, 2)) if tokens <= pair[0])
     warpgroups = 1
-    while 2 * warpgroups <= min(most, tiles) and rows // 64 * warpgroups < 2 * STREAMING_MULTIPROCESSORS:
+    while (
+        2 * warpgroups <= min(most, tiles) and rows // WGMMA_ROWS * warpgroups < 2 * STREAMING_MULTIPROCESSORS
+    ):
         warpgroups *= 2
-    return IntegerTiles(tokens=block, warpgroups=warpgroups, stages=min(2, -(-tiles // warpgroups)))
+    return MmaTileConfig(tokens=block, warpgroups=warpgroups, stages=min(2, -(-tiles // warpgroups)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ManyTiles:
-    """Tokens of a block, a multiple of 32, and how its two warpgroups share the work.
+class ManyTileConfig:
+    """Describes a block's tokens, a multiple of 32, and how its two warpgroups share the work.
 
-    Of one line, each has 64 rows of its own; of two, both have the same, and share the columns. Blocks of a `cluster`
-    share tokens. A line has `stages` tiles of weights under way, and `x_slots` times `x_planes` of a tile's planes of
-    tokens.
+    With one line, each has 64 rows of its own; with two, both have the same rows, and share the columns. Blocks of a
+    `cluster` share tokens. A line has `stages` tiles of weights in flight, and `x_slots` times `x_planes` of a tile's
+    planes of tokens.
     """
 
     tokens: int
@@ -86,11 +86,11 @@ class ManyTiles:
     x_planes: int
 
 
-def many_tiles(tokens: int, rows: int) -> ManyTiles:
-    """Tiles for so many int8 tokens.
+def many_tile_config(tokens: int, rows: int) -> ManyTileConfig:
+    """Return the config for `tokens` int8 tokens.
 
-    Of two lines, blocks have half as many rows: that is faster where the last multiprocessor is then done earlier, but
-    for many tokens only where there is no more than one block for each.
+    With two lines, blocks have half as many rows: that is faster where the last multiprocessor is then done earlier,
+    but for many tokens only where there is no more than one block for each.
     """
 
     def rounds(block_rows: int, block_tokens: int) -> int:
@@ -103,7 +103,7 @@ def many_tiles(tokens: int, rows: int) -> ManyTiles:
         block = -(-tokens // 32) * 32
         lines = 2 if rounds(64, block) < 2 * rounds(128, block) else 1
     x_planes = 4 if block <= 64 else 2 if block <= _MANY_TOKENS else 1
-    return ManyTiles(
+    return ManyTileConfig(
         tokens=block,
         lines=lines,
         cluster=2 if lines == 1 and block > 64 else 1,
@@ -114,24 +114,24 @@ def many_tiles(tokens: int, rows: int) -> ManyTiles:
 
 
 def filled_up(rows: int) -> int:
-    """So many rows' pairs of scales for every plane are a multiple of the 128 bytes that the copy engine writes to."""
+    """Return `rows` padded so that their pairs of a tile are a multiple of 128 bytes, as the copy engine writes."""
     return -(-rows // 16) * 16
 
 
 def tile_bytes(rows: int) -> int:
-    """Of codes and pairs of scales."""
+    """Return the bytes of codes and pairs of scales of a tile."""
     return PLANE * rows + 8 * filled_up(rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TpuTiles:
-    """Tokens and weight rows of a block."""
+class TpuTileConfig:
+    """Describes the tokens and weight rows of a block."""
 
     tokens: int
     rows: int
 
 
-def tpu_tiles(tokens: int, rows: int) -> TpuTiles:
-    """Tiles for so many tokens and weight rows, a multiple of 128."""
+def tpu_tile_config(tokens: int, rows: int) -> TpuTileConfig:
+    """Return the config for `tokens` tokens and `rows` weight rows, a multiple of 128."""
     block = next(size for size in (512, 384, 256, 128) if rows % size == 0)
-    return TpuTiles(tokens=min(256, -(-tokens // 32) * 32), rows=block)
+    return TpuTileConfig(tokens=min(256, -(-tokens // 32) * 32), rows=block)

@@ -1,4 +1,4 @@
-"""Packed weights on TPUs (Pallas Mosaic TPU), for any number of tokens."""
+"""Multiplies by packed weights on TPUs (Pallas Mosaic TPU), for any number of tokens."""
 
 import functools
 
@@ -10,8 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.ternary_matmul import tile_configs as tuning
-from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, parts_of_pair
+from twla_jax.ops.ternary_matmul import tile_configs
+from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, fields_of_pair
 
 
 def matmul(
@@ -23,12 +23,12 @@ def matmul(
     residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype,
-    tiles: tuning.TpuTiles | None = None,
+    config: tile_configs.TpuTileConfig | None = None,
     interpret=False,
 ) -> Float[Array, "t n"]:
-    """What `reference.matmul` computes, for int8 or bf16 x."""
+    """Return what `reference.matmul` computes, for int8 or bf16 x."""
     by_token, by_row = (scale, zero_point), (weight.row_sums, weight.bias, weight.steps)
-    y = product(x, sums, weight, by_token, by_row, out_dtype=out_dtype, tiles=tiles, interpret=interpret)
+    y = product(x, sums, weight, by_token, by_row, out_dtype=out_dtype, config=config, interpret=interpret)
     return weight.finished(y, residual)
 
 
@@ -40,40 +40,40 @@ def product(
     by_row: tuple[jax.Array, ...] = (),
     *,
     out_dtype,
-    tiles: tuning.TpuTiles | None = None,
+    config: tile_configs.TpuTileConfig | None = None,
     interpret=False,
 ) -> Float[Array, "t rows"]:
-    """What `reference.product` computes; with scales and zero points, row sums, biases, steps, what `matmul` does."""
-    tiles = tiles or tuning.tpu_tiles(len(x), weight.rows)
+    """Return what `reference.product` computes; given scales, zero points, row sums, biases and steps, `matmul`."""
+    config = config or tile_configs.tpu_tile_config(len(x), weight.rows)
     t, planes = len(x), weight.planes
-    groups, padding = weight.tiles * planes, -t % tiles.tokens
+    groups, padding = weight.column_tiles * planes, -t % config.tokens
     x = jnp.pad(x, ((0, padding), (0, groups * PLANE - x.shape[1])))
-    # A token's sums of a tile lie side by side, tiles apart: blocks may not cut the last axis to so few.
+    # A token's sums of a tile are neighbours, tiles come first: blocks may not cut the last axis to so few.
     totals = jnp.pad(sums[:, :groups], ((0, padding), (0, 0)))
-    totals = totals.reshape(len(x), weight.tiles, planes).swapaxes(0, 1)
-    grid = (len(x) // tiles.tokens, weight.rows // tiles.rows, weight.tiles)
-    column = pl.BlockSpec((tiles.tokens, 1), lambda i, j, k: (i, 0))
-    row = pl.BlockSpec((1, tiles.rows), lambda i, j, k: (0, j))
+    totals = totals.reshape(len(x), weight.column_tiles, planes).swapaxes(0, 1)
+    grid = (len(x) // config.tokens, weight.rows // config.rows, weight.column_tiles)
+    column = pl.BlockSpec((config.tokens, 1), lambda i, j, k: (i, 0))
+    row = pl.BlockSpec((1, config.rows), lambda i, j, k: (0, j))
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     y = pl.pallas_call(
         functools.partial(_kernel, weight=weight, operand=_operand(x.dtype)),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((tiles.tokens, planes * PLANE), lambda i, j, k: (i, k)),
-            pl.BlockSpec((1, tiles.tokens, planes), lambda i, j, k: (k, i, 0)),
-            pl.BlockSpec((1, tiles.rows, PLANE), lambda i, j, k: (k, j, 0)),
+            pl.BlockSpec((config.tokens, planes * PLANE), lambda i, j, k: (i, k)),
+            pl.BlockSpec((1, config.tokens, planes), lambda i, j, k: (k, i, 0)),
+            pl.BlockSpec((1, config.rows, PLANE), lambda i, j, k: (k, j, 0)),
             pl.BlockSpec(
-                (1, weight.parameters, tiles.rows),
+                (1, weight.parameters, config.rows),
                 lambda i, j, k: (k if weight.grouped else 0, 0, j),
             ),
             *[column for _ in by_token],
             *[row for _ in by_row],
         ],
-        out_specs=pl.BlockSpec((tiles.tokens, tiles.rows), lambda i, j, k: (i, j)),
+        out_specs=pl.BlockSpec((config.tokens, config.rows), lambda i, j, k: (i, j)),
         out_shape=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
         scratch_shapes=[
-            pltpu.VMEM((tiles.tokens, tiles.rows), jnp.float32 if weight.grouped else exact),
-            pltpu.VMEM((tiles.tokens, 1), exact),
+            pltpu.VMEM((config.tokens, config.rows), jnp.float32 if weight.grouped else exact),
+            pltpu.VMEM((config.tokens, 1), exact),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
@@ -97,7 +97,7 @@ def _kernel(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeigh
         acc_ref[...] = jnp.zeros_like(acc_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    # Vectors of bytes have no shifts here; four rows lie in the bytes of one word.
+    # Byte vectors have no shifts on TPUs; four rows lie in the bytes of one word.
     words = pltpu.bitcast(codes_ref[0], jnp.int32)
     exact = jnp.int32 if operand == jnp.int8 else jnp.float32
     planes = weight.planes
@@ -117,7 +117,7 @@ def _kernel(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeigh
             acc_ref[...] += acc
             sum_ref[...] += total
 
-    @pl.when(k == weight.tiles - 1)
+    @pl.when(k == weight.column_tiles - 1)
     def _():
         y = acc_ref[...].astype(jnp.float32)
         if not weight.grouped:
@@ -130,8 +130,8 @@ def _kernel(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeigh
 
 
 def _unpack(words: jax.Array, plane: int, weight: PackedWeight) -> tuple[jax.Array, int]:
-    """A plane's codes as int8, and what they are too large by."""
-    if weight.bits == 8:  # which int8 has no room for: it is 128 less that lies in its bytes
+    """Return a plane's codes as int8, and the offset that they are too large by."""
+    if weight.bits == 8:  # int8 cannot hold the code, so its bytes hold 128 less
         return pltpu.bitcast(words ^ jnp.int32(-0x7F7F7F80), jnp.int8), 0
     mask = 0x01010101 * (2**weight.bits - 1)
     unsigned = lax.shift_right_logical(words, jnp.int32(weight.bits * plane)) & mask
@@ -139,24 +139,24 @@ def _unpack(words: jax.Array, plane: int, weight: PackedWeight) -> tuple[jax.Arr
 
 
 def _scales(scales_ref, plane: int, weight: PackedWeight) -> tuple[jax.Array, jax.Array]:
-    """α and μ of a plane."""
+    """Return α and μ of a plane."""
     first = scales_ref[0, plane : plane + 1]
     if weight.paired:
-        alpha, mu = parts_of_pair(first.astype(jnp.int32))
+        alpha, mu = fields_of_pair(first.astype(jnp.int32))
         return alpha.astype(jnp.float32), mu.astype(jnp.float32)
     other = weight.planes + plane
     return _float16_bits(first), _float16_bits(scales_ref[0, other : other + 1])
 
 
 def _operand(dtype):
-    """What the matrix unit multiplies: int8 where it can, else bf16, in which codes and their sums are exact, too."""
+    """Return what the matrix unit multiplies: int8 where it can, else bf16, which holds codes and sums exactly."""
     if dtype == jnp.int8 and pltpu.is_tpu_device():
         return jnp.int8 if pltpu.get_tpu_info().is_matmul_supported(jnp.int8, jnp.int8) else jnp.bfloat16
     return dtype
 
 
 def _float16_bits(bits: jax.Array) -> jax.Array:
-    """float32 from the bits of float16, a type the vector unit does not have."""
+    """Return float32 from the bits of float16, a type the vector unit does not have."""
     bits = bits.astype(jnp.int32)
     magnitude = bits & 0x7FFF
     normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)

@@ -1,6 +1,6 @@
-"""Words for what a thread of a GPU kernel does, one instruction each, where Pallas has none (Mosaic GPU, inline PTX).
+"""Provides functions for what one thread of a GPU kernel does, an instruction each, where Pallas has none.
 
-Functions that use them are wrapped in `on_threads`, and run on every thread.
+They use Mosaic GPU and inline PTX. Functions that call them are wrapped in `on_threads`, and run on every thread.
 """
 
 from twla_jax.ops.hopper.threads.carried import (

@@ -1,4 +1,4 @@
-"""Values of a thread as Pallas carries them from one function to the next."""
+"""Carries values of a thread through Pallas from one function to the next."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,27 +12,27 @@ from jaxlib.mlir.dialects import vector
 
 from twla_jax.ops.hopper.threads.scalars import Real, Word
 
-# Its annotations speak of functions as Mosaic sees them, not Pallas.
+# Its annotations describe functions as Mosaic sees them, not as Pallas does.
 on_threads: Any = plgpu.inline_mgpu
 
 
 def splat_word(array: mgpu.FragmentedArray) -> Word:
-    """The integer that all threads were given."""
+    """Return the integer that all threads were given."""
     return Word(array.registers.flat[0])
 
 
 def per_thread(count: int):
-    """The layout in which Pallas carries so many 32-bit values of a thread from one function to the next."""
+    """Return the layout in which Pallas carries `count` 32-bit values of a thread from one function to the next."""
     return plgpu.Layout.WG_STRIDED((128 * count,), vec_size=1)
 
 
 def values(count: int, dtype):
-    """What a function returns that returns `as_array` of so many."""
+    """Return the return type of a function that returns `as_array` of `count` values."""
     return plgpu.ShapeDtypeStruct((128 * count,), dtype, layout=per_thread(count))
 
 
 def as_array(values: Sequence["Word | Real"]) -> mgpu.FragmentedArray:
-    """Values of a thread in the layout `per_thread`."""
+    """Return values of a thread in the layout `per_thread`."""
     registers = np.empty(len(values), dtype=object)
     for i, each in enumerate(values):
         registers[i] = vector.broadcast(ir.VectorType.get((1,), each.value.type), each.value)
@@ -42,17 +42,17 @@ def as_array(values: Sequence["Word | Real"]) -> mgpu.FragmentedArray:
 
 
 def words(array: mgpu.FragmentedArray) -> list[Word]:
-    """What `as_array` was given."""
+    """Return the integers that `as_array` was given."""
     return [Word(each) for each in _register_values(array)]
 
 
 def reals(array: mgpu.FragmentedArray) -> list[Real]:
-    """What `as_array` was given; or a thread's numbers of an array in another layout, register by register."""
+    """Return the floats that `as_array` was given, or a thread's numbers of an array in another layout."""
     return [Real(each) for each in _register_values(array)]
 
 
 def bfloat16_pairs(array: mgpu.FragmentedArray) -> list[Word]:
-    """A thread's bf16 numbers of an array, two by two as they lie in registers."""
+    """Return a thread's bf16 numbers of an array, two to a word, as they lie in registers."""
     return [Word(utils.bitcast(each, ir.IntegerType.get_signless(32))) for each in array.registers.flat]
 
 

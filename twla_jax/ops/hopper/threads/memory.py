@@ -1,4 +1,4 @@
-"""Shared and global memory. Addresses are those of shared memory, in bytes."""
+"""Reads and writes shared and global memory. Addresses are those of shared memory, in bytes."""
 
 from collections.abc import Sequence
 
@@ -12,45 +12,45 @@ from twla_jax.ops.hopper.threads.scalars import Real, Word, operand, ptx_real, p
 
 
 def bits(ref: ir.Value) -> int:
-    """Of a number in a reference's memory."""
+    """Return the bits of one element of a reference."""
     return utils.bitwidth(ir.MemRefType(ref.type).element_type)
 
 
 def shape(ref: ir.Value) -> list[int]:
-    """A reference's."""
+    """Return the shape of a reference."""
     return list(ir.MemRefType(ref.type).shape)
 
 
 def readable(x: jax.Array) -> jax.Array:
-    """The array, in float32 unless it is of a type that can be read as it is."""
+    """Return the array, in float32 unless kernels can read its dtype as it is."""
     return x if x.dtype in (jnp.bfloat16, jnp.float32) else x.astype(jnp.float32)
 
 
 def address(ref: ir.Value) -> Word:
-    """Of a reference's first byte in shared memory."""
+    """Return the address of a reference's first byte in shared memory."""
     return Word(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref)))
 
 
 def load(at: Word, count: int = 1, *, offset: int = 0) -> list[Word]:
-    """1, 2 or 4 words, as many words aligned."""
+    """Return 1, 2 or 4 words; the address is aligned to as many."""
     vector = "" if count == 1 else f".v{count}"
     return ptx_words(f"ld.shared{vector}.b32 {registers(count)}, [${count}+{offset}];", count, at)
 
 
 def load_short(at: Word, *, offset: int = 0) -> Word:
-    """16 bits, and zeros above them."""
+    """Return 16 bits, with zeros above them."""
     return ptx_words(f"ld.shared.u16 $0, [$1+{offset}];", 1, at)[0]
 
 
 def load_matrices(at: Word) -> list[Word]:
-    """Four matrices of 8 rows by 16 bytes, whose rows start where lanes 0 to 31 say: `ldmatrix`."""
+    """Return four matrices of 8 rows by 16 bytes, whose rows start where lanes 0 to 31 say: `ldmatrix`."""
     return ptx_words(
         f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {registers(4)}, [$4];", 4, at, convergent=True
     )
 
 
 def store(at: Word, *values: Word | Real, offset: int = 0) -> None:
-    """1, 2 or 4 words, as many words aligned."""
+    """Store 1, 2 or 4 words; the address is aligned to as many."""
     count = len(values)
     vector = "" if count == 1 else f".v{count}"
     ptx = f"st.shared{vector}.b32 [${count}+{offset}], {registers(count)};"
@@ -58,8 +58,8 @@ def store(at: Word, *values: Word | Real, offset: int = 0) -> None:
 
 
 def store_byte(at: Word, value: Word, *, offset: int = 0, condition: ir.Value | None = None) -> None:
-    """The lowest byte, where the condition holds."""
-    # Of a register that was computed as a float, ptxas would convert the number.
+    """Store the lowest byte where the condition holds."""
+    # Without the cvt, ptxas would convert a register that was computed as a float.
     convert, to = ".reg .b16 h; cvt.u16.u32 h, $0;", f"st.shared.b8 [$1+{offset}], h;"
     if condition is None:
         ptx, more = f"{{{convert} {to}}}", []
@@ -70,12 +70,12 @@ def store_byte(at: Word, value: Word, *, offset: int = 0, condition: ir.Value | 
 
 
 def address_of_block(at: Word, block: Word) -> Word:
-    """The same address in another block of the cluster."""
+    """Return the same address in another block of the cluster."""
     return ptx_words("mapa.shared::cluster.u32 $0, $1, $2;", 1, at, block, effects=False)[0]
 
 
 def store_of_block(at: Word, value: Real, *, offset: int = 0) -> None:
-    """A float32 to such an address."""
+    """Store a float32 at an address of another block."""
     ptx = f"st.shared::cluster.f32 [$1+{offset}], $0;"
     utils.inline_ptx(ptx, value.value, at.value, has_side_effects=True)
 
@@ -83,7 +83,7 @@ def store_of_block(at: Word, value: Real, *, offset: int = 0) -> None:
 def load_global(
     ref: ir.Value, offset: Word, count: int = 1, *, condition: ir.Value | None = None
 ) -> list[Word]:
-    """1, 2 or 4 words so many bytes from a reference's first; zeros where the condition does not hold."""
+    """Return 1, 2 or 4 words, `offset` bytes from a reference's first; zeros where the condition does not hold."""
     vector = "" if count == 1 else f".v{count}"
     copy = f"ld.global{vector}.b32 {registers(count)}, [${count}];"
     if condition is None:
@@ -95,7 +95,7 @@ def load_global(
 
 
 def load_real(ref: ir.Value, index: Word) -> Real:
-    """A number in global memory, of 32 or 16 bits."""
+    """Return a number in global memory, of 32 or 16 bits."""
     if bits(ref) == 32:
         return load_global(ref, index * 4)[0].real()
     ptx = f"{{.reg .b16 h; ld.global.b16 h, [$1]; cvt.f32.{_kind(ref)} $0, h;}}"
@@ -103,7 +103,7 @@ def load_real(ref: ir.Value, index: Word) -> Real:
 
 
 def store_real(ref: ir.Value, index: Word, value: Real) -> None:
-    """A number in global memory, of 32 or 16 bits."""
+    """Store a number in global memory, of 32 or 16 bits."""
     if bits(ref) == 32:
         utils.inline_ptx(
             "st.global.f32 [$1], $0;", value.value, _global(ref, index * 4), has_side_effects=True
@@ -114,25 +114,25 @@ def store_real(ref: ir.Value, index: Word, value: Real) -> None:
 
 
 def store_global_words(ref: ir.Value, offset: Word, values: Sequence[Word]) -> None:
-    """1, 2 or 4 words."""
+    """Store 1, 2 or 4 words in global memory."""
     pointer, count = _global(ref, offset), len(values)
     ptx = f"st.global{'' if count == 1 else f'.v{count}'}.b32 [${count}], {registers(count)};"
     utils.inline_ptx(ptx, *(each.value for each in values), pointer, has_side_effects=True)
 
 
 def send(ref: ir.Value, offset: Word, value: Word) -> None:
-    """A word, so many bytes from a reference's first, to whoever `receive`s it."""
+    """Store a word, `offset` bytes from a reference's first, for the threads that `receive` it."""
     ptx = "st.relaxed.gpu.global.b32 [$1], $0;"
     utils.inline_ptx(ptx, value.value, _global(ref, offset), has_side_effects=True)
 
 
 def receive(ref: ir.Value, offsets: Sequence[Word], tag: Word) -> list[Word]:
-    """Four words at each offset in bytes, as soon as the upper half of every one is the tag's."""
+    """Return four words at each offset, in bytes, as soon as the upper half of every one equals the tag's."""
     count = 4 * len(offsets)
     loads = "".join(
         f" ld.relaxed.gpu.global.v4.b32 {registers(4, i)}, [${count + i // 4}];" for i in range(0, count, 4)
     )
-    # Bits that differ in any of them.
+    # Collect the bits that differ in any of the words.
     wanted = f"${count + len(offsets)}"
     compare = f" xor.b32 a, $0, {wanted};"
     compare += "".join(f" xor.b32 b, ${i}, {wanted}; or.b32 a, a, b;" for i in range(1, count))
@@ -142,7 +142,7 @@ def receive(ref: ir.Value, offsets: Sequence[Word], tag: Word) -> list[Word]:
 
 
 def rounded(value: Real, ref: ir.Value) -> Real:
-    """As `store_real` would store it in the reference, of float32 or bf16."""
+    """Return the value as `store_real` would store it in the reference, of float32 or bf16."""
     return value if bits(ref) == 32 else value.to_bfloat16()
 
 

@@ -1,4 +1,4 @@
-"""bf16 numbers and bytes in words, functions of a number, and products of bytes."""
+"""Computes with bf16 numbers and bytes in words, functions of a number, and products of bytes."""
 
 from collections.abc import Sequence
 
@@ -8,37 +8,39 @@ WHOLE = 1.5 * 2**23  # floats of this size are whole numbers, with their lowest 
 
 
 def least_bfloat16(one: Word, other: Word) -> Word:
-    """Of both words' lower halves the smaller one, and of the upper ones."""
+    """Return the smaller of both words' lower halves, and of their upper halves."""
     return ptx_words("min.bf16x2 $0, $1, $2;", 1, one, other, effects=False)[0]
 
 
 def most_bfloat16(one: Word, other: Word) -> Word:
-    """Of both words' lower halves the larger one, and of the upper ones."""
+    """Return the larger of both words' lower halves, and of their upper halves."""
     return ptx_words("max.bf16x2 $0, $1, $2;", 1, one, other, effects=False)[0]
 
 
 def multiply_bfloat16(one: Word, other: Word) -> Word:
-    """Both words' halves, each product rounded."""
+    """Return the products of both words' halves, each rounded."""
     return ptx_words("mul.rn.bf16x2 $0, $1, $2;", 1, one, other, effects=False)[0]
 
 
 def eight_reals(words: Sequence[Word]) -> list[Real]:
-    """Four words' bf16 halves, or eight words' float32."""
+    """Return eight floats: the bf16 halves of four words, or eight words of float32."""
     if len(words) == 8:
         return [word.real() for word in words]
     return [half for pair in words for half in unpack_bfloat16(pair)]
 
 
 def signed_bytes(word: Word) -> list[Real]:
-    """The four signed bytes."""
-    # Unsigned ones are the lowest bits of floats that are whole numbers.
+    """Return the four signed bytes as floats."""
+    # Unsigned bytes are the lowest bits of floats that are whole numbers.
     unsigned, sign, size = word ^ 0x80808080, 2.0**23 + 128, 0x4B000000
-    parts = [ptx_words(f"prmt.b32 $0, $1, $2, 0x744{i};", 1, unsigned, size, effects=False) for i in range(4)]
-    return [part.real() - sign for (part,) in parts]
+    floats = [
+        ptx_words(f"prmt.b32 $0, $1, $2, 0x744{i};", 1, unsigned, size, effects=False) for i in range(4)
+    ]
+    return [each.real() - sign for (each,) in floats]
 
 
 def pack_bytes(values: Sequence[Real]) -> Word:
-    """Four whole numbers of −128 to 127, as signed bytes."""
+    """Return four whole numbers from −128 to 127 as signed bytes of a word."""
     first, *rest = ((each + WHOLE).word() & 0xFF for each in values)
     for i, each in enumerate(rest, 1):
         first = first + (each << 8 * i)
@@ -46,42 +48,42 @@ def pack_bytes(values: Sequence[Real]) -> Word:
 
 
 def power_of_two(value: Real) -> Real:
-    """`2 ** value`, to about two units in the last place."""
+    """Return `2 ** value`, to about two units in the last place."""
     return ptx_real("ex2.approx.ftz.f32 $0, $1;", value)
 
 
 def exponential(value: Real) -> Real:
-    """`exp`, to about two units in the last place."""
+    """Return `exp(value)`, to about two units in the last place."""
     return power_of_two(value * 1.4426950408889634)
 
 
 def reciprocal(value: Real) -> Real:
-    """`1 / value`, to about one unit in the last place."""
+    """Return `1 / value`, to about one unit in the last place."""
     return ptx_real("rcp.approx.ftz.f32 $0, $1;", value)
 
 
 def reciprocal_root(value: Real) -> Real:
-    """`1 / sqrt`, to about two units in the last place."""
+    """Return `1 / sqrt(value)`, to about two units in the last place."""
     return ptx_real("rsqrt.approx.f32 $0, $1;", value)
 
 
 def nearest(value: Real) -> Real:
-    """The nearest whole number, of two the even one."""
+    """Return the nearest whole number, the even one of two."""
     return ptx_real("cvt.rni.f32.f32 $0, $1;", value)
 
 
 def sum_of_bytes(value: Word, so_far: Word | int = 0) -> Word:
-    """The four signed bytes added up."""
+    """Return `so_far` plus the four signed bytes."""
     return ptx_words("dp4a.s32.s32 $0, $1, $2, $3;", 1, value, word(0x01010101), so_far, effects=False)[0]
 
 
 def multiply_halves(a: Word, b: Word, so_far: Word) -> Word:
-    """a's halves times b's lowest two bytes, lower by lower, all signed, added up."""
+    """Return `so_far` plus a's halves times b's lowest two bytes, lower by lower, all signed."""
     return ptx_words("dp2a.lo.s32.s32 $0, $1, $2, $3;", 1, a, b, so_far, effects=False)[0]
 
 
 def multiply_bytes(a: Sequence[Word], b: Sequence[Word], so_far: Sequence[Word]) -> list[Word]:
-    """`mma.sync` of 16 rows by 32 unsigned bytes and 32 signed bytes by 8 columns."""
+    """Return `so_far` plus 16 rows by 32 unsigned bytes times 32 signed bytes by 8 columns: `mma.sync`."""
     ptx = (
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"

@@ -1,4 +1,4 @@
-"""Integers and floats of a thread, and how an instruction of PTX takes and gives them."""
+"""Represents integers and floats of a thread, and passes them to PTX instructions."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jaxlib.mlir.dialects import arith
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A 32-bit integer of a thread; numbers beside it are words, too. Comparisons are unsigned."""
+    """Holds a 32-bit integer of a thread. Numbers beside it are words, too; comparisons are unsigned."""
 
     value: ir.Value
 
@@ -38,7 +38,7 @@ class Word:
         return self if _is(bits, 0) else Word(arith.shli(self.value, _value(bits)))
 
     def __rshift__(self, bits: "Word | int") -> "Word":
-        """Of a signed integer."""
+        """Shift as a signed integer."""
         return self if _is(bits, 0) else Word(arith.shrsi(self.value, _value(bits)))
 
     def __lt__(self, other: "Word | int") -> ir.Value:
@@ -48,25 +48,25 @@ class Word:
         return arith.cmpi(arith.CmpIPredicate.uge, self.value, _value(other))
 
     def equals(self, other: "Word | int") -> ir.Value:
-        """Whether both are the same."""
+        """Return whether both are the same."""
         return arith.cmpi(arith.CmpIPredicate.eq, self.value, _value(other))
 
     def least(self, other: "Word | int") -> "Word":
-        """The smaller one."""
+        """Return the smaller one."""
         return Word(arith.minui(self.value, _value(other)))
 
     def real(self) -> "Real":
-        """The float that these bits are."""
+        """Return the float that these bits are."""
         return Real(utils.bitcast(self.value, ir.F32Type.get()))
 
     def converted(self) -> "Real":
-        """The float nearest to this signed integer."""
+        """Return the float nearest to this signed integer."""
         return Real(arith.sitofp(ir.F32Type.get(), self.value))
 
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """A float32 of a thread; numbers beside it are such, too."""
+    """Holds a float32 of a thread. Numbers beside it are floats, too."""
 
     value: ir.Value
 
@@ -83,43 +83,43 @@ class Real:
         return Real(arith.divf(self.value, _real_value(other)))
 
     def times_plus(self, factor: "Real | float", more: "Real | float") -> "Real":
-        """`self · factor + more`, rounded once."""
+        """Return `self · factor + more`, rounded once."""
         return ptx_real("fma.rn.f32 $0, $1, $2, $3;", self, factor, more)
 
     def least(self, other: "Real | float") -> "Real":
-        """The smaller one."""
+        """Return the smaller one."""
         return Real(arith.minnumf(self.value, _real_value(other)))
 
     def most(self, other: "Real | float") -> "Real":
-        """The larger one."""
+        """Return the larger one."""
         return Real(arith.maxnumf(self.value, _real_value(other)))
 
     def word(self) -> Word:
-        """Its bits."""
+        """Return its bits."""
         return Word(utils.bitcast(self.value, ir.IntegerType.get_signless(32)))
 
     def to_bfloat16(self) -> "Real":
-        """Rounded to bf16."""
+        """Return the value rounded to bf16."""
         return unpack_bfloat16(pack_bfloat16(self, self))[0]
 
 
 def word(value: int) -> Word:
-    """A constant."""
+    """Return a constant integer."""
     return Word(_value(value))
 
 
 def real(value: float) -> Real:
-    """A constant."""
+    """Return a constant float."""
     return Real(_real_value(value))
 
 
 def select[T: (Real, Word)](condition: ir.Value, one: T, other: T) -> T:
-    """One where the condition holds, else the other; both words or both floats."""
+    """Return `one` where the condition holds, else `other`; both are words or both floats."""
     return type(one)(arith.select(condition, one.value, other.value))
 
 
 def both(*conditions: ir.Value) -> ir.Value:
-    """Whether all hold."""
+    """Return whether all conditions hold."""
     first, *rest = conditions
     for each in rest:
         first = arith.andi(first, each)
@@ -127,17 +127,17 @@ def both(*conditions: ir.Value) -> ir.Value:
 
 
 def pack_bfloat16(low: Real, high: Real) -> Word:
-    """Both, rounded, in a word."""
+    """Return both numbers, rounded to bf16, in a word."""
     return ptx_words("cvt.rn.bf16x2.f32 $0, $1, $2;", 1, high, low, effects=False)[0]
 
 
 def unpack_bfloat16(pair: Word) -> tuple[Real, Real]:
-    """The lower and the upper half."""
+    """Return the lower and the upper half as floats."""
     return (pair << 16).real(), (pair & 0xFFFF0000).real()
 
 
 def ptx_words(ptx: str, count: int, *operands, effects: bool = True, convergent: bool = False) -> list[Word]:
-    """What an instruction leaves in so many registers, `$0` and on; its operands are those after them."""
+    """Return what an instruction leaves in `count` registers, `$0` and on; its operands come after them."""
     i32 = ir.IntegerType.get_signless(32)
     values = utils.inline_ptx(
         ptx,
@@ -150,18 +150,18 @@ def ptx_words(ptx: str, count: int, *operands, effects: bool = True, convergent:
 
 
 def ptx_real(ptx: str, *operands, effects: bool = False) -> Real:
-    """The float that an instruction leaves in `$0`; its operands are `$1` and on."""
+    """Return the float that an instruction leaves in `$0`; its operands are `$1` and on."""
     values = [_real_value(each) if isinstance(each, float | int) else operand(each) for each in operands]
     return Real(utils.inline_ptx(ptx, *values, result_types=ir.F32Type.get(), has_side_effects=effects))
 
 
 def registers(count: int, first: int = 0) -> str:
-    """A list of so many from the first on, as instructions on vectors have it."""
+    """Return a list of `count` registers from `first` on, as vector instructions write it."""
     return "{" + ",".join(f"${first + i}" for i in range(count)) + "}" if count > 1 else f"${first}"
 
 
 def operand(value) -> ir.Value:
-    """What an instruction takes for a word, a float or a constant."""
+    """Return the value that an instruction takes for a word, a float or a constant."""
     if isinstance(value, ir.Value):
         return value
     return value.value if isinstance(value, Word | Real) else _value(value)

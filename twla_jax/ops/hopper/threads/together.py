@@ -1,4 +1,4 @@
-"""Which thread this is, and what threads of a warp, a block or a cluster do together."""
+"""Identifies a thread, and synchronises and reduces over threads of a warp, a block or a cluster."""
 
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
@@ -11,69 +11,69 @@ _BARRIER = 15  # of 16; Mosaic takes 0 for a block, and one for each warpgroup a
 
 
 def thread() -> Word:
-    """This thread's number in its block."""
+    """Return this thread's number in its block."""
     return Word(arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x)))
 
 
 def barrier(count: int) -> None:
-    """Waits for the first `count` threads of the block."""
+    """Wait for the first `count` threads of the block."""
     utils.inline_ptx(f"bar.sync {_BARRIER}, {count};", has_side_effects=True, convergent=True)
 
 
 def cluster_arrive() -> None:
-    """Tells the cluster's blocks that this thread has come here, with all that it wrote to shared memory before."""
+    """Signal to the cluster's blocks that this thread has arrived, with all that it wrote to shared memory before."""
     utils.inline_ptx("barrier.cluster.arrive.release.aligned;", has_side_effects=True, convergent=True)
 
 
 def cluster_wait() -> None:
-    """Waits until all threads of the cluster's blocks have arrived."""
+    """Wait until all threads of the cluster's blocks have arrived."""
     utils.inline_ptx("barrier.cluster.wait.acquire.aligned;", has_side_effects=True, convergent=True)
 
 
 def cluster_barrier() -> None:
-    """Waits for all threads of the cluster's blocks, and for what they wrote to shared memory."""
+    """Wait for all threads of the cluster's blocks, and for what they wrote to shared memory."""
     cluster_arrive()
     cluster_wait()
 
 
 def publish() -> None:
-    """Makes this thread's writes to shared memory visible to the tensor cores and the copy engine."""
+    """Make this thread's writes to shared memory visible to the tensor cores and the copy engine."""
     utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
 
 
 def when(condition: ir.Value):
-    """A context for what is done where the condition holds."""
+    """Return a context for what is done where the condition holds."""
     return utils.when(condition)
 
 
 def shuffle[T: (Real, Word)](value: T, distance: int) -> T:
-    """The value of the lane whose number differs in the bit `distance`."""
+    """Return the value of the lane whose number differs in the bit `distance`."""
     return type(value)(utils.shfl_bfly(value.value, distance))
 
 
 def of_lane(value: Real, lane: int) -> Real:
-    """The value of one lane, for all of its warp."""
+    """Return the value of one lane, in all lanes of its warp."""
     ptx = f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;"
     return ptx_words(ptx, 1, value, convergent=True)[0].real()
 
 
 def warp_least(value: Real) -> Real:
-    """The least of a warp."""
+    """Return the least value of a warp."""
     return _ordered(_reduce(_ordered(value.word()), "min")).real()
 
 
 def warp_most(value: Real) -> Real:
-    """The largest of a warp."""
+    """Return the largest value of a warp."""
     return _ordered(_reduce(_ordered(value.word()), "max")).real()
 
 
 def warp_sum(value: Word) -> Word:
-    """The sum over a warp."""
+    """Return the sum over a warp."""
     return _reduce(value, "add")
 
 
 def _ordered(bits: Word) -> Word:
-    """Floats' bits as integers in the same order, and back."""
+    """Return floats' bits as integers in the same order; applied twice, the bits again."""
     sign = Word(arith.shrsi(bits.value, word(31).value))
     return bits ^ (sign & 0x7FFFFFFF)
 
