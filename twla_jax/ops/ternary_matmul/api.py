@@ -40,9 +40,9 @@ def ternary_matmul(
       TwlaError: the requested implementation cannot be used.
     """
     if isinstance(x, QuantizedTokens) and x.wide:
-        # Both parts are tokens of their own, whose outputs add up; each brings the bias.
-        parts = dataclasses.replace(x, wide=False)
-        y = ternary_matmul(parts, weight, out_dtype=jnp.float32, implementation=implementation)
+        # Both codes are multiplied like tokens of their own, and their outputs added up; each adds the bias.
+        codes = dataclasses.replace(x, wide=False)
+        y = ternary_matmul(codes, weight, out_dtype=jnp.float32, implementation=implementation)
         y = (y.sum(0) - weight.bias[: weight.out_features]).astype(out_dtype)
         return y if residual is None else residual + y
     if isinstance(x, QuantizedTokens):
