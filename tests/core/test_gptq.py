@@ -97,13 +97,13 @@ def test_propagated_weights_minimise_the_damped_distance_to_full_precision_outpu
     rng = np.random.default_rng(2)
     exact = rng.normal(size=(TOKENS, M)) @ (np.eye(M) + 0.3 * rng.normal(size=(M, M)))
     x = exact + 0.4 * rng.normal(size=(TOKENS, M)) - 0.2 * exact[:, ::-1]
-    moment, drift = x.T @ x / TOKENS, (exact - x).T @ x / TOKENS
+    moment, error_moment = x.T @ x / TOKENS, (exact - x).T @ x / TOKENS
     ridge = np.sqrt(0.01 * np.diag(moment).mean() * TOKENS)
     system, target = np.vstack([x, ridge * np.eye(M)]), np.vstack([exact @ weight.T, ridge * weight.T])
     wanted = np.linalg.lstsq(system, target, rcond=None)[0].T
     _, inverse, _ = gptq.factor(jnp.asarray(moment, jnp.float32), jnp.ones(M, bool), 0.01)
     for share in (0.5, 1.0):
-        got = gptq.propagated(jnp.asarray(weight), jnp.asarray(drift, jnp.float32), inverse, share)
+        got = gptq.propagated(jnp.asarray(weight), jnp.asarray(error_moment, jnp.float32), inverse, share)
         expected = weight + share * (wanted - weight)
         np.testing.assert_allclose(got, expected, atol=2e-3 * np.abs(wanted).max())
 

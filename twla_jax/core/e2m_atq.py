@@ -1,4 +1,4 @@
-"""E2M-ATQ, the asymmetric ternary quantiser, and the tensor it makes.
+"""E2M-ATQ, the asymmetric ternary quantiser.
 
 A weight row is cut into groups of columns; each group is represented as `Ŵ = α·T + μ` with `T ∈ {-1, 0, 1}` (TWLA,
 arXiv 2606.13054, section 3: Euclidean fit, then relocation on the manifold of the layer's outputs).
@@ -23,10 +23,9 @@ def euclidean_fit(
       w: weights of one group, a row an output.
       mask: which columns exist; a short last group is padded to the group size.
       steps: corrections of μ.
-      threshold: Δ as a multiple of `mean|w − μ|`.
-
+      threshold: of the dead zone.
     Returns:
-      `(alpha, mu, codes)`, codes as floats in {-1, 0, 1}, 0 where masked out.
+      `(alpha, mu, codes)`, `[n]`, `[n]` and `[n, g]`, codes as floats in {-1, 0, 1}, 0 where masked out.
     """
     count = mask.sum()
 
@@ -57,18 +56,20 @@ def relocate(
     metric: Float[Array, "g g"],
     mask: Bool[Array, " g"],
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """Move (α, μ) to the least output error `(w − αt − μ1)ᵀ M (w − αt − μ1)`, T fixed: stage 2 of E2M-ATQ.
+    """Move (α, μ), `[n]` each, to the least output error at fixed T: stage 2 of E2M-ATQ.
+
+    The error is `(w − αt − μ1)ᵀ M (w − αt − μ1)`.
 
     One 2×2 solve per row, the fixed point of the published coordinate steps. A row whose system is singular (all
     codes equal), or whose error the solve would not lower in float32, keeps the (α, μ) it came with.
 
     Args:
       w: weights of one group, a row an output.
-      codes: T, floats in {-1, 0, 1}.
-      alpha: α to begin with.
-      mu: μ to begin with.
-      metric: second moments of the group's inputs, or their Schur complement (`gptq.py`); symmetric,
-        positive semidefinite.
+      codes: T, as floats in {-1, 0, 1}.
+      alpha: α so far.
+      mu: μ so far.
+      metric: M, second moments of the group's inputs, or their Schur complement (see `gptq`); symmetric, positive
+        semidefinite.
       mask: which columns exist.
     """
     ones = mask.astype(w.dtype)
@@ -94,8 +95,8 @@ def relocate(
 
 
 def nearest_codes(
-    w: Float[Array, "*shape"], alpha: Float[Array, "*shape"], mu: Float[Array, "*shape"]
+    w: Float[Array, "*shape"], alpha: Float[Array, "*#shape"], mu: Float[Array, "*#shape"]
 ) -> Float[Array, "*shape"]:
-    """Return the code in {-1, 0, 1} whose value `α·T + μ` lies nearest to w; α = 0 gives 0."""
+    """Return the code in {-1, 0, 1} whose value `α·T + μ` lies nearest to w, in its shape; α = 0 gives 0."""
     ratio = (w - mu) / jnp.where(alpha == 0, jnp.inf, alpha)
     return jnp.clip(jnp.round(ratio), -1, 1)

@@ -1,4 +1,4 @@
-"""The error-compensated column sweep: codes chosen so that later columns make up for the errors of earlier ones.
+"""The error-compensated column sweep: later columns make up for the errors of earlier ones (GPTQ).
 
 Notation: `H = S/t + λI` is the damped mean second moment of the inputs. With `H = R Rᵀ`, R upper triangular, and `U
 = R⁻¹`, an error e on columns b is made up for by adding `−e R_bb U_b,rest` to the columns that follow (GPTQ, arXiv
@@ -18,13 +18,19 @@ from twla_jax.core.quantizers import Quantizer, quantizer
 from twla_jax.core.settings import WeightSettings
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 
+_DEFAULT = WeightSettings()
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 128  # columns swept between two updates of the rest
 _DAMPING_TRIES = 6
 
 
 def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"]) -> Float[Array, "m m"]:
-    """Return `S + XᵀX`, in true float32 whatever the dtype of x."""
+    """Return `S + XᵀX`, float32 `[m, m]`, in true float32 whatever the dtype of x.
+
+    Args:
+      moment: S, the sum so far; zeros to begin with.
+      x: inputs of a linear, any leading axes.
+    """
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     return moment + jnp.matmul(rows.T, rows, precision=_HIGHEST)
 
@@ -33,15 +39,15 @@ def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"])
 def quantize_matrix(
     weight: Float[Array, "n m"],
     moment: Float[Array, "m m"],
-    tokens: Float[Array, ""],
-    drift: Float[Array, "m m"] | None = None,
+    tokens: Float[Array, ""] | float,
+    error_moment: Float[Array, "m m"] | None = None,
     *,
-    settings: WeightSettings,
+    settings: WeightSettings = _DEFAULT,
 ) -> tuple[TernaryTensor | IntegerTensor, dict[str, Float[Array, ""]]]:
-    """Quantise all rows of `weight`, group by group of columns, in one scan.
+    """Quantise a matrix `[n, m]`, group by group of columns in one scan; return the packed tensor and its errors.
 
-    Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `rounds` times
-    a sweep that re-rounds the codes column by column and a relocation of the scales for the new codes; then the group's
+    Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `rounds` times a
+    sweep that re-rounds the codes column by column and a relocation of the scales for the new codes; then the group's
     remaining error is pushed to the groups that follow. Scales are rounded before that, so what is stored is what is
     compensated.
 
@@ -49,10 +55,9 @@ def quantize_matrix(
       weight: rows are outputs, already rotated.
       moment: `S = Σ xᵀx` over calibration inputs, rotated the same way.
       tokens: how many tokens S sums over.
-      drift: `Σ (x₀ − x)ᵀx`, x₀ what the full-precision model has in place of x, rotated the same way: what is quantised
-        is then `propagated` weights. The errors stay those of `weight` itself.
-      settings: of the quantiser, the sweep and the propagation.
-
+      error_moment: H_δ of QEP, `Σ (x₀ − x)ᵀx`, x₀ what the full-precision model has in place of x, rotated the same
+        way: what is quantised is then `propagated` weights. The errors stay those of `weight` itself.
+      settings: the quantiser, its groups and the error compensation; static.
     Returns:
       The packed tensor, and scalars: `output_error` (`‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`), `weight_error`, and `damping`, the
       fraction of the mean diagonal that made H factor (NaN errors mean that none did).
@@ -69,9 +74,9 @@ def quantize_matrix(
     root, inverse, damping = factor(mean_moment, exists, compensation.damping if compensation else 0.0)
     levels = quantizer(settings)
     target = weight
-    if drift is not None:
-        drift = jnp.pad(drift / tokens, (0, padded - m))
-        target = propagated(weight, drift, inverse, settings.propagation)
+    if error_moment is not None:
+        error_moment = jnp.pad(error_moment / tokens, (0, padded - m))
+        target = propagated(weight, error_moment, inverse, settings.propagation)
 
     def quantize_group(w, start):
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
@@ -103,19 +108,20 @@ def quantize_matrix(
 
 
 def propagated(
-    weight: Float[Array, "n m"], drift: Float[Array, "m m"], inverse: Float[Array, "m m"], share: float
+    weight: Float[Array, "n m"], error_moment: Float[Array, "m m"], inverse: Float[Array, "m m"], share: float
 ) -> Float[Array, "n m"]:
-    """Return `W + β·W D H⁻¹`: with β = 1 the minimiser W* of `‖W X₀ − W* X‖² / t + λ‖W* − W‖²` (QEP, arXiv 2504.09629).
+    """Return `W* = W + β·W H_δ H⁻¹`, `[n, m]`, as QEP has it (arXiv 2504.09629).
 
-    The weights that, on the inputs X that the quantised prefix gives, come nearest to the full-precision outputs.
+    With β = 1 it minimises `‖W X₀ − W* X‖² / t + λ‖W* − W‖²`: the weights that come nearest to the full-precision
+    outputs on the inputs X that the quantised prefix gives.
 
     Args:
-      weight: W, rows are outputs, rotated.
-      drift: `D = (X₀ − X) Xᵀ / t`.
+      weight: W, rows are outputs.
+      error_moment: `H_δ = (X₀ − X) Xᵀ / t`.
       inverse: U, with `H⁻¹ = UᵀU`.
       share: β; errors are made up for where the calibration text has them, at β = 1 fully.
     """
-    change = jnp.matmul(jnp.matmul(weight, drift, precision=_HIGHEST), inverse.T, precision=_HIGHEST)
+    change = jnp.matmul(jnp.matmul(weight, error_moment, precision=_HIGHEST), inverse.T, precision=_HIGHEST)
     return weight + share * jnp.matmul(change, inverse, precision=_HIGHEST)
 
 
@@ -126,14 +132,16 @@ def sweep_codes(
     mask: Bool[Array, " g"],
     levels: Quantizer,
 ) -> Float[Array, "n g"]:
-    """Return the codes of one group at fixed scales: columns in order, each error pushed to the group's later columns.
+    """Return the codes `[n, g]` of one group at fixed scales, column by column, as floats.
+
+    The error of each column is pushed to the later columns of the group (GPTQ, arXiv 2210.17323).
 
     Args:
-      w: weights of the group as compensated so far.
-      scales: of each row, as the quantiser takes them.
+      w: the group's weights, as compensated for the groups before.
+      scales: of the quantiser, one value a row each.
       inverse: `U_bb`, the group's diagonal block of the upper triangular factor of `H⁻¹ = UᵀU`.
-      mask: which columns exist.
-      levels: the quantiser, which rounds to codes and says what they stand for.
+      mask: which columns exist; the codes of others are 0.
+      levels: what is rounded to.
     """
     size = w.shape[1]
     block = math.gcd(size, _BLOCK)
@@ -171,10 +179,15 @@ def sweep_codes(
 def factor(
     mean_moment: Float[Array, "m m"], exists: Bool[Array, " m"], damping: float
 ) -> tuple[Float[Array, "m m"], Float[Array, "m m"], Float[Array, ""]]:
-    """Return `(R, U, damping)`: `H = R Rᵀ`, R upper triangular and `U = R⁻¹`, for `H = S/t + damping·mean(diag S/t)·I`.
+    """Return `(R, U, damping)` of `H = S/t + damping·mean(diag S/t)·I`: `H = R Rᵀ`, R upper triangular, `U = R⁻¹`.
 
     H is damped before it is factored; where the factorisation still fails the damping is raised tenfold and only
     then. Columns that do not exist (padding) are decoupled.
+
+    Args:
+      mean_moment: `S/t`.
+      exists: which columns are no padding.
+      damping: share of the mean diagonal to begin with.
     """
     both = exists[:, None] & exists[None, :]
     h = jnp.where(both, mean_moment, jnp.diag((~exists).astype(jnp.float32)))

@@ -42,7 +42,7 @@ class GroupedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns `[..., n, m]`, the shape of the matrix it stands for."""
+        """Return `[..., n, m]`, the shape of the matrix it stands for."""
         return (*self.codes.shape[:-1], self.in_features)
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "*batch n m"]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Self
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from twla_jax.errors import TwlaError
 
@@ -44,7 +45,14 @@ class SensitivityTable:
         pairs: Float[np.ndarray, "l-1 c-1 c-1"],
         effort: dict[str, Any],
     ) -> Self:
-        """Return the table from losses at every choice but the base: of single sites, and of neighbours together.
+        """Return the table from losses at every choice but the base.
+
+        Args:
+          choices: bits, ascending.
+          base_loss: with every site at the last choice, nats per token.
+          singles: of single sites.
+          pairs: of neighbours together.
+          effort: what the measurement took.
 
         Raises:
           TwlaError: a loss that is not finite.
@@ -92,17 +100,20 @@ class SensitivityTable:
 
 
 def allocate(
-    costs: Float[np.ndarray, "l c"],
-    interactions: Float[np.ndarray, "l-1 c c"],
+    costs: Float[Array | np.ndarray, "l c"],
+    interactions: Float[Array | np.ndarray, "l-1 c c"],
     weights: Int[np.ndarray, " l"],
     budget: float,
     choices: Sequence[int],
     beta: float = 0.5,
-) -> Int[np.ndarray, " l"]:
-    """Return the bits that minimise `Σ C_l(b_l) + β Σ K_{l−1,l}(b_{l−1}, b_l)` while `Σ w_l b_l ≤ budget · Σ w_l`.
+) -> Int[Array | np.ndarray, " l"]:
+    """Return the bits `[l]` that minimise `Σ C_l(b_l) + β Σ K_{l−1,l}(b_{l−1}, b_l)` within a budget.
+
+    The budget is `Σ w_l b_l ≤ budget · Σ w_l` (TWLA, arXiv 2606.13054, section 3).
 
     Exact: dynamic programming over (site, bits of the last site, budget used). The budget is counted in whole steps,
-    `weights` and the choices' distances each divided by their greatest common divisor, so nothing is rounded.
+    `weights` and the choices' distances each divided by their greatest common divisor, so nothing is rounded. It runs
+    on the host in float64, also for tables that `jax.jit` traces.
 
     Args:
       costs: `C`, a column a choice.
@@ -111,11 +122,22 @@ def allocate(
       budget: bits on average.
       choices: bits, ascending.
       beta: weight of the interactions.
-
     Raises:
       TwlaError: a budget outside what the choices can give; says what they can.
     """
     check_budget(budget, choices)
+    if isinstance(costs, jax.core.Tracer) or isinstance(interactions, jax.core.Tracer):
+        bits = jax.ShapeDtypeStruct((len(costs),), np.int32)
+
+        def on_host(costs, interactions):
+            tables = (np.asarray(table, np.float64) for table in (costs, interactions))
+            return _allocate(*tables, weights, budget, choices, beta).astype(np.int32)
+
+        return jax.pure_callback(on_host, bits, costs, interactions, vmap_method="sequential")
+    return _allocate(np.asarray(costs), np.asarray(interactions), weights, budget, choices, beta)
+
+
+def _allocate(costs, interactions, weights, budget, choices, beta) -> Int[np.ndarray, " l"]:
     low = choices[0]
     step = math.gcd(*(bits - low for bits in choices)) or 1
     shares = np.asarray(weights, np.int64) // np.gcd.reduce(np.asarray(weights, np.int64))
@@ -144,7 +166,7 @@ def allocate(
 
 
 def uniform(length: int, budget: float, choices: Sequence[int]) -> Int[np.ndarray, " l"]:
-    """Return the most bits that every site can have alike within the budget. Raises as `allocate`."""
+    """Return the most bits that every site can have alike within the budget, `[l]`; raises as `allocate`."""
     check_budget(budget, choices)
     return np.full(length, max(bits for bits in choices if bits <= budget))
 
@@ -168,5 +190,5 @@ def check_budget(budget: float, choices: Sequence[int]) -> None:
 
 
 def _whole_steps(budget: float, low: int, step: int, total: int) -> int:
-    """Return steps above the lowest choice that a budget pays for; 3.3 means 33/10, not the float next to it."""
+    """Return the steps above the lowest choice that a budget pays for; 3.3 means 33/10, not the float next to it."""
     return math.floor((Fraction(str(float(budget))) - low) * total / step)

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Float16
 from twla_jax.core import stiefel
 from twla_jax.core.settings import RotationSettings
 
+_DEFAULT = RotationSettings()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +27,14 @@ class KroneckerRotation:
     right: Float16[Array, "*batch r r"]
 
     def __call__(self, x: Float[Array, "*tokens m"]) -> Float[Array, "*tokens m"]:
-        """Return x rotated, in `x.dtype`: `m·(l + r)` multiply-adds a token. The same call rotates rows of weights."""
+        """Return x rotated, in its shape and dtype: `m·(l + r)` multiply-adds a token; weight rows rotate alike."""
         return rotate(x, self.left, self.right)
 
 
 def rotate(
     x: Float[Array, "*tokens m"], left: Float[Array, "l l"], right: Float[Array, "r r"]
 ) -> Float[Array, "*tokens m"]:
-    """Return `vec(L · mat(x) · R)` in `x.dtype`; float32 stays true float32 on every chip."""
+    """Return `vec(L · mat(x) · R)` in the shape and dtype of x; float32 stays true float32 on every chip."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     tiles = x.reshape(*x.shape[:-1], left.shape[-1], right.shape[-1])
     tiles = jnp.einsum("...ij,jb->...ib", tiles, right.astype(x.dtype), precision=precision)
@@ -41,7 +43,10 @@ def rotate(
 
 
 def rotate_moment(moment: Float[Array, "m m"], rotation: KroneckerRotation) -> Float[Array, "m m"]:
-    """Return the second moments of the rotated input, `Q S Qᵀ`, from those of the input; S need not be symmetric."""
+    """Return the second moments of the rotated input, `Q S Qᵀ` `[m, m]`, from those of the input.
+
+    S need not be symmetric.
+    """
     left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
     return rotate(rotate(moment, left, right).T, left, right).T
 
@@ -50,8 +55,8 @@ def factor_sizes(in_features: int, out_features: int, rule: str) -> tuple[int, i
     """Return `(l, r)` with `l·r = in_features`.
 
     Args:
-      in_features: features of the rotated input, m.
-      out_features: outputs of a linear that reads it, for the rule 'paper'.
+      in_features: features of the input that is rotated.
+      out_features: outputs of all linears that read it.
       rule: 'balanced' takes the divisors nearest to the square root, l ≤ r; 'paper' takes for r the largest divisor
         of `in_features` not above `sqrt(out·in/64)`, the public code's budget, which gives 8×72 for a 576×576 layer.
     """
@@ -67,10 +72,10 @@ def factor_sizes(in_features: int, out_features: int, rule: str) -> tuple[int, i
 def tri_modal_loss(
     rows: Float[Array, "n m"], *, sigma: float = 0.25, balance: float = 0.1
 ) -> Float[Array, ""]:
-    """Return how far rows, less their mean, are from three equal Gaussians at −c, 0 and c.
+    """Return a scalar: how far rows, less their mean, are from three equal Gaussians at −c, 0 and c.
 
     `c_i = mean|w_i|` and `σ_i = sigma·c_i` are not differentiated. Mean negative log-likelihood of an equal mixture,
-    plus `balance·‖mean responsibilities − 1/3‖²`.
+    plus `balance·‖mean responsibilities − 1/3‖²` (TWLA's public code).
     """
     rows = rows - rows.mean(-1, keepdims=True)
     centre = jax.lax.stop_gradient(jnp.maximum(jnp.abs(rows).mean(-1, keepdims=True), 1e-12))
@@ -88,7 +93,7 @@ def tri_modal_loss(
 
 
 def log_range(x: Float[Array, "c m"]) -> Float[Array, ""]:
-    """Return the log of the mean over tokens of `(max − min)² / mean x²`: a quantiser's noise, relative to x."""
+    """Return the logarithm of the mean over tokens of `(max − min)² / mean x²`: a quantiser's noise, relative to x."""
     squares = jnp.square(x).mean(-1) + 1e-12
     return jnp.log((jnp.square(x.max(-1) - x.min(-1)) / squares).mean())
 
@@ -99,23 +104,23 @@ def fit_rotation(
     key: jax.Array,
     sample: Float[Array, "c m"] | None = None,
     *,
-    settings: RotationSettings,
-    sizes: tuple[int, int],
+    settings: RotationSettings = _DEFAULT,
+    sizes: tuple[int, int] | None = None,
 ) -> tuple[KroneckerRotation, Float[Array, " 2"]]:
-    """Fit the rotation shared by all rows of `weight` (every linear that reads this input, stacked).
+    """Fit the rotation shared by all rows of `weight` `[n, m]` (every linear that reads this input, stacked).
 
     Adam on the product of two Stiefel manifolds, `settings.steps` steps from a random orthogonal start or the identity.
 
     Args:
-      weight: rows of every linear that reads the input.
+      weight: rows that `tri_modal_loss` shapes.
       key: of the random start.
       sample: tokens of the input, whose range counts with `settings.range_weight`; None looks at the weights alone.
-      settings: of the fit.
-      sizes: `(l, r)`, see `factor_sizes`.
-
+      settings: of the loss and the optimiser; static. Its seed is not read.
+      sizes: `(l, r)`; `factor_sizes` by `settings.factors` if not given. Static.
     Returns:
-      The rotation with float16 factors, and the loss before and after.
+      The rotation with float16 factors, and the loss before and after, `[2]`.
     """
+    sizes = sizes or factor_sizes(weight.shape[1], weight.shape[0], settings.factors)
     key_left, key_right = jax.random.split(key)
     if settings.start == "identity":
         start = (jnp.eye(sizes[0]), jnp.eye(sizes[1]))

@@ -14,13 +14,13 @@ TRITS_PER_BYTE = 5  # 3**5 = 243 values fit a byte: 1.6 bits a trit
 
 
 def packed_width(in_features: int) -> int:
-    """Return the bytes of a row of `in_features` codes in memory: a quarter, rounded up once, in the last tile."""
+    """Return the bytes that a row of `in_features` codes takes in memory: a quarter, rounded up once."""
     tiles, rest = divmod(in_features, TILE)
     return tiles * PLANE + -(-rest // 4)
 
 
 def pack(codes: Int8[Array, "*batch n m"]) -> UInt8[Array, "*batch n bytes"]:
-    """Pack codes in {-1, 0, 1} at 2 bits each, planar inside tiles of 512 columns.
+    """Pack codes `[..., n, m]` in {-1, 0, 1} at 2 bits each, planar inside tiles of 512 columns.
 
     A planar tile unpacks by shift and mask alone into four contiguous runs of columns, which is what a matmul kernel
     wants. The last tile is as wide as the columns that are left (rounded up to a multiple of 4), so that 576 columns
@@ -43,7 +43,7 @@ def pack(codes: Int8[Array, "*batch n m"]) -> UInt8[Array, "*batch n bytes"]:
 
 
 def unpack(packed: UInt8[Array, "*batch n bytes"], in_features: int) -> UInt8[Array, "*batch n m"]:
-    """Return `U = T + 1 ∈ {0, 1, 2}`, `[..., n, in_features]`: the inverse of `pack` up to the offset."""
+    """Return `U = T + 1 ∈ {0, 1, 2}`, `[..., n, in_features]`, of codes that `pack` packed."""
     lead = packed.shape[:-1]
     tiles, rest = divmod(in_features, TILE)
     planar = packed[..., : tiles * PLANE].reshape(*lead, tiles, PLANE)
@@ -65,14 +65,14 @@ def pack_base3(packed: UInt8[Array, "*batch n bytes"], in_features: int) -> UInt
 
 
 def unpack_base3(stored: UInt8[Array, "*batch n fifths"], in_features: int) -> UInt8[Array, "*batch n bytes"]:
-    """Return the 2-bit planar codes of rows stored at five trits a byte: the inverse of `pack_base3`."""
+    """Return the 2-bit planar codes of rows that `pack_base3` stored at five trits a byte."""
     trits = stored[..., None] // 3 ** jnp.arange(TRITS_PER_BYTE, dtype=jnp.uint8) % 3
     trits = trits.reshape(*stored.shape[:-1], -1)[..., :in_features]
     return pack(trits.astype(jnp.int8) - 1)
 
 
 def pack_bits(codes: UInt8[Array, "*batch n m"], bits: int) -> UInt8[Array, "*batch n bytes"]:
-    """Pack integers in `[0, 2**bits)` without gaps, lowest bit first, `ceil(m·bits / 8)` bytes a row: as on disk."""
+    """Pack integers in `[0, 2**bits)` without gaps, lowest bit first, `ceil(m·bits / 8)` bytes a row, as on disk."""
     single = ((codes[..., None] >> jnp.arange(bits, dtype=jnp.uint8)) & 1).reshape(*codes.shape[:-1], -1)
     single = jnp.pad(single, [(0, 0)] * (single.ndim - 1) + [(0, -single.shape[-1] % 8)])
     weights = jnp.uint8(1) << jnp.arange(8, dtype=jnp.uint8)
@@ -80,7 +80,7 @@ def pack_bits(codes: UInt8[Array, "*batch n m"], bits: int) -> UInt8[Array, "*ba
 
 
 def unpack_bits(stored: UInt8[Array, "*batch n bytes"], bits: int, width: int) -> UInt8[Array, "*batch n m"]:
-    """Return rows of `width` integers: the inverse of `pack_bits`."""
+    """Return the integers `[..., n, width]` of rows that `pack_bits` packed."""
     single = ((stored[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1).reshape(*stored.shape[:-1], -1)
     single = single[..., : width * bits].reshape(*stored.shape[:-1], width, bits)
     return (single << jnp.arange(bits, dtype=jnp.uint8)).sum(-1, dtype=jnp.uint8)

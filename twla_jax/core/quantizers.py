@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from twla_jax.core import e2m_atq, tensors, two_planes, uniform
 from twla_jax.core.settings import (
@@ -19,7 +19,8 @@ from twla_jax.core.settings import (
 )
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 
-Scales = tuple[Any, ...]
+Tensor = TernaryTensor | IntegerTensor
+Scales = tuple[Float[Array, "*rows"], ...]
 
 
 class Quantizer(Protocol):
@@ -27,38 +28,45 @@ class Quantizer(Protocol):
 
     @property
     def rounds(self) -> int:
-        """How often codes are swept and scales relocated."""
+        """Return how often codes are swept and scales relocated."""
         ...
 
     @property
     def metric(self) -> Metric:
-        """What `relocate` is to measure the output error in."""
+        """Return what `relocate` is to measure the output error in."""
         ...
 
     def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
-        """Return scales and codes fitted to the weights alone."""
+        """Return scales `[n]` and codes `[n, g]` from the weights alone."""
         ...
 
-    def relocate(self, w, codes, scales: Scales, metric: Float[Array, "g g"], mask) -> Scales:
-        """Return the scales that cost the least output error at fixed codes."""
+    def relocate(
+        self,
+        w: Float[Array, "n g"],
+        codes: Float[Array, "n g"],
+        scales: Scales,
+        metric: Float[Array, "g g"],
+        mask: Bool[Array, " g"],
+    ) -> Scales:
+        """Return the scales `[n]` that cost the least output error at fixed codes."""
         ...
 
-    def nearest(self, w, *scales) -> Float[Array, "*shape"]:
-        """Return the codes whose values lie nearest to w."""
+    def nearest(self, w: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
+        """Return the codes whose values lie nearest to w, in its shape."""
         ...
 
-    def values(self, codes, *scales) -> Float[Array, "*shape"]:
-        """Return what codes stand for."""
+    def values(
+        self, codes: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
+        """Return what codes stand for, in their shape."""
         ...
 
     def stored(self, codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
-        """Return codes and scales as they are read back: rounded, and of equal choices the one that can be stored."""
+        """Return codes and scales as they will be read back: rounded, and of equal choices the one that is stored."""
         ...
 
-    def pack(
-        self, codes: Float[Array, "n m"], scales: tuple[Float[Array, "n groups"], ...], group_size: int
-    ) -> Any:
-        """Return the tensor that is kept, of scales that `stored` rounded."""
+    def pack(self, codes: Num[Array, "*batch n m"], scales: Scales, group_size: int) -> Tensor:
+        """Return the tensor that is kept, of scales `[..., n, groups]` that `stored` rounded."""
         ...
 
 
@@ -71,31 +79,40 @@ class OnePlane:
     rounds: int
     metric: Metric
 
-    def fit(self, w, mask):
-        """Return scales and codes of stage 1."""
+    def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
+        """Return `(α, μ)` and codes of stage 1."""
         alpha, mu, codes = e2m_atq.euclidean_fit(w, mask, steps=self.steps, threshold=self.threshold)
         return (alpha, mu), codes
 
-    def relocate(self, w, codes, scales, metric, mask):
-        """Return scales of stage 2, codes fixed."""
+    def relocate(
+        self,
+        w: Float[Array, "n g"],
+        codes: Float[Array, "n g"],
+        scales: Scales,
+        metric: Float[Array, "g g"],
+        mask: Bool[Array, " g"],
+    ) -> Scales:
+        """Return `(α, μ)` of stage 2."""
         alpha, mu = scales
         return e2m_atq.relocate(w, codes, alpha, mu, metric, mask)
 
-    def nearest(self, w, *scales):
+    def nearest(self, w: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
         """Return codes in {-1, 0, 1}."""
         alpha, mu = scales
         return e2m_atq.nearest_codes(w, alpha, mu)
 
-    def values(self, codes, *scales):
+    def values(
+        self, codes: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """Return `α·T + μ`."""
         alpha, mu = scales
         return alpha * codes + mu
 
-    def stored(self, codes, scales):
-        """Return α and μ in float16."""
+    def stored(self, codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
+        """Return the codes, and α and μ as float16 holds them."""
         return codes, tuple(map(_float16, scales))
 
-    def pack(self, codes, scales, group_size):
+    def pack(self, codes: Num[Array, "*batch n m"], scales: Scales, group_size: int) -> TernaryTensor:
         """Return one packed plane, in steps that let integers add up across groups."""
         alpha, mu = scales
         alpha, mu = tensors.in_whole_steps(alpha, mu, group_size)
@@ -110,29 +127,40 @@ class TwoPlanes:
     rounds: int
     metric: Metric
 
-    def fit(self, w, mask):
-        """Return scales and codes by alternating least squares from several starts."""
+    def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
+        """Return `(α₁, α₂, μ)` and digits of alternating least squares from several starts."""
         return two_planes.euclidean_fit(w, mask, steps=self.steps)
 
-    def relocate(self, w, codes, scales, metric, mask):
-        """Return the scales that cost the least output error at fixed codes: a 3×3 solve per row."""
-        return two_planes.relocate(w, codes, scales, metric, mask)
+    def relocate(
+        self,
+        w: Float[Array, "n g"],
+        codes: Float[Array, "n g"],
+        scales: Scales,
+        metric: Float[Array, "g g"],
+        mask: Bool[Array, " g"],
+    ) -> Scales:
+        """Return `(α₁, α₂, μ)` of a 3×3 solve per row."""
+        alpha, residual_alpha, mu = scales
+        return two_planes.relocate(w, codes, (alpha, residual_alpha, mu), metric, mask)
 
-    def nearest(self, w, *scales):
+    def nearest(self, w: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
         """Return digits `3·T₁ + T₂`."""
         return two_planes.nearest_codes(w, *scales)
 
-    def values(self, codes, *scales):
+    def values(
+        self, codes: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """Return the levels of digits."""
         return two_planes.values(codes, *scales)
 
-    def stored(self, codes, scales):
-        """Return α₁ and μ in float16, α₂ in a byte's share of α₁."""
-        codes, (alpha, residual_alpha, mu) = two_planes.ordered(codes, scales)
+    def stored(self, codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
+        """Return digits and scales: α₁ and μ as float16 holds them, α₂ as a byte's share of α₁."""
+        alpha, residual_alpha, mu = scales
+        codes, (alpha, residual_alpha, mu) = two_planes.ordered(codes, (alpha, residual_alpha, mu))
         ratio = tensors.nearest_ratio(alpha, residual_alpha) / tensors.RATIO_STEPS
         return codes, (_float16(alpha), _float16(alpha) * ratio, _float16(mu))
 
-    def pack(self, codes, scales, group_size):
+    def pack(self, codes: Num[Array, "*batch n m"], scales: Scales, group_size: int) -> TernaryTensor:
         """Return two packed planes."""
         (alpha, residual_alpha, mu), (first, second) = scales, two_planes.split(codes)
         return tensors.from_codes(
@@ -148,31 +176,40 @@ class Integers:
     rounds: int = 1
     metric: Metric = "group"
 
-    def fit(self, w, mask):
-        """Return the scales of the range of least error, and the nearest codes."""
+    def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
+        """Return scale and zero point of the range of least error, and nearest codes."""
         scale, zero = uniform.fit_range(w, mask, self.bits)
         return (scale, zero), self.nearest(w, scale[:, None], zero[:, None])
 
-    def relocate(self, w, codes, scales, metric, mask):
-        """Leave the scales: GPTQ does not move them."""
+    def relocate(
+        self,
+        w: Float[Array, "n g"],
+        codes: Float[Array, "n g"],
+        scales: Scales,
+        metric: Float[Array, "g g"],
+        mask: Bool[Array, " g"],
+    ) -> Scales:
+        """Return the scales as they are: GPTQ does not move them."""
         return scales
 
-    def nearest(self, w, *scales):
+    def nearest(self, w: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
         """Return codes in `[0, 2**bits)`."""
         scale, zero = scales
         return uniform.nearest_code(w, scale, zero, self.bits)
 
-    def values(self, codes, *scales):
+    def values(
+        self, codes: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
         """Return `scale·(q − z)`."""
         scale, zero = scales
         return scale * (codes - zero)
 
-    def stored(self, codes, scales):
+    def stored(self, codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
         """Return both as they are: `fit` rounded them."""
         return codes, scales
 
-    def pack(self, codes, scales, group_size):
-        """Return a tensor with one byte a code, until it goes to disk."""
+    def pack(self, codes: Num[Array, "*batch n m"], scales: Scales, group_size: int) -> IntegerTensor:
+        """Return the integers at one byte a code, until they go to disk."""
         scale, zero = scales
         return IntegerTensor(
             codes=codes.astype(jnp.uint8),
@@ -185,7 +222,7 @@ class Integers:
 
 
 def quantizer(settings: WeightSettings) -> Quantizer:
-    """Return the quantiser that the settings describe."""
+    """Return the quantiser that settings stand for."""
     match settings.quantizer:
         case TernarySettings() as own:
             return OnePlane(own.euclidean_steps, own.threshold, own.rounds, own.metric)
@@ -196,9 +233,7 @@ def quantizer(settings: WeightSettings) -> Quantizer:
             return Integers(own.bits, rounds=1 if settings.compensation else 0)
 
 
-def tensor(
-    settings: WeightSettings, fields: dict[str, Any], in_features: int
-) -> TernaryTensor | IntegerTensor:
+def tensor(settings: WeightSettings, fields: dict[str, Any], in_features: int) -> Tensor:
     """Return the tensor that the settings' quantiser packs, from what `arrays` says of it."""
     group_size = settings.group_size or in_features
     static: dict[str, Any] = {"in_features": in_features, "group_size": group_size}
@@ -207,7 +242,7 @@ def tensor(
     return TernaryTensor(**fields, **static)
 
 
-def arrays(tensor: TernaryTensor | IntegerTensor) -> dict[str, Array]:
+def arrays(tensor: Tensor) -> dict[str, Array]:
     """Return the arrays that a tensor consists of, by field."""
     fields = (field for field in dataclasses.fields(tensor) if not field.metadata.get("static"))
     values = {field.name: getattr(tensor, field.name) for field in fields}

@@ -16,7 +16,7 @@ _NEWTON_SCHULZ_STEPS = 12
 
 
 def project(x: Matrix, direction: Matrix) -> Matrix:
-    """Return the tangent part of `direction` at x, `X·skew(Xᵀ D)`: of a Euclidean gradient, the Riemannian one."""
+    """Return the part of `direction` that is tangent at x, `X·skew(Xᵀ D)`: of a Euclidean gradient the Riemannian."""
     inner = _matmul(_t(x), direction)
     return _matmul(x, 0.5 * (inner - _t(inner)))
 
@@ -24,8 +24,8 @@ def project(x: Matrix, direction: Matrix) -> Matrix:
 def retract_polar(x: Matrix, tangent: Matrix) -> Matrix:
     """Return the orthogonal matrix nearest to `X + ξ`, by Newton-Schulz iteration.
 
-    Matrix products alone, so it is fast on every accelerator. It also pulls a point that has drifted back onto the
-    manifold, so rounding errors do not add up over steps.
+    It takes matrix products only, which are fast on every accelerator. It also pulls a point that has left the manifold
+    back onto it, so that rounding errors do not add up over steps.
     """
     y = x + tangent
     # σ(X + ξ)² = 1 + σ(ξ)², so this bound brings every singular value into (0, 1], where the iteration converges. 12
@@ -63,7 +63,7 @@ RETRACTIONS: dict[str, Callable[[Matrix, Matrix], Matrix]] = {
 def riemannian(
     inner: optax.GradientTransformation, retraction: Callable[[Matrix, Matrix], Matrix] = retract_polar
 ) -> optax.GradientTransformation:
-    """Run an optax optimiser on orthogonal matrices.
+    """Return an optax optimiser of orthogonal matrices `[..., n, n]`.
 
     The Euclidean gradient is projected to the tangent space, passed through `inner` (whose moments live in the
     ambient space), what comes out is projected again (which transports old momentum to the present point), and the
@@ -72,7 +72,6 @@ def riemannian(
     Args:
       inner: any transformation that yields a step, such as `optax.adam(1e-2)`.
       retraction: one of `RETRACTIONS`.
-
     Returns:
       A transformation over pytrees of `[..., n, n]` matrices; `update` needs `params`.
     """
@@ -88,12 +87,12 @@ def riemannian(
 
 
 def random_orthogonal(key: jax.Array, n: int, batch: tuple[int, ...] = ()) -> Matrix:
-    """Return uniform (Haar) random orthogonal matrices, float32 `[*batch, n, n]`."""
+    """Draw uniform (Haar) random orthogonal matrices, float32 `[*batch, n, n]`."""
     return jax.random.orthogonal(key, n, batch, dtype=jnp.float32)
 
 
 def _newton_schulz(y: Matrix) -> Matrix:
-    """Take one step towards the nearest orthogonal matrix; an error ε in `YᵀY − I` becomes `−3ε²/4`."""
+    """One step towards the nearest orthogonal matrix; an error ε in `YᵀY − I` becomes `−3ε²/4`."""
     return 1.5 * y - 0.5 * _matmul(y, _matmul(_t(y), y))
 
 

@@ -1,7 +1,6 @@
 """Packed weight matrices: ternary planes and plain integers, and what multiplies by them."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +31,11 @@ class IntegerTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`[..., n, m]`, the shape of the matrix it stands for."""
+        """Return `[..., n, m]`, the shape of the matrix it stands for."""
         return (*self.codes.shape[:-1], self.in_features)
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
-        """Return the matrix `Ŵ` in `dtype`."""
+        """Return the matrix `Ŵ`, `[..., n, m]`, in `dtype`."""
         scale, zero = (
             per_column(p.astype(dtype), self.in_features, self.group_size)
             for p in (self.scale, self.zero_point)
@@ -66,8 +65,8 @@ class TernaryTensor:
     residual_ratio: UInt8[Array, "*batch n groups"] | None = None
 
     @property
-    def residual_alpha(self) -> Any:
-        """α of the second plane, float32, `[..., n, groups]`; None where there is none."""
+    def residual_alpha(self) -> Float32[Array, "*batch n groups"] | None:
+        """Return α of the second plane, float32, `[..., n, groups]`; None where there is none."""
         if self.residual_ratio is None:
             return None
         return self.alpha.astype(jnp.float32) * (self.residual_ratio.astype(jnp.float32) / RATIO_STEPS)
@@ -84,12 +83,12 @@ class TernaryTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`[..., n, m]`, the shape of the matrix it stands for."""
+        """Return `[..., n, m]`, the shape of the matrix it stands for."""
         return (*self.codes.shape[:-1], self.in_features)
 
 
 def dequantize(weight: TernaryTensor | IntegerTensor, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
-    """Return the matrix `Ŵ` in `dtype`; α and μ are applied in `dtype`."""
+    """Return the matrix `Ŵ`, `[..., n, m]`, in `dtype`; α and μ are applied in `dtype`."""
     if isinstance(weight, IntegerTensor):
         return weight.dequantize(dtype)
 
@@ -107,7 +106,7 @@ def dequantize(weight: TernaryTensor | IntegerTensor, dtype=jnp.float32) -> Floa
 def packed_matmul(
     x: Float[Array, "*tokens m"], weight: TernaryTensor | IntegerTensor
 ) -> Float[Array, "*tokens n"]:
-    """Return `x Ŵᵀ` in `x.dtype`, accumulated in float32: the XLA reference, which unpacks this one matrix.
+    """Return `x Ŵᵀ`, `[..., n]`, in `x.dtype`, accumulated in float32; unpacks this one matrix.
 
     float32 inputs are multiplied in true float32, also on chips whose default is narrower.
     """
@@ -130,7 +129,7 @@ def from_codes(
     residual_codes: Int8[Array, "*batch n m"] | None = None,
     residual_alpha: Float[Array, "*batch n groups"] | None = None,
 ) -> TernaryTensor:
-    """Pack codes in {-1, 0, 1} and float scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
+    """Pack codes in {-1, 0, 1} and scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
     residual_ratio = None if residual_alpha is None else nearest_ratio(alpha, residual_alpha)
     return TernaryTensor(
         residual_codes=None if residual_codes is None else packing.pack(residual_codes),
@@ -146,7 +145,7 @@ def from_codes(
 def in_whole_steps(
     alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"], group_size: int
 ) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"]]:
-    """Return α and μ rounded to whole numbers of their row's step; as they are where kernels add up no groups."""
+    """Return α and μ, rounded to whole numbers of their row's step; as they are where kernels add up no groups."""
     if alpha.shape[-1] == 1 or group_size % packing.PLANE:
         return alpha, mu
     step = row_steps(alpha, mu)[..., None]
@@ -156,7 +155,7 @@ def in_whole_steps(
 def row_steps(
     alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"]
 ) -> Float32[Array, "*rows"]:
-    """Return a step for each row in which its weights `±α + μ`, α and μ rounded, are whole numbers from −127 to 127.
+    """Return a step for each row, in which its weights `±α + μ` are whole numbers from −127 to 127 once rounded.
 
     Such weights add up in integers across groups. Rounding moves α and μ by less than 0.45 % of the row's largest
     |α| + |μ|, far below the error of three levels. Steps have 4 bits, so that float16 holds 7 bits of them. Of α and
@@ -193,7 +192,7 @@ def nearest_ratio(
 def take_rows(
     table: Float[Array, "n m"] | IntegerTensor, rows: Int[Array, "*shape"], dtype
 ) -> Float[Array, "*shape m"]:
-    """Return some rows of a matrix, in `dtype`; of integers, only these are made floats."""
+    """Return some rows of a matrix, `[..., m]` in `dtype`; of integers, only these are made floats."""
     taken = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], table)
     return (taken.dequantize() if isinstance(taken, IntegerTensor) else taken).astype(dtype)
 
@@ -201,6 +200,6 @@ def take_rows(
 def per_column(
     parameter: Float[Array, "*batch n groups"], in_features: int, group_size: int
 ) -> Float[Array, "*batch n m"]:
-    """Return a parameter of every group, repeated for each of the group's columns."""
+    """Return a parameter of every group, repeated for each of the group's columns, `[..., n, in_features]`."""
     repeated = jnp.broadcast_to(parameter[..., None], (*parameter.shape, group_size))
     return repeated.reshape(*parameter.shape[:-1], -1)[..., :in_features]

@@ -15,18 +15,28 @@ Scales = tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]
 
 
 def split(codes: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """Return `(T₁, T₂)` of the digits `3·T₁ + T₂`."""
+    """Return `(T₁, T₂)` of the digits `3·T₁ + T₂`, in their shape."""
     first = jnp.round(codes / 3)
     return first, codes - 3 * first
 
 
-def values(codes: Float[Array, "*shape"], alpha, residual_alpha, mu) -> Float[Array, "*shape"]:
-    """Return the levels that digits stand for; scales broadcast against them."""
+def values(
+    codes: Float[Array, "*shape"],
+    alpha: Float[Array, "*#shape"],
+    residual_alpha: Float[Array, "*#shape"],
+    mu: Float[Array, "*#shape"],
+) -> Float[Array, "*shape"]:
+    """Return the levels that digits stand for, in their shape."""
     first, second = split(codes)
     return alpha * first + residual_alpha * second + mu
 
 
-def nearest_codes(w: Float[Array, "*shape"], alpha, residual_alpha, mu) -> Float[Array, "*shape"]:
+def nearest_codes(
+    w: Float[Array, "*shape"],
+    alpha: Float[Array, "*#shape"],
+    residual_alpha: Float[Array, "*#shape"],
+    mu: Float[Array, "*#shape"],
+) -> Float[Array, "*shape"]:
     """Return the digit of the level nearest to w, of all nine: for each T₁ the best T₂, then the best of three."""
     centred = w - mu
     divisor = jnp.where(residual_alpha == 0, jnp.inf, residual_alpha)
@@ -45,7 +55,7 @@ def nearest_codes(w: Float[Array, "*shape"], alpha, residual_alpha, mu) -> Float
 
 
 def ordered(codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
-    """Return the same levels with `α₁ ≥ α₂ ≥ 0`: signs go to the codes, and the larger plane comes first."""
+    """Return digits `[n, g]` and scales of the same levels with `α₁ ≥ α₂ ≥ 0`: signs go to the codes."""
     alpha, residual_alpha, mu = scales
     first, second = split(codes)
     first, second = (jnp.where(p[:, None] < 0, -t, t) for p, t in ((alpha, first), (residual_alpha, second)))
@@ -58,7 +68,7 @@ def ordered(codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n
 def euclidean_fit(
     w: Float[Array, "n g"], mask: Bool[Array, " g"], *, steps: int = 15
 ) -> tuple[Scales, Float[Array, "n g"]]:
-    """Fit both planes to each row of one group in the weights' own metric.
+    """Fit both planes to each row of one group `[n, g]` in the weights' own metric.
 
     From each of three starts, `steps` alternations of the nearest of the nine levels and of least squares for
     (α₁, α₂, μ), neither of which raises the error; the best of the three is kept, row by row.
@@ -67,7 +77,6 @@ def euclidean_fit(
       w: weights of one group, a row an output.
       mask: which columns exist; a short last group is padded to the group size.
       steps: alternations from each start.
-
     Returns:
       `((α₁, α₂, μ), digits)`.
     """
@@ -99,14 +108,15 @@ def relocate(
     metric: Float[Array, "g g"] | None,
     mask: Bool[Array, " g"],
 ) -> Scales:
-    """Move (α₁, α₂, μ) to the least output error `(w − ŵ)ᵀ M (w − ŵ)`, codes fixed: a 3×3 solve per row.
+    """Move (α₁, α₂, μ), `[n]` each, to the least output error `(w − ŵ)ᵀ M (w − ŵ)` at fixed codes.
 
+    A 3×3 solve per row.
     A row whose error the solve would not lower in float32 (codes that are all equal, say) keeps what it came with.
 
     Args:
       w: weights of one group, a row an output.
-      codes: digits `3·T₁ + T₂`.
-      scales: (α₁, α₂, μ) to begin with.
+      codes: digits.
+      scales: those so far.
       metric: M, as `e2m_atq.relocate` takes it; None for the weights' own.
       mask: which columns exist.
     """
@@ -129,7 +139,7 @@ def relocate(
 
 
 def _solve(gram: Float[Array, "n 3 3"], target: Float[Array, "n 3"]) -> Float[Array, "n 3"]:
-    """Return `(G + 1e-5·I)⁻¹ t` of unit diagonals, written out: a library's solver launches a kernel a step."""
+    """`(G + 1e-5·I)⁻¹ t` of unit diagonals, written out: a library's solver takes a launch for each of its steps."""
     d = 1 + 1e-5
     a, b, c = gram[:, 0, 1], gram[:, 0, 2], gram[:, 1, 2]
     adjugate = (

@@ -11,9 +11,14 @@ _NORM = 2.4  # of the error that a range is chosen by, as in GPTQ's public code
 def fit_range(
     w: Float[Array, "n g"], mask: Bool[Array, " g"], bits: int
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """Return `(scale, zero_point)` of each row of a group: the shrunken range, zero in it, of least `Σ|w − ŵ|^2.4`.
+    """Return `(scale, zero_point)`, `[n]` each: of every row the range, zero in it, with the least `Σ|w − ŵ|^2.4`.
 
     The range search of GPTQ's public code (arXiv 2210.17323). The scale is rounded to float16 before it is judged.
+
+    Args:
+      w: weights of one group, a row an output.
+      mask: which columns exist.
+      bits: of an integer.
     """
     levels = 2**bits - 1
     w = jnp.where(mask, w, 0)
@@ -38,6 +43,11 @@ def fit_range(
     return scale, zero
 
 
-def nearest_code(w, scale, zero_point, bits: int) -> Float[Array, "*shape"]:
-    """Return the code in `[0, 2**bits)` whose value `scale·(q − z)` lies nearest to w."""
+def nearest_code(
+    w: Float[Array, "*shape"],
+    scale: Float[Array, "*#shape"],
+    zero_point: Float[Array, "*#shape"],
+    bits: int,
+) -> Float[Array, "*shape"]:
+    """Return the code in `[0, 2**bits)` whose value `scale·(q − z)` lies nearest to w, in the shape of w."""
     return jnp.clip(jnp.round(w / scale) + zero_point, 0, 2**bits - 1)
