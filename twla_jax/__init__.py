@@ -1,93 +1,34 @@
-"""Ternary weights and low-bit activations for Llama-family language models in JAX."""
+"""Ternary weights and low-bit activations for language models in JAX."""
 
+import ast
 import importlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from twla_jax.version import __version__
+from twla_jax.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from twla_jax.allocation.choice import allocate_bits
-    from twla_jax.core.activation import ActivationQuantizer
-    from twla_jax.core.kotms import KroneckerRotation
-    from twla_jax.core.tensors import TernaryTensor
-    from twla_jax.errors import TwlaError
-    from twla_jax.evaluation.domains import evaluate_domains
-    from twla_jax.evaluation.scoring import evaluate
-    from twla_jax.inference.generation import generate
-    from twla_jax.inference.packed_decoder import prepare_for_inference
-    from twla_jax.inference.self_sampling import sample_text
-    from twla_jax.jobs.loading import load
-    from twla_jax.models import Decoder, DecoderConfig
-    from twla_jax.models.sites import set_activation_bits
-    from twla_jax.quantization.pipeline import quantize
-    from twla_jax.recipe import AllocationSettings, CalibrationSettings, Recipe, load_recipe
-    from twla_jax.refinement.end_to_end import refine
-    from twla_jax.storage.checkpoint import save
-    from twla_jax.text.corpora import Corpus, load_corpus, load_domains, tokenize
-    from twla_jax.text.windows import calibration_windows
 
-# Where each public name lives. Imported when first used, so that `import twla_jax` and `twla --help` are quick.
-_HOMES = {
-    "ActivationQuantizer": "core.activation",
-    "AllocationSettings": "recipe",
-    "CalibrationSettings": "recipe",
-    "Corpus": "text.corpora",
-    "Decoder": "models",
-    "DecoderConfig": "models",
-    "KroneckerRotation": "core.kotms",
-    "Recipe": "recipe",
-    "TernaryTensor": "core.tensors",
-    "TwlaError": "errors",
-    "allocate_bits": "allocation.choice",
-    "calibration_windows": "text.windows",
-    "evaluate": "evaluation.scoring",
-    "evaluate_domains": "evaluation.domains",
-    "generate": "inference.generation",
-    "load": "jobs.loading",
-    "load_corpus": "text.corpora",
-    "load_domains": "text.corpora",
-    "load_recipe": "recipe",
-    "prepare_for_inference": "inference.packed_decoder",
-    "quantize": "quantization.pipeline",
-    "refine": "refinement.end_to_end",
-    "sample_text": "inference.self_sampling",
-    "save": "storage.checkpoint",
-    "set_activation_bits": "models.sites",
-    "tokenize": "text.corpora",
-}
+def _homes() -> dict[str, str]:
+    """Return the module that each public name lives in, as the stub beside this file says."""
+    tree = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
 
-__all__ = [
-    "ActivationQuantizer",
-    "AllocationSettings",
-    "CalibrationSettings",
-    "Corpus",
-    "Decoder",
-    "DecoderConfig",
-    "KroneckerRotation",
-    "Recipe",
-    "TernaryTensor",
-    "TwlaError",
-    "__version__",
-    "allocate_bits",
-    "calibration_windows",
-    "evaluate",
-    "evaluate_domains",
-    "generate",
-    "load",
-    "load_corpus",
-    "load_domains",
-    "load_recipe",
-    "prepare_for_inference",
-    "quantize",
-    "refine",
-    "sample_text",
-    "save",
-    "set_activation_bits",
-    "tokenize",
-]
+
+_HOMES = _homes()
+_MODULES = {name for name, home in _HOMES.items() if home == __name__}
+
+__all__ = sorted(set(_HOMES) - _MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    # Imported when first used, so that `import twla_jax` and `twla --help` are quick.
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
-        raise AttributeError(f"module 'twla_jax' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"twla_jax.{_HOMES[name]}"), name)
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)
