@@ -18,14 +18,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from twla_jax import recipe, xla_flags
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import scoring
 from twla_jax.jobs import loading
 from twla_jax.models import sites
-from twla_jax.models.decoder import can_fuse
+from twla_jax.models.decoder import computing_in
 from twla_jax.quantization import pipeline
 from twla_jax.refinement import blockwise, clip_training, end_to_end
 from twla_jax.text import corpora
@@ -122,7 +121,7 @@ class Bench:
         wanted = dataclasses.replace(settings, refine=recipe.RefineSettings())
         if self._shared[0] != wanted:
             windows = self._drawn(wanted)
-            model = _computing_in(self._teacher, jnp.float32)
+            model = computing_in(self._teacher, jnp.float32, fused=True)
             self._shared = wanted, pipeline.quantize(model, windows, wanted, progress=False)[0]
         return self._shared[1]
 
@@ -131,15 +130,9 @@ class Bench:
         return sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed)
 
     def _score(self, model: Any, bits: int) -> float:
-        model = _computing_in(sites.set_activation_bits(model, bits), jnp.dtype(self._options.dtype))
+        model = computing_in(sites.set_activation_bits(model, bits), self._options.dtype, fused=True)
         options = {"max_windows": self._options.max_windows, "batch_size": self._options.batch_size}
         return float(scoring.evaluate(model, self._test, progress=False, **options)["perplexity"])
-
-
-def _computing_in(model: Any, dtype: Any) -> Any:
-    copy = nnx.merge(*nnx.split(model))
-    copy.dtype, copy.blocks.fused = jnp.dtype(dtype), can_fuse(copy.config, dtype)
-    return copy
 
 
 def ablate(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -34,13 +34,8 @@ def rank(model, candidates, lengths):
 def soft_prompt_loss(prompt, model, target):
     """Negative log-likelihood of `target [t]` after the vectors `prompt [p, d]`, which no token needs to have."""
     x = jnp.concatenate([prompt[None], model.embed_tokens(target[None])], axis=1)
-    positions = model.positions(x.shape[1])
-
-    def step(x, layer):
-        block, window = layer
-        return block(x, positions, window), None
-
-    x, _ = jax.lax.scan(step, x, (model.blocks, model.windows()))
+    context = model.context(x.shape[1])
+    x = model.through_blocks(lambda x, block, context, index: block(x, context), x, context)
     logits = model.logits(model.norm(x))[0, len(prompt) - 1 : -1]
     return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
 

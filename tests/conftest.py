@@ -15,7 +15,7 @@ from flax import nnx
 
 from twla_jax.core import activation, kotms, tensors
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
 
 # Devices to shard over. Before anything runs: the number is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -120,8 +120,8 @@ def tiny_ternary(tiny_config) -> Decoder:
     rng = np.random.default_rng(0)
     model = Decoder(tiny_config, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
     layers = tiny_config.num_layers
-    for site, linears in SITES.items():
-        for name in linears:
+    for site in model.sites:
+        for name in site.linears:
             linear = getattr(model.blocks, name)
             _, m, n = linear.kernel.get_value().shape
             linear.kernel = nnx.Param(
@@ -132,7 +132,7 @@ def tiny_ternary(tiny_config) -> Decoder:
                     16,
                 )
             )
-        transform = getattr(model.blocks, f"{site}_input")
+        transform = model.blocks.transform(site)
         left, right = kotms.factor_sizes(m, n, "balanced")
         orthogonal = [
             np.stack([np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(layers)]).astype(

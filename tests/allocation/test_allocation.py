@@ -16,7 +16,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.jobs import allocate_bits
 from twla_jax.models import sites
-from twla_jax.models.decoder import SITES
+from twla_jax.models.blocks import State, site_inputs
 from twla_jax.recipe import (
     AllocationSettings,
     CalibrationSettings,
@@ -132,7 +132,7 @@ def test_what_is_chosen_measures_no_worse_than_any_other(tiny_ternary, kind):
     assert result["after"]["average_bits"] <= 4.0
     measured = prepared(tiny_ternary, recipe)
     assert evaluate(model, measured.held_out, progress=False)["nll"] == pytest.approx(result["after"]["loss"])
-    bits = np.stack([result["bits"][site] for site in SITES], axis=-1)
+    bits = np.stack([result["bits"][site.name] for site in model.sites], axis=-1)
     np.testing.assert_array_equal(bits, sites.input_bits(model))
     if kind == "block":
         assert (bits == bits[:, :1]).all()
@@ -162,7 +162,7 @@ def test_the_best_measured_allocation_is_taken_whatever_was_foretold(tiny_ternar
 
 def test_refitted_clips_are_dropped_where_they_raise_the_loss(tiny_ternary, monkeypatch):
     measured = prepared(tiny_ternary)
-    bad = {site: np.full((3, 4), 0.01) for site in SITES}
+    bad = {site.name: np.full((3, 4), 0.01) for site in tiny_ternary.sites}
     monkeypatch.setattr(choice, "refit_clips", lambda model, *_, **__: sites.with_input_clips(model, bad))
     model, result = choice.choose(measured, progress=False)
     assert result["clips"]["kept"] == "as_fitted"
@@ -177,16 +177,14 @@ def test_a_refitted_clip_is_the_best_for_what_reaches_its_input_and_others_stay(
     bits = np.tile([2, 4, 4, 6], (3, 1))
     model = sites.with_input_bits(tiny_ternary, bits)
     fitted = refit.refit_clips(model, windows, candidates, windows.size, progress=False)
-    for column, site in enumerate(SITES):
-        before, after = sites.input_clips(model)[site], sites.input_clips(fitted)[site]
+    for column, site in enumerate(model.sites):
+        before, after = sites.input_clips(model)[site.name], sites.input_clips(fitted)[site.name]
         others = np.asarray(activation.BIT_CHOICES) != bits[0, column]
         np.testing.assert_array_equal(before[:, others], after[:, others])
     block = jax.tree.map(lambda leaf: leaf[0], fitted.blocks)
     x = fitted.embed_tokens(windows)
-    mixed = block.attend(
-        block.qkv_input(block.input_norm(x)), fitted.positions(windows.shape[1]), fitted.windows()[0]
-    )
-    sample = block.o_input.rotation.get_value()(mixed).reshape(-1, 42)
+    inputs, _ = site_inputs(block, State(x), fitted.context(windows.shape[1]).layer(0))
+    sample = block.o_input.rotation.get_value()(inputs["o"]).reshape(-1, 42)
     rows = twla_jax.ternary.dequantize(block.o.kernel.get_value())
     errors = [
         float(np.square((activation.fake_quantize(sample, 4, clip) - sample) @ rows.T).sum())
@@ -230,7 +228,7 @@ def test_the_weights_stay_byte_for_byte_and_the_folder_stays_whole(saved):
     model, _, info = checkpoint.load(saved)
     assert not np.array_equal(sites.input_bits(model), before)
     np.testing.assert_array_equal(
-        sites.input_bits(model), np.stack([result["allocation"]["bits"][site] for site in SITES], axis=-1)
+        sites.input_bits(model), np.stack(list(result["allocation"]["bits"].values()), axis=-1)
     )
     assert info.recipe.allocation == RECIPE.allocation
     assert info.report["model"] == "tiny"

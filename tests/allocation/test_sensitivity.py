@@ -10,7 +10,8 @@ from twla_jax.allocation import sensitivity
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.models import sites
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.blocks import State, run
+from twla_jax.models.decoder import Decoder
 
 from helpers.compiled import compiled_programs
 
@@ -60,11 +61,10 @@ def test_every_entry_is_that_of_whole_forward_passes(tiny_ternary, kind):
 def test_the_parts_of_a_block_are_the_block(tiny_ternary):
     x = jax.random.normal(jax.random.key(0), (2, 7, 42))
     block = jax.tree.map(lambda leaf: leaf[1], tiny_ternary.blocks)
-    place = (tiny_ternary.positions(7), tiny_ternary.windows()[1])
-    state = (x, None)
-    for first, last in sites.site_parts("input"):
-        state = sensitivity._run(block, state, *place, first, last)
-    np.testing.assert_allclose(state[0], block(x, *place), rtol=1e-5, atol=1e-6)
+    context, state = tiny_ternary.context(7).layer(1), State(x)
+    for first, last in sites.site_spans(tiny_ternary, "input"):
+        state = run(block, state, context, first, last)
+    np.testing.assert_allclose(state.x, block(x, context), rtol=1e-5, atol=1e-6)
 
 
 def test_blocks_before_a_changed_site_are_not_run_again(tiny_ternary):
@@ -137,7 +137,7 @@ def test_clips_and_weights_make_another_table_and_bits_do_not(tiny_ternary):
         return sensitivity.fingerprint(model, windows, kind, choices)
 
     assert other(sites.with_input_bits(tiny_ternary, np.full((3, 4), 2))) == identity
-    clips = {site: np.full((3, 4), 0.5) for site in SITES}
+    clips = {site.name: np.full((3, 4), 0.5) for site in tiny_ternary.sites}
     assert other(sites.with_input_clips(tiny_ternary, clips)) != identity
     assert other(windows=WINDOWS[:2]) != identity
     assert other(kind="block") != identity
@@ -151,12 +151,13 @@ def test_a_model_in_full_precision_has_no_table(tiny_config):
         measure(Decoder(tiny_config, rngs=nnx.Rngs(0)), "input")
 
 
-def test_a_site_weighs_what_its_inputs_or_their_linears_do(tiny_config):
-    assert sites.site_weights(tiny_config, "input", "elements").tolist() == [42, 42, 42, 78] * 3
-    assert sites.site_weights(tiny_config, "block", "elements").tolist() == [204] * 3
-    macs = [42 * (42 + 14 + 14), 42 * 42, 42 * 78 * 2, 78 * 42]
-    assert sites.site_weights(tiny_config, "input", "macs").tolist() == macs * 3
-    assert sites.part_shares(tiny_config, 24).sum() == pytest.approx(1)
+def test_a_site_weighs_what_its_inputs_or_their_linears_do(tiny_config, tiny_ternary):
+    for model in (tiny_ternary, nnx.eval_shape(lambda: Decoder(tiny_config, rngs=nnx.Rngs(0)))):
+        assert sites.site_weights(model, "input", "elements").tolist() == [42, 42, 42, 78] * 3
+        assert sites.site_weights(model, "block", "elements").tolist() == [204] * 3
+        macs = [42 * (42 + 14 + 14), 42 * 42, 42 * 78 * 2, 78 * 42]
+        assert sites.site_weights(model, "input", "macs").tolist() == macs * 3
+        assert sites.work_shares(model, 24).sum() == pytest.approx(1)
 
 
 def test_bits_are_those_of_every_input_and_off_is_16(tiny_ternary):

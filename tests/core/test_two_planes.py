@@ -11,7 +11,7 @@ from twla_jax.core import gptq, kotms, tensors, two_planes
 from twla_jax.core.quantizers import quantizer
 from twla_jax.core.settings import TernarySettings, TwoPlaneSettings, WeightSettings
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import Recipe, load_recipe
 from twla_jax.storage import accounting, checkpoint
 
@@ -168,8 +168,8 @@ def test_smollm2s_shapes_take_at_most_3_6_bits_all_in(tmp_path):
     )
     model = Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
     recipe = load_recipe("w2x1.58-g128")
-    for site, names in SITES.items():
-        for name in names:
+    for site in model.sites:
+        for name in site.linears:
             linear = getattr(model.blocks, name)
             _, m, n = linear.kernel.get_value().shape
             groups = jnp.ones((1, n, -(-m // 128)))
@@ -177,7 +177,7 @@ def test_smollm2s_shapes_take_at_most_3_6_bits_all_in(tmp_path):
             linear.kernel = nnx.Param(pack(jnp.zeros((1, n, m)), (groups, groups, groups), 128))
         sizes = kotms.factor_sizes(m, n, recipe.rotation.factors)
         left, right = (jnp.zeros((1, size, size), jnp.float16) for size in sizes)
-        transform = getattr(model.blocks, f"{site}_input")
+        transform = model.blocks.transform(site)
         transform.rotation = nnx.data(nnx.Param(kotms.KroneckerRotation(left, right)))
     checkpoint.save(model, None, tmp_path / "out", Recipe(), {})
     account = accounting.account(tmp_path / "out")

@@ -20,7 +20,8 @@ from twla_jax.core.settings import (
 from twla_jax.errors import TwlaError
 from twla_jax.inference.generation import generate
 from twla_jax.inference.packed_decoder import prepare_for_inference
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.blocks import State, run
+from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.ops.decode_attention import AttentionSplits
@@ -44,22 +45,22 @@ def quantised(stories):
 
 
 @jax.jit
-def side_by_side(integer, block, x, positions, window):
-    """What a prepared block's parts make of the same inputs as the block's own; its end at once and in parts; and y."""
-    h = block.qkv_input(block.input_norm(x))
-    pairs = [*zip(integer.qkv(integer.qkv_input(x)), block.qkv(h), strict=True)]
-    mixed = block.attend(h, positions, window)
-    after = integer.o(integer.o_input(mixed), x)
-    hidden = integer.gate_up(integer.mlp_input(after))
-    end = integer.finish(x, mixed), integer.down(integer.down_input(hidden), after)
-    y = block.o(block.o_input(mixed))
-    pairs.append((integer.o(integer.o_input(mixed)), y))
-    x = x + y
-    hidden = block.gate_up(block.mlp_input(block.post_norm(x)))
-    pairs.append((integer.gate_up(integer.mlp_input(x)), hidden))
-    y = block.down(block.down_input(hidden))
-    pairs.append((integer.down(integer.down_input(hidden)), y))
-    return pairs, end, x + y
+def side_by_side(packed, block, state, context):
+    """What a packed block's linears and the block's own make of the same states; its MLP at once and in parts."""
+    pairs = []
+    for index, site in enumerate(block.sites):
+        found, expected = (
+            each.outputs(site, each.transform(site)(each.before(site, state, context)))
+            for each in (packed, block)
+        )
+        pairs += zip(found, expected, strict=True)
+        if site.name == "mlp":
+            hidden = jax.nn.silu(found[0]) * found[1]
+            down = block.sites[index + 1]
+            in_parts = packed.add_output(down, packed.transform(down)(hidden), state.x)
+            mlp = run(packed, state, context, index).x, in_parts
+        state = run(block, state, context, index, index + 1)
+    return pairs, mlp, state
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -67,13 +68,13 @@ def test_every_input_and_linear_computes_what_the_quantisers_own_does(quantised,
     model, text = quantised
     model = jax.tree.map(jnp.asarray, set_activation_bits(model, bits))
     prepared = prepare_for_inference(model)
-    x, positions, windows = model.embed_tokens(text), model.positions(text.shape[1]), model.windows()
-    for i, integer in enumerate(prepared.blocks):
+    state, context = State(model.embed_tokens(text)), model.context(text.shape[1])
+    for i, packed in enumerate(prepared.blocks):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
-        pairs, end, x = side_by_side(integer, block, x, positions, windows[i])
+        pairs, mlp, state = side_by_side(packed, block, state, context.layer(i))
         for found, expected in pairs:
             np.testing.assert_allclose(found, expected, atol=1e-4)
-        np.testing.assert_array_equal(*end)
+        np.testing.assert_array_equal(*mlp)
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-2), (8, 1e-2), (16, 1e-4)])
@@ -113,7 +114,8 @@ def test_an_exchange_changes_nothing(quantised, tokens):
 
 def test_attention_in_parts_ends_a_block_as_the_whole_does(quantised):
     block = prepare_for_inference(set_activation_bits(quantised[0], 8)).blocks[0]
-    config = quantised[0].config
+    config, context = quantised[0].config, quantised[0].context(1).layer(0)
+    finish = jax.jit(lambda block, x, mixed: run(block, State(x, mixed), context, 1).x)
     keys = jax.random.split(jax.random.key(0), 3)
     mixed = jax.random.normal(keys[0], (2, 3, config.num_heads * config.head_dim))
     softmax = jax.random.uniform(keys[1], (2, 3, config.num_heads, 2))
@@ -121,7 +123,7 @@ def test_attention_in_parts_ends_a_block_as_the_whole_does(quantised):
         AttentionSplits(mixed=mixed, softmax=softmax),
         jax.random.normal(keys[2], (2, 1, config.hidden_size)),
     )
-    found, expected = (jax.jit(block.finish)(x, each) for each in (parts, parts.merged()[:, None]))
+    found, expected = (finish(block, x, each) for each in (parts, parts.merged()[:, None]))
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
@@ -130,7 +132,7 @@ def test_linears_that_share_an_input_are_one_matrix(quantised):
     block = prepare_for_inference(quantised[0]).blocks[0]
     key = config.num_kv_heads * config.head_dim
     assert block.qkv_linear.weight.get_value().splits == (config.num_heads * config.head_dim, key, key)
-    assert block.gate_up_linear.weight.get_value().splits == (config.intermediate_size,) * 2
+    assert block.mlp_linear.weight.get_value().splits == (config.intermediate_size,) * 2
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -138,7 +140,7 @@ def test_a_float_model_computes_what_it_did(tiny_config, bias):
     config = dataclasses.replace(tiny_config, qkv_bias=bias, o_bias=bias, mlp_bias=bias)
     model = Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
     rng = np.random.default_rng(0)
-    for name in (name for names in SITES.values() for name in names if bias):
+    for name in (name for site in model.sites for name in site.linears if bias):
         linear = getattr(model.blocks, name)
         linear.bias = nnx.Param(jnp.asarray(rng.normal(size=linear.bias.shape), jnp.float16))
     tokens = rng.integers(0, config.vocab_size, (2, 7))
@@ -154,7 +156,7 @@ def test_group_sizes_that_kernels_do_not_take_are_refused(tiny_ternary):
 def test_two_planes_are_two_products(tiny_config, tiny_ternary, bits, tolerance):
     rng, layers = np.random.default_rng(0), tiny_config.num_layers
     levels = quantizers.quantizer(WeightSettings(quantizer=TwoPlaneSettings()))
-    for name in (name for names in SITES.values() for name in names):
+    for name in (name for site in tiny_ternary.sites for name in site.linears):
         linear = getattr(tiny_ternary.blocks, name)
         n, m = linear.kernel.get_value().shape[-2:]
         alpha, mu = 0.1 * rng.uniform(0.5, 1, (2, layers, n, 1))

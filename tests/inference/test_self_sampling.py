@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from flax import nnx
 
 import twla_jax
 from twla_jax.errors import TwlaError
 from twla_jax.inference import self_sampling
 from twla_jax.inference.self_sampling import sample_text
 from twla_jax.models.io import readers
+from twla_jax.models.layers import replace
 from twla_jax.recipe import AllocationSettings, CalibrationSettings, EndToEndSettings, Recipe, RefineSettings
 from twla_jax.storage import resume
 from twla_jax.text import corpora, recipe_windows
@@ -45,8 +45,7 @@ def test_the_seed_gives_the_text_again_however_much_of_it(model, rows):
 
 
 def test_a_model_without_bos_begins_with_random_tokens(model):
-    other = nnx.merge(*nnx.split(model))
-    other.config = dataclasses.replace(model.config, bos_token_id=None)
+    other = replace(model, config=dataclasses.replace(model.config, bos_token_id=None))
     first = sample_text(other, 8, 64, progress=False)[:, 0]
     assert len(set(first.tolist())) > 4
 

@@ -8,6 +8,7 @@ import pytest
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import READ, REFUSED, WITHOUT_EFFECT
+from twla_jax.models.families import config_from_hf
 from twla_jax.models.rope_settings import RopeScaling
 
 BASE = {
@@ -25,7 +26,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 def refusal(change):
     with pytest.raises(TwlaError) as error:
-        DecoderConfig.from_hf({**BASE, **change}, source="c.json")
+        config_from_hf({**BASE, **change}, source="c.json")
     message = str(error.value)
     assert message.startswith("c.json: ")
     assert "\n" not in message
@@ -120,9 +121,9 @@ def test_weights_that_are_quantised_already_are_named(settings, named):
 
 def test_of_two_places_for_a_rotary_scaling_the_older_name_decides_as_in_transformers():
     plain = {"rope_type": "default", "rope_theta": 10000.0}
-    config = DecoderConfig.from_hf({**BASE, "rope_parameters": plain, "rope_scaling": LINEAR})
+    config = config_from_hf({**BASE, "rope_parameters": plain, "rope_scaling": LINEAR})
     assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
-    config = DecoderConfig.from_hf({**BASE, "rope_parameters": {**LINEAR, "factor": 2.0}, "rope_scaling": {}})
+    config = config_from_hf({**BASE, "rope_parameters": {**LINEAR, "factor": 2.0}, "rope_scaling": {}})
     assert config.rope_scaling.factor == 2.0
     message = refusal({"rope_parameters": {**plain, "rope_theta": 1e6}, "rope_scaling": LINEAR})
     assert message == "rope_theta is 10000 where the scaling is read, but 1e+06 beside it; keep one"
@@ -130,22 +131,22 @@ def test_of_two_places_for_a_rotary_scaling_the_older_name_decides_as_in_transfo
 
 
 def test_a_null_scaling_and_swish_mean_what_is_usual():
-    config = DecoderConfig.from_hf({**BASE, "rope_scaling": None, "rope_parameters": None})
-    assert config == DecoderConfig.from_hf({**BASE, "hidden_act": "swish", "use_cache": False})
+    config = config_from_hf({**BASE, "rope_scaling": None, "rope_parameters": None})
+    assert config == config_from_hf({**BASE, "hidden_act": "swish", "use_cache": False})
 
 
 def test_yarn_and_longrope_take_their_defaults_from_the_positions():
-    yarn = DecoderConfig.from_hf({**BASE, "rope_scaling": {"type": "yarn", "factor": 4.0}}).rope_scaling
+    yarn = config_from_hf({**BASE, "rope_scaling": {"type": "yarn", "factor": 4.0}}).rope_scaling
     assert yarn.original_max_position_embeddings == 64
     assert yarn.attention_factor == pytest.approx(1.1386294361)  # 0.1 ln 4 + 1
     deepseek = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
-    weighted = DecoderConfig.from_hf({**BASE, "rope_scaling": deepseek}).rope_scaling
+    weighted = config_from_hf({**BASE, "rope_scaling": deepseek}).rope_scaling
     assert weighted.attention_factor == pytest.approx(1.1386294361 / 1.0693147181)
     longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     stated = {**BASE, "rope_scaling": longrope, "original_max_position_embeddings": 16}
-    scaling = DecoderConfig.from_hf(stated).rope_scaling
+    scaling = config_from_hf(stated).rope_scaling
     assert (scaling.factor, scaling.original_max_position_embeddings) == (4.0, 16)
     assert scaling.attention_factor == pytest.approx(1.5**0.5)  # sqrt(1 + ln 4 / ln 16)
     assert "4 factors for 8 rotated pairs" in refusal({"rope_scaling": longrope, "head_dim": 16})
-    config = DecoderConfig.from_hf(stated)
+    config = config_from_hf(stated)
     assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -10,7 +10,7 @@ from flax import nnx
 
 from twla_jax.core.tensors import TernaryTensor, dequantize
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention import reference
 from twla_jax.ops.attention.kv_cache import LayerKV
 
@@ -72,24 +72,26 @@ def test_a_later_token_changes_no_earlier_logits(model, tokens):
 
 def test_the_parts_of_a_block_compose_to_the_block(model, tokens):
     block = jax.tree.map(lambda leaf: leaf[1], model.blocks)
-    positions, window = model.positions(12), model.windows()[1]
+    context = model.context(12).layer(1)
     x = model.embed_tokens(tokens)
-    mixed = block.attend(block.qkv_input(block.input_norm(x)), positions, window)
-    y = x + block.o(block.o_input(mixed))
-    y = y + block.down(block.down_input(block.gate_up(block.mlp_input(block.post_norm(y)))))
-    np.testing.assert_allclose(y, block(x, positions, window), atol=1e-6)
+    q, k, v = block.project(block.outputs(block.sites[0], block.input_norm(x)), context.positions)
+    kv = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3))
+    y = x + block.o(reference.attention(q, kv, context.positions, jnp.int32(5)))
+    h = block.post_norm(y)
+    y = y + block.down(jax.nn.silu(block.gate(h)) * block.up(h))
+    np.testing.assert_allclose(y, block(x, context), atol=1e-6)
 
 
 def test_packed_weights_give_the_logits_of_their_dequantised_values(tiny_ternary, tokens):
     dense = jax.tree.map(lambda leaf: leaf, tiny_ternary)
-    for name in (name for names in SITES.values() for name in names):
+    for name in (name for site in dense.sites for name in site.linears):
         linear = getattr(dense.blocks, name)
         assert isinstance(linear.kernel.get_value(), TernaryTensor)
         linear.kernel = nnx.Param(dequantize(linear.kernel.get_value()).swapaxes(-1, -2))
     # Float sums in another order can flip a rounding of the activation quantiser, so it is left out.
-    for site in SITES:
+    for site in dense.sites:
         for each in (dense, tiny_ternary):
-            getattr(each.blocks, f"{site}_input").activation = None
+            each.blocks.transform(site).activation = None
     packed = forward(tiny_ternary, tokens)
     np.testing.assert_allclose(packed, forward(dense, tokens), atol=1e-4 * np.abs(packed).max())
 
@@ -100,8 +102,8 @@ def test_inputs_are_rotated_then_quantised(tiny_ternary, tokens):
     rotation, quantizer = block.mlp_input.rotation.get_value(), block.mlp_input.activation.get_value()
     np.testing.assert_array_equal(block.mlp_input(x), quantizer(rotation(x)))
     off = jax.tree.map(lambda leaf: leaf, tiny_ternary)
-    for site in SITES:
-        transform = getattr(off.blocks, f"{site}_input")
+    for site in off.sites:
+        transform = off.blocks.transform(site)
         transform.activation = nnx.Param(dataclasses.replace(transform.activation.get_value(), enabled=False))
     assert np.abs(forward(off, tokens) - forward(tiny_ternary, tokens)).max() > 1e-3
 

@@ -21,6 +21,7 @@ from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models import sharding
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import shallow_copy
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import block, pipeline
 from twla_jax.recipe import Recipe
@@ -148,7 +149,7 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
 def test_a_prepared_model_generates_on_the_mesh_what_it_does_on_one_device(quantised, mesh, bits):
     result = jax.tree.map(jnp.asarray, set_activation_bits(quantised, bits))
     one, split = prepare_for_inference(result), prepare_for_inference(result, mesh=mesh)
-    gate_up = split.blocks[0].gate_up_linear.weight.get_value()
+    gate_up = split.blocks[0].mlp_linear.weight.get_value()
     assert gate_up.codes.sharding.spec == P("model")
     assert gate_up.codes.shape[0] == 2
     prompts = WINDOWS[:4, :8]
@@ -161,7 +162,7 @@ def test_a_prepared_model_generates_on_the_mesh_what_it_does_on_one_device(quant
 def test_other_weights_are_split_as_one_plane_is(model, mesh):
     shapes = {}
     for name, kind in (("two", TwoPlaneSettings()), ("integers", IntegerSettings())):
-        levels, other = quantizers.quantizer(WeightSettings(quantizer=kind)), nnx.merge(*nnx.split(model))
+        levels, other = quantizers.quantizer(WeightSettings(quantizer=kind)), shallow_copy(model)
         for part, m in (("q", 64), ("down", 1024)):
             linear = getattr(other.blocks, part)
             n = linear.kernel.get_value().shape[-1]

@@ -11,7 +11,7 @@ import pytest
 
 from twla_jax.bench import SHAPES, shapes
 from twla_jax.inference import generation
-from twla_jax.inference.packed_decoder import IntegerBlock
+from twla_jax.inference.packed_block import PackedLlamaBlock
 from twla_jax.ops.attention.kv_cache import empty_layer
 from twla_jax.ops.attention.reference import Positions, attention
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
@@ -49,7 +49,7 @@ def test_a_step_copies_neither_cache_nor_weights(
 @pytest.mark.hlo
 @pytest.mark.aot
 def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
-    monkeypatch.setattr(IntegerBlock, "takes_splits", True)  # the property looks for a GPU
+    monkeypatch.setattr(PackedLlamaBlock, "takes_splits", True)  # it would look for a GPU
     model = decoder(8, 16, tied=True)
     arguments = model, jnp.zeros(1, jnp.int32), model.init_cache(1, 640), jnp.float32(0), jax.random.key(0)
     program = compile_for("h100", generation._step.__wrapped__, *arguments).as_text()
@@ -63,7 +63,7 @@ def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
 @pytest.mark.aot
 @pytest.mark.parametrize(("width", "kernels"), [(1024, 4), (2048, 3)])
 def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compile_for, monkeypatch):
-    monkeypatch.setattr(IntegerBlock, "takes_splits", True)
+    monkeypatch.setattr(PackedLlamaBlock, "takes_splits", True)
     model = decoder(8, 4, tied=False, hidden_size=width, num_heads=16)
     cache = model.init_cache(1, 640)
     arguments = model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0)

@@ -12,7 +12,8 @@ import twla_jax
 from twla_jax.core import kotms, tensors
 from twla_jax.core.settings import ActivationSettings, RotationSettings, TernarySettings, WeightSettings
 from twla_jax.errors import TwlaError
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.blocks import State, site_inputs
+from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
 from twla_jax.quantization import block, pipeline, rotation_fitting, stream
 from twla_jax.recipe import Recipe
@@ -47,21 +48,11 @@ def assert_same(a, b):
         np.testing.assert_array_equal(left, right)
 
 
-def site_inputs(block, x, positions, reach):
-    """The inputs of a block's four sites, before their transforms, and the block's output."""
-    inputs = {"qkv": block.input_norm(x)}
-    inputs["o"] = block.attend(block.qkv_input(inputs["qkv"]), positions, reach)
-    x = x + block.o(block.o_input(inputs["o"]))
-    inputs["mlp"] = block.post_norm(x)
-    inputs["down"] = block.gate_up(block.mlp_input(inputs["mlp"]))
-    return inputs, x + block.down(block.down_input(inputs["down"]))
-
-
 def test_every_linear_becomes_ternary_and_the_original_stays(model, quantised):
     result, _ = quantised
-    for site, names in SITES.items():
-        assert getattr(result.blocks, f"{site}_input").rotation is not None
-        for name in names:
+    for site in result.sites:
+        assert result.blocks.transform(site).rotation is not None
+        for name in site.linears:
             before = getattr(model.blocks, name).kernel.get_value()
             after = getattr(result.blocks, name).kernel.get_value()
             assert isinstance(after, tensors.TernaryTensor)
@@ -74,17 +65,16 @@ def test_reported_errors_are_those_on_inputs_that_passed_the_quantised_part(mode
     """Recomputed in float64 from the finished model, layer by layer."""
     result, figures = quantised
     reported = {(entry["layer"], entry["site"]): entry["output_error"] for entry in figures["sites"]}
-    positions, reach = result.positions(WINDOWS.shape[1]), result.windows()
-    x = result.embed_tokens(jnp.asarray(WINDOWS))
+    state = State(result.embed_tokens(jnp.asarray(WINDOWS)))
     for index in range(3):
         block, original = (jax.tree.map(lambda leaf, i=index: leaf[i], m.blocks) for m in (result, model))
-        inputs, x = site_inputs(block, x, positions, reach[index])
-        for site, names in SITES.items():
-            rotation = getattr(block, f"{site}_input").rotation.get_value()
-            h = np.asarray(kotms.rotate(inputs[site], rotation.left, rotation.right), np.float64)
+        inputs, state = site_inputs(block, state, result.context(WINDOWS.shape[1]).layer(index))
+        for site in result.sites:
+            rotation = block.transform(site).rotation.get_value()
+            h = np.asarray(kotms.rotate(inputs[site.name], rotation.left, rotation.right), np.float64)
             h = h.reshape(-1, h.shape[-1])
             error = energy = 0.0
-            for name in names:
+            for name in site.linears:
                 w = np.asarray(
                     kotms.rotate(
                         jnp.asarray(getattr(original, name).kernel.get_value().T),
@@ -95,7 +85,7 @@ def test_reported_errors_are_those_on_inputs_that_passed_the_quantised_part(mode
                 approximation = np.asarray(tensors.dequantize(getattr(block, name).kernel.get_value()))
                 error += np.square(h @ (w - approximation).astype(np.float64).T).sum()
                 energy += np.square(h @ w.astype(np.float64).T).sum()
-            np.testing.assert_allclose(reported[index, site], error / energy, rtol=1e-3)
+            np.testing.assert_allclose(reported[index, site.name], error / energy, rtol=1e-3)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def outputs(model):
     x = model.embed_tokens(WINDOWS)
     for index in range(model.config.num_layers):
         block = jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks)
-        x = block(x, model.positions(WINDOWS.shape[1]), model.windows()[index])
+        x = block(x, model.context(WINDOWS.shape[1]).layer(index))
     return np.asarray(x, np.float64)
 
 

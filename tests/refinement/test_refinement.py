@@ -19,7 +19,7 @@ from twla_jax.core.settings import (
     WeightSettings,
 )
 from twla_jax.errors import TwlaError
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
 from twla_jax.quantization import pipeline
 from twla_jax.recipe import ClipTrainingSettings, EndToEndSettings, Recipe
@@ -146,7 +146,7 @@ def test_fewer_windows_than_a_batch_are_refused(student, teacher):
 
 def test_rotations_learn_on_the_manifold(student, teacher):
     def factors(model):
-        transforms = (getattr(model.blocks, f"{site}_input").rotation.get_value() for site in SITES)
+        transforms = (model.blocks.transform(site).rotation.get_value() for site in model.sites)
         return [np.asarray(side, np.float32) for t in transforms for side in (t.left, t.right)]
 
     before = factors(student)
@@ -233,7 +233,7 @@ def test_latents_of_two_planes_stand_for_the_codes_they_start_from():
 
 def test_clips_that_cut_off_too_much_learn_to_be_wider(student, teacher):
     def clips(model):
-        inputs = (getattr(model.blocks, f"{site}_input").activation.get_value() for site in SITES)
+        inputs = (model.blocks.transform(site).activation.get_value() for site in model.sites)
         return np.stack([quantizer.clips for quantizer in inputs]).astype(np.float32)
 
     def narrow(leaf):

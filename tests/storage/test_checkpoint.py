@@ -13,7 +13,6 @@ from flax import nnx
 from twla_jax.core import quantizers
 from twla_jax.core.settings import IntegerSettings, TwoPlaneSettings, WeightSettings
 from twla_jax.errors import TwlaError
-from twla_jax.models.decoder import SITES
 from twla_jax.recipe import Recipe
 from twla_jax.storage import accounting, checkpoint
 
@@ -140,7 +139,7 @@ def test_a_folder_without_a_model_is_told_apart(tmp_path):
 )
 def test_other_weights_come_back_exactly_and_are_counted_to_the_byte(tiny_ternary, recipe, tmp_path):
     rng, levels = np.random.default_rng(1), quantizers.quantizer(recipe)
-    for name in (name for names in SITES.values() for name in names):
+    for name in (name for site in tiny_ternary.sites for name in site.linears):
         linear = getattr(tiny_ternary.blocks, name)
         layers, n, m = linear.kernel.get_value().shape
         scales = [rng.uniform(0.5, 1, (layers, n, -(-m // 16))).astype(np.float32) for _ in range(3)]

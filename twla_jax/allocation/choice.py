@@ -22,7 +22,7 @@ from twla_jax.core.ila_amp import SensitivityTable
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.models import sites
 from twla_jax.models.config import check_length
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import Recipe
 from twla_jax.text import recipe_windows
 from twla_jax.text.corpora import Corpus
@@ -106,7 +106,7 @@ def prepare(
     seen, _ = recipe_windows.seen_windows(tokens, recipe)
     model = jax.tree.map(jnp.asarray, model)
     average = ila_amp.average_bits(
-        sites.input_bits(model).ravel(), sites.site_weights(model.config, "input", settings.weighting)
+        sites.input_bits(model).ravel(), sites.site_weights(model, "input", settings.weighting)
     )
     before = {"average_bits": average, "loss": _loss(model, held_out)}
 
@@ -188,7 +188,7 @@ def choose(measured: Measured, *, progress: bool = True) -> tuple[Decoder, dict[
         },
         "chosen": best,
         "clips": {**clips, "kept": kept},
-        "bits": {site: bits[:, column].tolist() for column, site in enumerate(SITES)},
+        "bits": {site.name: bits[:, column].tolist() for column, site in enumerate(measured.model.sites)},
         "held_out": measured.figures["held_out"],
         "table": measured.figures["table"],
     }
@@ -234,7 +234,7 @@ def frontier(
 def _compare(measured: Measured, budget: float) -> tuple[dict[str, Int[np.ndarray, " l"]], dict[str, float]]:
     """The allocations of a budget by every method, and their losses on the held-out windows."""
     table, settings = measured.table, measured.recipe.allocation
-    weights = sites.site_weights(measured.model.config, settings.site, settings.weighting)
+    weights = sites.site_weights(measured.model, settings.site, settings.weighting)
     options = {
         "joint": ila_amp.allocate(
             table.costs, table.interactions, weights, budget, table.choices, settings.beta
@@ -248,12 +248,14 @@ def _compare(measured: Measured, budget: float) -> tuple[dict[str, Int[np.ndarra
 
 
 def _at(measured: Measured, bits: Int[np.ndarray, " l"]) -> Decoder:
-    return sites.with_input_bits(measured.model, sites.as_inputs(bits, measured.recipe.allocation.site))
+    return sites.with_input_bits(
+        measured.model, sites.as_inputs(measured.model, bits, measured.recipe.allocation.site)
+    )
 
 
 def _average(measured: Measured, bits: Int[np.ndarray, " l"]) -> float:
     settings = measured.recipe.allocation
-    weights = sites.site_weights(measured.model.config, settings.site, settings.weighting)
+    weights = sites.site_weights(measured.model, settings.site, settings.weighting)
     return ila_amp.average_bits(bits, weights)
 
 

@@ -17,9 +17,10 @@ from twla_jax.core import tensors
 from twla_jax.core.activation import BIT_CHOICES, ActivationQuantizer, fit_clips
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
-from twla_jax.models.decoder import SITES, Decoder
-from twla_jax.models.sites import set_quantizer, with_input_clips
-from twla_jax.quantization.block import finish, sample_site
+from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import replace
+from twla_jax.models.sites import with_input_clips
+from twla_jax.quantization.block import finish_block, sample_site
 from twla_jax.quantization.stream import ResidualStream
 
 
@@ -31,34 +32,37 @@ def refit_clips(
     *,
     progress: bool = True,
 ) -> Decoder:
-    """The same model with the clip of each input's present bits fitted again; the clips of other bits stay.
+    """Return the same model with the clip of each input's present bits fitted again; the clips of other bits stay.
 
     Args:
+      model: quantised; stays as it is.
       windows: calibration tokens.
       candidates: clips to try.
       tokens: of the windows that a clip is chosen on.
+      progress: a bar with an estimate of the time left, on stderr.
     """
     stream = ResidualStream(model, windows, None)
     stream.start()
-    stride, reach = max(1, stream.tokens // tokens), model.windows()
-    clips: dict[str, list[jax.Array]] = {site: [] for site in SITES}
+    stride = max(1, stream.tokens // tokens)
+    clips: dict[str, list[jax.Array]] = {site.name: [] for site in model.sites}
     for index in tqdm(range(model.config.num_layers), desc="clips", unit="block", disable=not progress):
         block = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), model.blocks)
-        for site, names in SITES.items():
-            sample = sample_site(block, stream, reach[index], site, stride)
-            transform = getattr(block, f"{site}_input")
+        context = stream.context.layer(index)
+        for at, site in enumerate(block.sites):
+            sample = sample_site(block, stream, context, at, stride)
+            transform = block.transform(site)
             rotation, quantizer = transform.rotation, transform.activation.get_value()
             fitted = _refit(
                 quantizer,
                 None if rotation is None else rotation.get_value(),
-                tuple(getattr(block, name).kernel.get_value() for name in names),
+                tuple(linear.kernel.get_value() for linear in block.linears(site)),
                 sample,
                 candidates=candidates,
             )
-            set_quantizer(block, site, dataclasses.replace(quantizer, clips=fitted))
-            clips[site].append(fitted)
-        for batch, _ in stream.batches():
-            batch["x"] = finish(block, batch["x"])
+            changed = dataclasses.replace(quantizer, clips=fitted)
+            block = replace(block, {f"{site.name}_input.activation": changed})
+            clips[site.name].append(fitted)
+        finish_block(block, stream, context)
     return with_input_clips(model, {site: jnp.stack(fitted) for site, fitted in clips.items()})
 
 

@@ -10,7 +10,6 @@ assignments of bits share every block before the first site where they differ, w
 import functools
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +20,22 @@ from tqdm import tqdm
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.ila_amp import SensitivityTable
 from twla_jax.evaluation.scoring import hidden_nll
+from twla_jax.models.blocks import ChainBlock, Context, State, run
 from twla_jax.models.config import check_vocabulary
-from twla_jax.models.decoder import SITES, Block, Decoder, Positions
+from twla_jax.models.decoder import Decoder
 from twla_jax.models.sites import (
     SiteKind,
-    part_shares,
     require_quantizers,
-    site_parts,
+    site_spans,
     with_input_bits,
     with_site_bits,
+    work_shares,
 )
 from twla_jax.storage import resume
 
-_CALL_TOKENS = (
-    49152  # tokens of all candidates that go through the model together: three of 8 windows of 2048
-)
+# Tokens of all candidates that go through the model together: three of 8 windows of 2048.
+_CALL_TOKENS = 49152
 _LOGIT_TOKENS = 8192  # of these, how many have their logits at the same time
-
-# Between two parts of a block: the residual stream, and what the next part reads beside it: the attention's output
-# before `o`, the gated units before `down`, None elsewhere.
-State = tuple[Float[Array, "b t d"], Float[Array, "b t m"] | None]
 
 
 def measure(
@@ -52,7 +47,9 @@ def measure(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> SensitivityTable:
-    """The sensitivity table of a quantised model, from `(c − 1)·L + (c − 1)²·(L − 1) + 1` mean losses over `windows`.
+    """Return the sensitivity table of a quantised model, from mean losses over `windows`.
+
+    There are `(c − 1)·L + (c − 1)²·(L − 1) + 1` of them, for c choices and L sites.
 
     Args:
       model: its activation bits are not read; its clips are.
@@ -77,19 +74,19 @@ def measure(
         store = resume.WorkDir(Path(work_dir) / identity[:16], identity)
     layers = model.config.num_layers
     model = with_input_bits(
-        jax.tree.map(jnp.asarray, model), np.full((layers, len(SITES)), choices[-1], np.int32)
+        jax.tree.map(jnp.asarray, model), np.full((layers, len(model.sites)), choices[-1], np.int32)
     )
     count, seq_len = windows.shape
     lower = jnp.asarray(choices[:-1], jnp.int32)
     batches = windows.reshape(-1, _batch_size(count, seq_len * len(lower)), seq_len)
-    shares = part_shares(model.config, seq_len)
+    shares = work_shares(model, seq_len)
 
     results: list[dict[str, np.ndarray]] = []
     while store and (saved := store.load(f"site-{len(results)}")):
         results.append(saved)
-    base: list[State] = [(model.embed_tokens(jnp.asarray(batch)), None) for batch in batches]
+    base: list[State] = [State(model.embed_tokens(jnp.asarray(batch))) for batch in batches]
     varied: list[list[State]] = [[] for _ in batches]
-    sites = [(layer, *parts) for layer in range(layers) for parts in site_parts(kind)]
+    sites = [(layer, *span) for layer in range(layers) for span in site_spans(model, kind)]
     start = time.perf_counter()
     blocks = 0.0
     with tqdm(
@@ -110,7 +107,7 @@ def measure(
                     losses.append([_losses(model, state, layer, last, batch) for state in outgoing])
             if measured:
                 blocks += len(losses[0]) * len(lower) * remaining
-            base = [_advance(model, *state, layer, first=first, last=last) for state in base]
+            base = [_advance(model, state.x, state.inner, layer, first=first, last=last) for state in base]
             blocks += shares[first:last].sum()
             if measured:
                 now = time.perf_counter()
@@ -131,7 +128,7 @@ def measure(
             model,
             jax.tree.map(lambda leaf: jnp.stack([leaf] * len(lower)), state),
             layers - 1,
-            len(SITES),
+            len(model.sites),
             batch,
         )
         for state, batch in zip(base, batches, strict=True)
@@ -154,7 +151,7 @@ def measure(
 def fingerprint(
     model: Decoder, windows: Int32[np.ndarray, "w s"], kind: SiteKind, choices: tuple[int, ...]
 ) -> str:
-    """What a table depends on: weights, clips, windows, sites and choices; not the model's present bits."""
+    """Return a digest of what a table depends on: weights, clips, windows, sites, choices; not the present bits."""
     settings = {
         "config": model.config.to_dict(),
         "dtype": model.dtype.name,
@@ -167,19 +164,19 @@ def fingerprint(
 
 
 def _batch_size(count: int, tokens: int) -> int:
-    """Windows at a time, `tokens` each with their candidates; divides `count`, so that all batches have one shape."""
+    """Return how many windows go at a time, a divisor of `count`; each is `tokens` long with its candidates."""
     return next(n for n in range(count, 0, -1) if count % n == 0 and (n * tokens <= _CALL_TOKENS or n == 1))
 
 
 @functools.partial(jax.jit, static_argnames=("first", "last"))
 def _vary(
     model: Decoder, state: State, layer: Int32[Array, ""], bits: Int32[Array, " c"], *, first: int, last: int
-) -> Any:
-    """The state after a site, stacked over `bits`, from the one before it."""
-    positions, block, reach = _layer(model, layer, state[0])
+) -> State:
+    """Return the state after a site, stacked over `bits`, from the one before it."""
+    block, context = _layer(model, layer, state.x)
 
-    def at(one):
-        return _run(with_site_bits(block, (first, last), one), state, positions, reach, first, last)
+    def at(one: Int32[Array, ""]) -> State:
+        return run(with_site_bits(block, (first, last), one), state, context, first, last)
 
     return jax.lax.map(at, bits)
 
@@ -194,28 +191,30 @@ def _advance(
     first: int,
     last: int,
 ) -> State:
-    """The state after a site at the base bits."""
-    positions, block, reach = _layer(model, layer, x)
-    return _run(block, (x, inner), positions, reach, first, last)
+    """Return the state after a site at the base bits."""
+    block, context = _layer(model, layer, x)
+    return run(block, State(x, inner), context, first, last)
 
 
-def _losses(model: Decoder, states: Any, layer: int, part: int, windows: np.ndarray) -> Float[Array, "c b"]:
-    """Mean negative log-likelihoods from states, stacked over candidates, that have come to `part` of block `layer`."""
-    x, inner = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), states)
-    if part < len(SITES):
-        x, _ = _advance(model, x, inner, layer, first=part, last=len(SITES))
-    return _suffix(model, x, layer + 1, windows).reshape(-1, len(windows))
+def _losses(
+    model: Decoder, states: State, layer: int, site: int, windows: Int32[np.ndarray, "b t"]
+) -> Float[Array, "c b"]:
+    """Return mean negative log-likelihoods from states, stacked over candidates, that have come to a site."""
+    state = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), states)
+    if site < len(model.sites):
+        state = _advance(model, state.x, state.inner, layer, first=site, last=len(model.sites))
+    return _suffix(model, state.x, layer + 1, windows).reshape(-1, len(windows))
 
 
 @jax.jit
 def _suffix(
     model: Decoder, x: Float[Array, "cb t d"], layer: Int32[Array, ""], windows: Int32[Array, "b t"]
 ) -> Float[Array, " cb"]:
-    """Losses from the inputs of block `layer`; one program for all layers, which runs no block before it."""
+    """Return losses from the inputs of block `layer`; one program for all layers, which runs no block before it."""
 
-    def step(index, x):
-        positions, block, reach = _layer(model, index, x)
-        return block(x, positions, reach)
+    def step(index: Int32[Array, ""], x: Float[Array, "cb t d"]) -> Float[Array, "cb t d"]:
+        block, context = _layer(model, index, x)
+        return block(x, context)
 
     x = jax.lax.fori_loop(layer, model.config.num_layers, step, x)
     targets = jnp.tile(windows, (len(x) // len(windows), 1))
@@ -224,25 +223,7 @@ def _suffix(
     return hidden_nll(model, model.norm(x), targets, chunk=chunk)
 
 
-def _layer(
-    model: Decoder, layer: Int32[Array, ""], x: Float[Array, "b t d"]
-) -> tuple[Positions, Block, Int32[Array, ""]]:
+def _layer(model: Decoder, layer: Int32[Array, ""], x: Float[Array, "b t d"]) -> tuple[ChainBlock, Context]:
+    """Return a block and its context."""
     block = jax.tree.map(lambda leaf: leaf[layer], model.blocks)
-    return model.positions(x.shape[1]), block, model.windows()[layer]
-
-
-def _run(
-    block: Block, state: State, positions: Positions, reach: Int32[Array, ""], first: int, last: int
-) -> State:
-    """Parts `first` to `last` of a block, each from one input of its linears to the next: in all, `Block.__call__`."""
-    x, inner = state
-    for site in list(SITES)[first:last]:
-        if site == "qkv":
-            inner = block.attend(block.qkv_input(block.input_norm(x)), positions, reach)
-        elif site == "o":
-            x, inner = x + block.o(block.o_input(inner)), None
-        elif site == "mlp":
-            inner = block.gate_up(block.mlp_input(block.post_norm(x)))
-        else:
-            x, inner = x + block.down(block.down_input(inner)), None
-    return x, inner
+    return block, model.context(x.shape[1]).layer(layer)

@@ -17,6 +17,7 @@ from twla_jax.core.activation import OFF
 from twla_jax.inference import generation
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import shallow_copy
 from twla_jax.ops.attention.kv_cache import KVCache, LayerKV
 from twla_jax.ops.rotate_quantize import quantizer_settings
 
@@ -72,10 +73,10 @@ def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, 
     """Yield the name and the model at each of the bits; all below 16 are one program, with settings as data."""
     for each in bits:
         if each is not None and each < OFF:
-            model = nnx.merge(*nnx.split(model))
+            model = shallow_copy(model)
             for block in model.blocks:  # pyright: ignore[reportGeneralTypeIssues]
-                for site in (block.qkv_input, block.o_input, block.mlp_input, block.down_input):
-                    site.settings = nnx.data(nnx.Param(quantizer_settings(each, 0.9)))
+                for site in block.sites:
+                    block.input(site).settings = nnx.data(nnx.Param(quantizer_settings(each, 0.9)))
         yield "bf16" if each is None else f"W1.58A{each}", model
 
 

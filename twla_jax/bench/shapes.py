@@ -15,7 +15,7 @@ from twla_jax.core.stiefel import random_orthogonal
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_weight
 from twla_jax.ops.rotate_quantize import KernelRotation, kernel_rotation
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight
@@ -171,13 +171,13 @@ def _quantize_embeddings_randomly(model: Decoder, bits: int, key: Array) -> None
 
 def _quantize_randomly(model: Decoder, bits: int, key: Array) -> None:
     layers = model.config.num_layers
-    for site, names in SITES.items():
-        for name in names:
+    for site in model.sites:
+        for name in site.linears:
             key, part = jax.random.split(key)
             linear = getattr(model.blocks, name)
             _, m, n = linear.kernel.shape
             linear.kernel = nnx.Param(ternary_tensor(part, n, m, (layers,)))
-        transform = getattr(model.blocks, f"{site}_input")
+        transform = model.blocks.transform(site)
         rotations = jax.vmap(lambda key, m=m, n=n: rotation(key, m, n))(jax.random.split(key, layers))
         transform.rotation = nnx.data(nnx.Param(rotations))
         quantizer = ActivationQuantizer(

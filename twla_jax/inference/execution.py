@@ -3,25 +3,24 @@
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from twla_jax.core.tensors import TernaryTensor
 from twla_jax.devices import gpu_obstacle
 from twla_jax.errors import TwlaError
 from twla_jax.inference.packed_decoder import prepare_for_inference
-from twla_jax.models.decoder import Decoder
+from twla_jax.models.decoder import Decoder, computing_in
 
 Kernels = Literal["auto", "on", "off"]
 REFERENCE = "the quantiser's own arithmetic"
 
 
 def has_kernels() -> bool:
-    """Whether there are kernels for the default device."""
+    """Return whether there are kernels for the default device."""
     return jax.default_backend() in ("gpu", "tpu") and gpu_obstacle() is None
 
 
 def path() -> str:
-    """What runs a prepared model's ops on the default device, in words."""
+    """Return what runs a prepared model's ops on the default device, in words."""
     platform = jax.default_backend()
     if has_kernels():
         return f"{platform} kernels"
@@ -29,30 +28,27 @@ def path() -> str:
 
 
 def for_inference(model: Decoder, kernels: Kernels, *, dtype=None) -> tuple[Decoder, str]:
-    """The model in the form asked for, and what will run it, in words.
+    """Return the model in the form asked for, and what will run it, in words.
 
     Args:
+      model: stays as it is.
       kernels: `on` prepares it (see `prepare_for_inference`), `off` leaves it alone; `auto` prepares a quantised one
         where there are kernels for the device and for its group size.
       dtype: what it computes in; None leaves that as it is, but takes the kernels' bfloat16 where they run.
     Raises:
       TwlaError: `on`, and the kernels have no place for its group size.
     """
-    if dtype is not None:
-        model.dtype = jnp.dtype(dtype)
+    given = model if dtype is None else computing_in(model, dtype)
     if kernels == "off" or (kernels == "auto" and not (has_kernels() and _quantised(model))):
-        return model, REFERENCE
-    before = model.dtype
-    if dtype is None and has_kernels():
-        model.dtype = jnp.dtype(jnp.bfloat16)
+        return given, REFERENCE
+    narrow = computing_in(model, "bfloat16") if dtype is None and has_kernels() else given
     try:
-        return prepare_for_inference(model), path()
+        return prepare_for_inference(narrow), path()
     except TwlaError:
         if kernels == "on":
             raise
-        model.dtype = before
-        return model, REFERENCE
+        return given, REFERENCE
 
 
 def _quantised(model: Decoder) -> bool:
-    return isinstance(model.blocks.q.kernel.get_value(), TernaryTensor)
+    return isinstance(model.first_kernel, TernaryTensor)

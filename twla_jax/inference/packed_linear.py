@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.core.activation import OFF, ActivationQuantizer, select_clip
 from twla_jax.core.kotms import rotate
 from twla_jax.core.tensors import TernaryTensor
 from twla_jax.inference import tensor_parallel
-from twla_jax.models.decoder import SITES, Block, RMSNorm, precision
+from twla_jax.models.blocks import ChainBlock, Site
+from twla_jax.models.layers import RMSNorm, precision
 from twla_jax.ops.decode_attention import AttentionSplits
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight
@@ -40,9 +42,17 @@ class FewTokens:
     settings: dict[str, Any]
 
     def quantized(self, implementation: Implementation | None) -> QuantizedTokens:
-        """The tokens as two ops leave them between them."""
+        """Return the tokens as two ops leave them between them."""
         assert not isinstance(self.x, AttentionSplits)
         return rotate_quantize(self.x, implementation=implementation, **self.settings)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ungated:
+    """An input that begins a step earlier: a gate's outputs and what they gate, side by side."""
+
+    outputs: Float[Array, "*tokens two_m"]
 
 
 class KernelInput(nnx.Module):
@@ -52,8 +62,17 @@ class KernelInput(nnx.Module):
     the integer kernels multiply at the speed of 8; else norm and rotation stay in bf16.
     """
 
-    def __init__(self, block: Block, site: str, *, norm: RMSNorm | None, dtype, mesh, implementation):
-        transform = getattr(block, f"{site}_input")
+    def __init__(
+        self,
+        block: ChainBlock,
+        site: Site,
+        *,
+        norm: RMSNorm | None,
+        dtype: jnp.dtype,
+        mesh: Mesh | None,
+        implementation: Implementation | None,
+    ):
+        transform = block.transform(site)
         rotation = None if transform.rotation is None else transform.rotation.get_value()
         quantizer = None if transform.activation is None else transform.activation.get_value()
         self.rotation = nnx.data(None if rotation is None else nnx.Param(kernel_rotation(rotation, dtype)))
@@ -61,9 +80,8 @@ class KernelInput(nnx.Module):
         settings = _settings(quantizer)
         self.settings = nnx.data(None if settings is None else nnx.Param(settings))
         self.mesh, self.implementation = mesh, implementation
-        ternary = all(
-            isinstance(getattr(block, name).kernel.get_value(), TernaryTensor) for name in SITES[site]
-        )
+        kernels = (linear.kernel.get_value() for linear in block.linears(site))
+        ternary = all(isinstance(kernel, TernaryTensor) for kernel in kernels)
         self.wide = settings is None and ternary and mesh is None and jnp.dtype(dtype) == jnp.bfloat16
 
     @property
@@ -73,17 +91,17 @@ class KernelInput(nnx.Module):
 
     @property
     def takes_gate(self) -> bool:
-        """Whether the op can begin a step earlier, with a gate's output and what it gates beside each other."""
+        """Whether the op can begin a step earlier, with `Ungated` outputs."""
         return self.makes_codes and self.mesh is None
 
     def operands(self, linear: "KernelLinear") -> LinearOperands | None:
-        """For an op that begins with this input; None if it is not rotated, or the linear no single ternary plane."""
+        """Return operands for a fused op from this input on; None if it is unrotated, or the weight not one plane."""
         if not self.makes_codes or self.rotation is None or linear.plane is None or self.mesh is not None:
             return None
         return LinearOperands(weight=linear.plane, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        """What `rotate_quantize` has of it; not without a quantiser."""
+        """Return what `rotate_quantize` takes of it; not where it makes no codes."""
         assert self.makes_codes
         return {
             "rotation": None if self.rotation is None else self.rotation.get_value(),
@@ -93,9 +111,11 @@ class KernelInput(nnx.Module):
         }
 
     def __call__(
-        self, x: Float[Array, "*tokens width"] | AttentionSplits, *, gated: bool = False
+        self, x: Float[Array, "*tokens m"] | AttentionSplits | Ungated
     ) -> QuantizedTokens | FewTokens | Float[Array, "*tokens m"]:
-        """What the linears read; of `gated` x, which only where `takes_gate`, the input is `silu(gate) · up`."""
+        """Return what the linears read; `Ungated` outputs, only where `takes_gate`, stand for `silu(gate) · up`."""
+        gated = isinstance(x, Ungated)
+        x = x.outputs if isinstance(x, Ungated) else x
         tokens = 1 if isinstance(x, AttentionSplits) else x.size // x.shape[-1]
         if self.settings is None and not (self.wide and tokens <= _MOST_WIDE):
             assert not isinstance(x, AttentionSplits)
@@ -114,8 +134,16 @@ class KernelInput(nnx.Module):
 class KernelLinear(nnx.Module):
     """One or several linears that read the same input, as one matrix; `y` lists their outputs side by side."""
 
-    def __init__(self, block: Block, names: tuple[str, ...], *, dtype, mesh, implementation):
-        linears = [getattr(block, name) for name in names]
+    def __init__(
+        self,
+        block: ChainBlock,
+        site: Site,
+        *,
+        dtype: jnp.dtype,
+        mesh: Mesh | None,
+        implementation: Implementation | None,
+    ):
+        linears = block.linears(site)
         kernels = [linear.kernel.get_value() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
         self.bias = self.second_plane = nnx.data(None)
@@ -144,7 +172,7 @@ class KernelLinear(nnx.Module):
         *,
         gated: bool = False,
     ) -> Float[Array, "*tokens n"]:
-        """`x Ŵᵀ + b`, rounded to the model's type, and the residual added; or, of two, `silu(first) · second`."""
+        """Return `x Ŵᵀ + b` in the model's type, and the residual added; or, of two, `silu(first) · second`."""
         if isinstance(x, FewTokens) and (plane := self.plane) is not None:
             y = quantized_linear(
                 x.x,
@@ -189,7 +217,7 @@ class KernelLinear(nnx.Module):
     def parts(
         self, x: QuantizedTokens | FewTokens | Float[Array, "*tokens m"]
     ) -> tuple[Float[Array, "*tokens _"], ...]:
-        """The outputs of each linear."""
+        """Return the outputs of each linear."""
         y = self(x)
         # On a mesh, each device's share of all of them is followed by the next device's.
         shares = y.reshape(*y.shape[:-1], -1, sum(self.splits))
@@ -198,12 +226,12 @@ class KernelLinear(nnx.Module):
 
 
 def for_kernels[T: (KernelWeight, IntegerWeight)](weight: T) -> T:
-    """With scales as the device's kernels take them, so that no step makes a copy of them."""
+    """Return a weight with scales as the device's kernels take them, so that no step makes a copy of them."""
     return dataclasses.replace(weight, scales=weight.scale_bits) if jax.default_backend() == "tpu" else weight
 
 
 def _settings(quantizer: ActivationQuantizer | None) -> Float32[Array, " 3"] | None:
-    """What `rotate_quantize` needs of a quantiser; None if it is off."""
+    """Return what `rotate_quantize` needs of a quantiser; None if it is off."""
     if quantizer is None or not quantizer.enabled or int(quantizer.bits) >= OFF:
         return None
     return quantizer_settings(quantizer.bits, select_clip(quantizer.clips, quantizer.bits))

@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Int32
 from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
 from twla_jax.inference import generation
 from twla_jax.inference.packed_decoder import prepare_for_inference
-from twla_jax.models.decoder import Decoder
+from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.storage import resume
 
 _CACHE_BYTES = 4e9  # of keys and values, at most, which bounds the rows at a time
@@ -76,9 +75,8 @@ def _batch(config: Any, seq_len: int) -> int:
 
 
 def _prepared(model: Decoder) -> Decoder:
-    copy = nnx.merge(*nnx.split(model))
-    copy.dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return prepare_for_inference(jax.tree.map(jnp.asarray, copy))
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return prepare_for_inference(jax.tree.map(jnp.asarray, computing_in(model, dtype)))
 
 
 def _sample_batch(

@@ -22,6 +22,7 @@ from twla_jax.jobs import allocate_bits
 from twla_jax.jobs.loading import describe_model, kept_files, resolve_model
 from twla_jax.models import Decoder
 from twla_jax.models.config import check_length
+from twla_jax.models.decoder import computing_in
 from twla_jax.models.io import readers
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import pipeline
@@ -79,7 +80,7 @@ def quantize_to_folder(
         # Asked for in float16, the block-quantised tensors of a GGUF file come in float16, which is as fine as they are
         # and half of float32's bytes, here and on the disk. Tensors stored as floats keep their own type.
         model, tokenizer = readers.read_model(path, dtype=jnp.float16)
-        model.dtype = jnp.dtype(dtype)
+        model = computing_in(model, dtype)
     work_dir = out.with_name(out.name + ".partial")
     text = corpus or _sample_text(model, recipe, work_dir / corpora.SELF, phases, progress)
     with phases("tokenise the text"):

@@ -1,6 +1,8 @@
-"""Models: one decoder, and readers for the files it comes in."""
+"""Models: one decoder for several families, and readers for the files they come in."""
 
+from twla_jax.models.blocks import ChainBlock, Site
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
+from twla_jax.models.families import FAMILIES, Family
 
-__all__ = ["SITES", "Decoder", "DecoderConfig"]
+__all__ = ["FAMILIES", "ChainBlock", "Decoder", "DecoderConfig", "Family", "Site"]

@@ -1,7 +1,8 @@
 """Where each array of a model lives on a mesh with axes `data` and `model`.
 
-Linears that read the residual stream (q, k, v, gate, up) are split by outputs, those that write it (o, down) by inputs:
-one sum over `model` after each pair. An array whose axis does not divide is kept whole on every device.
+Linears that read the residual stream (as q, k, v, gate, up) are split by outputs, those that write it (as o, down) by
+inputs: one sum over `model` after each pair. Which do what is the sites' to say (`Site.writes`). An array whose axis
+does not divide is kept whole on every device.
 """
 
 import functools
@@ -15,44 +16,46 @@ from twla_jax.core import packing
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
-
-_BY_INPUT = ("o", "down")
+from twla_jax.models.families import writers
 
 
 def shardings(model: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a decoder, quantised or not.
+    """Return the sharding of every leaf of a decoder, quantised or not.
 
     Args:
-      model: a `Decoder`, or its `nnx.State`; arrays or `jax.ShapeDtypeStruct`s.
+      model: a `Decoder`, a block or an `nnx.State` of either; arrays or `jax.ShapeDtypeStruct`s.
       mesh: with an axis `model`, and usually `data`, over which batches go.
+
     Returns:
       The same pytree with a `NamedSharding` for every array: for `jax.device_put`, `jax.jit` and orbax.
     """
     return jax.tree_util.tree_map_with_path(
-        functools.partial(_sharding, mesh=mesh), model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        functools.partial(_sharding, mesh=mesh, by_input=writers()),
+        model,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For arrays whose leading axis is the batch: split over `data`, whole over `model`."""
+    """Return the sharding of arrays whose leading axis is the batch: split over `data`, whole over `model`."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def _sharding(path: tuple, variable: Any, *, mesh: Mesh) -> Any:
+def _sharding(path: tuple, variable: Any, *, mesh: Mesh, by_input: frozenset[str]) -> Any:
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
     place = functools.partial(_place, mesh=mesh)
-    by_input = any(name in _BY_INPUT for name in names)
+    splits_inputs = not by_input.isdisjoint(names)
     if isinstance(value, IntegerTensor):
         result = jax.tree.map(lambda leaf: place(leaf, -2), value)
     elif isinstance(value, TernaryTensor):
-        result = _ternary(value, by_input, mesh)
+        result = _ternary(value, splits_inputs, mesh)
     elif isinstance(value, KroneckerRotation | ActivationQuantizer):
         result = jax.tree.map(lambda leaf: place(leaf, None), value)
     elif names[-1] == "kernel":  # [.., in, out]
-        result = place(value, -2 if by_input else -1)
+        result = place(value, -2 if splits_inputs else -1)
     elif names[-1] == "bias":
-        result = place(value, None if by_input else -1)
+        result = place(value, None if splits_inputs else -1)
     elif names[-1] == "embed":
         result = place(value, 0)
     else:
@@ -61,7 +64,7 @@ def _sharding(path: tuple, variable: Any, *, mesh: Mesh) -> Any:
 
 
 def _ternary(value: TernaryTensor, by_input: bool, mesh: Mesh) -> TernaryTensor:
-    """Codes, α and μ split alike, so that no device needs another's scales to unpack its codes."""
+    """Return shardings of codes, α and μ, split alike, so that no device needs another's scales to unpack its codes."""
     axis = -2
     if by_input and _inputs_divide(value, mesh.shape["model"]):
         axis = -1
@@ -69,7 +72,7 @@ def _ternary(value: TernaryTensor, by_input: bool, mesh: Mesh) -> TernaryTensor:
 
 
 def _inputs_divide(value: TernaryTensor, parts: int) -> bool:
-    """Whether a split of the columns cuts between packed tiles and between groups."""
+    """Return whether a split of the columns cuts between packed tiles and between groups."""
     columns = value.in_features // parts
     return (
         value.in_features % (parts * packing.TILE) == 0

@@ -1,174 +1,249 @@
 """Quantises one block, input by input, as the residual stream passes through it."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from twla_jax.core import gptq, kotms, quantizers
 from twla_jax.core.activation import OFF, ActivationQuantizer, fit_clips
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import QuantizationSettings
 from twla_jax.core.tensors import dequantize
-from twla_jax.models.decoder import SITES, Block, Positions
+from twla_jax.models.blocks import ChainBlock, Context, Site, State, run
+from twla_jax.models.layers import replace
 from twla_jax.quantization.stream import ResidualStream
 
 
 def sample_site(
-    block: Block, stream: ResidualStream, reach: Int32[Array, ""], site: str, stride: int
+    block: ChainBlock, stream: ResidualStream, context: Context, index: int, stride: int
 ) -> Float[Array, "c m"]:
-    """Moves the stream up to the input of `site`; returns every `stride`-th token of that input, float32."""
-    samples = []
-    for batch, real in stream.batches():
-        here = (stream.positions, reach)
-        batch["x"], batch["mixed"], _, sample, _ = advance(
-            block, batch["x"], batch["mixed"], real, None, *here, site=site, stride=stride
+    """Move the stream up to the input of a site; return every `stride`-th token of that input, float32.
+
+    Args:
+      block: the one that the stream stands in; the sites before this one are as they should be.
+      stream: is changed.
+      context: of this block's layer.
+      index: of the site, in `block.sites`.
+      stride: so many tokens from one of the sample to the next.
+    """
+    samples, spans = [], {"first": _kept_before(block, index), "last": index}
+    for batch in stream.batches():
+        x, inner, _, sample, _ = advance(
+            block, *_leaves(batch.state), batch.real, None, context, **spans, stride=stride
         )
+        batch.state = State(x, inner)
         samples.append(sample)
     return jnp.concatenate(samples)
 
 
 def quantize_block(
-    block: Block,
-    rotations: dict[str, KroneckerRotation],
+    block: ChainBlock,
+    rotations: Mapping[str, KroneckerRotation],
     stream: ResidualStream,
     reference: ResidualStream | None,
-    reach: Int32[Array, ""],
+    context: Context,
     settings: QuantizationSettings,
 ) -> dict[str, jax.Array]:
-    """Quantises one block in place, input by input, and moves the stream past it.
+    """Quantise one block, input by input, and move the stream past it.
 
-    The `reference` is the stream of the full-precision model, which moves with it.
+    Args:
+      block: full precision; stays as it is.
+      rotations: by site; those that lack one are not rotated.
+      stream: of the quantised model; is moved.
+      reference: of the full-precision model, which moves with it, where errors of earlier layers are made up for.
+      context: of this block's layer.
+      settings: its `weights` and `activations` are read.
 
     Returns:
       `q.kernel.codes`, `q.kernel.alpha`, … for every linear, and for every input its clips and figures.
     """
     result = {}
     stride = max(1, stream.tokens // settings.activations.clip_tokens)
-    original = nnx.merge(*nnx.split(block))
-    for site, names in SITES.items():
-        linears = [getattr(block, name) for name in names]
-        m = linears[0].kernel.get_value().shape[0]
+    original = block
+    for index, site in enumerate(block.sites):
+        linears = block.linears(site)
+        m, _ = linears[0].features
         moment, samples = jnp.zeros((m, m), jnp.float32), []
         drift = jnp.zeros((m, m), jnp.float32) if reference else None
+        spans = {"first": _kept_before(block, index), "last": index}
         pairs = zip(stream.batches(), reference.batches(), strict=True) if reference else None
-        for (batch, real), (exact, _) in pairs or ((batch, ({}, None)) for batch in stream.batches()):
-            here, keep = (stream.positions, reach), reference is not None
-            batch["x"], batch["mixed"], moment, sample, h = advance(
-                block, batch["x"], batch["mixed"], real, moment, *here, site=site, stride=stride, keep=keep
+        for batch, exact in pairs or ((batch, None) for batch in stream.batches()):
+            x, inner, moment, sample, h = advance(
+                block,
+                *_leaves(batch.state),
+                batch.real,
+                moment,
+                context,
+                **spans,
+                stride=stride,
+                keep=exact is not None,
             )
+            batch.state = State(x, inner)
             samples.append(sample)
-            if reference:
-                exact["x"], exact["mixed"], drift = advance_reference(
-                    original, exact["x"], exact["mixed"], h, drift, *here, site=site
+            if exact is not None:
+                x, inner, drift = advance_reference(
+                    original, *_leaves(exact.state), h, drift, context, **spans
                 )
-        kernels = tuple(linear.kernel.get_value() for linear in linears)
+                exact.state = State(x, inner)
         tensors, clips, figures = _quantize_site(
-            kernels,
-            rotations.get(site),
+            tuple(linear.kernel.get_value() for linear in linears),
+            rotations.get(site.name),
             moment,
             jnp.concatenate(samples),
             stream.tokens,
             drift,
             settings=settings,
         )
-        for name, linear, tensor in zip(names, linears, tensors, strict=True):
-            linear.kernel = nnx.Param(tensor)
+        for name, tensor in zip(site.linears, tensors, strict=True):
             result |= {f"{name}.kernel.{part}": array for part, array in quantizers.arrays(tensor).items()}
-        set_input(getattr(block, f"{site}_input"), rotations.get(site), clips, settings.activations.bits)
-        result |= {f"{site}.clips": clips} | {f"{site}.{key}": value for key, value in figures.items()}
-    for batch, _ in stream.batches():
-        batch["x"] = finish(block, batch["x"])
-    for batch, _ in reference.batches() if reference else ():
-        batch["x"] = finish(original, batch["x"])
+        kernels = {f"{name}.kernel": tensor for name, tensor in zip(site.linears, tensors, strict=True)}
+        inputs = input_changes(site, rotations.get(site.name), clips, settings.activations.bits)
+        block = replace(block, kernels | inputs)
+        result |= {f"{site.name}.clips": clips}
+        result |= {f"{site.name}.{key}": value for key, value in figures.items()}
+    finish_block(block, stream, context)
+    if reference:
+        finish_block(original, reference, context)
     return result
 
 
-def set_input(transform: Any, rotation: KroneckerRotation | None, clips: Any, bits: int) -> None:
-    """Gives an input of a block its rotation and its quantiser."""
-    if rotation is not None:
-        transform.rotation = nnx.data(nnx.Param(rotation))
+def finish_block(block: ChainBlock, stream: ResidualStream, context: Context) -> None:
+    """Move the stream, which has come to the block's last site, past the block."""
+    first = _kept_before(block, len(block.sites))
+    for batch in stream.batches():
+        batch.state = State(finish(block, *_leaves(batch.state), context, first=first))
+
+
+def input_changes(
+    site: Site,
+    rotation: KroneckerRotation | None,
+    clips: Float[Array | np.ndarray, "*layers 4"],
+    bits: int,
+) -> dict[str, Any]:
+    """Return what `replace` takes to give an input of a block its rotation and its quantiser."""
     settings = jnp.full(clips.shape[:-1], bits, jnp.int32)
-    transform.activation = nnx.data(
-        nnx.Param(ActivationQuantizer(bits=settings, clips=clips, enabled=bits < OFF))
-    )
+    quantizer = ActivationQuantizer(bits=settings, clips=clips, enabled=bits < OFF)
+    changes: dict[str, Any] = {f"{site.name}_input.activation": quantizer}
+    if rotation is not None:
+        changes[f"{site.name}_input.rotation"] = rotation
+    return changes
 
 
-@functools.partial(jax.jit, static_argnames=("site", "stride", "keep"), donate_argnames=("x", "moment"))
+@functools.partial(
+    jax.jit, static_argnames=("first", "last", "stride", "keep"), donate_argnames=("x", "moment")
+)
 def advance(
-    block: Block,
+    block: ChainBlock,
     x: Float[Array, "b s d"],
-    mixed: Any,
+    inner: Float[Array, "b s _"] | None,
     real: Float[Array, " b"],
     moment: Float[Array, "m m"] | None,
-    positions: Positions,
-    reach: Int32[Array, ""],
+    context: Context,
     *,
-    site: str,
+    first: int,
+    last: int,
     stride: int,
     keep: bool = False,
 ) -> tuple[
-    Float[Array, "b s d"], Any, Float[Array, "m m"] | None, Float[Array, "c m"], Float[Array, "b s m"] | None
+    Float[Array, "b s d"],
+    Float[Array, "b s _"] | None,
+    Float[Array, "m m"] | None,
+    Float[Array, "c m"],
+    Float[Array, "b s m"] | None,
 ]:
-    """One batch up to the input of `site`: the stream, that input's second moments, a sample and perhaps all of it.
+    """Move one batch from site `first` to the input of site `last`.
 
-    The sample is every so many tokens; all of them are returned with `keep`, else None.
-    `mixed` is the attention's output between the sites o and mlp, `[b, s, heads_d]`, and None elsewhere. Windows that
-    only fill up a batch (`real` is 0) give zeros, which count for nothing in moments or clips. Without a `moment` to
-    add to, none is taken.
+    Args:
+      block: with the sites before `last` as they should be.
+      x: the residual stream.
+      inner: what site `first` reads instead of it, if it does.
+      real: 0 for windows that only fill up a batch: they give zeros, which count for nothing in moments or clips.
+      moment: second moments to add that input's to; None to take none.
+      context: of the block's layer.
+      first: the site that the state has come to.
+      last: the site whose input is looked at.
+      stride: so many tokens from one of the sample to the next.
+      keep: whether all of the input is returned.
+
+    Returns:
+      The stream and inner state to go on from, the moments, a sample of the input, float32, and with `keep` all of it.
     """
-    x, mixed, h = _to_site(block, x, mixed, positions, reach, site)
+    site, before = block.sites[last], State(x, inner)
+    state = run(block, before, context, first, last)
+    h = block.before(site, state, context)
     h = h * real[:, None, None].astype(h.dtype)
     sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
     if moment is not None:
         moment = gptq.accumulate_moment(moment, h)
-    return x, mixed, moment, sample, h if keep else None
+    kept = before if site.recomputed else state
+    return kept.x, kept.inner, moment, sample, h if keep else None
 
 
-@functools.partial(jax.jit, static_argnames="site", donate_argnames=("x", "drift"))
+@functools.partial(jax.jit, static_argnames=("first", "last"), donate_argnames=("x", "drift"))
 def advance_reference(
-    original: Block,
+    original: ChainBlock,
     x: Float[Array, "b s d"],
-    mixed: Any,
+    inner: Float[Array, "b s _"] | None,
     h: Float[Array, "b s m"],
     drift: Float[Array, "m m"],
-    positions: Positions,
-    reach: Int32[Array, ""],
+    context: Context,
     *,
-    site: str,
-) -> tuple[Float[Array, "b s d"], Any, Float[Array, "m m"]]:
-    """The full-precision stream up to the input of `site`, and what it adds to the drift from h, its quantised twin.
+    first: int,
+    last: int,
+) -> tuple[Float[Array, "b s d"], Float[Array, "b s _"] | None, Float[Array, "m m"]]:
+    """Move the full-precision stream up to the input of site `last`, and add to the drift from h, its quantised twin.
 
     Where h is zero, as in windows that only fill up a batch, nothing is added.
+
+    Args:
+      original: the block in full precision.
+      x: its residual stream.
+      inner: what site `first` reads instead of it, if it does.
+      h: the same input in the quantised model.
+      drift: `Σ (h₀ − h)ᵀ h` so far, of the full-precision input h₀.
+      context: of the block's layer.
+      first: the site that the state has come to.
+      last: the site whose input is looked at.
+
+    Returns:
+      The stream and inner state to go on from, and the drift.
     """
-    x, mixed, exact = _to_site(original, x, mixed, positions, reach, site)
+    site, before = original.sites[last], State(x, inner)
+    state = run(original, before, context, first, last)
+    exact = original.before(site, state, context)
     h = h.reshape(-1, h.shape[-1]).astype(jnp.float32)
     difference = exact.reshape(h.shape).astype(jnp.float32) - h
-    return x, mixed, drift + jnp.matmul(difference.T, h, precision=jax.lax.Precision.HIGHEST)
+    kept = before if site.recomputed else state
+    drift = drift + jnp.matmul(difference.T, h, precision=jax.lax.Precision.HIGHEST)
+    return kept.x, kept.inner, drift
 
 
-def _to_site(block, x, mixed, positions, reach, site):
-    if site == "qkv":
-        h = block.input_norm(x)
-    elif site == "o":
-        h = mixed = block.attend(block.qkv_input(block.input_norm(x)), positions, reach)
-    elif site == "mlp":
-        x, mixed = x + block.o(block.o_input(mixed)), None
-        h = block.post_norm(x)
-    else:
-        h = block.gate_up(block.mlp_input(block.post_norm(x)))
-    return x, mixed, h
+@functools.partial(jax.jit, static_argnames="first", donate_argnames="x")
+def finish(
+    block: ChainBlock,
+    x: Float[Array, "b s d"],
+    inner: Float[Array, "b s _"] | None,
+    context: Context,
+    *,
+    first: int,
+) -> Float[Array, "b s d"]:
+    """Return the block's output from the state at site `first`."""
+    return run(block, State(x, inner), context, first).x
 
 
-@functools.partial(jax.jit, donate_argnames="x")
-def finish(block: Block, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-    """From the MLP's residual to the block's output."""
-    h = block.gate_up(block.mlp_input(block.post_norm(x)))
-    return x + block.down(block.down_input(h))
+def _kept_before(block: ChainBlock, index: int) -> int:
+    """Return the site whose state the stream holds when it is to move on to site `index`."""
+    return max((i for i in range(index) if not block.sites[i].recomputed), default=0)
+
+
+def _leaves(state: State) -> tuple[jax.Array, jax.Array | None]:
+    """Return the stream and what the next site reads instead, apart: only the first is donated."""
+    return state.x, state.inner
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -182,7 +257,20 @@ def _quantize_site(
     *,
     settings: QuantizationSettings,
 ) -> tuple[tuple[Any, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
-    """Rotates and quantises the linears that share one input, and fits that input's clips to the result."""
+    """Rotate and quantise the linears that share one input, and fit that input's clips to the result.
+
+    Args:
+      kernels: of the linears.
+      rotation: of their input, if it is rotated.
+      moment: second moments of the input, before rotation.
+      sample: some of its tokens, before rotation.
+      tokens: how many the moments are of.
+      drift: `Σ (h₀ − h)ᵀ h` of the full-precision input h₀, where propagated errors are made up for.
+      settings: its `weights` and `activations` are read.
+
+    Returns:
+      The packed tensor of each linear, the input's clips, and figures by name.
+    """
     rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
     if rotation is not None:
         left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)

@@ -5,29 +5,28 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from twla_jax.core.quantizers import Integers
 from twla_jax.core.tensors import IntegerTensor
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import replace
 from twla_jax.recipe import EmbeddingSettings
 
 
 def quantize_embeddings(model: Decoder, settings: EmbeddingSettings) -> Decoder:
-    """The same model with its embedding, and its LM head where it has one of its own, rounded to nearest.
+    """Return the same model with its embedding, and its LM head where it has one of its own, rounded to nearest.
 
     Rows are tokens, in groups of columns with a range of least error each. The new arrays lie on the host.
     """
-    model = nnx.merge(*nnx.split(model))
 
-    def quantized(rows):
-        return nnx.Param(jax.tree.map(np.asarray, _quantize(rows, settings=settings)))
+    def quantized(rows: Float[Array | np.ndarray, "vocab d"]) -> IntegerTensor:
+        return jax.tree.map(np.asarray, _quantize(rows, settings=settings))
 
-    model.embed = quantized(model.embed.get_value())
+    changes = {"embed": quantized(model.embed.get_value())}
     if model.head is not None:
-        model.head.kernel = quantized(model.head.kernel.get_value().T)
-    return model
+        changes["head.kernel"] = quantized(model.head.kernel.get_value().T)
+    return replace(model, changes)
 
 
 @functools.partial(jax.jit, static_argnames="settings")

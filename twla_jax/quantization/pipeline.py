@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Int32
 from tqdm import tqdm
 
@@ -23,10 +22,12 @@ from twla_jax.core.settings import QuantizationSettings
 from twla_jax.devices import warn_if_triton_gemm
 from twla_jax.errors import TwlaError
 from twla_jax.models import sharding
+from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.config import check_vocabulary
-from twla_jax.models.decoder import SITES, Block, Decoder
+from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import replace
 from twla_jax.quantization import rotation_fitting
-from twla_jax.quantization.block import finish, quantize_block, sample_site, set_input
+from twla_jax.quantization.block import finish_block, input_changes, quantize_block, sample_site
 from twla_jax.quantization.embedding import quantize_embeddings
 from twla_jax.quantization.stream import ResidualStream
 from twla_jax.recipe import Recipe
@@ -40,7 +41,7 @@ _SNAPSHOT_SECONDS = 60  # between two copies of the residual stream to the worki
 def quantize(
     model: Decoder, windows: Int32[np.ndarray, "w s"], recipe: Recipe, **options: Any
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Quantises blocks, and embedding and head where the recipe says so; `options` as for `quantize_blocks`."""
+    """Quantise blocks, and embedding and head where the recipe says so; `options` as for `quantize_blocks`."""
     quantised, figures = quantize_blocks(model, windows, recipe.quantization, **options)
     return quantize_embeddings(quantised, recipe.embedding) if recipe.embedding else quantised, figures
 
@@ -54,7 +55,7 @@ def quantize_blocks(
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Quantises every linear of the blocks; norms, embedding and head stay as they are.
+    """Quantise every linear of the blocks; norms, embedding and head stay as they are.
 
     Args:
       model: full precision; left as it is. Host (numpy) parameters go to the device one block at a time.
@@ -64,9 +65,11 @@ def quantize_blocks(
         the same model, windows and settings goes on from them.
       mesh: with axes `data` and `model`: windows are split over `data`, parameters as `sharding.shardings` says.
       progress: bars with an estimate of the time left, on stderr.
+
     Returns:
       The quantised model, and JSON-ready figures: `sites` (for each block and input `output_error`, `weight_error`,
       `damping`, `rotation_loss` before and after, `clips`) and `seconds` by stage.
+
     Raises:
       TwlaError: a token outside the vocabulary, a working folder of other work, or a layer whose errors are not finite.
     """
@@ -83,13 +86,13 @@ def quantize_blocks(
     figures = [
         {
             "layer": index,
-            "site": site,
-            **{name: float(layers[index][f"{site}.{name}"]) for name in _FIGURES},
-            "rotation_loss": losses[site][index].tolist() if site in losses else None,
-            "clips": layers[index][f"{site}.clips"].tolist(),
+            "site": site.name,
+            **{name: float(layers[index][f"{site.name}.{name}"]) for name in _FIGURES},
+            "rotation_loss": losses[site.name][index].tolist() if site.name in losses else None,
+            "clips": layers[index][f"{site.name}.clips"].tolist(),
         }
         for index in range(model.config.num_layers)
-        for site in SITES
+        for site in model.sites
     ]
     seconds = {"rotations": fitted - start, "blocks": time.perf_counter() - fitted}
     return _assemble(model, rotations, layers, settings), {"sites": figures, "seconds": seconds}
@@ -113,17 +116,17 @@ _FIGURES = ("output_error", "weight_error", "damping")
 def _sample_inputs(
     model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None
 ) -> dict[str, np.ndarray]:
-    """For every site `[layers, c, m]`: some tokens of its input in the full-precision model."""
+    """Return for every site `[layers, c, m]`: some tokens of its input in the full-precision model."""
     stream = ResidualStream(model, windows[:_RANGE_WINDOWS], mesh)
     stream.start()
-    stride, reach = max(1, stream.tokens // _RANGE_TOKENS), model.windows()
-    samples: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    stride = max(1, stream.tokens // _RANGE_TOKENS)
+    samples: dict[str, list[np.ndarray]] = {site.name: [] for site in model.sites}
     for index in range(model.config.num_layers):
         block = _place(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks), mesh)
-        for site in SITES:
-            samples[site].append(np.asarray(sample_site(block, stream, reach[index], site, stride)))
-        for batch, _ in stream.batches():
-            batch["x"] = finish(block, batch["x"])
+        context = stream.context.layer(index)
+        for at, site in enumerate(block.sites):
+            samples[site.name].append(np.asarray(sample_site(block, stream, context, at, stride)))
+        finish_block(block, stream, context)
     return {site: np.stack(parts) for site, parts in samples.items()}
 
 
@@ -136,9 +139,8 @@ def _quantize_blocks(
     mesh: jax.sharding.Mesh | None,
     progress: bool,
 ) -> list[dict[str, np.ndarray]]:
-    """What `quantize_block` finds for every block, on the host."""
+    """Return what `quantize_block` finds for every block, on the host."""
     config = model.config
-    reach = model.windows()
     stream = ResidualStream(model, windows, mesh)
     # Rotations are fitted: without their settings, those that differ in them share one compilation.
     settings = dataclasses.replace(settings, rotation=None)
@@ -166,16 +168,18 @@ def _quantize_blocks(
                 site: jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), r)
                 for site, r in rotations.items()
             }
-            result = jax.device_get(quantize_block(block, here, stream, reference, reach[index], settings))
-            for site in SITES:
-                if not all(np.isfinite(result[f"{site}.{name}"]) for name in _FIGURES):
+            context = stream.context.layer(index)
+            result = jax.device_get(quantize_block(block, here, stream, reference, context, settings))
+            for site in model.sites:
+                if not all(np.isfinite(result[f"{site.name}.{name}"]) for name in _FIGURES):
                     raise TwlaError(
-                        f"block {index}, input {site}: the error is not finite: its weights exceed float16's range, or"
-                        f" its activations {model.dtype.name}'s"
+                        f"block {index}, input {site.name}: the error is not finite: its weights exceed float16's"
+                        f" range, or its activations {model.dtype.name}'s"
                     )
             layers.append(result)
             bar.update()
-            bar.set_postfix(output_error=f"{np.mean([result[f'{site}.output_error'] for site in SITES]):.3f}")
+            errors = [result[f"{site.name}.output_error"] for site in model.sites]
+            bar.set_postfix(output_error=f"{np.mean(errors):.3f}")
             if store:
                 store.save(f"block-{index}", result)
                 if time.perf_counter() - saved_at > _SNAPSHOT_SECONDS and index + 1 < config.num_layers:
@@ -190,7 +194,7 @@ def _quantize_blocks(
     return layers
 
 
-def _place(block: Block, mesh: jax.sharding.Mesh | None) -> Block:
+def _place(block: ChainBlock, mesh: jax.sharding.Mesh | None) -> ChainBlock:
     if mesh is None:
         return jax.tree.map(jnp.asarray, block)
     return jax.device_put(block, sharding.shardings(block, mesh))
@@ -202,24 +206,18 @@ def _assemble(
     layers: list[dict[str, np.ndarray]],
     settings: QuantizationSettings,
 ) -> Decoder:
-    """The quantised model: blocks stacked on the host, everything else shared with the original."""
-    graph, state = nnx.split(model)
-    quantised = nnx.merge(graph, state)
+    """Return the quantised model: blocks stacked on the host, everything else shared with the original."""
 
-    def stacked(name) -> Any:
+    def stacked(name: str) -> np.ndarray:
         return np.stack([layer[name] for layer in layers])
 
-    for site, names in SITES.items():
-        for name in names:
-            linear = getattr(quantised.blocks, name)
-            m = linear.kernel.get_value().shape[-2]
+    changes: dict[str, Any] = {}
+    for site in model.sites:
+        for name in site.linears:
+            m, _ = getattr(model.blocks, name).features
             prefix = f"{name}.kernel."
             parts = {key.removeprefix(prefix): stacked(key) for key in layers[0] if key.startswith(prefix)}
-            linear.kernel = nnx.Param(quantizers.tensor(settings.weights, parts, m))
-        set_input(
-            getattr(quantised.blocks, f"{site}_input"),
-            rotations.get(site),
-            stacked(f"{site}.clips"),
-            settings.activations.bits,
-        )
-    return quantised
+            changes[f"{name}.kernel"] = quantizers.tensor(settings.weights, parts, m)
+        clips = stacked(f"{site.name}.clips")
+        changes |= input_changes(site, rotations.get(site.name), clips, settings.activations.bits)
+    return replace(model, {f"blocks.{path}": value for path, value in changes.items()})

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from twla_jax.core import kotms
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import RotationSettings
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
 from twla_jax.storage import resume
 
 _WEIGHTS = 2**23  # whose rotations are fitted at the same time
@@ -25,19 +25,25 @@ def fit_rotations(
     store: resume.WorkDir | None,
     progress: bool,
 ) -> tuple[dict[str, KroneckerRotation], dict[str, np.ndarray]]:
-    """For every site the rotations of all blocks, stacked, on the host; and their losses `[layers, 2]`.
+    """Fit the rotations of every site, side by side over the blocks.
 
     Args:
+      model: full precision.
       samples: `[layers, c, m]` inputs of each site, where the settings look at their range.
+      settings: how they are fitted; None leaves the inputs unrotated.
       store: where finished sites are kept and looked for.
+      progress: a bar with an estimate of the time left, on stderr.
+
+    Returns:
+      By site the rotations of all blocks, stacked, on the host; and their losses `[layers, 2]`, before and after.
     """
     rotations, losses = {}, {}
     saved: Any
     if settings is None:
         return rotations, losses
     layers = model.config.num_layers
-    with tqdm(total=len(SITES) * layers, desc="rotations", unit="input", disable=not progress) as bar:
-        for index, (site, names) in enumerate(SITES.items()):
+    with tqdm(total=len(model.sites) * layers, desc="rotations", unit="input", disable=not progress) as bar:
+        for index, (site, names, *_) in enumerate(model.sites):
             saved = store.load(f"rotation-{site}") if store else None
             if saved is None:
                 key = jax.random.key(settings.seed + index)

@@ -1,5 +1,6 @@
 """The residual stream of all calibration windows, between two blocks, in batches of one shape."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,24 @@ import numpy as np
 
 from twla_jax.core.tensors import take_rows
 from twla_jax.models import sharding
+from twla_jax.models.blocks import State
 from twla_jax.models.decoder import Decoder
 
 _BATCH_TOKENS = 8192  # tokens that go through a block at a time
 _DEVICE_SHARE = 0.4  # of the device's memory that the stream may take before it moves to the host
+
+
+@dataclasses.dataclass
+class Batch:
+    """Some windows on the device: what is set as `state` is where the stream goes on from.
+
+    Attributes:
+      state: between two sites of a block.
+      real: `[b]`, 0 for windows that only fill up the batch.
+    """
+
+    state: State
+    real: jax.Array
 
 
 class ResidualStream:
@@ -20,7 +35,7 @@ class ResidualStream:
 
     Attributes:
       tokens: how many there are in all windows.
-      positions: of the tokens of one window.
+      context: of the tokens of one window, for all layers.
     """
 
     def __init__(self, model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None):
@@ -28,7 +43,7 @@ class ResidualStream:
         split = mesh.shape["data"] if mesh is not None else 1
         size = -(-max(1, min(count, _BATCH_TOKENS // seq_len)) // split) * split
         self.tokens = windows.size
-        self.positions = model.positions(seq_len)
+        self.context = model.context(seq_len)
         self._embed = model.embed.get_value()
         self._sharding = sharding.batch_sharding(mesh) if mesh is not None else None
         self._count = count
@@ -37,52 +52,52 @@ class ResidualStream:
         self._windows = filled.reshape(-1, size, seq_len)
         self._real = (np.arange(len(filled)) < count).astype(np.float32).reshape(-1, size)
         self._dtype = model.dtype
-        self._state: list[dict[str, Any]] = []
-        needed = (
-            filled.size
-            * self._dtype.itemsize
-            * (model.config.hidden_size + model.config.num_heads * model.config.head_dim)
-        )
+        self._states: list[State | None] = []
+        needed = filled.size * self._dtype.itemsize * (model.config.hidden_size + _widest_kept(model))
         limit = _device_bytes()
         self._on_host = limit is not None and needed > _DEVICE_SHARE * limit * split
 
     def start(self) -> None:
-        """Embeds the windows."""
+        """Embed the windows."""
         table = jax.tree.map(jnp.asarray, self._embed)
-        self._state = [
-            {"x": self._keep(self._put(take_rows(table, jnp.asarray(batch), self._dtype))), "mixed": None}
+        self._states = [
+            State(self._keep(self._put(take_rows(table, jnp.asarray(batch), self._dtype))))
             for batch in self._windows
         ]
 
     def restore(self, x: np.ndarray) -> None:
-        """Puts back what `collect` gave."""
+        """Put back what `collect` gave."""
         filled = np.zeros((self._windows.shape[0] * self._windows.shape[1], *x.shape[1:]), x.dtype)
         filled[: self._count] = x
         batches = filled.reshape(*self._windows.shape[:2], *x.shape[1:])
-        self._state = [
-            {"x": batch if self._on_host else self._put(batch), "mixed": None} for batch in batches
-        ]
+        self._states = [State(batch if self._on_host else self._put(batch)) for batch in batches]
 
     def collect(self) -> np.ndarray:
-        """The residual stream on the host, `[windows, s, d]`."""
-        return np.concatenate([np.asarray(batch["x"]) for batch in self._state])[: self._count]
+        """Return the residual stream on the host, `[windows, s, d]`."""
+        return np.concatenate([np.asarray(state.x) for state in self._states if state])[: self._count]
 
-    def batches(self) -> Iterator[tuple[dict[str, Any], jax.Array]]:
-        """Every batch, to be changed by the caller, and which of its windows are real."""
-        for state, real in zip(self._state, self._real, strict=True):
-            batch = {name: None if array is None else self._put(array) for name, array in state.items()}
+    def batches(self) -> Iterator[Batch]:
+        """Yield every batch; the state that the caller leaves in it takes the old one's place."""
+        for index, real in enumerate(self._real):
+            batch = Batch(jax.tree.map(self._put, self._states[index]), self._put(real))
             # The caller donates what it is given, so the old arrays are not held here meanwhile.
-            state.clear()
-            yield batch, self._put(real)
-            state.update({name: self._keep(array) for name, array in batch.items()})
+            self._states[index] = None
+            yield batch
+            self._states[index] = jax.tree.map(self._keep, batch.state)
 
     def _put(self, array: Any) -> jax.Array:
         return jnp.asarray(array) if self._sharding is None else jax.device_put(array, self._sharding)
 
     def _keep(self, array: Any) -> Any:
-        return np.asarray(array) if self._on_host and array is not None else array
+        return np.asarray(array) if self._on_host else array
+
+
+def _widest_kept(model: Decoder) -> int:
+    """Return the width of the widest input of a site that the stream holds beside itself."""
+    kept = (site for site in model.sites if not site.recomputed)
+    return max(model.blocks.linears(site)[0].features[0] for site in kept)
 
 
 def _device_bytes() -> int | None:
-    """Memory of the first device, where it is not the host's own."""
+    """Return the memory of the first device, where it is not the host's own."""
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -5,6 +5,7 @@ model has after the same blocks (`y₀`), by Adam on the mean over tokens of `�
 with a relative error). The latents are those of `refinement`. All windows share one shape and one compilation.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
 from twla_jax.core.activation import OFF
+from twla_jax.models.blocks import Context
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import replace
 from twla_jax.recipe import BlockRefinementSettings
 from twla_jax.refinement import end_to_end
 from twla_jax.refinement.latents import apply, flipped, harden, init_latents
@@ -34,7 +37,7 @@ def refine_blocks(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Trains what each block of `student` stores towards the outputs of `teacher`'s blocks.
+    """Train what each block of `student` stores towards the outputs of `teacher`'s blocks.
 
     Args:
       student: quantised, with or without rotations; its activation settings stay.
@@ -48,7 +51,7 @@ def refine_blocks(
       Blocks whose loss has not fallen are left as they were.
     """
     original, dtype, steps = student, jnp.dtype(settings.dtype), settings.steps
-    student, teacher = (end_to_end.computing_in(model, dtype) for model in (student, teacher))
+    student, teacher = (end_to_end.training_form(model, dtype) for model in (student, teacher))
     latents = init_latents(student, teacher)
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
     x, exact = (model.embed_tokens(jnp.asarray(windows)) for model in (student, teacher))
@@ -57,7 +60,7 @@ def refine_blocks(
     if store and (saved := store.load("state")):
         losses = list(saved.pop("losses"))
         blocks, x, exact = resume.unflatten((blocks, x, exact), saved)
-    reach, positions = student.windows(), student.positions(windows.shape[1])
+    context = student.context(windows.shape[1])
     size = min(settings.window, student.config.num_layers)
     count, batch = student.config.num_layers - size + 1, min(settings.batch, len(windows))
     rates = [rates_at(settings, step, steps) for step in range(steps)]
@@ -71,6 +74,9 @@ def refine_blocks(
     def part(tree: Any, first: int, blocks: int) -> Any:
         return jax.tree.map(lambda leaf: leaf[first : first + blocks], tree)
 
+    def span(context: Context, first: int, blocks: int) -> Context:
+        return dataclasses.replace(context, reach=context.reach[first : first + blocks])
+
     bar = tqdm(total=count, initial=len(losses), desc="refine blocks", unit="block", disable=not progress)
     with bar:
         for first in range(len(losses), count):
@@ -78,7 +84,7 @@ def refine_blocks(
             draws = np.stack([rng.choice(len(windows), batch, False) for _ in range(steps)])
             schedule = (draws, rng.random(draws.shape) < settings.mix, rates)
             here = (part(tree, first, size) for tree in (blocks, student.blocks, teacher.blocks))
-            fitted, loss = _fit(*here, x, exact, schedule, part(reach, first, size), positions, **static)
+            fitted, loss = _fit(*here, x, exact, schedule, span(context, first, size), **static)
             losses.append(np.asarray(loss))
             before, after = ends(losses[-1])
             if after < before:
@@ -86,13 +92,13 @@ def refine_blocks(
                     lambda leaf, new, at=first: leaf.at[at : at + size].set(new), blocks, fitted
                 )
             here = (part(tree, first, 1) for tree in (blocks, student.blocks, teacher.blocks))
-            x, exact = _move(*here, x, exact, part(reach, first, 1), positions, bits=settings.activation_bits)
+            x, exact = _move(*here, x, exact, span(context, first, 1), bits=settings.activation_bits)
             bar.update()
             bar.set_postfix(error=f"{after:.4f}")
             if store:
                 store.save("state", {**resume.flatten((blocks, x, exact)), "losses": np.stack(losses)})
     refined = harden(student, {**blocks, "norm": latents["norm"]}, settings.activation_bits)
-    refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
+    refined = replace(refined, dtype=original.dtype, fused=original.fused)
     figures = {
         "steps": steps,
         "loss": [ends(loss) for loss in losses],
@@ -102,16 +108,16 @@ def refine_blocks(
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "learns_rotations"))
-def _fit(latents, blocks, originals, x, exact, schedule, reach, positions, *, bits, learns_rotations):
+def _fit(latents, blocks, originals, x, exact, schedule, context, *, bits, learns_rotations):
     def step(carry, drawn):
         latents, state = carry
         index, swap, rates = drawn
         start = exact[index]
-        target = _through(None, originals, start, reach, positions, OFF)
+        target = _through(None, originals, start, context, OFF)
         begin = jnp.where(swap[:, None, None], start, x[index])
 
         def loss(latents):
-            return relative_error(_through(latents, blocks, begin, reach, positions, bits), target)
+            return relative_error(_through(latents, blocks, begin, context, bits), target)
 
         value, gradient = jax.value_and_grad(loss)(latents)
         updates, state = optimizer(rates, learns_rotations).update(gradient, state, latents)
@@ -124,28 +130,29 @@ def _fit(latents, blocks, originals, x, exact, schedule, reach, positions, *, bi
 
 
 @functools.partial(jax.jit, static_argnames="bits", donate_argnames=("x", "exact"))
-def _move(latents, blocks, originals, x, exact, reach, positions, *, bits):
-    """Both streams past the first block, a window at a time."""
+def _move(latents, blocks, originals, x, exact, context, *, bits):
+    """Move both streams past the first block, a window at a time."""
 
     def one(windows):
         x, exact = (window[None] for window in windows)
         return (
-            _through(latents, blocks, x, reach, positions, bits)[0],
-            _through(None, originals, exact, reach, positions, OFF)[0],
+            _through(latents, blocks, x, context, bits)[0],
+            _through(None, originals, exact, context, OFF)[0],
         )
 
     return jax.lax.map(one, (x, exact))
 
 
-def _through(latents, blocks, x, reach, positions, bits):
+def _through(latents, blocks, x, context, bits):
     def step(x, layer):
-        block, here, window = layer
-        return (block if here is None else apply(block, here, bits))(x, positions, window), None
+        block, here, reach = layer
+        block = block if here is None else apply(block, here, bits)
+        return block(x, dataclasses.replace(context, reach=reach)), None
 
-    return jax.lax.scan(step, x, (blocks, latents, reach))[0]
+    return jax.lax.scan(step, x, (blocks, latents, context.reach))[0]
 
 
 def relative_error(got: Float[Array, "b t d"], target: Float[Array, "b t d"]) -> Float[Array, ""]:
-    """Mean over tokens of `‖y − y₀‖² / ‖y₀‖²`, float32: a few tokens of huge norm do not outweigh the rest."""
+    """Return the mean over tokens of `‖y − y₀‖² / ‖y₀‖²`, float32: no few tokens of huge norm outweigh the rest."""
     got, target = got.astype(jnp.float32), target.astype(jnp.float32)
     return (jnp.square(got - target).sum(-1) / jnp.maximum(jnp.square(target).sum(-1), 1e-12)).mean()

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.decoder import SITES, Decoder
+from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import ClipTrainingSettings
 from twla_jax.refinement import end_to_end
 
@@ -27,7 +27,7 @@ def train_clips(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Trains the clips for `settings.bits`, with every linear input at these bits, over `settings.steps` steps.
+    """Train the clips for `settings.bits`, with every linear input at these bits, over `settings.steps` steps.
 
     Args:
       student: quantised; its weights, norms, rotations and activation settings stay.
@@ -44,12 +44,13 @@ def train_clips(
         raise TwlaError("clips need text to learn on, not 0 windows")
     batches = np.resize(windows, (settings.steps, settings.batch, windows.shape[1]))
     original, dtype = student, jnp.dtype(settings.dtype)
-    student, teacher = (end_to_end.computing_in(model, dtype) for model in (student, teacher))
+    student, teacher = (end_to_end.training_form(model, dtype) for model in (student, teacher))
     store = None
     if work_dir is not None:
         store = end_to_end.open_work_dir(Path(work_dir), student, batches, settings)
 
-    latents = {f"{site}_input": {"clip": jnp.zeros(student.config.num_layers)} for site in SITES}
+    clips = {site.name: jnp.zeros(student.config.num_layers) for site in student.sites}
+    latents = {f"{name}_input": {"clip": clip} for name, clip in clips.items()}
     return end_to_end.descend(
         original,
         student,

@@ -11,6 +11,7 @@ All of u, s and r are free of units, so one learning rate serves every layer. Tw
 rotation turns the input alone: the codes are those of the turned basis, whatever it is.
 """
 
+import dataclasses
 import functools
 import logging
 import time
@@ -21,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
@@ -29,7 +29,9 @@ from twla_jax.core.activation import (
     OFF,
 )
 from twla_jax.errors import TwlaError
-from twla_jax.models.decoder import Decoder, can_fuse
+from twla_jax.models.blocks import ChainBlock
+from twla_jax.models.decoder import Decoder, computing_in
+from twla_jax.models.layers import replace
 from twla_jax.recipe import EndToEndSettings, LearningSettings
 from twla_jax.refinement.latents import Latents, apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
@@ -74,7 +76,7 @@ def refine(
     batches = windows[: steps * settings.batch].reshape(steps, settings.batch, -1)
     dtype = jnp.dtype(settings.dtype)
     original = student
-    student, teacher = (computing_in(model, dtype) for model in (student, teacher))
+    student, teacher = (training_form(model, dtype) for model in (student, teacher))
     store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, settings)
     latents, bits = init_latents(student, teacher), settings.activation_bits
     return descend(
@@ -115,7 +117,7 @@ def descend(
                 store.save("state", {**resume.flatten((latents, state)), "losses": np.asarray(losses)})
                 saved_at = time.perf_counter()
     refined = harden(student, latents, bits)
-    refined.dtype, refined.blocks.fused = original.dtype, original.blocks.fused
+    refined = replace(refined, dtype=original.dtype, fused=original.fused)
     _, _, loss = step(latents, state, student, teacher, batches[0], rates_at(settings, 0, 1))
     first_batch = [losses[0], float(loss)]
     kept = first_batch[1] <= first_batch[0]
@@ -177,26 +179,23 @@ def _hidden(
     student: Decoder, latents: Latents, tokens: Int32[Array, "b t"], bits: int
 ) -> Float[Array, "b t d"]:
     """`student.hidden` under `latents`; of each block only the input is kept for the gradient."""
-    positions = student.positions(tokens.shape[1])
+    context = student.context(tokens.shape[1])
 
     @jax.checkpoint
-    def step(x, layer):
-        block, here, window = layer
-        return apply(block, here, bits)(x, positions, window), None
+    def step(x: jax.Array, layer: tuple[ChainBlock, Latents, jax.Array]) -> tuple[jax.Array, None]:
+        block, here, reach = layer
+        return apply(block, here, bits)(x, dataclasses.replace(context, reach=reach)), None
 
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
-    x, _ = jax.lax.scan(step, student.embed_tokens(tokens), (student.blocks, blocks, student.windows()))
+    x, _ = jax.lax.scan(step, student.embed_tokens(tokens), (student.blocks, blocks, context.reach))
     x = student.norm(x)
     return x * (1 + latents["norm"]["g"]).astype(x.dtype) if "norm" in latents else x
 
 
-def computing_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
-    """A copy on the device that computes in `dtype`, with the attention that trains fastest there."""
-    copy = nnx.merge(*nnx.split(model))
-    copy.dtype = dtype
+def training_form(model: Decoder, dtype: jnp.dtype) -> Decoder:
+    """Return a copy on the device that computes in `dtype`, with the attention that trains fastest there."""
     # Most of a step's time went into reading and writing the scores.
-    copy.blocks.fused = can_fuse(model.config, dtype)
-    return jax.tree.map(jnp.asarray, copy)
+    return jax.tree.map(jnp.asarray, computing_in(model, dtype, fused=True))
 
 
 def open_work_dir(

@@ -1,11 +1,11 @@
 """What learns in refinement: float latents behind codes and scales, and the way back to packed tensors."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from twla_jax.core import kotms, packing, tensors, two_planes
@@ -17,11 +17,11 @@ from twla_jax.core.activation import (
     with_bits,
 )
 from twla_jax.core.tensors import per_column
-from twla_jax.models.decoder import SITES, Block, Decoder
+from twla_jax.models.blocks import ChainBlock
+from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import replace
 from twla_jax.refinement import two_plane_latents
 
-_LINEARS = {name: site for site, names in SITES.items() for name in names}
-_NORMS = ("input_norm", "post_norm")
 _MARGIN = 0.45  # from its code, at most, that a latent starts: on the code's side of the rounding boundary
 _REACH = 1.5  # latents beyond pass no gradient: their code is the outermost already
 _LEAST_CLIP = 0.1  # that one may learn
@@ -48,54 +48,59 @@ class _StraightThrough:
 
 
 def init_latents(student: Decoder, teacher: Decoder) -> Latents:
-    """The student as it is: each linear's `u`, `s` and `r` (and `residual_s`), each norm's `g`, the rotations' factors.
+    """Return the student as it is: each linear's `u`, `s` and `r` (and `residual_s`), norms' `g`, rotations' factors.
 
     All are float32. u starts where the full-precision weight lies in units of α, but within its code's cell: the codes
     that the column sweep chose are kept, and those whose weight lies near a boundary are the first to change.
+
+    Args:
+      student: quantised.
+      teacher: the model it was quantised from.
     """
     latents: Latents = {}
-    for name, site in _LINEARS.items():
-        tensor = getattr(student.blocks, name).kernel.get_value()
-        transform = getattr(student.blocks, f"{site}_input").rotation
+    for site in student.sites:
+        transform = student.blocks.transform(site).rotation
         rotation = None if transform is None else transform.get_value()
-        kernel = getattr(teacher.blocks, name).kernel.get_value()
-        latents[name] = {
-            "u": _starts(kernel, tensor, rotation),
-            "s": jnp.zeros(tensor.alpha.shape),
-            "r": jnp.zeros(tensor.alpha.shape),
-        }
-        if tensor.residual_alpha is not None:
-            latents[name]["residual_s"] = jnp.zeros(tensor.alpha.shape)
-    for name in _NORMS:
+        for name in site.linears:
+            tensor = getattr(student.blocks, name).kernel.get_value()
+            kernel = getattr(teacher.blocks, name).kernel.get_value()
+            latents[name] = {
+                "u": _starts(kernel, tensor, rotation),
+                "s": jnp.zeros(tensor.alpha.shape),
+                "r": jnp.zeros(tensor.alpha.shape),
+            }
+            if tensor.residual_alpha is not None:
+                latents[name]["residual_s"] = jnp.zeros(tensor.alpha.shape)
+        if rotation is not None:
+            factors = {"left": rotation.left, "right": rotation.right}
+            latents[f"{site.name}_input"] = {
+                side: factor.astype(jnp.float32) for side, factor in factors.items()
+            }
+    for name in student.blocks.norms:
         latents[name] = {"g": jnp.zeros(getattr(student.blocks, name).scale.get_value().shape)}
-    for site in SITES:
-        if (rotation := getattr(student.blocks, f"{site}_input").rotation) is not None:
-            left, right = rotation.get_value().left, rotation.get_value().right
-            latents[f"{site}_input"] = {"left": left.astype(jnp.float32), "right": right.astype(jnp.float32)}
     latents["norm"] = {"g": jnp.zeros(student.norm.scale.get_value().shape)}
     return latents
 
 
-def apply(block: Block, latents: Latents, bits: int) -> Block:
-    """The block with the weights, norms and inputs that `latents` stand for; changes it, which only a trace sees."""
-    for name in filter(latents.__contains__, _LINEARS):
-        linear = getattr(block, name)
-        linear.kernel = nnx.Param(_dense(linear.kernel.get_value(), latents[name]).T)
-    for site in SITES:
-        transform, parts = getattr(block, f"{site}_input"), latents.get(f"{site}_input", {})
+def apply(block: ChainBlock, latents: Latents, bits: int) -> ChainBlock:
+    """Return the block with the weights, norms and inputs that `latents` stand for, its inputs at `bits`."""
+    changes: dict[str, Any] = {}
+    for name in _linears(block, latents):
+        changes[f"{name}.kernel"] = _dense(getattr(block, name).kernel.get_value(), latents[name]).T
+    for site in block.sites:
+        path, parts = f"{site.name}_input", latents.get(f"{site.name}_input", {})
         if "left" in parts:
-            rotation = kotms.KroneckerRotation(parts["left"], parts["right"])
-            transform.rotation = nnx.data(nnx.Param(rotation))
-        quantizer = with_bits(transform.activation.get_value(), bits)
-        transform.activation = nnx.data(nnx.Param(_StraightThrough(quantizer, parts.get("clip"))))
-    for name in filter(latents.__contains__, _NORMS):
-        norm = getattr(block, name)
-        norm.scale = nnx.Param(norm.scale.get_value().astype(jnp.float32) * (1 + latents[name]["g"]))
-    return block
+            changes[f"{path}.rotation"] = kotms.KroneckerRotation(parts["left"], parts["right"])
+        quantizer = with_bits(block.transform(site).activation.get_value(), bits)
+        changes[f"{path}.activation"] = _StraightThrough(quantizer, parts.get("clip"))
+    for name in filter(latents.__contains__, block.norms):
+        scale = getattr(block, name).scale.get_value()
+        changes[f"{name}.scale"] = scale.astype(jnp.float32) * (1 + latents[name]["g"])
+    return replace(block, changes)
 
 
 def trained_clip(quantizer: ActivationQuantizer, offset: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """The clip at the quantiser's bits, so much wider relative to itself; at most 1, the whole range."""
+    """Return the clip at the quantiser's bits, so much wider relative to itself; at most 1, the whole range."""
     clip = jnp.vectorize(select_clip, signature="(n),()->()")(quantizer.clips, quantizer.bits)
     return jnp.clip(clip * (1 + offset), _LEAST_CLIP, 1)
 
@@ -103,7 +108,7 @@ def trained_clip(quantizer: ActivationQuantizer, offset: Float[Array, "*batch"])
 def scales(
     tensor: tensors.TernaryTensor, parts: dict[str, jax.Array]
 ) -> tuple[Float[Array, "*batch n groups"], ...]:
-    """`(α, μ)`, or of two planes `(α₁, α₂, μ)`, under the offsets s and r, float32."""
+    """Return `(α, μ)`, or of two planes `(α₁, α₂, μ)`, under the offsets s and r, float32."""
     alpha, mu = tensor.alpha.astype(jnp.float32), tensor.mu.astype(jnp.float32)
     if tensor.residual_alpha is None:
         return alpha * (1 + parts["s"]), mu + alpha * parts["r"]
@@ -112,7 +117,7 @@ def scales(
 
 
 def _dense(tensor: tensors.TernaryTensor, parts: dict[str, jax.Array]) -> Float[Array, "n m"]:
-    """Ŵ, float32, through whose codes gradients pass straight."""
+    """Return Ŵ, float32, through whose codes gradients pass straight."""
     if tensor.residual_alpha is not None:
         return two_plane_latents.dense(parts["u"], tensor, scales(tensor, parts))
     alpha, mu = (per_column(p, tensor.in_features, tensor.group_size) for p in scales(tensor, parts))
@@ -154,11 +159,11 @@ def _start(layer) -> Float[Array, "n m"]:
 
 
 def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
-    """The student, on the host, with what the latents stand for in its own format; clips are those at `bits`."""
-    student = nnx.merge(*nnx.split(student))  # the caller's own stays as it is
-    for name in filter(latents.__contains__, _LINEARS):
-        linear, parts = getattr(student.blocks, name), latents[name]
-        tensor = linear.kernel.get_value()
+    """Return the student, on the host, with what the latents stand for in its own format; clips are those at `bits`."""
+    blocks = student.blocks
+    changes: dict[str, Any] = {}
+    for name in _linears(blocks, latents):
+        parts, tensor = latents[name], getattr(blocks, name).kernel.get_value()
         alpha, *residual_alpha, mu = scales(tensor, parts)
         if residual_alpha:
             first, second = two_planes.split(two_plane_latents.codes(parts["u"], tensor))
@@ -167,31 +172,38 @@ def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
             first, residual = _round(parts["u"]), ()
             alpha, mu = tensors.in_whole_steps(alpha, mu, tensor.group_size)
         hard = tensors.from_codes(first.astype(jnp.int8), alpha, mu, tensor.group_size, *residual)
-        linear.kernel = nnx.Param(hard)
-    for site in SITES:
-        transform, parts = getattr(student.blocks, f"{site}_input"), latents.get(f"{site}_input", {})
+        changes[f"blocks.{name}.kernel"] = hard
+    for site in student.sites:
+        path, parts = f"blocks.{site.name}_input", latents.get(f"{site.name}_input", {})
         if "left" in parts:
             stored = (parts[side].astype(jnp.float16) for side in ("left", "right"))
-            transform.rotation = nnx.data(nnx.Param(kotms.KroneckerRotation(*stored)))
+            changes[f"{path}.rotation"] = kotms.KroneckerRotation(*stored)
         if "clip" in parts:
-            quantizer = transform.activation.get_value()
+            quantizer = blocks.transform(site).activation.get_value()
             clip = trained_clip(with_bits(quantizer, bits), parts["clip"])
             clips = quantizer.clips.at[..., BIT_CHOICES.index(bits)].set(clip.astype(quantizer.clips.dtype))
-            transform.activation = nnx.data(nnx.Param(dataclasses.replace(quantizer, clips=clips)))
-    modules = {"input_norm": student.blocks, "post_norm": student.blocks, "norm": student}
-    for name in filter(latents.__contains__, modules):
-        norm = getattr(modules[name], name)
+            changes[f"{path}.activation"] = dataclasses.replace(quantizer, clips=clips)
+    norms = {name: (f"blocks.{name}", getattr(blocks, name)) for name in blocks.norms}
+    norms["norm"] = ("norm", student.norm)
+    for name in filter(latents.__contains__, norms):
+        path, norm = norms[name]
         scale = norm.scale.get_value()
-        norm.scale = nnx.Param((scale.astype(jnp.float32) * (1 + latents[name]["g"])).astype(scale.dtype))
-    return jax.tree.map(np.asarray, student)
+        changed = scale.astype(jnp.float32) * (1 + latents[name]["g"])
+        changes[f"{path}.scale"] = changed.astype(scale.dtype)
+    return jax.tree.map(np.asarray, replace(student, changes))
 
 
 def flipped(before: Decoder, after: Decoder) -> float:
-    """Share of codes that differ."""
+    """Return the share of codes that differ."""
     changed = total = 0
-    for name in _LINEARS:
+    for name in (name for site in before.sites for name in site.linears):
         tensors = (getattr(model.blocks, name).kernel.get_value() for model in (before, after))
         for old, new in zip(*(tensor.planes() for tensor in tensors), strict=True):
             old, new = (packing.unpack(jnp.asarray(plane.codes), plane.in_features) for plane in (old, new))
             changed, total = changed + int((old != new).sum()), total + old.size
     return changed / total
+
+
+def _linears(block: ChainBlock, latents: Latents) -> list[str]:
+    """Return the names of the linears that have latents."""
+    return [name for site in block.sites for name in site.linears if name in latents]

@@ -17,13 +17,13 @@ _REACH = 0.5  # beyond the outermost level that a latent still passes gradients
 
 
 def unit(tensor: TernaryTensor) -> Float[Array, "*batch n groups"]:
-    """`(|α₁| + |α₂|)/4`, an eighth of the range; 1 where both are 0."""
+    """Return `(|α₁| + |α₂|)/4`, an eighth of the range; 1 where both are 0."""
     size = (jnp.abs(tensor.alpha.astype(jnp.float32)) + jnp.abs(tensor.residual_alpha)) / 4
     return jnp.where(size == 0, 1, size)
 
 
 def start(rows: Float[Array, "n m"], tensor: TernaryTensor) -> Float[Array, "n m"]:
-    """u where the full-precision weight lies, but inside the cell of the code that the tensor has."""
+    """Return u where the full-precision weight lies, but inside the cell of the code that the tensor has."""
     levels = _levels(tensor)
     current = two_planes.values(_digits(tensor), *levels, 0.0)
     lower, upper = jnp.full_like(rows, -jnp.inf), jnp.full_like(rows, jnp.inf)
@@ -40,14 +40,14 @@ def start(rows: Float[Array, "n m"], tensor: TernaryTensor) -> Float[Array, "n m
 
 
 def codes(u: Float[Array, "*batch n m"], tensor: TernaryTensor) -> Float[Array, "*batch n m"]:
-    """The digits that latents stand for."""
+    """Return the digits that latents stand for."""
     return two_planes.nearest_codes(u, *_levels(tensor), 0.0)
 
 
 def dense(
     u: Float[Array, "n m"], tensor: TernaryTensor, scales: tuple[Float[Array, "n groups"], ...]
 ) -> Float[Array, "n m"]:
-    """Ŵ under latents and scales `(α₁, α₂, μ)`, through whose codes gradients pass straight."""
+    """Return Ŵ under latents and scales `(α₁, α₂, μ)`, through whose codes gradients pass straight."""
     first, second = _levels(tensor)
     within = jnp.abs(u) < jnp.abs(first) + jnp.abs(second) + _REACH
     passed = jnp.where(within, u, jax.lax.stop_gradient(u))
@@ -56,7 +56,7 @@ def dense(
 
 
 def _levels(tensor: TernaryTensor) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch n m"]]:
-    """`(α₁, α₂)` of every column in units, as the tensor has them."""
+    """Return `(α₁, α₂)` of every column in units, as the tensor has them."""
     size = unit(tensor)
     first, second = (p.astype(jnp.float32) / size for p in (tensor.alpha, tensor.residual_alpha))
     return _columns(first, tensor), _columns(second, tensor)

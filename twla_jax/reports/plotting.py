@@ -9,7 +9,6 @@ import numpy as np
 
 from twla_jax.core.ila_amp import SensitivityTable
 from twla_jax.errors import TwlaError
-from twla_jax.models.decoder import SITES
 
 _COLOURS = ("#b2182b", "#ef8a62", "#67a9cf", "#2166ac")
 
@@ -181,7 +180,7 @@ def _draw_interactions(axes: Any, figure: Any, table: SensitivityTable) -> None:
 
 
 def _draw_bits(axes: Any, result: Mapping[str, Any]) -> None:
-    chosen = np.asarray([result["bits"][site] for site in SITES])
+    chosen = np.asarray(list(result["bits"].values()))
     axes.imshow(
         chosen,
         aspect="auto",
@@ -192,7 +191,7 @@ def _draw_bits(axes: Any, result: Mapping[str, Any]) -> None:
     )
     for (row, layer), value in np.ndenumerate(chosen):
         axes.text(layer, row, str(value), ha="center", va="center", color="white", fontsize=8)
-    axes.set_yticks(range(len(SITES)), list(SITES))
+    axes.set_yticks(range(len(chosen)), list(result["bits"]))
     after = result["after"]["average_bits"]
     axes.set(title=f"bits chosen: {after:.2f} on average, budget {result['budget']:g}", xlabel="block")
 

@@ -11,9 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.config import DecoderConfig
-from twla_jax.models.io import gguf as reader
-from twla_jax.models.io import huggingface
+from twla_jax.models.families import by_gguf_architecture, config_from_hf
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.readers import load_model, read_config, read_model
 from twla_jax.models.rope_settings import RopeScaling
@@ -252,7 +250,7 @@ def test_scalings_have_the_names_and_defaults_of_llama_cpp(golden, tmp_path):
         ("add_uint32", "llama.rope.scaling.original_context_length", 16),
     )
     stated = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    assert yarn == DecoderConfig.from_hf({**golden("llama").config, "rope_parameters": stated}).rope_scaling
+    assert yarn == config_from_hf({**golden("llama").config, "rope_parameters": stated}).rope_scaling
 
 
 def test_a_model_split_over_files_is_read_from_any_of_them(golden, tmp_path):
@@ -311,4 +309,5 @@ def test_headers_are_bounded_before_anything_is_allocated(tmp_path):
 
 
 def test_the_two_key_maps_name_the_same_parameters():
-    assert reader.TENSOR_NAMES.keys() == huggingface.TENSOR_NAMES.keys()
+    for family in by_gguf_architecture().values():
+        assert family.gguf_tensors.keys() == family.hf_tensors.keys()

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import READ, REFUSED
+from twla_jax.models.families import config_from_hf
 from twla_jax.models.io import gguf
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.readers import load_model, read_config
@@ -80,7 +81,7 @@ configs = st.dictionaries(st.sampled_from([*READ, *REFUSED]), values | rope, max
 @given(configs, st.booleans())
 def test_any_config_is_read_or_refused_in_one_line(change, complete):
     try:
-        config = DecoderConfig.from_hf({**PLAIN, **change} if complete else change)
+        config = config_from_hf({**PLAIN, **change} if complete else change)
     except TwlaError as error:
         message = str(error)
     else:

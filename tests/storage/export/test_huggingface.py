@@ -88,13 +88,13 @@ def test_settings_are_read_back_as_they_were(family, scaling, tiny_config):
         "qwen3": {"qk_norm": True, "eos_token_ids": (1, 5)},
     }[family]
     config = DecoderConfig(**(settings | {"rope_scaling": SCALINGS[scaling]}))
-    assert DecoderConfig.from_hf(hf_config(config, "float16")) == config
+    assert config_from_hf(hf_config(config, "float16")) == config
 
 
 def test_ggufs_list_of_factors_gives_the_same_angles_at_every_length(tiny_config):
     factors = tuple(float(i + 1) for i in range(7))
     settings = tiny_config.to_dict() | {"rope_scaling": RopeScaling(kind="factors", factors=factors)}
-    scaling = DecoderConfig.from_hf(hf_config(DecoderConfig(**settings), "float16")).rope_scaling
+    scaling = config_from_hf(hf_config(DecoderConfig(**settings), "float16")).rope_scaling
     assert (scaling.factors, scaling.long_factors, scaling.attention_factor) == (factors, factors, 1.0)
 
 

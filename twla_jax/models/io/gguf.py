@@ -14,37 +14,12 @@ from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import MOST_LAYERS
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.families import by_gguf_architecture, family_of
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.loading import fill_decoder
 from twla_jax.models.rope_settings import RopeScaling
 from twla_jax.schema import check_values, integer, number, shown, text
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
-
-# Decoder parameter → tensor; {} is the layer.
-TENSOR_NAMES = {
-    "embed": "token_embd.weight",
-    "norm.scale": "output_norm.weight",
-    "head.kernel": "output.weight",
-    "blocks.input_norm.scale": "blk.{}.attn_norm.weight",
-    "blocks.post_norm.scale": "blk.{}.ffn_norm.weight",
-    "blocks.q.kernel": "blk.{}.attn_q.weight",
-    "blocks.k.kernel": "blk.{}.attn_k.weight",
-    "blocks.v.kernel": "blk.{}.attn_v.weight",
-    "blocks.o.kernel": "blk.{}.attn_output.weight",
-    "blocks.q.bias": "blk.{}.attn_q.bias",
-    "blocks.k.bias": "blk.{}.attn_k.bias",
-    "blocks.v.bias": "blk.{}.attn_v.bias",
-    "blocks.o.bias": "blk.{}.attn_output.bias",
-    "blocks.q_norm.scale": "blk.{}.attn_q_norm.weight",
-    "blocks.k_norm.scale": "blk.{}.attn_k_norm.weight",
-    "blocks.gate.kernel": "blk.{}.ffn_gate.weight",
-    "blocks.up.kernel": "blk.{}.ffn_up.weight",
-    "blocks.down.kernel": "blk.{}.ffn_down.weight",
-    "blocks.gate.bias": "blk.{}.ffn_gate.bias",
-    "blocks.up.bias": "blk.{}.ffn_up.bias",
-    "blocks.down.bias": "blk.{}.ffn_down.bias",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 _FLOATS = {
     gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -101,10 +76,12 @@ def read_config(file: GgufFile) -> DecoderConfig:
     """
     source = str(file.path)
     architecture = file.require("general.architecture")
-    if architecture not in ARCHITECTURES:
+    families = by_gguf_architecture()
+    if not isinstance(architecture, str) or architecture not in families:
         raise TwlaError(
-            f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(families)}"
         )
+    names = families[architecture].gguf_tensors
     get = functools.partial(_prefixed, file.get, architecture)
     require = functools.partial(_prefixed, file.require, architecture)
     for key in ("attention.head_count", "attention.head_count_kv"):
@@ -121,8 +98,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
         raise TwlaError(
             f"{source}: {architecture} with {get('expert_count')} experts is not supported, only dense models"
         )
-    if TENSOR_NAMES["embed"] not in file.tensors:
-        raise TwlaError(f"{source}: tensor {TENSOR_NAMES['embed']!r} is missing")
+    if names["embed"] not in file.tensors:
+        raise TwlaError(f"{source}: tensor {names['embed']!r} is missing")
     hidden, heads = require("embedding_length"), require("attention.head_count")
     layers, kv_heads = require("block_count"), get("attention.head_count_kv", heads)
     head_dim = get("attention.key_length", hidden // heads)
@@ -133,11 +110,11 @@ def read_config(file: GgufFile) -> DecoderConfig:
     window = get("attention.sliding_window", 0) or None
 
     def has(parameter):
-        return TENSOR_NAMES[parameter].format(0) in file.tensors
+        return names[parameter].format(0) in file.tensors
 
     return DecoderConfig(
         model_type=architecture,
-        vocab_size=int(file.tensors[TENSOR_NAMES["embed"]].shape[0]),
+        vocab_size=int(file.tensors[names["embed"]].shape[0]),
         hidden_size=hidden,
         intermediate_size=require("feed_forward_length"),
         num_layers=layers,
@@ -173,7 +150,11 @@ def load_model(file: GgufFile, *, dtype=None) -> Decoder:
     """
     config = read_config(file)
     return fill_decoder(
-        config, _Tensors(file, config, dtype), TENSOR_NAMES, ignored={_ROPE_FACTORS}, dtype=dtype
+        config,
+        _Tensors(file, config, dtype),
+        family_of(config).gguf_tensors,
+        ignored={_ROPE_FACTORS},
+        dtype=dtype,
     )
 
 
@@ -185,7 +166,7 @@ class _Tensors:
         self._blocks_dtype = np.dtype(np.float32 if dtype is None or dtype == jnp.float32 else np.float16)
         self._head_dim = config.head_dim
         # Files of the llama architecture order query and key rows for rotations of neighbouring pairs.
-        self._interleaved = ("attn_q.", "attn_k.") if config.model_type == "llama" else ()
+        self._interleaved = ("attn_q.", "attn_k.") if family_of(config).gguf_interleaved else ()
 
     def names(self) -> Collection[str]:
         return self._file.tensors.keys()

@@ -9,37 +9,13 @@ from twla_jax.json_files import read_json
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import READ
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.families import config_from_hf, family_of
 from twla_jax.models.io.loading import fill_decoder
 from twla_jax.models.io.shards import Shards
 from twla_jax.schema import check_values
 
-# Decoder parameter → tensor; {} is the layer.
-TENSOR_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "head.kernel": "lm_head.weight",
-    "blocks.input_norm.scale": "model.layers.{}.input_layernorm.weight",
-    "blocks.post_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
-    "blocks.q.kernel": "model.layers.{}.self_attn.q_proj.weight",
-    "blocks.k.kernel": "model.layers.{}.self_attn.k_proj.weight",
-    "blocks.v.kernel": "model.layers.{}.self_attn.v_proj.weight",
-    "blocks.o.kernel": "model.layers.{}.self_attn.o_proj.weight",
-    "blocks.q.bias": "model.layers.{}.self_attn.q_proj.bias",
-    "blocks.k.bias": "model.layers.{}.self_attn.k_proj.bias",
-    "blocks.v.bias": "model.layers.{}.self_attn.v_proj.bias",
-    "blocks.o.bias": "model.layers.{}.self_attn.o_proj.bias",
-    "blocks.q_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
-    "blocks.k_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
-    "blocks.gate.kernel": "model.layers.{}.mlp.gate_proj.weight",
-    "blocks.up.kernel": "model.layers.{}.mlp.up_proj.weight",
-    "blocks.down.kernel": "model.layers.{}.mlp.down_proj.weight",
-    "blocks.gate.bias": "model.layers.{}.mlp.gate_proj.bias",
-    "blocks.up.bias": "model.layers.{}.mlp.up_proj.bias",
-    "blocks.down.bias": "model.layers.{}.mlp.down_proj.bias",
-}
 _log = logging.getLogger(__name__)
 GENERATION = "generation_config.json"
-_EMBED, _HEAD = TENSOR_NAMES["embed"], TENSOR_NAMES["head.kernel"]
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -49,7 +25,7 @@ def read_config(folder: Path) -> DecoderConfig:
       TwlaError: one of the files is not JSON, or a setting is missing, out of range or not supported.
     """
     path = folder / "config.json"
-    config = DecoderConfig.from_hf(read_json(path), source=str(path))
+    config = config_from_hf(read_json(path), source=str(path))
     if (folder / GENERATION).exists():
         path = folder / GENERATION
         stated = read_json(path)
@@ -74,12 +50,13 @@ def load_model(folder: Path, *, dtype=None) -> Decoder:
     """
     config = read_config(folder)
     shards = Shards(folder)
-    table, ignored = dict(TENSOR_NAMES), _left_out(shards.names(), folder)
-    if config.tie_word_embeddings and _HEAD in shards.names():
-        if _EMBED not in shards.names():
-            table["embed"] = _HEAD
-        elif shards.equal(_EMBED, _HEAD):
-            ignored.add(_HEAD)
+    table, ignored = dict(family_of(config).hf_tensors), _left_out(shards.names(), folder)
+    embed, head = table["embed"], table["head.kernel"]
+    if config.tie_word_embeddings and head in shards.names():
+        if embed not in shards.names():
+            table["embed"] = head
+        elif shards.equal(embed, head):
+            ignored.add(head)
         else:
             _log.warning("%s: tie_word_embeddings is true, but the head differs; it is kept apart", folder)
             config = dataclasses.replace(config, tie_word_embeddings=False)

@@ -14,9 +14,7 @@ from twla_jax.core import kotms
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor, dequantize
-from twla_jax.models.decoder import SITES, Decoder
-
-SITE_OF = {linear: site for site, linears in SITES.items() for linear in linears}
+from twla_jax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +79,7 @@ def parameters(model: Decoder) -> Iterator[Parameter]:
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     held = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
     settings = KroneckerRotation | ActivationQuantizer
+    site_of = {linear: site.name for site in model.sites for linear in site.linears}
     weights = {name: value for name, value in held.items() if not isinstance(value, settings)}
     blocks = {name: value for name, value in weights.items() if name.startswith("blocks.")}
     for name in sorted(weights.keys() - blocks.keys()):
@@ -89,5 +88,5 @@ def parameters(model: Decoder) -> Iterator[Parameter]:
         for name, value in blocks.items():
             rotation = None
             if name.endswith(".kernel"):
-                rotation = held.get(f"blocks.{SITE_OF[name.split('.')[1]]}_input.rotation")
+                rotation = held.get(f"blocks.{site_of[name.split('.')[1]]}_input.rotation")
             yield Parameter(name=name, layer=layer, held=value, held_rotation=rotation)

@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from twla_jax.errors import TwlaError
+from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.io.huggingface import TENSOR_NAMES
+from twla_jax.models.families import family_of
 from twla_jax.models.io.tokenizer import save_tokenizer
 from twla_jax.storage.export import safetensors_file
 from twla_jax.storage.export.folding import Parameter, parameters
@@ -37,8 +38,8 @@ def write(
     """
     config = hf_config(model.config, dtype)
     tensors = [
-        Tensor(published_name(each), DTYPES[dtype], each.shape, functools.partial(cast, each, dtype))
-        for each in parameters(model)
+        Tensor(name, DTYPES[dtype], each.shape, functools.partial(cast, each, dtype, name))
+        for name, each in ((published_name(each, model.config), each) for each in parameters(model))
     ]
     safetensors_file.write_model(folder, tensors)
     write_settings(folder, config, tokenizer, files)
@@ -56,12 +57,12 @@ def write_settings(
         (folder / name).write_bytes(content)
 
 
-def published_name(parameter: Parameter) -> str:
-    """Returns the name of a parameter in Hugging Face files."""
-    return TENSOR_NAMES[parameter.name].format(parameter.layer)
+def published_name(parameter: Parameter, config: DecoderConfig) -> str:
+    """Return the name of a parameter in Hugging Face files of the family."""
+    return family_of(config).hf_tensors[parameter.name].format(parameter.layer)
 
 
-def cast(parameter: Parameter, dtype: str) -> np.ndarray:
+def cast(parameter: Parameter, dtype: str, name: str) -> np.ndarray:
     """Returns the dense parameter in `dtype`.
 
     Raises:
@@ -71,5 +72,5 @@ def cast(parameter: Parameter, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow = dense.astype(DTYPES[dtype])
     if not np.isfinite(narrow).all():
-        raise TwlaError(f"{published_name(parameter)} holds values that {dtype} cannot; give --dtype float32")
+        raise TwlaError(f"{name} holds values that {dtype} cannot; give --dtype float32")
     return narrow

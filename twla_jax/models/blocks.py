@@ -1,0 +1,142 @@
+"""A transformer block as a chain of sites: what is rotated and quantised, in which order, and what lies between.
+
+A family declares its sites as data and says in two methods what a site's linears read and what follows from their
+outputs. Everything that goes through a block walks that chain with `run`: the forward pass, decoding with a cache,
+calibration, sensitivities, refinement and the packed form.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from twla_jax.models.layers import InputTransform, Linear
+from twla_jax.ops.attention.kv_cache import LayerKV
+from twla_jax.ops.attention.reference import Positions
+
+
+class Site(NamedTuple):
+    """An input of a block that is rotated and quantised, and the linears that read it.
+
+    Its transform is the block's attribute `{name}_input`, its linears are attributes by their names.
+
+    Attributes:
+      name: as reports, tables and parameter paths call it.
+      linears: in the order of their outputs.
+      norm: the norm that the linears' input comes out of, if one stands right before it: kernels take it along.
+      writes: whether the linears' outputs are added to the residual stream.
+      recomputed: whether calibration computes its input anew from the site before rather than keep it: it is wide.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    norm: str | None = None
+    writes: bool = False
+    recomputed: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a block holds between two sites.
+
+    Attributes:
+      x: the residual stream, `[b, t, d]`.
+      inner: what the next site reads instead of the stream, `[b, t, m]`; None where it reads the stream.
+      cache: keys and values of earlier tokens while decoding, else None.
+    """
+
+    x: Float[Array, "b t d"]
+    inner: Any = None  # packed blocks have forms of their own
+    cache: LayerKV | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What blocks read beside their state.
+
+    Attributes:
+      positions: of queries and keys, with the rotary angles.
+      reach: how many positions attention reaches back: of one layer, or `[layers]` of all.
+      fused: whether attention over whole sequences is one kernel; see `decoder.can_fuse`.
+    """
+
+    positions: Positions
+    reach: Int32[Array, "*layers"]
+    fused: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def layer(self, index: int | Int32[Array, ""]) -> "Context":
+        """Return the context of one layer, from that of all."""
+        return dataclasses.replace(self, reach=self.reach[index])
+
+
+class ChainBlock(nnx.Module):
+    """The contract of a family's block; its arrays may have leading axes of layers, over which a scan runs.
+
+    Attributes:
+      sites: in execution order.
+      norms: the norms whose scales refinement trains: those of the residual stream.
+    """
+
+    sites: ClassVar[tuple[Site, ...]]
+    norms: ClassVar[tuple[str, ...]]
+
+    def before(self, site: Site, state: State, context: Context) -> Any:
+        """Return what the linears of `site` read, before its transform: `[b, t, m]`."""
+        h = state.x if state.inner is None else state.inner
+        return h if site.norm is None else getattr(self, site.norm)(h)
+
+    def after(self, site: Site, state: State, h: Any, context: Context) -> State:
+        """Return the state once the linears of `site` have run on h, which went through its transform."""
+        raise NotImplementedError
+
+    def transform(self, site: Site) -> InputTransform:
+        """Return what the input of `site` goes through before its linears."""
+        return getattr(self, f"{site.name}_input")
+
+    def linears(self, site: Site) -> tuple[Linear, ...]:
+        """Return the linears that read the input of `site`."""
+        return tuple(getattr(self, name) for name in site.linears)
+
+    def outputs(self, site: Site, h: Any) -> tuple[Float[Array, "b t _"], ...]:
+        """Return what each linear of `site` makes of h, which went through its transform."""
+        return tuple(linear(h) for linear in self.linears(site))
+
+    def add_output(self, site: Site, h: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Return the residual stream x with the output of the one linear of `site` added."""
+        (output,) = self.outputs(site, h)
+        return x + output
+
+    def __call__(self, x: Float[Array, "b t d"], context: Context) -> Float[Array, "b t d"]:
+        """Return the block's output for whole sequences; the context is this layer's."""
+        return run(self, State(x), context).x
+
+    def decode(
+        self, x: Float[Array, "b t d"], cache: LayerKV, context: Context
+    ) -> tuple[Float[Array, "b t d"], LayerKV]:
+        """Return the block's output for tokens that follow those in the cache, and the cache with them added."""
+        state = run(self, State(x, cache=cache), context)
+        assert state.cache is not None
+        return state.x, state.cache
+
+
+def run(block: ChainBlock, state: State, context: Context, first: int = 0, last: int | None = None) -> State:
+    """Return the state after the sites `first` to `last` (exclusive) of a block; by default, after all of them."""
+    for site in block.sites[first:last]:
+        h = block.transform(site)(block.before(site, state, context))
+        state = block.after(site, state, h, context)
+    return state
+
+
+def site_inputs(
+    block: ChainBlock, state: State, context: Context
+) -> tuple[dict[str, Float[Array, "b t m"]], State]:
+    """Return the input of every site before its transform, by name, and the state after the block."""
+    inputs = {}
+    for index, site in enumerate(block.sites):
+        inputs[site.name] = block.before(site, state, context)
+        state = run(block, state, context, index, index + 1)
+    return inputs, state
