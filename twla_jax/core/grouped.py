@@ -113,7 +113,8 @@ def quantize_in_groups(
         block, mask = columns(w, axis=1), columns(exists)
         rows, metric = columns(inverse), columns(columns(mean_moment), axis=1)
         masks = saliency.group_masks(block, jnp.diagonal(columns(rows, axis=1)), metric, mask)
-        scales, first, second, fitted = [], 0.0, 0.0, 0.0
+        zero = jnp.zeros_like(block)
+        scales, first, second, fitted = [], zero, zero, zero
         for index, group in enumerate(masks):
             fit = masked_fit.euclidean_two_planes if index < 2 else masked_fit.euclidean_one_plane
             found, codes = fit(block, group)
