@@ -11,6 +11,7 @@ from twla_jax.core.settings import (
     PER_ROW,
     SEED_LIMIT,
     ActivationSettings,
+    GroupedSettings,
     IntegerSettings,
     QuantizationSettings,
     RotationSettings,
@@ -223,7 +224,7 @@ class Recipe(Settings):
     def check(self) -> None:
         """Refuse to refine integers, which have no ternary codes to learn."""
         refined = self.refine.blocks or self.refine.end_to_end
-        if refined and isinstance(self.weights.quantizer, IntegerSettings):
+        if refined and isinstance(self.weights.quantizer, IntegerSettings | GroupedSettings):
             raise TwlaError(f"{refined.table}: integers are not refined; leave it out")
 
     @property

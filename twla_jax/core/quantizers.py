@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 from twla_jax.core import e2m_atq, tensors, two_planes, uniform
+from twla_jax.core.grouped_tensor import GroupedTensor, salient_room
 from twla_jax.core.settings import (
+    GroupedSettings,
     IntegerSettings,
     Metric,
     TernarySettings,
@@ -19,8 +21,8 @@ from twla_jax.core.settings import (
 )
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 
-Tensor = TernaryTensor | IntegerTensor
 Scales = tuple[Float[Array, "*rows"], ...]
+PackedTensor = TernaryTensor | IntegerTensor | GroupedTensor
 
 
 class Quantizer(Protocol):
@@ -65,7 +67,7 @@ class Quantizer(Protocol):
         """Return codes and scales as they will be read back: rounded, and of equal choices the one that is stored."""
         ...
 
-    def pack(self, codes: Num[Array, "*batch n m"], scales: Scales, group_size: int) -> Tensor:
+    def pack(self, codes: Num[Array, "*batch n m"], scales: Scales, group_size: int) -> PackedTensor:
         """Return the tensor that is kept, of scales `[..., n, groups]` that `stored` rounded."""
         ...
 
@@ -231,18 +233,23 @@ def quantizer(settings: WeightSettings) -> Quantizer:
         case IntegerSettings() as own:
             # Scales stay, so that one sweep finds all there is to find, and none where nothing is compensated.
             return Integers(own.bits, rounds=1 if settings.compensation else 0)
+        case GroupedSettings():
+            raise TypeError("the published layout has groups of its own: see `grouped.quantize_in_groups`")
 
 
-def tensor(settings: WeightSettings, fields: dict[str, Any], in_features: int) -> Tensor:
+def tensor(settings: WeightSettings, fields: dict[str, Any], in_features: int) -> PackedTensor:
     """Return the tensor that the settings' quantiser packs, from what `arrays` says of it."""
     group_size = settings.group_size or in_features
     static: dict[str, Any] = {"in_features": in_features, "group_size": group_size}
+    if isinstance(settings.quantizer, GroupedSettings):
+        grouped = GroupedTensor(**fields, **static, salient_width=salient_room(in_features))
+        return grouped.trimmed(max(grouped.salient_count(), 1))
     if isinstance(settings.quantizer, IntegerSettings):
         return IntegerTensor(**fields, **static, bits=settings.quantizer.bits)
     return TernaryTensor(**fields, **static)
 
 
-def arrays(tensor: Tensor) -> dict[str, Array]:
+def arrays(tensor: PackedTensor) -> dict[str, Array]:
     """Return the arrays that a tensor consists of, by field."""
     fields = (field for field in dataclasses.fields(tensor) if not field.metadata.get("static"))
     values = {field.name: getattr(tensor, field.name) for field in fields}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from twla_jax.core import masked_fit
+from twla_jax.core.grouped_tensor import MAX_SALIENT
 
-MAX_SALIENT = 63  # salient columns of a block, at most
 _QUANTILES = 81  # candidates for a threshold, from the 0.10 to the 0.90 quantile
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BATCH = 9  # candidates evaluated at a time, which bounds the memory they take

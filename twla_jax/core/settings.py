@@ -66,7 +66,17 @@ class IntegerSettings(Settings):
     bits: int = ranged(4, low=2, high=8)
 
 
-QuantizerSettings = TernarySettings | TwoPlaneSettings | IntegerSettings
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedSettings(Settings):
+    """Settings of the published layout: four groups in every 128 columns, each with planes and scales of its own.
+
+    It has none of its own: groups, fits and rounds are those of the public code.
+    """
+
+    table: ClassVar[str] = "weights.published_groups"
+
+
+QuantizerSettings = TernarySettings | TwoPlaneSettings | IntegerSettings | GroupedSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +100,8 @@ class WeightSettings(Settings):
     """Settings of the weights: a quantiser, its groups, and error compensation.
 
     Attributes:
-      quantizer: what weights are rounded to; in a recipe file the table `ternary`, `two_planes` or `integer`.
+      quantizer: what weights are rounded to; in a recipe file the table `ternary`, `two_planes`, `integer` or
+        `published_groups`.
       group_size: columns that share scales; 0 gives each row a single group.
       compensation: None (`false` in a recipe file) rounds as if inputs were uncorrelated.
     """
@@ -100,6 +111,17 @@ class WeightSettings(Settings):
     quantizer: QuantizerSettings = TernarySettings()
     group_size: int = ranged(128, low=0, wanted=PER_ROW)
     compensation: CompensationSettings | None = CompensationSettings()
+
+    def check(self) -> None:
+        """Refuse what the published layout does not have: other groups, no compensation, propagated errors."""
+        if isinstance(self.quantizer, GroupedSettings):
+            require(
+                self.group_size == 128, self.key("group_size"), self.group_size, "128 in the published layout"
+            )
+            wanted = "a table: the published layout compensates errors"
+            require(self.compensation is not None, self.key("compensation"), False, wanted)
+            key = CompensationSettings.key("propagation")
+            require(self.propagation == 0, key, self.propagation, "0 in the published layout")
 
     @property
     def propagation(self) -> float:

@@ -1,6 +1,7 @@
 """Packed weight matrices: ternary planes and plain integers, and what multiplies by them."""
 
 import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,14 @@ from twla_jax.core import packing
 _HIGHEST = jax.lax.Precision.HIGHEST
 RATIO_STEPS = 200  # of α₂/α₁ to 1: a byte reaches 1.275, so that a refined α₂ may pass α₁
 _SMALLEST_STEP = 2.0**-21  # float16 holds eight times less, and so every multiple of steps of 4 bits
+
+
+class Dequantizable(Protocol):
+    """A packed weight matrix that knows its own way back."""
+
+    def dequantize(self, dtype: Any) -> Float[Array, "*batch n m"]:
+        """Return the matrix `Ŵ` in `dtype`."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -87,9 +96,9 @@ class TernaryTensor:
         return (*self.codes.shape[:-1], self.in_features)
 
 
-def dequantize(weight: TernaryTensor | IntegerTensor, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
+def dequantize(weight: "TernaryTensor | Dequantizable", dtype=jnp.float32) -> Float[Array, "*batch n m"]:
     """Return the matrix `Ŵ`, `[..., n, m]`, in `dtype`; α and μ are applied in `dtype`."""
-    if isinstance(weight, IntegerTensor):
+    if not isinstance(weight, TernaryTensor):
         return weight.dequantize(dtype)
 
     def scaled(codes, alpha):
@@ -104,7 +113,7 @@ def dequantize(weight: TernaryTensor | IntegerTensor, dtype=jnp.float32) -> Floa
 
 
 def packed_matmul(
-    x: Float[Array, "*tokens m"], weight: TernaryTensor | IntegerTensor
+    x: Float[Array, "*tokens m"], weight: "TernaryTensor | Dequantizable"
 ) -> Float[Array, "*tokens n"]:
     """Return `x Ŵᵀ`, `[..., n]`, in `x.dtype`, accumulated in float32; unpacks this one matrix.
 

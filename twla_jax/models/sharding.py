@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twla_jax.core import packing
 from twla_jax.core.activation import ActivationQuantizer
+from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.models.families import writers
@@ -48,6 +49,8 @@ def _sharding(path: tuple, variable: Any, *, mesh: Mesh, by_input: frozenset[str
     splits_inputs = not by_input.isdisjoint(names)
     if isinstance(value, IntegerTensor):
         result = jax.tree.map(lambda leaf: place(leaf, -2), value)
+    elif isinstance(value, GroupedTensor):  # its mask of columns has no axis of rows: whole on every device
+        result = jax.tree.map(lambda leaf: place(leaf, None), value)
     elif isinstance(value, TernaryTensor):
         result = _ternary(value, splits_inputs, mesh)
     elif isinstance(value, KroneckerRotation | ActivationQuantizer):

@@ -26,6 +26,7 @@ CATEGORIES = (
 )
 _CATEGORY = {"rotation": "rotations", "activation": "clips", "array": "unquantised"}
 _CODES = ("codes", "residual_codes")
+_BITMAPS = ("large", "salient")  # of the published layout
 _LINEAR = ("codes", "scales_and_offsets", "bitmaps", "rotations", "clips")
 
 
@@ -58,16 +59,21 @@ def account(folder: str | Path) -> dict[str, Any]:
         if entry["kind"] == "integer" and not name.startswith("blocks."):
             weights += math.prod(entry["arrays"]["codes"]["shape"][:-1]) * entry["static"]["in_features"]
             split = {"embeddings": sum(stored.values())}
-        elif entry["kind"] in ("ternary", "integer"):
+        elif entry["kind"] in ("ternary", "integer", "grouped"):
             rows, columns = math.prod(entry["arrays"]["codes"]["shape"][:-1]), entry["static"]["in_features"]
             quantised_weights += rows * columns
             weights += rows * columns
             planes = sum(part in _CODES for part in stored)
-            memory_codes += (
-                planes * rows * (packing.packed_width(columns) if entry["kind"] == "ternary" else columns)
-            )
+            if entry["kind"] == "grouped":
+                widths = (columns, entry["static"]["salient_width"])
+                memory_codes += rows * sum(map(packing.packed_width, widths))
+            else:
+                width = packing.packed_width(columns) if entry["kind"] == "ternary" else columns
+                memory_codes += planes * rows * width
             codes = sum(size for part, size in stored.items() if part in _CODES)
-            split = {"codes": codes, "scales_and_offsets": sum(stored.values()) - codes}
+            bitmaps = sum(size for part, size in stored.items() if part in _BITMAPS)
+            split = {"codes": codes, "bitmaps": bitmaps}
+            split["scales_and_offsets"] = sum(stored.values()) - codes - bitmaps
             linears[name.removesuffix(".kernel")] = {
                 "shape": [*entry["arrays"]["codes"]["shape"][:-1], columns],
                 "bits_per_weight": 8 * sum(split.values()) / (rows * columns),

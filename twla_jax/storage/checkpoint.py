@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from twla_jax.core.activation import ActivationQuantizer
+from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.errors import TwlaError
@@ -45,6 +46,7 @@ _TOKENIZER = "tokenizer"
 _KINDS: dict[str, type] = {
     "ternary": TernaryTensor,
     "integer": IntegerTensor,
+    "grouped": GroupedTensor,
     "rotation": KroneckerRotation,
     "activation": ActivationQuantizer,
 }

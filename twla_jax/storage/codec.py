@@ -43,7 +43,9 @@ class _Integers:
 
 def codec_of(kind: str, static: dict[str, Any], part: str) -> _Trits | _Integers | None:
     """Return the codec of an array that does not lie on the disk as it is in memory, else None."""
-    if kind == "ternary" and part in ("codes", "residual_codes"):
+    if kind == "grouped" and part == "residual_codes":
+        return _Trits(static["salient_width"])
+    if kind in ("ternary", "grouped") and part in ("codes", "residual_codes"):
         return _Trits(static["in_features"])
     if kind == "integer" and part == "codes":
         return _Integers(static["bits"], static["in_features"])
