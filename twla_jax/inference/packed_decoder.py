@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.tensors import IntegerTensor, dequantize
 from twla_jax.devices import warn_if_triton_gemm
 from twla_jax.errors import TwlaError
@@ -49,6 +50,8 @@ def prepare_for_inference(
       TwlaError: its weights are integers, or of a group size that the kernels have no place for.
     """
     warn_if_triton_gemm()
+    if isinstance(model.first_kernel, GroupedTensor):
+        raise TwlaError("there are no kernels for the published layout; run it without preparing it")
     if isinstance(model.first_kernel, IntegerTensor):
         raise TwlaError("there are no kernels for integer weights, only for ternary and float ones")
     if mesh is not None:

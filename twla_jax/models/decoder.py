@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from twla_jax.core.tensors import IntegerTensor, TernaryTensor, dequantize, take_rows
+from twla_jax.core.quantizers import PackedTensor
+from twla_jax.core.tensors import dequantize, take_rows
 from twla_jax.devices import compute_capability
 from twla_jax.models.blocks import ChainBlock, Context, Site
 from twla_jax.models.config import DecoderConfig
@@ -123,7 +124,7 @@ class Decoder(nnx.Module):
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
         kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
         by_rows = self.head is None
-        if isinstance(kernel, TernaryTensor | IntegerTensor):
+        if isinstance(kernel, PackedTensor):
             kernel, by_rows = dequantize(kernel, jnp.float32), True
         # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
         rows = h.reshape(-1, h.shape[-1])
@@ -161,7 +162,7 @@ class Decoder(nnx.Module):
         return Context(positions=positions, reach=self.attention_reach(), fused=self.fused)
 
     @property
-    def first_kernel(self) -> jax.Array | TernaryTensor | IntegerTensor:
+    def first_kernel(self) -> jax.Array | PackedTensor:
         """The kernel of the first linear: how weights are held shows in it."""
         return self.blocks.linears(self.sites[0])[0].kernel.get_value()
 

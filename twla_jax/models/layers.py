@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from twla_jax.core.tensors import IntegerTensor, TernaryTensor, packed_matmul
+from twla_jax.core.quantizers import PackedTensor
+from twla_jax.core.tensors import packed_matmul
 from twla_jax.ops.rotate_quantize import rms_norm
 
 
@@ -66,14 +67,14 @@ class Linear(nnx.Module):
     def features(self) -> tuple[int, int]:
         """Inputs and outputs of one layer, whatever form the kernel has."""
         kernel = self.kernel.get_value()
-        if isinstance(kernel, TernaryTensor | IntegerTensor):
+        if isinstance(kernel, PackedTensor):
             return kernel.in_features, kernel.shape[-2]
         return kernel.shape[-2], kernel.shape[-1]
 
     def __call__(self, x: Float[Array, "*tokens m"]) -> Float[Array, "*tokens n"]:
         """Apply the layer in `x.dtype`; a packed kernel is unpacked here and nowhere else."""
         kernel = self.kernel.get_value()
-        if isinstance(kernel, TernaryTensor | IntegerTensor):
+        if isinstance(kernel, PackedTensor):
             y = packed_matmul(x, kernel)
         else:
             y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))

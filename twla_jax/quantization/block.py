@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from twla_jax.core import gptq, kotms, quantizers
+from twla_jax.core import gptq, grouped, kotms, quantizers
 from twla_jax.core.activation import OFF, ActivationQuantizer, fit_clips
+from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.core.settings import QuantizationSettings
+from twla_jax.core.settings import GroupedSettings, QuantizationSettings, WeightSettings
 from twla_jax.core.tensors import dequantize
 from twla_jax.models.blocks import ChainBlock, Context, Site, State, run
 from twla_jax.models.layers import replace
@@ -277,13 +278,32 @@ def _quantize_site(
         rows, sample = kotms.rotate(rows, left, right), kotms.rotate(sample, left, right)
         moment = kotms.rotate_moment(moment, rotation)
         drift = None if drift is None else kotms.rotate_moment(drift, rotation)
-    tensor, figures = gptq.quantize_matrix(rows, moment, tokens, drift, settings=settings.weights)
-    dense = dequantize(tensor)
+    ends = np.cumsum([kernel.shape[1] for kernel in kernels])[:-1]
+    if isinstance(settings.weights.quantizer, GroupedSettings):
+        tensors, dense, figures = _in_published_groups(
+            jnp.split(rows, ends), moment, tokens, settings.weights
+        )
+    else:
+        tensor, figures = gptq.quantize_matrix(rows, moment, tokens, drift, settings=settings.weights)
+        dense = dequantize(tensor)
+        tensors = tuple(zip(*(jnp.split(leaf, ends) for leaf in jax.tree.leaves(tensor)), strict=True))
+        tensors = tuple(jax.tree.unflatten(jax.tree.structure(tensor), leaves) for leaves in tensors)
     output_metric = jnp.matmul(dense.T, dense, precision=jax.lax.Precision.HIGHEST)
     clips = fit_clips(sample, output_metric, settings.activations.clips)
-    ends = np.cumsum([kernel.shape[1] for kernel in kernels])
-    tensors = tuple(
-        jax.tree.map(lambda leaf, rows=slice(end - kernel.shape[1], end): leaf[rows], tensor)
-        for end, kernel in zip(ends, kernels, strict=True)
-    )
     return tensors, clips, figures
+
+
+def _in_published_groups(
+    matrices: list[Float[Array, "_ m"]],
+    moment: Float[Array, "m m"],
+    tokens: Float[Array, ""],
+    settings: WeightSettings,
+) -> tuple[tuple[GroupedTensor, ...], Float[Array, "n m"], dict[str, Float[Array, ""]]]:
+    """Return the tensor of each linear, all dense rows, and figures; each matrix has groups of its own, as published."""
+    assert settings.compensation is not None  # which the settings refuse
+    damping = settings.compensation.damping
+    found = [grouped.quantize_in_groups(each, moment, tokens, damping=damping) for each in matrices]
+    tensors = tuple(tensor for tensor, _ in found)
+    rows, dense = jnp.concatenate(matrices), jnp.concatenate([tensor.dequantize() for tensor in tensors])
+    figures = gptq.output_figures(rows, rows - dense, moment / tokens)
+    return tensors, dense, figures | {"damping": found[0][1]["damping"]}

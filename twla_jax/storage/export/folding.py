@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from twla_jax.core import kotms
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.core.tensors import IntegerTensor, TernaryTensor, dequantize
+from twla_jax.core.quantizers import PackedTensor
+from twla_jax.core.tensors import dequantize
 from twla_jax.models.decoder import Decoder
 
 
@@ -37,7 +38,7 @@ class Parameter:
     def shape(self) -> tuple[int, ...]:
         """The shape as published, `[out, in]` for matrices."""
         shape = self.held.shape if self.layer is None else self.held.shape[1:]
-        packed = isinstance(self.held, TernaryTensor | IntegerTensor)
+        packed = isinstance(self.held, PackedTensor)
         return shape[::-1] if self.name.endswith(".kernel") and not packed else shape
 
     @property
@@ -53,7 +54,7 @@ class Parameter:
     def dense(self) -> Float[np.ndarray, "*shape"]:
         """Returns the parameter in float32, a rotation folded back into the weights."""
         value, rotation = self.value, self.rotation
-        if isinstance(value, TernaryTensor | IntegerTensor):
+        if isinstance(value, PackedTensor):
             rows = dequantize(value)
         else:
             rows = jnp.asarray(value, jnp.float32)
