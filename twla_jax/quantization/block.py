@@ -299,7 +299,7 @@ def _in_published_groups(
     tokens: Float[Array, ""],
     settings: WeightSettings,
 ) -> tuple[tuple[GroupedTensor, ...], Float[Array, "n m"], dict[str, Float[Array, ""]]]:
-    """Return the tensor of each linear, all dense rows, and figures; each matrix has groups of its own, as published."""
+    """Return the tensor of each linear, all dense rows, and figures; a matrix has groups of its own, as published."""
     assert settings.compensation is not None  # which the settings refuse
     damping = settings.compensation.damping
     found = [grouped.quantize_in_groups(each, moment, tokens, damping=damping) for each in matrices]
