@@ -6,7 +6,7 @@ import tyro
 
 from twla_jax.cli.options import OptionalDtype, Out, argument, show
 
-Format = Literal["hf", "safetensors"]
+Format = Literal["hf", "gguf", "safetensors"]
 Dest = Annotated[tyro.conf.Positional[str], argument("DEST")]
 
 
@@ -25,9 +25,10 @@ def export(
 
     Args:
         out: folder written by twla
-        dest: folder to write
-        format: hf, a Hugging Face folder with dequantised weights, rotations folded in; safetensors, the packed arrays
-            in one file (examples/read_packed.py reads it with numpy alone)
+        dest: folder to write, or file of --format gguf
+        format: hf, a Hugging Face folder with dequantised weights, rotations folded in; gguf, one file for llama.cpp
+            with these weights in float16; safetensors, the packed arrays in one file (examples/read_packed.py reads
+            it with numpy alone)
         dtype: of the weights in hf; default: bfloat16
         json: print what was written as JSON
     """

@@ -1,5 +1,9 @@
 """From a quantised folder to a folder or file of another format."""
 
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +13,9 @@ from twla_jax.errors import TwlaError
 from twla_jax.jobs.loading import kept_files
 from twla_jax.models import sites
 from twla_jax.storage import checkpoint, folders, places
-from twla_jax.storage.export import huggingface, packed
+from twla_jax.storage.export import gguf_file, huggingface, packed
 
-Format = Literal["hf", "safetensors"]
+Format = Literal["hf", "gguf", "safetensors"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -22,31 +26,35 @@ def export_model(
 
     Args:
       out: folder that `twla quantize` wrote.
-      dest: folder to write; it must not exist, or be empty.
-      format: `hf`, dequantised, rotations folded back; `safetensors`, this library's packed arrays in one file.
+      dest: what to write, where there is nothing yet: a folder, or for `gguf` a file.
+      format: `hf`, dequantised, rotations folded back; `gguf`, the same in float16; `safetensors`, this library's
+        packed arrays in one file.
       dtype: of the weights in `hf`; bfloat16 if None.
     Returns:
       What was written: `format`, `dest`, `files` (bytes by name), `bytes`, `activation_bits` (of the quantised model;
-      formats without this library's quantiser leave activations at 16).
+      only `safetensors` keeps the quantiser of activations).
     Raises:
       TwlaError: `out` holds no quantised model, `dest` is taken, or the format cannot hold the model.
     """
     if dtype is not None and format != "hf":
-        raise TwlaError(f"--dtype is for --format hf; {format} keeps the types that the model has")
-    out, folder = Path(places.expand(out)), places.resolve_place(dest)
+        raise TwlaError(f"--dtype is for --format hf; {format} has types of its own")
+    out, place = Path(places.expand(out)), places.resolve_place(dest)
     checkpoint.read_manifest(out)
-    places.require_replaceable(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise TwlaError(f"{dest}: exists and is not empty; choose another folder")
+    _require_free(place, dest, format)
     model, tokenizer, info = checkpoint.load(out)
     files = {name: _bytes(content) for name, content in kept_files(out).items()}
-    with folders.beside(folder) as temporary:
-        if format == "hf":
-            huggingface.write(model, tokenizer, temporary, dtype=dtype or "bfloat16", files=files)
-        else:
-            packed.write(out, info, temporary)
-            huggingface.write_settings(temporary, None, tokenizer, files)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folders.files(folder)}
+    if format == "gguf":
+        with _file_beside(place) as temporary:
+            gguf_file.write(model, tokenizer, temporary)
+        sizes = {place.name: place.stat().st_size}
+    else:
+        with folders.beside(place) as temporary:
+            if format == "hf":
+                huggingface.write(model, tokenizer, temporary, dtype=dtype or "bfloat16", files=files)
+            else:
+                packed.write(out, info, temporary)
+                huggingface.write_settings(temporary, None, tokenizer, files)
+        sizes = {str(path.relative_to(place)): path.stat().st_size for path in folders.files(place)}
     return {
         "format": format,
         "dest": str(dest),
@@ -54,6 +62,32 @@ def export_model(
         "bytes": sum(sizes.values()),
         "activation_bits": float(np.mean(sites.input_bits(model))),
     }
+
+
+def _require_free(place: Path, dest: str | Path, format: Format) -> None:
+    if format == "gguf":
+        if place.exists():
+            raise TwlaError(f"{dest}: exists; gguf is one file, name one that does not exist, DEST.gguf")
+        return
+    places.require_replaceable(place)
+    if place.is_dir() and any(place.iterdir()):
+        raise TwlaError(f"{dest}: exists and is not empty; choose another folder")
+
+
+@contextlib.contextmanager
+def _file_beside(path: Path) -> Iterator[Path]:
+    """Yields a name for a file that then takes its place; after an error nothing of it is left."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise TwlaError(f"{path}: {error.strerror or error}; nothing was written") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _bytes(content: str | bytes) -> bytes:
