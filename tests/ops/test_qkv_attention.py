@@ -14,7 +14,7 @@ from twla_jax.ops.decode_attention import (
     decode_attention,
     split_sizes,
 )
-from twla_jax.ops.decode_attention.gpu_lanes import HeadShape
+from twla_jax.ops.decode_attention.gpu_heads import HeadShape
 from twla_jax.ops.qkv_attention import gpu, new_qkv_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import gpu_linear, quantized_linear
 from twla_jax.ops.rotate_quantize import gpu_rotation, quantizer_settings

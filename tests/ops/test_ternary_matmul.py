@@ -17,7 +17,7 @@ from twla_jax.ops.ternary_matmul import (
     few_tiles,
     gpu,
     gpu_few,
-    gpu_products,
+    gpu_layout,
     gpu_ring,
     kernel_weight,
     reference,
@@ -182,8 +182,8 @@ def test_tiles_of_few_tokens_fit_memory():
     assert {shape[:2] for shape in few_tiles.TUNED} <= published
     odd = {(64, 1), (576, 3), (152064, 8)}
     for (rows, columns), t in itertools.product(sorted(published | odd), (1, 2, 3, 8, 13)):
-        filled = gpu_products.Columns(t).filled
-        other = t * gpu_products.Flat(128).stride(512 * columns)
+        filled = gpu_layout.Columns(t).filled
+        other = t * gpu_layout.Flat(128).stride(512 * columns)
         if t * columns > (8 * 24 if t <= 8 else 16 * 8):
             continue
         chosen = few_tiles.tile_config(rows, columns, filled, other)
@@ -195,7 +195,7 @@ def test_tiles_of_few_tokens_fit_memory():
         assert used + other + parts <= 226 * 1024
         assert used >= min(40 * 1024, columns * ring_tiles.tile_bytes(chosen.rows))
     with pytest.raises(ValueError, match="leave no room"):
-        few_tiles.tile_config(8192, 56, 8, 8 * gpu_products.Flat(128).stride(512 * 56))
+        few_tiles.tile_config(8192, 56, 8, 8 * gpu_layout.Flat(128).stride(512 * 56))
 
 
 def test_matrices_that_share_an_input_are_one_product():

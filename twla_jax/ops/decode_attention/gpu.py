@@ -21,8 +21,8 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.attention.splits import AttentionSplits
-from twla_jax.ops.decode_attention import gpu_attend, gpu_entries, gpu_lanes, split_sizes
-from twla_jax.ops.decode_attention.gpu_lanes import HeadShape
+from twla_jax.ops.decode_attention import gpu_attend, gpu_entries, gpu_heads, split_sizes
+from twla_jax.ops.decode_attention.gpu_heads import HeadShape
 from twla_jax.ops.hopper import threads
 
 
@@ -102,8 +102,8 @@ def _kernel(*refs, partials_smem, of_blocks_smem, shape: HeadShape, epsilon: flo
     if config.splits > 1 and not config.apart:
         _arrive()
     limit = length_gmem[0], window_gmem[0]
-    angles = gpu_lanes.fetch_angles(angles_gmem.at[0], angles_gmem.at[1], norm_scales, shape=shape)
-    q, new = gpu_lanes.rotate_heads(
+    angles = gpu_heads.fetch_angles(angles_gmem.at[0], angles_gmem.at[1], norm_scales, shape=shape)
+    q, new = gpu_heads.rotate_heads(
         [qkv_gmem.at[sequence, first_head + i] for i in range(config.queries)],
         [qkv_gmem.at[sequence, row + kv_head] for row in (heads, heads + kv_heads)],
         angles,

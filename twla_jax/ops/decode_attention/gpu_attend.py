@@ -10,7 +10,7 @@ from jax import lax
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.decode_attention import gpu_entries, gpu_lanes
 from twla_jax.ops.decode_attention.gpu_finish import finish
-from twla_jax.ops.decode_attention.gpu_lanes import HeadShape
+from twla_jax.ops.decode_attention.gpu_heads import HeadShape
 
 
 def obstacle(qkv: jax.Array, layer: LayerKV) -> str | None:
@@ -27,7 +27,7 @@ def attend(q, new, entries, cache, limit, memory, outputs, first_head, split, *,
     """Write the mix of the values to the outputs, and the new token's key and value to the cache.
 
     Args:
-      q: rotated queries, from `gpu_lanes.rotate_heads`.
+      q: rotated queries, from `gpu_heads.rotate_heads`.
       new: the new token's key and value, from the same function.
       entries: the first entries, in flight since `gpu_entries.fetch`.
       cache: keys and values in global memory, and the scales of both if they are int8.

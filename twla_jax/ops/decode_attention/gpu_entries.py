@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops.decode_attention.gpu_lanes import BYTES, HeadShape, KeyLane
+from twla_jax.ops.decode_attention.gpu_heads import BYTES, HeadShape, KeyLane
 from twla_jax.ops.hopper import threads
 
 _SPLAT = plgpu.Layout.WG_SPLAT

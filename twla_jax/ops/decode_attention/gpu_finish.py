@@ -5,7 +5,8 @@ import functools
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.ops.attention.splits import LEAST_SUM
-from twla_jax.ops.decode_attention.gpu_lanes import HeadShape, KeyLane, dot
+from twla_jax.ops.decode_attention.gpu_heads import HeadShape, KeyLane
+from twla_jax.ops.decode_attention.gpu_lanes import dot
 from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Real, Word
 

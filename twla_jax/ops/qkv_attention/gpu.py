@@ -20,8 +20,8 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32
 from twla_jax.devices import multiprocessors
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import AttentionSplits, gpu_attend, gpu_entries, gpu_lanes, split_sizes
-from twla_jax.ops.decode_attention.gpu_lanes import HeadShape
+from twla_jax.ops.decode_attention import AttentionSplits, gpu_attend, gpu_entries, gpu_heads, split_sizes
+from twla_jax.ops.decode_attention.gpu_heads import HeadShape
 from twla_jax.ops.hopper import tags, threads
 from twla_jax.ops.hopper.limits import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.qkv_attention import gpu_exchange
@@ -220,7 +220,7 @@ def _kernel(
 
     @pl.when(attends)
     def attend():
-        angles = gpu_lanes.fetch_angles(angles_gmem.at[0], angles_gmem.at[1], norm_scales, shape=shape)
+        angles = gpu_heads.fetch_angles(angles_gmem.at[0], angles_gmem.at[1], norm_scales, shape=shape)
         scales = [gpu_entries.first_scales(cache[2:], split, shape=shape)] if shape.quantized else []
         outputs = [ref.at[0, split] for ref in (mixed_gmem, softmax_gmem)]
         scratch = partials_smem, partials_smem  # only a cluster needs a second one
@@ -229,5 +229,5 @@ def _kernel(
         plgpu.barrier_wait(arrived.at[group])
         entries = gpu_entries.from_shared(staged, scales, split, shape=shape)
         gpu_exchange.receive(exchange_gmem.at[0], tag, head, kv_head, vectors_smem, shape=shape)
-        q, new = gpu_lanes.rotate_heads([query], new, angles, shape=shape, epsilon=head_epsilon, shared=True)
+        q, new = gpu_heads.rotate_heads([query], new, angles, shape=shape, epsilon=head_epsilon, shared=True)
         gpu_attend.attend(q, new, entries, cache, limit, scratch, outputs, head, split, shape=shape)

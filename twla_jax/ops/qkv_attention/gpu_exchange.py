@@ -2,7 +2,7 @@
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops.decode_attention.gpu_lanes import HeadShape
+from twla_jax.ops.decode_attention.gpu_heads import HeadShape
 from twla_jax.ops.hopper import threads
 
 VECTORS = 3  # a query, a key and a value

@@ -20,7 +20,7 @@ from twla_jax.ops.quantized_linear import linear_tiles
 from twla_jax.ops.rotate_quantize import gpu_codes, gpu_fetch, gpu_rotation
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.ternary_matmul import gpu_ring
-from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat
+from twla_jax.ops.ternary_matmul.gpu_layout import Columns, Flat
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import MOST_ROWS, MOST_WARPGROUPS, RingTileConfig
 from twla_jax.ops.ternary_matmul.weight import KernelWeight

@@ -20,7 +20,8 @@ from twla_jax.ops.rotate_quantize.gpu_rotation import (
     tree,
     warpgroup_share,
 )
-from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat, write_table
+from twla_jax.ops.ternary_matmul.gpu_layout import Columns, Flat
+from twla_jax.ops.ternary_matmul.gpu_products import write_table
 from twla_jax.ops.tokens import FINER
 
 

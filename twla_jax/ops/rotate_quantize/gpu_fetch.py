@@ -3,7 +3,6 @@
 On their way, tokens are merged from the splits that attention left them in, or gated, and normalised.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -15,8 +14,9 @@ from jaxlib.mlir import ir
 from twla_jax.ops.attention.splits import LEAST_SUM
 from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.gate import silu_gate_pairs
-from twla_jax.ops.hopper.swizzle import swizzle_bytes, swizzle_transforms
+from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.hopper.threads import Real, Word
+from twla_jax.ops.rotate_quantize.gpu_pieces import Pieces, pieces_of_factors, pieces_of_tokens
 from twla_jax.ops.rotate_quantize.gpu_rotation import TokenShape, load_reals, tree
 
 _PIECE_WORDS = 4  # words of a piece: eight features
@@ -34,7 +34,7 @@ def prefetch_tokens(
     """
     refs = [settings_gmem, *x_gmem, *([] if norm_gmem is None else [norm_gmem])]
     flags = [] if more is None else [more]
-    tokens = _pieces_of_tokens(shape)
+    tokens = pieces_of_tokens(shape)
     wide = 0 if norm_gmem is None else norm_gmem.dtype.itemsize // 2
     given = tokens if x_gmem else []
     count = sum(len(pieces) for pieces in given) * _words(shape) + _PIECE_WORDS * wide * len(tokens[0])
@@ -66,7 +66,7 @@ def prefetch_tokens(
 
 def prefetch_factors(left_gmem, right_gmem, *, shape: TokenShape) -> jax.Array:
     """Start the loads of both factors into threads, for `store_factors`."""
-    pieces = _pieces_of_factors(shape)
+    pieces = pieces_of_factors(shape)
 
     @threads.on_threads(
         arg_types=[plgpu.RefType()] * 2,
@@ -79,7 +79,7 @@ def prefetch_factors(left_gmem, right_gmem, *, shape: TokenShape) -> jax.Array:
     return start(left_gmem, right_gmem)
 
 
-def _fetch_pieces(ref, pieces: "_Pieces", wide: int = 1, there: Sequence[ir.Value] = ()) -> list[Word]:
+def _fetch_pieces(ref, pieces: Pieces, wide: int = 1, there: Sequence[ir.Value] = ()) -> list[Word]:
     """Load pieces of eight numbers, each of `wide` times two bytes."""
     return [
         word
@@ -125,7 +125,7 @@ def _fetch_piece(
 
 def receive_tokens(words, sent_gmem, tag, *, shape: TokenShape) -> jax.Array:
     """Return the words of `prefetch_tokens`, with the tokens `[tokens, m]` that are sent under this tag before them."""
-    tokens = _pieces_of_tokens(shape)
+    tokens = pieces_of_tokens(shape)
     count, size = words.shape[0] // 128, shape.size * shape.r
     found = count + _PIECE_WORDS * sum(len(pieces) for pieces in tokens)
 
@@ -158,7 +158,7 @@ def prepare_tokens(words, levels, warps_smem, *, shape: TokenShape, epsilon: flo
     """
     if not (shape.splits or shape.gated) and epsilon is None:
         return words
-    tokens = _pieces_of_tokens(shape)
+    tokens = pieces_of_tokens(shape)
     width, count = _words(shape), words.shape[0] // 128
 
     @threads.on_threads(
@@ -216,7 +216,7 @@ def store_tokens(words, token_smem, *, shape: TokenShape) -> None:
         )
     )
     def copy(_, words, token):
-        _store(threads.words(words), [token] * shape.tokens, _pieces_of_tokens(shape), _words(shape))
+        _store(threads.words(words), [token] * shape.tokens, pieces_of_tokens(shape), _words(shape))
 
     copy(words, token_smem)
 
@@ -227,12 +227,12 @@ def store_factors(words, left_smem, right_smem, *, shape: TokenShape) -> None:
 
     @threads.on_threads(arg_types=(threads.per_thread(words.shape[0] // 128), *refs))
     def copy(_, words, *factors):
-        _store(threads.words(words), factors, _pieces_of_factors(shape), _PIECE_WORDS)
+        _store(threads.words(words), factors, pieces_of_factors(shape), _PIECE_WORDS)
 
     copy(words, left_smem, right_smem)
 
 
-def _store(words: list[Word], refs: Sequence[ir.Value], pieces: "Sequence[_Pieces]", width: int) -> None:
+def _store(words: list[Word], refs: Sequence[ir.Value], pieces: Sequence[Pieces], width: int) -> None:
     """Store the first four of every `width` words."""
     for ref, of_matrix in zip(refs, pieces, strict=True):
         for four, (matrix, i) in zip(_each(words, width, len(of_matrix)), of_matrix, strict=True):
@@ -254,69 +254,6 @@ def synchronize(*, shape: TokenShape) -> None:
 
 def _each(words: list[Word], width: int, count: int) -> list[list[Word]]:
     return [words[width * i :][:width] for i in range(count)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """Describes a bf16 matrix that is copied, 16 bytes a thread at once, and what it is padded to.
-
-    There are `before` others like it above it in shared memory.
-    """
-
-    rows: int
-    columns: int
-    whole_rows: int
-    whole_columns: int
-    before: int = 0
-
-    def count(self, threads: int) -> int:
-        return -(-self.whole_rows * self.whole_columns // (8 * threads))
-
-    def _chunk(self, i: int) -> tuple[Word, Word]:
-        index = threads.thread() + i
-        chunks = self.whole_columns // 8
-        return index // chunks, index % chunks
-
-    def exists(self, i: int) -> ir.Value:
-        return threads.thread() + i < self.whole_rows * self.whole_columns // 8
-
-    def real(self, i: int) -> ir.Value:
-        row, chunk = self._chunk(i)
-        return threads.both(row < self.rows, chunk < self.columns // 8)
-
-    def offset(self, i: int) -> Word:
-        row, chunk = self._chunk(i)
-        return (row * self.columns + chunk * 8) * 2
-
-    def place(self, i: int) -> Word:
-        """Return where the swizzle puts the i-th piece of this thread."""
-        width = swizzle_bytes(2, self.whole_columns)
-        row, chunk = self._chunk(i)
-        chunks = width // 16  # of a tile's row
-        tile = (row // 8) * (self.whole_columns // 8 // chunks) + chunk // chunks
-        swizzled = (chunk % chunks) ^ ((row // (128 // width)) % chunks)
-        above = 2 * self.before * self.whole_rows * self.whole_columns
-        return tile * (8 * width) + (row % 8) * width + swizzled * 16 + above
-
-
-type _Pieces = list[tuple[_Matrix, int]]  # with the index of its first thread
-
-
-def _pieces_of_tokens(shape: TokenShape) -> list[_Pieces]:
-    """Return what a thread copies of each token."""
-    matrices = (_Matrix(shape.size, shape.r, shape.rows, shape.columns, i) for i in range(shape.tokens))
-    return [_pieces(matrix, shape) for matrix in matrices]
-
-
-def _pieces_of_factors(shape: TokenShape) -> list[_Pieces]:
-    """Return what a thread copies of L and of Rᵀ."""
-    left = _Matrix(shape.rows, shape.rows, shape.rows, shape.rows)
-    right = _Matrix(shape.r, shape.r, shape.columns, shape.columns)
-    return [_pieces(matrix, shape) for matrix in (left, right)]
-
-
-def _pieces(matrix: _Matrix, shape: TokenShape) -> _Pieces:
-    return [(matrix, i * shape.threads) for i in range(matrix.count(shape.threads))]
 
 
 def _normed(

@@ -18,7 +18,7 @@ TUNED = {
 
 
 def tile_config(rows: int, columns: int, tokens: int, other: int) -> RingTileConfig:
-    """Return the config for `rows` by `512·columns`, and `tokens` padded as `gpu_products.Columns` does.
+    """Return the config for `rows` by `512·columns`, and `tokens` padded as `gpu_layout.Columns` does.
 
     It leaves `other` bytes of shared memory free: see `ring_tiles.tile_config`.
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Float32, Int8
 from twla_jax.core.packing import PLANE, TILE
 from twla_jax.ops.hopper import threads
 from twla_jax.ops.ternary_matmul import few_tiles, gpu_ring
-from twla_jax.ops.ternary_matmul.gpu_products import COLUMNS, Columns, Flat, write_table
+from twla_jax.ops.ternary_matmul.gpu_layout import COLUMNS, Columns, Flat
+from twla_jax.ops.ternary_matmul.gpu_products import write_table
 from twla_jax.ops.ternary_matmul.gpu_rows import Rows
 from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 from twla_jax.ops.ternary_matmul.weight import KernelWeight

@@ -7,7 +7,6 @@ scaled, and add up in whole numbers of a row's steps. A single token's second co
 tokens take two rounds of products.
 """
 
-import dataclasses
 import itertools
 
 import jax
@@ -18,6 +17,7 @@ from jaxlib.mlir import ir
 from twla_jax.core.packing import PLANE, TILE
 from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Word
+from twla_jax.ops.ternary_matmul.gpu_layout import COLUMNS, HALVES, PER_THREAD, Columns, Flat
 from twla_jax.ops.ternary_matmul.gpu_rows import (
     PLANES,
     SWIZZLED,
@@ -27,128 +27,6 @@ from twla_jax.ops.ternary_matmul.gpu_rows import (
     load_pair,
     plane_of,
 )
-
-COLUMNS = 8  # of `mma.sync`
-_PER_THREAD = 2  # columns of a product that a thread has, neighbours; of two rows
-_HALVES = 2  # of a unit's rows, of which a thread has one each
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Assigns a product's columns: `width · p + i` has token i of its round, and plane p of those it has at once."""
-
-    tokens: int
-
-    @property
-    def rounds(self) -> int:
-        """Return the number of rounds of products, each with up to eight tokens."""
-        return -(-self.tokens // COLUMNS)
-
-    @property
-    def width(self) -> int:
-        """Return the tokens of a round, padded to a power of two."""
-        return min(max(1 << (self.tokens - 1).bit_length(), _PER_THREAD), COLUMNS)
-
-    @property
-    def filled(self) -> int:
-        """Return the tokens of all rounds."""
-        return self.rounds * self.width
-
-    @property
-    def at_once(self) -> int:
-        """Return the planes of a product."""
-        return COLUMNS // self.width
-
-    @property
-    def products(self) -> int:
-        """Return the products of a round."""
-        return PLANES // self.at_once
-
-    @property
-    def used(self) -> int:
-        """Return the columns of a thread that hold a distinct token."""
-        return min(self.tokens, _PER_THREAD)
-
-    @property
-    def numbers(self) -> int:
-        """Return the columns of all products."""
-        return self.rounds * self.products * COLUMNS
-
-    @property
-    def of_unit(self) -> int:
-        """Return the sums of a thread for a unit."""
-        return self.rounds * _HALVES * self.used
-
-    def place(self, i: int, round_index: int, half: int, other: int) -> int:
-        """Return where a thread has the sum of its unit i's half, and of a round's column."""
-        return i * self.of_unit + (round_index * _HALVES + half) * self.used + other
-
-    def number(self, token: int) -> int:
-        """Return which of all `numbers` a token's first column is."""
-        return token // COLUMNS * (self.products * COLUMNS) + token % COLUMNS
-
-    def first_token(self, me: RowLane) -> Word:
-        """Return the token of a thread's first column in the first round."""
-        return (me.pair * _PER_THREAD) % self.width
-
-    def plane(self, me: RowLane) -> Word:
-        """Return which of a product's planes a thread's columns have."""
-        return (me.pair * _PER_THREAD) // self.width
-
-    def shift(self, me: RowLane) -> Word:
-        """Return by how many bits a thread's sums of the first product are too large."""
-        return self.plane(me) * 2
-
-    def more(self, product: int) -> int:
-        """Return the extra shift, in bits, of product `product`."""
-        return 2 * product * self.at_once
-
-
-@dataclasses.dataclass(frozen=True)
-class Flat:
-    """Lays tokens' codes out in shared memory: 16 bytes are left free after every `run`, against bank conflicts.
-
-    Of 64 codes, words (four codes) 0, 4, 8 and 12 come first, then 1, 5, 9 and 13, and so on: what a thread multiplies
-    lies together.
-    """
-
-    r: int
-
-    @property
-    def run(self) -> int:
-        """Return the number of codes that lie next to each other."""
-        return 128 if self.r % 128 == 0 else 64
-
-    @property
-    def regular(self) -> bool:
-        """Return whether rows of r codes begin at equal distances."""
-        return self.r % self.run == 0
-
-    def offset(self, row: int, column: int) -> int:
-        """Return the bytes from a code to that `row` rows and 0 or 8 columns on, if rows are regular."""
-        return row * self.size(self.r) + column * 4
-
-    def size(self, count: int) -> int:
-        """Return the bytes of `count` codes, whole runs, and what is left free."""
-        return count + 16 * (count // self.run)
-
-    def stride(self, count: int) -> int:
-        """Return the bytes from a token of `count` codes to the next: two are read at once, 64 bytes each."""
-        size = self.size(count)
-        return size + (64 - size) % 128
-
-    def token(self, codes: ir.Value, index: int) -> Word:
-        """Return the address of a token in `[tokens, stride]`."""
-        return threads.address(codes) + index * threads.shape(codes)[1]
-
-    def place(self, index: Word) -> Word:
-        """Return where a code's byte is."""
-        word = index // 4
-        return self.chunk(index // 64 * 64) + (word & 3) * 16 + ((word // 4) & 3) * 4 + (index & 3)
-
-    def chunk(self, first: Word) -> Word:
-        """Return where the 16 bytes begin that are `first` bytes after the first one, counting what is left free."""
-        return first + (first // self.run) * 16
 
 
 def initial_sums(rows: Rows, tokens: int, grouped: bool) -> jax.Array:
@@ -206,7 +84,7 @@ def add_tile(
                 at = first + round_index * columns.used + other
                 y[at] = y[at] + of_codes[round_index][product][other]
         factors = [threads.word(1 << (16 - columns.more(k))) >> columns.shift(me) for k in products]
-        kinds = list(itertools.product(products, range(_HALVES)))
+        kinds = list(itertools.product(products, range(HALVES)))
         for i in range(rows.of_warp):
             packed = me.codes(at_codes, i)
             # Load before the products: after them, these loads would wait.
@@ -221,7 +99,7 @@ def add_tile(
                     for other in range(columns.used):
                         at = columns.place(i, round_index, half, other)
                         value, q = (
-                            found[product][half * _PER_THREAD + other],
+                            found[product][half * PER_THREAD + other],
                             of_codes[round_index][product][other],
                         )
                         if pairs:
@@ -241,7 +119,7 @@ def _load_sums(
     at = threads.address(table) + tile * (4 * columns.numbers)
     if me.rows.shares > 1:
         at = threads.select(me.share.equals(0), at, _zeros(table))
-    at = at + me.pair * (4 * _PER_THREAD)
+    at = at + me.pair * (4 * PER_THREAD)
     first = round_index * columns.products
     return [threads.load(at, columns.used, offset=4 * COLUMNS * (first + k)) for k in range(columns.products)]
 
@@ -274,7 +152,7 @@ def _multiply(
     """Return a thread's sums of a warp's unit over its share of a tile's columns: two rows, two columns each."""
     found, first = [], product * columns.at_once
     for plane in range(first, first + columns.at_once):
-        sums = [threads.word(0)] * (_HALVES * _PER_THREAD)
+        sums = [threads.word(0)] * (HALVES * PER_THREAD)
         for j, each in enumerate(packed):
             sums = threads.multiply_bytes(plane_of(each, plane), tokens[2 * j : 2 * j + 2], sums)
         found.append(sums)
@@ -331,7 +209,7 @@ def write_sums(sums, partials_smem, scales_gmem, first_row, *, rows: Rows, matri
 
         def total(value: Word) -> Word:
             for distance in (1, 2):
-                if distance * _PER_THREAD >= columns.width:
+                if distance * PER_THREAD >= columns.width:
                     value = value + threads.shuffle(value, distance)
             return value
 
@@ -341,7 +219,7 @@ def write_sums(sums, partials_smem, scales_gmem, first_row, *, rows: Rows, matri
             if scales is not None
         ]
         for i in range(rows.of_warp):
-            for half in range(_HALVES):
+            for half in range(HALVES):
                 row, token = me.row(i, half), columns.first_token(me)
                 pair = []
                 if scales is not None:

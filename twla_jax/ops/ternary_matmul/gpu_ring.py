@@ -26,7 +26,7 @@ from twla_jax.ops.hopper.gate import silu_gate
 from twla_jax.ops.hopper.limits import STREAMING_MULTIPROCESSORS
 from twla_jax.ops.hopper.threads import Real
 from twla_jax.ops.ternary_matmul import gpu_products
-from twla_jax.ops.ternary_matmul.gpu_products import Columns, Flat
+from twla_jax.ops.ternary_matmul.gpu_layout import Columns, Flat
 from twla_jax.ops.ternary_matmul.gpu_rows import PLANES, SWIZZLED, Rows, copy_tiles
 from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
