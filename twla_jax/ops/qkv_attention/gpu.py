@@ -55,7 +55,7 @@ def obstacle(
 
 
 def _launch_plan(
-    x: jax.Array, rotation: KernelRotation, weight: KernelWeight, layer: LayerKV, *, wide: bool
+    x: jax.Array, rotation: KernelRotation, weight: KernelWeight, layer: LayerKV, *, wide: bool = False
 ) -> tuple[Rows, RingTileConfig, HeadShape]:
     """Return how both halves are split up.
 
