@@ -12,7 +12,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ import numpy as np
 from twla_jax import recipe, xla_flags
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import scoring
-from twla_jax.jobs import loading
+from twla_jax.jobs import loading, stages
 from twla_jax.models import sites
 from twla_jax.models.decoder import computing_in
-from twla_jax.quantization import pipeline
-from twla_jax.refinement import blockwise, clip_training, end_to_end
-from twla_jax.text import corpora
+from twla_jax.reports.run import Phases
+from twla_jax.text import corpora, recipe_windows
 from twla_jax.text.windows import sample_windows
 
 _BITS = (16, 4)
@@ -87,47 +85,31 @@ class Bench:
         self._shared: tuple[Any, Any] = (None, None)
 
     def run(self, row: Row, settings: recipe.Recipe) -> dict[str, Any]:
-        """Perplexities, the refinement's figures and the seconds of each stage, JSON-ready."""
-        seconds: dict[str, float] = {}
-
-        def timed(stage: str, work: Callable[[], Any]) -> Any:
-            start = time.perf_counter()
-            result = work()
-            seconds[stage] = time.perf_counter() - start
-            return result
-
-        model, figures = timed("quantise", lambda: self._quantise(settings)), None
-        if settings.refine.blocks:
-            arguments = (self._teacher, self._drawn(settings), settings.refine.blocks)
-            model, _ = timed("blocks", lambda: blockwise.refine_blocks(model, *arguments, progress=False))
+        """Return perplexities, the refinement's figures and the seconds of each stage, JSON-ready."""
+        phases = Phases(verbose=False)
         text = self._calibration if row.narrow else self._refine_text
-        learning = [part for part in (settings.refine.end_to_end, settings.refine.clips) if part]
-        count = max((part.steps * part.batch for part in learning), default=0)
-        windows = sample_windows(text, count, self._options.seq_len, settings.calibration.seed + 1)
-        if settings.refine.end_to_end:
-            own = settings.refine.end_to_end
-            here = windows[: own.steps * own.batch]
-            model, figures = timed(
-                "refine",
-                lambda: end_to_end.refine(model, self._teacher, here, own, progress=False),
-            )
-        if settings.refine.clips:
-            arguments = (self._teacher, windows, settings.refine.clips)
-            model, _ = timed("clips", lambda: clip_training.train_clips(model, *arguments, progress=False))
-        scores = timed("evaluate", lambda: {f"A{bits}": self._score(model, bits) for bits in _BITS})
-        return {**scores, "refine": figures, "seconds": seconds}
-
-    def _quantise(self, settings: recipe.Recipe) -> Any:
-        wanted = dataclasses.replace(settings, refine=recipe.RefineSettings())
-        if self._shared[0] != wanted:
-            windows = self._drawn(wanted)
+        drawn, seq_len = settings.calibration, self._options.seq_len
+        work = stages.Work(
+            teacher=self._teacher,
+            text=recipe_windows.DrawnText(
+                calibration=sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed),
+                refinement=sample_windows(text, settings.refine.windows, seq_len, drawn.seed + 1),
+                held_out=None,
+                overlap=0.0,
+                description={},
+            ),
+            recipe=settings,
+            progress=False,
+        )
+        first, *others = stages.WEIGHT_STAGES
+        if self._shared[0] != (settings.quantization, drawn):
             model = computing_in(self._teacher, jnp.float32, fused=True)
-            self._shared = wanted, pipeline.quantize(model, windows, wanted, progress=False)[0]
-        return self._shared[1]
-
-    def _drawn(self, settings: recipe.Recipe) -> np.ndarray:
-        drawn = settings.calibration
-        return sample_windows(self._calibration, drawn.windows, drawn.seq_len, drawn.seed)
+            quantized, _ = stages.run_stages([first], model, work, phases)
+            self._shared = (settings.quantization, drawn), quantized
+        model, figures = stages.run_stages(others, self._shared[1], work, phases)
+        with phases("evaluate"):
+            scores = {f"A{bits}": self._score(model, bits) for bits in _BITS}
+        return {**scores, "refine": figures.get("refine"), "seconds": phases.seconds}
 
     def _score(self, model: Any, bits: int) -> float:
         model = computing_in(sites.set_activation_bits(model, bits), self._options.dtype, fused=True)

@@ -42,7 +42,7 @@ def measure(
     corpus = corpora.load_corpus(settings.calibration.corpus, "calibration")
     windows = calibration_windows(corpus, tokenizer, teacher.config.vocab_size, settings.calibration)
     read = time.perf_counter()
-    model, _ = pipeline.quantize(teacher, windows, settings, progress=False)
+    model, _ = pipeline.quantize_blocks(teacher, windows, settings.quantization, progress=False)
     done = time.perf_counter()
     result = evaluate_domains(model, texts, original=teacher, progress=False, **options)
     return {

@@ -12,10 +12,10 @@ from twla_jax.inference.generation import generate as generate
 from twla_jax.inference.packed_decoder import prepare_for_inference as prepare_for_inference
 from twla_jax.inference.self_sampling import sample_text as sample_text
 from twla_jax.jobs.loading import load as load
+from twla_jax.jobs.stages import quantize as quantize
 from twla_jax.models import Decoder as Decoder
 from twla_jax.models import DecoderConfig as DecoderConfig
 from twla_jax.models.sites import set_activation_bits as set_activation_bits
-from twla_jax.quantization.pipeline import quantize as quantize
 from twla_jax.quantization.pipeline import quantize_blocks as quantize_blocks
 from twla_jax.recipe import AllocationSettings as AllocationSettings
 from twla_jax.recipe import CalibrationSettings as CalibrationSettings

@@ -48,8 +48,12 @@ def corpus(split="calibration"):
     return Corpus(name="letters", split=split, text="".join(map(chr, letters)), source="here")
 
 
+def drawn(recipe):
+    return recipe_windows.draw(corpus(), recipe, Letters(), 2**21)
+
+
 def prepared(model, recipe=RECIPE, **options):
-    return choice.prepare(model, Letters(), corpus(), recipe, progress=False, **options)
+    return choice.prepare(model, drawn(recipe), recipe, progress=False, **options)
 
 
 def weights_of(folder):
@@ -89,7 +93,9 @@ def allocate(folder, **options):
 
 def test_text_for_evaluation_never_chooses_bits(tiny_ternary):
     with pytest.raises(TwlaError, match="'letters' is marked for evaluation and cannot be calibrated on"):
-        twla_jax.allocate_bits(tiny_ternary, Letters(), corpus("evaluation"), RECIPE, progress=False)
+        twla_jax.allocate_bits(
+            tiny_ternary, corpus("evaluation"), RECIPE, tokenizer=Letters(), progress=False
+        )
 
 
 def test_held_out_windows_avoid_those_calibrated_on_as_far_as_the_text_allows():
@@ -125,7 +131,9 @@ def test_windows_of_the_refinement_are_not_held_out(tiny_ternary, monkeypatch):
 @pytest.mark.parametrize("kind", ["input", "block"])
 def test_what_is_chosen_measures_no_worse_than_any_other(tiny_ternary, kind):
     recipe = dataclasses.replace(RECIPE, allocation=dataclasses.replace(RECIPE.allocation, site=kind))
-    model, result, tables = twla_jax.allocate_bits(tiny_ternary, Letters(), corpus(), recipe, progress=False)
+    model, result, tables = twla_jax.allocate_bits(
+        tiny_ternary, corpus(), recipe, tokenizer=Letters(), progress=False
+    )
     losses = {name: result["losses"][name] for name in ("joint", "independent", "uniform")}
     assert losses[result["chosen"]] == min(losses.values())
     assert result["after"]["loss"] == min(result["clips"]["refitted"], result["clips"]["as_fitted"])

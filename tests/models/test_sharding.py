@@ -70,7 +70,7 @@ def calibrated(model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_quantize_site", recorded)
-        return pipeline.quantize(model, WINDOWS, RECIPE, progress=False)[0], sites
+        return pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)[0], sites
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
         return jax.tree.map(lambda one, here: jax.device_put(one, here.sharding), made, found)
 
     monkeypatch.setattr(pipeline, "_quantize_site", compared)
-    on_mesh, _ = pipeline.quantize(model, WINDOWS, RECIPE, mesh=mesh, progress=False)
+    on_mesh, _ = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, mesh=mesh, progress=False)
     assert next(rest, None) is None
     jax.tree.map(np.testing.assert_array_equal, on_mesh, result)
 

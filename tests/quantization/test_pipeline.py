@@ -35,7 +35,7 @@ def model(tiny_config):
 
 @pytest.fixture(scope="module")
 def quantised(model):
-    return pipeline.quantize(model, WINDOWS, RECIPE, progress=False)
+    return pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)
 
 
 def leaves(tree):
@@ -101,15 +101,21 @@ def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_pat
 
     monkeypatch.setattr(pipeline, "quantize_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
+        pipeline.quantize_blocks(
+            model, WINDOWS, RECIPE.quantization, work_dir=tmp_path / "work", progress=False
+        )
     done.clear()
     monkeypatch.setattr(kotms, "fit_rotation", None)  # rotations are not fitted again
-    resumed, figures = pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
+    resumed, figures = pipeline.quantize_blocks(
+        model, WINDOWS, RECIPE.quantization, work_dir=tmp_path / "work", progress=False
+    )
     assert len(done) == 1  # nor the first two blocks quantised
     assert_same(resumed, quantised[0])
     assert figures["sites"] == quantised[1]["sites"]
     # Interrupted in a later stage, it goes on from what is finished.
-    again, figures = pipeline.quantize(model, WINDOWS, RECIPE, work_dir=tmp_path / "work", progress=False)
+    again, figures = pipeline.quantize_blocks(
+        model, WINDOWS, RECIPE.quantization, work_dir=tmp_path / "work", progress=False
+    )
     assert len(done) == 1
     assert_same(again, quantised[0])
     assert figures["sites"] == quantised[1]["sites"]
@@ -117,7 +123,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_pat
 
 def test_rotations_may_look_at_the_inputs(model, quantised):
     aware = dataclasses.replace(RECIPE, rotation=dataclasses.replace(RECIPE.rotation, range_weight=1.0))
-    result, figures = pipeline.quantize(model, WINDOWS, aware, progress=False)
+    result, figures = pipeline.quantize_blocks(model, WINDOWS, aware.quantization, progress=False)
     for site in figures["sites"]:
         before, after = site["rotation_loss"]
         assert after < before
@@ -132,18 +138,20 @@ def test_work_on_other_settings_is_refused(model, tmp_path):
     other = dataclasses.replace(RECIPE, weights=WeightSettings(group_size=8))
     for windows, recipe in ((WINDOWS[:2], RECIPE), (WINDOWS, other)):
         with pytest.raises(TwlaError, match="another model, text or recipe"):
-            pipeline.quantize(model, windows, recipe, work_dir=tmp_path / "work", progress=False)
+            pipeline.quantize_blocks(
+                model, windows, recipe.quantization, work_dir=tmp_path / "work", progress=False
+            )
 
 
 def test_a_stream_on_the_host_gives_the_same(model, quantised, monkeypatch):
     monkeypatch.setattr(stream, "_device_bytes", lambda: 1)
-    result, _ = pipeline.quantize(model, WINDOWS, RECIPE, progress=False)
+    result, _ = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)
     assert_same(result, quantised[0])
 
 
 def test_windows_that_fill_up_a_batch_count_for_nothing(model, quantised, monkeypatch):
     monkeypatch.setattr(stream, "_BATCH_TOKENS", 3 * WINDOWS.shape[1])
-    _, figures = pipeline.quantize(model, WINDOWS, RECIPE, progress=False)
+    _, figures = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)
     for one, other in zip(figures["sites"][:4], quantised[1]["sites"][:4], strict=True):
         np.testing.assert_allclose(one["output_error"], other["output_error"], rtol=0.02)
 
@@ -154,12 +162,12 @@ def test_an_overflowing_layer_is_named(tiny_config):
     kernel[1] *= 1e6
     model.blocks.up.kernel = nnx.Param(kernel)
     with pytest.raises(TwlaError, match=r"block 1, input mlp: .* float16"):
-        pipeline.quantize(model, WINDOWS, RECIPE, progress=False)
+        pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)
 
 
 def test_tokens_outside_the_vocabulary_are_refused(model):
     with pytest.raises(TwlaError, match="token id 97"):
-        pipeline.quantize(model, WINDOWS + 1, RECIPE, progress=False)
+        pipeline.quantize_blocks(model, WINDOWS + 1, RECIPE.quantization, progress=False)
 
 
 @pytest.mark.slow
@@ -169,7 +177,7 @@ def test_a_real_model_keeps_its_language(stories):
     start = np.ones((10, 1), np.int32)
     text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
     windows = np.concatenate([start, text], axis=1)
-    result, figures = pipeline.quantize(model, windows[:8], RECIPE, progress=False)
+    result, figures = pipeline.quantize_blocks(model, windows[:8], RECIPE.quantization, progress=False)
 
     def nll(model, bits):
         model = twla_jax.set_activation_bits(model, bits)
@@ -190,7 +198,7 @@ def test_propagation_brings_outputs_nearer_to_full_precision(stories):
 
     def nll(propagation):
         recipe = RECIPE.updated({"weights": {"compensation": {"propagation": propagation}}})
-        result, _ = pipeline.quantize(model, windows[:32], recipe, progress=False)
+        result, _ = pipeline.quantize_blocks(model, windows[:32], recipe.quantization, progress=False)
         return twla_jax.evaluate(result, windows[32:], progress=False)["nll"]
 
     assert nll(0.5) < nll(0.0) - 0.05
@@ -204,7 +212,7 @@ def test_another_seed_compiles_nothing_anew(model, quantised):
         rotation=dataclasses.replace(RECIPE.rotation, seed=5),
         calibration=dataclasses.replace(RECIPE.calibration, seed=5),
     )
-    other, _ = pipeline.quantize(model, WINDOWS, seeded, progress=False)
+    other, _ = pipeline.quantize_blocks(model, WINDOWS, seeded.quantization, progress=False)
     assert compiled == (rotation_fitting._fit_chunk._cache_size(), block._quantize_site._cache_size())
     assert jax.tree.structure(other) == jax.tree.structure(quantised[0])
     assert any((a != b).any() for a, b in zip(leaves(other), leaves(quantised[0]), strict=True))

@@ -41,7 +41,7 @@ def model(tiny_config):
 
 @pytest.fixture(scope="module")
 def quantized(model):
-    return pipeline.quantize(model, WINDOWS, RECIPE, progress=False)[0]
+    return pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)[0]
 
 
 def test_a_folder_holds_the_model_as_it_is_and_the_bits_of_every_part(quantized, tmp_path):
@@ -72,7 +72,7 @@ def test_it_predicts_nearer_to_the_original_than_the_published_fit_in_one_plane(
         rotation=RECIPE.rotation,
         activations=RECIPE.activations,
     )
-    alone = pipeline.quantize(model, WINDOWS, one_plane, progress=False)[0]
+    alone = pipeline.quantize_blocks(model, WINDOWS, one_plane.quantization, progress=False)[0]
     tokens = jnp.asarray(WINDOWS)
 
     def distance(other):

@@ -30,7 +30,7 @@ def teacher(tiny_config):
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    return pipeline.quantize(teacher, WINDOWS, QUANTISE, progress=False)[0]
+    return pipeline.quantize_blocks(teacher, WINDOWS, QUANTISE.quantization, progress=False)[0]
 
 
 def outputs(model):

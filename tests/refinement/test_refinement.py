@@ -44,7 +44,7 @@ def teacher(tiny_config):
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    return pipeline.quantize(teacher, WINDOWS, QUANTISE, progress=False)[0]
+    return pipeline.quantize_blocks(teacher, WINDOWS, QUANTISE.quantization, progress=False)[0]
 
 
 def kl(student, teacher, windows):
@@ -188,7 +188,7 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
     start = np.ones((104, 1), np.int32)
     text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
     windows = np.concatenate([start, text], axis=1)
-    student, _ = pipeline.quantize(model, windows[:8], QUANTISE, progress=False)
+    student, _ = pipeline.quantize_blocks(model, windows[:8], QUANTISE.quantization, progress=False)
     refined, _ = end_to_end.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
 
     def nll(model):
@@ -201,8 +201,8 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
 
 def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
     weights = dataclasses.replace(QUANTISE.weights, quantizer=TwoPlaneSettings(euclidean_steps=5, rounds=1))
-    student, _ = pipeline.quantize(
-        teacher, WINDOWS, dataclasses.replace(QUANTISE, weights=weights), progress=False
+    student, _ = pipeline.quantize_blocks(
+        teacher, WINDOWS, dataclasses.replace(QUANTISE, weights=weights).quantization, progress=False
     )
     settings = dataclasses.replace(REFINE, code_rate=3e-3, scale_rate=2e-3)
     refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (4, 1)), settings, progress=False)

@@ -19,14 +19,14 @@ from twla_jax.allocation import sensitivity
 from twla_jax.allocation.refit import refit_clips
 from twla_jax.core import ila_amp
 from twla_jax.core.ila_amp import SensitivityTable
+from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.models import sites
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import Recipe
 from twla_jax.text import recipe_windows
-from twla_jax.text.corpora import Corpus
-from twla_jax.text.sampled import SampledText
+from twla_jax.text.recipe_windows import DrawnText, Text
 
 # The ways to spend a budget that are compared; of equal ones the first is taken.
 METHODS = ("joint", "independent", "uniform")
@@ -57,21 +57,22 @@ class Measured:
 
 def allocate_bits(
     model: Decoder,
-    tokenizer: Any,
-    corpus: Corpus | SampledText,
+    text: Text,
     recipe: Recipe,
     *,
+    tokenizer: Any = None,
     tables: Mapping[str, Any] | None = None,
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any], dict[str, Any]]:
-    """Gives each activation site of a quantised model its own bits, `recipe.allocation.budget` on average.
+    """Give each activation site of a quantised model its own bits, `recipe.allocation.budget` on average.
 
     Args:
       model: quantised, with fitted clips.
-      corpus: marked for calibration; the one that the model was calibrated on, so that its windows can be avoided.
+      text: that which the model was calibrated on, so that its windows can be avoided (see `recipe_windows.draw`).
       recipe: `allocation` says what to do, `calibration` and `refine` what the model has seen of the text, which is
         avoided, `activations` how to fit clips.
+      tokenizer: of the model, where the text is a corpus.
       tables: what an earlier call returned for the same model and text; measured anew where it does not fit.
       work_dir: an interrupted measurement goes on from what it left here.
       progress: bars with an estimate of the time left, on stderr.
@@ -81,29 +82,39 @@ def allocate_bits(
       TwlaError: a corpus for evaluation, a text shorter than a window, a model that was not quantised, no feasible
         budget, or what `sensitivity.measure` refuses.
     """
-    measured = prepare(model, tokenizer, corpus, recipe, tables=tables, work_dir=work_dir, progress=progress)
+    drawn = recipe_windows.draw(text, recipe, tokenizer, model.config.vocab_size)
+    measured = prepare(model, drawn, recipe, tables=tables, work_dir=work_dir, progress=progress)
     allocated, result = choose(measured, progress=progress)
     return allocated, result, measured.tables
 
 
 def prepare(
     model: Decoder,
-    tokenizer: Any,
-    corpus: Corpus | SampledText,
+    text: DrawnText,
     recipe: Recipe,
     *,
     tables: Mapping[str, Any] | None = None,
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Measured:
-    """Measures the sensitivity table, or takes it from `tables`. Arguments and errors as for `allocate_bits`."""
+    """Measure the sensitivity table, or take it from `tables`.
+
+    Args:
+      model: quantised, with fitted clips.
+      text: its calibration and held-out windows.
+      recipe: as for `allocate_bits`.
+      tables: as for `allocate_bits`.
+      work_dir: as for `allocate_bits`.
+      progress: bars on stderr.
+
+    Raises:
+      TwlaError: as `allocate_bits`.
+    """
     sites.require_quantizers(model)
-    settings, drawn = recipe.allocation, recipe.calibration
-    seq_len = settings.seq_len or drawn.seq_len
-    check_length(seq_len, model.config)
-    tokens = recipe_windows.tokens_of(corpus, tokenizer, model.config.vocab_size, recipe)
-    held_out, overlap = recipe_windows.held_out_windows(tokens, recipe)
-    seen, _ = recipe_windows.seen_windows(tokens, recipe)
+    settings, held_out = recipe.allocation, text.held_out
+    if held_out is None:
+        raise TwlaError("bits are allocated on held-out windows: the text has none")
+    check_length(held_out.shape[1], model.config)
     model = jax.tree.map(jnp.asarray, model)
     average = ila_amp.average_bits(
         sites.input_bits(model).ravel(), sites.site_weights(model, "input", settings.weighting)
@@ -128,15 +139,15 @@ def prepare(
     return Measured(
         model=model,
         recipe=recipe,
-        calibration=seen,
+        calibration=text.calibration,
         held_out=held_out,
         table=table,
         figures={
             "held_out": {
-                **corpus.describe(),
+                **text.description,
                 "windows": len(held_out),
-                "seq_len": seq_len,
-                "seen_in_calibration": overlap,
+                "seq_len": held_out.shape[1],
+                "seen_in_calibration": text.overlap,
             },
             "table": {**table.effort, "reused": reused},
             "before": before,

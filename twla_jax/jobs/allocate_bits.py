@@ -18,7 +18,7 @@ from twla_jax.recipe import AllocationSettings, Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases
 from twla_jax.storage import checkpoint
-from twla_jax.text import corpora, sampled
+from twla_jax.text import corpora, recipe_windows, sampled
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.sampled import SampledText
 
@@ -64,9 +64,8 @@ def allocate_folder(
     recipe = dataclasses.replace(info.recipe, allocation=settings)
     work_dir = out.with_name(out.name + ".allocate")
     with phases("measure the table"):
-        measured = prepare(
-            model, tokenizer, text, recipe, tables=tables, work_dir=work_dir, progress=progress
-        )
+        drawn = recipe_windows.draw(text, recipe, tokenizer, model.config.vocab_size)
+        measured = prepare(model, drawn, recipe, tables=tables, work_dir=work_dir, progress=progress)
     result: dict[str, Any] = {}
     if settings.budget:
         with phases("choose bits"):

@@ -12,22 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax.allocation import choice
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.domains import evaluate_domains, format_domains
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.inference import self_sampling
 from twla_jax.inference.generation import generate
-from twla_jax.jobs import allocate_bits
+from twla_jax.jobs import allocate_bits, stages
 from twla_jax.jobs.loading import describe_model, kept_files, resolve_model
 from twla_jax.models import Decoder
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import computing_in
 from twla_jax.models.io import readers
 from twla_jax.models.sites import set_activation_bits
-from twla_jax.quantization import pipeline
 from twla_jax.recipe import Recipe
-from twla_jax.refinement import blockwise, clip_training, end_to_end
 from twla_jax.reports.run import Phases, environment, peak_memory
 from twla_jax.storage import accounting, checkpoint
 from twla_jax.text import corpora, recipe_windows, sampled
@@ -85,43 +82,16 @@ def quantize_to_folder(
     text = corpus or _sample_text(model, recipe, work_dir / corpora.SELF, phases, progress)
     with phases("tokenise the text"):
         vocab_size = model.config.vocab_size
-        tokens = recipe_windows.tokens_of(text, tokenizer, vocab_size, recipe)
-        windows, more = recipe_windows.seen_windows(tokens, recipe)
+        allocates = recipe.allocation.budget > 0
+        drawn = recipe_windows.draw(text, recipe, tokenizer, vocab_size, held_out=allocates)
         check_tokens = corpora.first_windows(check, tokenizer, vocab_size, check_windows, seq_len)
     score = functools.partial(evaluate, tokens=check_tokens, progress=progress)
     with phases("evaluate in full precision"):
         full_precision = score(model)
-    with phases("quantise"):
-        quantised, layers = pipeline.quantize(
-            model, windows, recipe, work_dir=work_dir, mesh=mesh, progress=progress
-        )
-    refined, refined_blocks, trained_clips = None, None, None
-    if recipe.refine.blocks:
-        with phases("refine block by block"):
-            quantised, refined_blocks = blockwise.refine_blocks(
-                quantised,
-                model,
-                windows,
-                recipe.refine.blocks,
-                work_dir=work_dir / "blocks",
-                progress=progress,
-            )
-    if recipe.refine.end_to_end:
-        with phases("refine"):
-            quantised, refined = end_to_end.refine(
-                quantised,
-                model,
-                more,
-                recipe.refine.end_to_end,
-                work_dir=work_dir / "refine",
-                progress=progress,
-            )
-    if recipe.refine.clips:
-        with phases("train clips"):
-            seen = more if len(more) else windows
-            quantised, trained_clips = clip_training.train_clips(
-                quantised, model, seen, recipe.refine.clips, work_dir=work_dir / "clips", progress=progress
-            )
+    work = stages.Work(
+        teacher=model, text=drawn, recipe=recipe, work_dir=work_dir, mesh=mesh, progress=progress
+    )
+    quantized, figures = stages.run_stages(stages.WEIGHT_STAGES, model, work, phases)
     by_domain: dict[str, Any] = {}
     if check.parts:
         with phases("compare with the original"):
@@ -130,27 +100,23 @@ def quantize_to_folder(
                 part.name: corpora.first_windows(part, tokenizer, vocab_size, each, seq_len)
                 for part in check.parts
             }
-            by_domain = {"by_domain": evaluate_domains(quantised, texts, original=model, progress=progress)}
+            by_domain = {"by_domain": evaluate_domains(quantized, texts, original=model, progress=progress)}
     del model
     with phases("evaluate the quantised model"):
         perplexity = {
-            f"A{bits}": score(set_activation_bits(quantised, bits))["perplexity"]
+            f"A{bits}": score(set_activation_bits(quantized, bits))["perplexity"]
             for bits in check_bits or [recipe.activations.bits]
         }
-    allocated: dict[str, Any] = {}
     extra = kept_files(path)
     if isinstance(text, sampled.SampledText):
-        extra[sampled.FILE] = sampled.dump(text, len(windows))
-    if recipe.allocation.budget:
-        with phases("allocate bits"):
-            quantised, allocated["allocation"], tables = choice.allocate_bits(
-                quantised, tokenizer, text, recipe, work_dir=work_dir / "ila_amp", progress=progress
-            )
-            extra[allocate_bits.TABLES] = allocate_bits.dump_tables(tables)
-            mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
-            perplexity[mixed] = score(quantised)["perplexity"]
+        extra[sampled.FILE] = sampled.dump(text, len(drawn.calibration))
+    quantized, allocated = stages.run_stages(stages.BIT_STAGES, quantized, work, phases)
+    if allocated:
+        extra[allocate_bits.TABLES] = allocate_bits.dump_tables(allocated.pop("tables"))
+        mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
+        perplexity[mixed] = score(quantized)["perplexity"]
     with phases("generate"):
-        sample = _check(quantised, full_precision["perplexity"], perplexity, check_tokens[0], allow_broken)
+        sample = _check(quantized, full_precision["perplexity"], perplexity, check_tokens[0], allow_broken)
     report = {
         **environment(),
         "model": describe_model(path),
@@ -158,7 +124,7 @@ def quantize_to_folder(
         "calibration": {
             **text.describe(),
             **dataclasses.asdict(recipe.calibration),
-            "tokens": int(windows.size),
+            "tokens": int(drawn.calibration.size),
         },
         "tokenizer": _describe_tokenizer(tokenizer),
         "dtype": dtype,
@@ -169,17 +135,15 @@ def quantize_to_folder(
             "sample": tokenizer.decode(sample),
             **by_domain,
         },
-        "layers": layers,
-        "refine_blocks": refined_blocks,
-        "refine": refined,
-        "train_clips": trained_clips,
+        **dict.fromkeys(("layers", "refine_blocks", "refine", "train_clips")),
+        **figures,
         **allocated,
         "seconds": phases.seconds,
         "peak_memory": peak_memory(),
         "peak_memory_by_phase": phases.peak_memory,
     }
     with phases("save"):
-        checkpoint.save(quantised, tokenizer, out, recipe, report, extra=extra, overwrite=overwrite)
+        checkpoint.save(quantized, tokenizer, out, recipe, report, extra=extra, overwrite=overwrite)
         shutil.rmtree(work_dir, ignore_errors=True)
     return {**report, "size": accounting.account(out)}
 

@@ -28,22 +28,12 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.quantization import rotation_fitting
 from twla_jax.quantization.block import finish_block, input_changes, quantize_block, sample_site
-from twla_jax.quantization.embedding import quantize_embeddings
 from twla_jax.quantization.stream import ResidualStream
-from twla_jax.recipe import Recipe
 from twla_jax.storage import resume
 
 _RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotated input is measured on
 _RANGE_TOKENS = 256  # of these
 _SNAPSHOT_SECONDS = 60  # between two copies of the residual stream to the working folder
-
-
-def quantize(
-    model: Decoder, windows: Int32[np.ndarray, "w s"], recipe: Recipe, **options: Any
-) -> tuple[Decoder, dict[str, Any]]:
-    """Quantise blocks, and embedding and head where the recipe says so; `options` as for `quantize_blocks`."""
-    quantised, figures = quantize_blocks(model, windows, recipe.quantization, **options)
-    return quantize_embeddings(quantised, recipe.embedding) if recipe.embedding else quantised, figures
 
 
 def quantize_blocks(

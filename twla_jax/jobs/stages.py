@@ -1,0 +1,177 @@
+"""The stages of a quantisation, in order: what the Python API, the command line and the ablation all run."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from twla_jax.allocation import choice
+from twla_jax.models import Decoder
+from twla_jax.quantization import pipeline
+from twla_jax.quantization.embedding import quantize_embeddings
+from twla_jax.recipe import Recipe
+from twla_jax.refinement import blockwise, clip_training, end_to_end
+from twla_jax.reports.run import Phases
+from twla_jax.text import recipe_windows
+from twla_jax.text.recipe_windows import DrawnText, Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What every stage may read.
+
+    Attributes:
+      teacher: the full-precision model.
+      text: the windows of each stage.
+      recipe: the settings of each stage.
+      work_dir: finished work is kept here, each stage's in a place of its own; None keeps none.
+      mesh: of the block-wise transform, see `quantize_blocks`.
+      progress: bars on stderr.
+    """
+
+    teacher: Decoder
+    text: DrawnText
+    recipe: Recipe
+    work_dir: Path | None = None
+    mesh: jax.sharding.Mesh | None = None
+    progress: bool = True
+
+    def options(self, place: str) -> dict[str, Any]:
+        """Return the options that all stages have, with the place of one stage's unfinished work."""
+        return {"work_dir": self.work_dir and self.work_dir / place, "progress": self.progress}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a quantisation.
+
+    Attributes:
+      name: what reports call it.
+      wanted: whether a recipe names it.
+      run: the model after it, and JSON-ready figures by name, from the model before it.
+    """
+
+    name: str
+    wanted: Callable[[Recipe], bool]
+    run: Callable[[Decoder, Work], tuple[Decoder, dict[str, Any]]]
+
+
+def _quantize(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
+    model, figures = pipeline.quantize_blocks(
+        model, work.text.calibration, work.recipe.quantization, mesh=work.mesh, **work.options("")
+    )
+    if work.recipe.embedding:
+        model = quantize_embeddings(model, work.recipe.embedding)
+    return model, {"layers": figures}
+
+
+def _refine_blocks(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
+    settings = work.recipe.refine.blocks
+    assert settings is not None
+    model, figures = blockwise.refine_blocks(
+        model, work.teacher, work.text.calibration, settings, **work.options("blocks")
+    )
+    return model, {"refine_blocks": figures}
+
+
+def _refine(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
+    settings = work.recipe.refine.end_to_end
+    assert settings is not None
+    model, figures = end_to_end.refine(
+        model, work.teacher, work.text.refinement, settings, **work.options("refine")
+    )
+    return model, {"refine": figures}
+
+
+def _train_clips(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
+    settings, text = work.recipe.refine.clips, work.text
+    assert settings is not None
+    windows = text.refinement if len(text.refinement) else text.calibration
+    model, figures = clip_training.train_clips(
+        model, work.teacher, windows, settings, **work.options("clips")
+    )
+    return model, {"train_clips": figures}
+
+
+def _allocate(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
+    measured = choice.prepare(model, work.text, work.recipe, **work.options("ila_amp"))
+    model, figures = choice.choose(measured, progress=work.progress)
+    return model, {"allocation": figures, "tables": measured.tables}
+
+
+# Of the weights; then of the bits of their inputs, which are chosen on the finished weights.
+WEIGHT_STAGES = (
+    Stage("quantise", lambda recipe: True, _quantize),
+    Stage("refine block by block", lambda recipe: recipe.refine.blocks is not None, _refine_blocks),
+    Stage("refine", lambda recipe: recipe.refine.end_to_end is not None, _refine),
+    Stage("train clips", lambda recipe: recipe.refine.clips is not None, _train_clips),
+)
+BIT_STAGES = (Stage("allocate bits", lambda recipe: recipe.allocation.budget > 0, _allocate),)
+
+
+def run_stages(
+    stages: Sequence[Stage], model: Decoder, work: Work, phases: Phases | None = None
+) -> tuple[Decoder, dict[str, Any]]:
+    """Run those stages that the recipe names, in order; return the model after them and their figures by name.
+
+    Args:
+      stages: of `WEIGHT_STAGES` and `BIT_STAGES`.
+      model: full precision for the first stage, quantised for the others.
+      work: what the stages read.
+      phases: where each stage is timed under its name.
+    """
+    phases = phases or Phases(verbose=False)
+    figures: dict[str, Any] = {}
+    for stage in stages:
+        if stage.wanted(work.recipe):
+            with phases(stage.name):
+                model, found = stage.run(model, work)
+            figures |= found
+    return model, figures
+
+
+def quantize(
+    model: Decoder,
+    text: Text,
+    recipe: Recipe,
+    *,
+    tokenizer: Any = None,
+    work_dir: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = True,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Quantise a model by every stage that the recipe names; return the quantised model and the stages' figures.
+
+    Args:
+      model: full precision; left as it is. Host (numpy) parameters go to the device one block at a time.
+      text: a corpus with its `tokenizer`, or tokens `[t]`, from which windows are drawn as the recipe's `calibration`
+        says; or windows `[w, s]` themselves, of which the last are held out for the allocation of bits, those before
+        refine and all others calibrate, as many as the recipe's `allocation` and `refine` name.
+      recipe: from `load_recipe`, or built in Python.
+      tokenizer: of the model, where the text is a corpus.
+      work_dir: finished work is kept here; a later call with the same arguments goes on from it.
+      mesh: with axes `data` and `model`: windows are split over `data`, parameters as `sharding.shardings` says.
+      progress: bars with an estimate of the time left, on stderr.
+
+    Returns:
+      The model, and JSON-ready figures: `layers` (see `quantize_blocks`), and of the stages that ran `refine_blocks`,
+      `refine`, `train_clips`, `allocation` (see `allocate_bits`) and its `tables`; `seconds` by stage.
+
+    Raises:
+      TwlaError: too little text for a stage of the recipe, or what a stage refuses. Nothing is left out silently.
+    """
+    allocates = recipe.allocation.budget > 0
+    drawn = recipe_windows.draw(text, recipe, tokenizer, model.config.vocab_size, held_out=allocates)
+    work = Work(
+        teacher=model,
+        text=drawn,
+        recipe=recipe,
+        work_dir=None if work_dir is None else Path(work_dir),
+        mesh=mesh,
+        progress=progress,
+    )
+    phases = Phases(verbose=False)
+    quantized, figures = run_stages((*WEIGHT_STAGES, *BIT_STAGES), model, work, phases)
+    return quantized, {**figures, "seconds": phases.seconds}
