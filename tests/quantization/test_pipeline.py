@@ -18,6 +18,8 @@ from twla_jax.models.io import readers
 from twla_jax.quantization import block, pipeline, rotation_fitting, stream
 from twla_jax.recipe import Recipe
 
+from helpers.compiled import compiled_programs
+
 RECIPE = Recipe(
     name="tiny",
     weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=5, rounds=1), group_size=16),
@@ -205,7 +207,7 @@ def test_propagation_brings_outputs_nearer_to_full_precision(stories):
 
 
 def test_another_seed_compiles_nothing_anew(model, quantised):
-    compiled = rotation_fitting._fit_chunk._cache_size(), block._quantize_site._cache_size()
+    compiled = compiled_programs(rotation_fitting._fit_chunk), compiled_programs(block._quantize_site)
     assert min(compiled) > 0
     seeded = dataclasses.replace(
         RECIPE,
@@ -213,6 +215,9 @@ def test_another_seed_compiles_nothing_anew(model, quantised):
         calibration=dataclasses.replace(RECIPE.calibration, seed=5),
     )
     other, _ = pipeline.quantize_blocks(model, WINDOWS, seeded.quantization, progress=False)
-    assert compiled == (rotation_fitting._fit_chunk._cache_size(), block._quantize_site._cache_size())
+    assert compiled == (
+        compiled_programs(rotation_fitting._fit_chunk),
+        compiled_programs(block._quantize_site),
+    )
     assert jax.tree.structure(other) == jax.tree.structure(quantised[0])
     assert any((a != b).any() for a, b in zip(leaves(other), leaves(quantised[0]), strict=True))

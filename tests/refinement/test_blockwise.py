@@ -14,6 +14,8 @@ from twla_jax.recipe import BlockRefinementSettings, Recipe
 from twla_jax.refinement import blockwise
 from twla_jax.storage import resume
 
+from helpers.compiled import compiled_programs
+
 QUANTISE = Recipe(
     weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=5, rounds=1), group_size=16),
     rotation=RotationSettings(steps=5),
@@ -61,7 +63,7 @@ def test_blocks_learn_with_one_compilation_and_keep_the_format(student, teacher,
     recipe = dataclasses.replace(REFINE, block_window=window)
     blockwise._fit.clear_cache()
     refined, figures = blockwise.refine_blocks(student, teacher, WINDOWS, recipe, progress=False)
-    assert blockwise._fit._cache_size() == 1
+    assert compiled_programs(blockwise._fit) == 1
     assert len(figures["loss"]) == 4 - window
     assert all(last < first for first, last in figures["loss"])
     assert 0 < figures["flipped"] < 0.5

@@ -98,14 +98,16 @@ def _launch_plan(
     of_two = {"gated": True, "wide": wides[1], "beside": beside}
     two = _link(residual, second, *gpu_linear.launch_plan(residual, second.rotation, second.weight, **of_two))
     if config.warpgroups != two.config.warpgroups:
-        raise ValueError(f"blocks have {config.warpgroups} and {two.config.warpgroups} warpgroups")
+        raise ValueError(f"blocks would need {config.warpgroups} and {two.config.warpgroups} warpgroups")
     for link in (one, two):
         if link.n > link.blocks * link.rows.each:
-            raise ValueError(f"blocks cannot take {link.n} rows at once")
+            raise ValueError(f"blocks cannot compute {link.n} rows at once")
         if link.blocks > multiprocessors():
-            raise ValueError(f"there are {link.blocks} blocks for {multiprocessors()} multiprocessors")
+            raise ValueError(
+                f"{link.blocks} blocks cannot all be resident on {multiprocessors()} multiprocessors"
+            )
     if two.config.stages == two.config.ahead:
-        raise ValueError("no weights are left to come after the wait")
+        raise ValueError("no weights would be left to load after the wait")
     return one, two
 
 

@@ -66,16 +66,20 @@ def _launch_plan(
     heads, quantized = weight.out_features // d - 2 * kv_heads, layer.scales is not None
     config = split_sizes.split_config(heads, heads // kv_heads, size, d, quantized=quantized, apart=True)
     if not config.apart:
-        raise ValueError("attention is faster whole")
+        raise ValueError("attention is faster without splits")
     config = split_sizes.all_at_once(config, size, d, quantized=quantized)
     shape = HeadShape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, config=config)
     beside = layer.entries.dtype.itemsize * math.prod(_staged_shape(shape)) + 8 * config.warps * (d + 2)
     rows, of_linear = gpu_linear.launch_plan(x, rotation, weight, wide=wide, beside=beside)
     blocks = pl.cdiv(weight.out_features, rows.each)
     if 4 * of_linear.warpgroups != config.warps:
-        raise ValueError(f"blocks have {of_linear.warpgroups} warpgroups for products, {config.warps} warps")
+        raise ValueError(
+            f"blocks would need {of_linear.warpgroups} warpgroups for products, {config.warps} warps for attention"
+        )
     if not heads * config.splits <= blocks <= min(STREAMING_MULTIPROCESSORS, multiprocessors()):
-        raise ValueError(f"there are {blocks} blocks for rows, and {heads * config.splits} for positions")
+        raise ValueError(
+            f"{blocks} blocks for rows and {heads * config.splits} for positions do not fit together"
+        )
     return rows, of_linear, shape
 
 

@@ -31,5 +31,5 @@ def tile_config(rows: int, columns: int, tokens: int, other: int) -> RingTileCon
     chosen = ring_tiles.tile_config(rows, 1, columns, 1, other, of_row=of_row, in_flight=_IN_FLIGHT)
     in_flight = ring_tiles.bytes_in_flight(chosen, 1)
     if in_flight < min(_LEAST_IN_FLIGHT, columns * ring_tiles.tile_bytes(chosen.rows)):
-        raise ValueError(f"{other} bytes leave no room for more than {in_flight} of weights")
+        raise ValueError(f"{other} bytes in use leave no room for more than {in_flight} bytes of weights")
     return chosen

@@ -63,7 +63,7 @@ def tile_config(
         if allowed and room > 0 and (passes == 1 or asked >= _LEAST_STAGES or each * matrices == _LEAST_ROWS):
             return RingTileConfig(rows=each, warpgroups=warpgroups, stages=min(room, own * passes))
         if room < 1 and each * matrices == _LEAST_ROWS:
-            raise ValueError(f"{other} bytes leave no room for tiles of {slot}")
+            raise ValueError(f"{other} bytes in use leave no room for tiles of {slot} bytes")
 
 
 def bytes_in_flight(config: RingTileConfig, matrices: int) -> int:
