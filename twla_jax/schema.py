@@ -101,6 +101,17 @@ def mapping(check: Check | None = None, *, longest: int = 10**6) -> Check:
     return Check(expected=f"an object{values}", accepts=accepts)
 
 
+def record(**fields: Check) -> Check:
+    """Accepts objects that have each of these fields, and in it what its check accepts; others are left alone."""
+
+    def accepts(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(
+            name in value and check.accepts(value[name]) for name, check in fields.items()
+        )
+
+    return Check(expected=f"an object with {', '.join(fields)}", accepts=accepts)
+
+
 def check_values(values: Mapping[str, Any], table: Mapping[str, Check], source: str) -> None:
     """Check every value that has an entry in the table; keys that the table does not name are left alone.
 

@@ -100,7 +100,7 @@ def test_a_recipe_that_breaks_the_model_is_a_row_like_any_other(compared, capsys
     [
         (["--recipes", "w9"], "neither a file nor one of"),
         (["--windows", "5"], "was made from another model, text or recipe"),
-        (["--activation-bits", "5"], "must be among"),
+        (["--activation-bits", "5"], "must be one of 16, 8, 6, 4, 2"),
         (["--plot", "picture.xyz"], "picture.xyz"),
         (["--recipes", "rtn-int4,rtn-int4"], "two rows are called rtn-int4"),
     ],

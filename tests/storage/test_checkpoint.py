@@ -82,7 +82,7 @@ def test_a_damaged_folder_is_refused_naming_the_file(saved, file, damage):
 def test_a_newer_format_is_refused(saved):
     manifest = json.loads((saved / "twla.json").read_text())
     manifest["format_version"] = 99
-    manifest["checksum"] = checkpoint._checksum(manifest)
+    manifest["checksum"] = checkpoint.checksum(manifest)
     (saved / "twla.json").write_text(json.dumps(manifest))
     with pytest.raises(TwlaError, match="format 99"):
         checkpoint.load(saved)

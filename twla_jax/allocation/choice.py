@@ -22,6 +22,7 @@ from twla_jax.core.ila_amp import SensitivityTable
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.models import sites
+from twla_jax.models.arguments import require_model, require_settings
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import Recipe
@@ -110,6 +111,8 @@ def prepare(
     Raises:
       TwlaError: as `allocate_bits`.
     """
+    require_model(model)
+    require_settings(recipe, Recipe, "recipe")
     sites.require_quantizers(model)
     settings, held_out = recipe.allocation, text.held_out
     if held_out is None:

@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, Int, Int32
 from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.config import check_vocabulary
+from twla_jax.limits import check_number
+from twla_jax.models.arguments import checked_tokens, require_model
+from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder
 from twla_jax.text.token_ids import cut, text_length
 
@@ -55,13 +57,19 @@ def evaluate(
     Returns:
       `perplexity`, `nll` (its logarithm, nats per token), `windows`, `tokens` (in these windows) and `seq_len`.
     Raises:
-      TwlaError: as `cut_windows`; a token is not in the model's vocabulary.
+      TwlaError: as `cut_windows`; what `checked_tokens` refuses; a number is out of its range.
     """
-    tokens = np.asanyarray(tokens)  # which may know of a BOS
-    check_vocabulary(tokens, model.config.vocab_size)
-    windows = (cut_windows(tokens, seq_len) if tokens.ndim == 1 else tokens.astype(np.int32))[:max_windows]
-    if windows.size == 0:
-        raise TwlaError(f"max_windows {max_windows}: there is no window to evaluate")
+    require_model(model)
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("chunk", chunk)):
+        check_number(name, value)
+    if max_windows is not None:
+        check_number("max_windows", max_windows)
+    # May know of a BOS, and stays what it is.
+    tokens = checked_tokens(tokens, model.config, "tokens", ranks=(1, 2))
+    windows = (cut_windows(tokens, seq_len) if tokens.ndim == 1 else tokens)[:max_windows]
+    check_number("seq_len", windows.shape[1])
+    check_length(windows.shape[1], model.config)
+    batch_size = min(batch_size, len(windows))
     # Host parameters move to the device once, not at every call.
     model = jax.tree.map(jnp.asarray, model)
     total = 0.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.config import check_vocabulary
+from twla_jax.limits import check_number
+from twla_jax.models.arguments import checked_tokens, require_model
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache
 
@@ -67,24 +69,23 @@ def _checked(
     prompt, model, max_new_tokens, temperature=0.0, key=None, eos_token_ids=None, cache_dtype=None
 ) -> tuple:
     """The arguments of `stream` as arrays, if they are usable."""
-    prompt = np.asarray(prompt, np.int32)
+    require_model(model)
+    prompt = checked_tokens(prompt, model.config, "prompt", fits=False)
     length = prompt.shape[1]
-    if prompt.size == 0:
-        raise TwlaError("the prompt has no tokens")
-    if max_new_tokens < 1:
-        raise TwlaError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
-    if not 0 <= temperature < float("inf"):
-        raise TwlaError(f"temperature {temperature}: 0 or more is needed")
+    check_number("max_new_tokens", max_new_tokens)
+    check_number("temperature", temperature)
     if (total := length + max_new_tokens) > model.config.max_position_embeddings:
         limit = model.config.max_position_embeddings
         raise TwlaError(
             f"max_new_tokens {max_new_tokens}: with {length} prompt tokens {total}, above the model's {limit}"
         )
-    check_vocabulary(prompt, model.config.vocab_size)
     ends = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
     key = jax.random.key(0) if key is None else key
     model = jax.tree.map(jnp.asarray, model)  # once, not at every step
-    ends = np.asarray(list(ends), np.int32)
+    try:
+        ends = np.asarray([operator.index(each) for each in ends], np.int32)
+    except (TypeError, OverflowError):
+        raise TwlaError(f"eos_token_ids {ends!r}: must be token ids") from None
     return model, prompt, max_new_tokens, jnp.float32(temperature), key, ends, cache_dtype
 
 
@@ -206,6 +207,7 @@ def stream_text(
     Raises:
       TwlaError: what `generate.stream` refuses.
     """
+    check_number("seed", seed)
     ids = list(tokenizer(prompt)["input_ids"])
     shown = len(tokenizer.decode(ids, skip_special_tokens=True))
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "key": jax.random.key(seed)}
@@ -233,8 +235,8 @@ def sample_texts(
     Raises:
       TwlaError: what `generation.stream` refuses, or fewer than one sample.
     """
-    if samples < 1:
-        raise TwlaError(f"samples {samples}: at least 1 is needed")
+    check_number("samples", samples)
+    check_number("seed", seed)
     ids = np.asarray(tokenizer(prompt)["input_ids"], np.int32)
     tokens = generate(
         model,

@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import Int32
 from tqdm import tqdm
 
-from twla_jax.errors import TwlaError
 from twla_jax.inference import generation
 from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.limits import check_number
+from twla_jax.models.arguments import require_model
+from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.storage import resume
 
@@ -42,11 +44,13 @@ def sample_text(
       work_dir: finished batches are kept here; a later call for the same model, length and seed goes on from them.
       progress: a bar with an estimate of the time left, on stderr.
     Raises:
-      TwlaError: `seq_len` is below 2 or exceeds the model's positions, or the folder is of another model.
+      TwlaError: a number is out of its range, `seq_len` exceeds the model's positions, or the folder is another's.
     """
+    require_model(model)
+    for name, value in (("rows", rows), ("seq_len", seq_len), ("seed", seed)):
+        check_number(name, value)
     config = model.config
-    if seq_len < 2:
-        raise TwlaError(f"seq_len {seq_len}: a window needs at least 2 tokens")
+    check_length(seq_len, config)
     batch = _batch(config, seq_len)
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, seq_len, seed, batch)
     done: list[np.ndarray] = []

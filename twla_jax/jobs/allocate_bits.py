@@ -11,9 +11,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from twla_jax import json_files, schema
 from twla_jax.allocation.choice import LOSS_TOKENS, METHODS, choose, frontier, prepare
 from twla_jax.core import ila_amp
+from twla_jax.core.ila_amp import SensitivityTable
+from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate, perplexity
+from twla_jax.jobs import places
 from twla_jax.recipe import AllocationSettings, Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases
@@ -23,8 +27,11 @@ from twla_jax.text.corpora import Corpus
 from twla_jax.text.sampled import SampledText
 
 TABLES = "ila_amp.json"
+_ROWS = schema.sequence(schema.sequence(schema.number(0, 1), longest=4, shortest=4), longest=10**4)
+WORK = ".allocate"  # ending of the folder beside OUT that keeps what is measured
 
 
+@places.writes(work=WORK, changes_saved=True)
 def allocate_folder(
     out: str | Path,
     settings: AllocationSettings,
@@ -60,9 +67,9 @@ def allocate_folder(
         model, tokenizer, info = checkpoint.load(out, dtype=jnp.dtype(dtype))
         text = _load_text(out, corpus or info.recipe.calibration.corpus, info.recipe)
         check = corpora.load_corpus(check_corpus, "evaluation") if check_corpus else None
-        tables = json.loads((out / TABLES).read_text()) if (out / TABLES).is_file() else None
+        tables = read_tables(out / TABLES) if (out / TABLES).is_file() else None
     recipe = dataclasses.replace(info.recipe, allocation=settings)
-    work_dir = out.with_name(out.name + ".allocate")
+    work_dir = out.with_name(out.name + WORK)
     with phases("measure the table"):
         drawn = recipe_windows.draw(text, recipe, tokenizer, model.config.vocab_size)
         measured = prepare(model, drawn, recipe, tables=tables, work_dir=work_dir, progress=progress)
@@ -96,6 +103,26 @@ def allocate_folder(
         )
         shutil.rmtree(work_dir, ignore_errors=True)
     return {**result, "seconds": phases.seconds}
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """Returns the contents of a folder's `ila_amp.json`.
+
+    Raises:
+      TwlaError: it holds something else.
+    """
+    tables = json_files.read_json(path)
+    wanted = {
+        "clips": schema.mapping(_ROWS),
+        "tables": schema.mapping(schema.record(fingerprint=schema.text(64))),
+    }
+    schema.check_values({"clips": None, "tables": None, **tables}, wanted, str(path))
+    try:
+        for entry in tables["tables"].values():
+            SensitivityTable.from_dict(entry["table"])
+    except (KeyError, TypeError, ValueError):
+        raise TwlaError(f"{path}: holds no sensitivity table; remove it to measure anew") from None
+    return tables
 
 
 def dump_tables(tables: Mapping[str, Any]) -> str:

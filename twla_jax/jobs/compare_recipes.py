@@ -4,7 +4,7 @@ Every row is a folder that `workflow.quantize_to_folder` wrote, counted by `acco
 `evaluation.evaluate`; baselines are recipes like any other.
 """
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from twla_jax import json_files, json_text, schema
 from twla_jax.core.activation import OFF
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
-from twla_jax.jobs import loading, quantize_model
+from twla_jax.jobs import loading, places, quantize_model
 from twla_jax.models import sites
 from twla_jax.models.config import check_length
 from twla_jax.models.io import readers
 from twla_jax.recipe import Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases, environment
+from twla_jax.schema import check_values
 from twla_jax.storage import accounting, checkpoint, resume
 from twla_jax.text import corpora
 from twla_jax.text.corpora import Corpus
 
 RESULTS = "compare.json"
+# What `evaluate` returns; a perplexity that is not finite was written as null.
+_FIGURE = schema.optional(schema.number(0, 1e308))
+_SCORE = schema.record(perplexity=_FIGURE, nll=_FIGURE, windows=schema.integer(1, 10**9))
 
 
+@places.writes_into(RESULTS)
 def compare_recipes(
     model_name: str | Path,
     entries: Sequence[Recipe | Path],
@@ -73,13 +79,16 @@ def compare_recipes(
     text = corpora.load_corpus(corpus, "evaluation")
     source = loading.describe_model(path)["sha256"]
     names = [_name(entry) for entry in entries]
+    for entry in entries:
+        if isinstance(entry, Recipe):
+            places.check_name(entry.name)
+            if entry.name.lower() == RESULTS:
+                raise TwlaError(f"recipe name '{entry.name}': is the name of the file with the figures")
     if twice := {name for name in names if names.count(name) > 1}:
         raise TwlaError(f"two rows are called {', '.join(sorted(twice))}")
     for entry in entries:
         if isinstance(entry, Recipe) and (out / entry.name).exists():
             _check_reusable(out / entry.name, entry, source)
-    if out.exists() and not out.is_dir():
-        raise TwlaError(f"{out}: is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
     phases = Phases(verbose=progress)
     measured = _Measured(out / RESULTS)
@@ -135,16 +144,27 @@ class _Measured:
 
     def __init__(self, path: Path):
         self._path = path
-        try:
-            self.scores = json.loads(path.read_text())["scores"] if path.exists() else {}
-        except (ValueError, KeyError, TypeError):
-            raise TwlaError(f"{path}: damaged; remove it") from None
+        self.scores: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            try:
+                read = json_files.read_json(path)
+                check_values({"scores": None, **read}, {"scores": schema.mapping(_SCORE)}, str(path))
+            except TwlaError as error:
+                raise TwlaError(f"{error}; remove it") from None
+            unknown = {"perplexity": math.nan, "nll": math.nan}
+            self.scores = {
+                key: score | {name: value for name, value in unknown.items() if score[name] is None}
+                for key, score in read["scores"].items()
+            }
 
     def add(self, fingerprint: str, score: dict[str, Any]) -> None:
         self.scores[fingerprint] = score
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(json.dumps({"scores": self.scores}, indent=1) + "\n")
-        temporary.rename(self._path)
+        try:
+            temporary.write_text(json_text.dumps({"scores": self.scores}))
+            temporary.rename(self._path)
+        except OSError as error:
+            raise TwlaError(f"{self._path}: {error.strerror}") from None
 
 
 class _Scorer:
@@ -222,7 +242,7 @@ def _check_reusable(folder: Path, recipe: Recipe, source: Any) -> None:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / checkpoint.REPORT).read_text())
+    return checkpoint.read_report(folder)
 
 
 def _name(entry: Recipe | Path) -> str:

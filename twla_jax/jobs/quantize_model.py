@@ -17,7 +17,7 @@ from twla_jax.evaluation.domains import evaluate_domains, format_domains
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.inference import self_sampling
 from twla_jax.inference.generation import generate
-from twla_jax.jobs import allocate_bits, stages
+from twla_jax.jobs import allocate_bits, places, stages
 from twla_jax.jobs.loading import describe_model, kept_files, resolve_model
 from twla_jax.models import Decoder
 from twla_jax.models.config import check_length
@@ -29,9 +29,11 @@ from twla_jax.reports.run import Phases, environment, peak_memory
 from twla_jax.storage import accounting, checkpoint
 from twla_jax.text import corpora, recipe_windows, sampled
 
+WORK = ".partial"  # ending of the folder beside OUT that keeps what is finished
 _CHECK_TOKENS = 32
 
 
+@places.writes(work=WORK)
 def quantize_to_folder(
     model_name: str | Path,
     out: str | Path,
@@ -63,7 +65,6 @@ def quantize_to_folder(
       TwlaError: an input that cannot be used, or a quantised model that fails its check.
     """
     out = Path(out)
-    checkpoint.check_output(out, overwrite)
     phases = Phases(verbose=progress)
     with phases("read the model"):
         path = resolve_model(model_name)
@@ -78,7 +79,7 @@ def quantize_to_folder(
         # and half of float32's bytes, here and on the disk. Tensors stored as floats keep their own type.
         model, tokenizer = readers.read_model(path, dtype=jnp.float16)
         model = computing_in(model, dtype)
-    work_dir = out.with_name(out.name + ".partial")
+    work_dir = out.with_name(out.name + WORK)
     text = corpus or _sample_text(model, recipe, work_dir / corpora.SELF, phases, progress)
     with phases("tokenise the text"):
         vocab_size = model.config.vocab_size

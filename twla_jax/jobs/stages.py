@@ -9,13 +9,16 @@ import jax
 
 from twla_jax.allocation import choice
 from twla_jax.models import Decoder
+from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
 from twla_jax.quantization import pipeline
 from twla_jax.quantization.embedding import quantize_embeddings
 from twla_jax.recipe import Recipe
 from twla_jax.refinement import blockwise, clip_training, end_to_end
 from twla_jax.reports.run import Phases
 from twla_jax.text import recipe_windows
+from twla_jax.text.corpora import Corpus
 from twla_jax.text.recipe_windows import DrawnText, Text
+from twla_jax.text.sampled import SampledText
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,10 @@ def quantize(
     Raises:
       TwlaError: too little text for a stage of the recipe, or what a stage refuses. Nothing is left out silently.
     """
+    require_full_precision(model)
+    require_settings(recipe, Recipe, "recipe")
+    if not isinstance(text, Corpus | SampledText):
+        text = checked_tokens(text, model.config, "text", ranks=(1, 2))
     allocates = recipe.allocation.budget > 0
     drawn = recipe_windows.draw(text, recipe, tokenizer, model.config.vocab_size, held_out=allocates)
     work = Work(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.core.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.errors import TwlaError
+from twla_jax.limits import check_number
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
@@ -126,8 +127,9 @@ def set_activation_bits(model: Decoder, bits: int) -> Decoder:
       bits: 2, 4, 6 or 8; 16 for off.
 
     Raises:
-      TwlaError: the model was not quantised, so there are no clips to quantise its inputs with.
+      TwlaError: `bits` are others, or the model was not quantised, so there are no clips to quantise its inputs with.
     """
+    check_number("activation_bits", bits)
 
     def is_quantizer(leaf: object) -> bool:
         return isinstance(leaf, ActivationQuantizer)

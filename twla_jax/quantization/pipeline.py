@@ -22,8 +22,8 @@ from twla_jax.core.settings import QuantizationSettings
 from twla_jax.devices import warn_if_triton_gemm
 from twla_jax.errors import TwlaError
 from twla_jax.models import sharding
+from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
 from twla_jax.models.blocks import ChainBlock
-from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.quantization import rotation_fitting
@@ -61,11 +61,13 @@ def quantize_blocks(
       `damping`, `rotation_loss` before and after, `clips`) and `seconds` by stage.
 
     Raises:
-      TwlaError: a token outside the vocabulary, a working folder of other work, or a layer whose errors are not finite.
+      TwlaError: the model is quantised already, what `checked_tokens` refuses, a working folder of other work, or a
+        layer whose errors are not finite.
     """
     warn_if_triton_gemm()
-    windows = np.asarray(windows, np.int32)
-    check_vocabulary(windows, model.config.vocab_size)
+    require_full_precision(model)
+    require_settings(settings, QuantizationSettings, "settings")
+    windows = checked_tokens(windows, model.config, "windows")
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, settings)
     start = time.perf_counter()
     looks_at_inputs = settings.rotation is not None and settings.rotation.range_weight > 0

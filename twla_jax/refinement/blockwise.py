@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
 from twla_jax.core.activation import OFF
+from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.blocks import Context
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
@@ -50,6 +51,9 @@ def refine_blocks(
       `loss` (for each, means of the first and the last tenth of the steps), `flipped` (share of codes that changed).
       Blocks whose loss has not fallen are left as they were.
     """
+    require_pair(student, teacher)
+    require_settings(settings, BlockRefinementSettings, "settings")
+    windows = checked_tokens(windows, teacher.config, "windows")
     original, dtype, steps = student, jnp.dtype(settings.dtype), settings.steps
     student, teacher = (end_to_end.training_form(model, dtype) for model in (student, teacher))
     latents = init_latents(student, teacher)

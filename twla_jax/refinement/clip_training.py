@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from twla_jax.errors import TwlaError
+from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import ClipTrainingSettings
 from twla_jax.refinement import end_to_end
@@ -38,10 +38,11 @@ def train_clips(
     Returns:
       The model with other clips, and the figures of `refinement.refine`.
     Raises:
-      TwlaError: no window at all.
+      TwlaError: two models that do not belong together, or what `checked_tokens` refuses.
     """
-    if not len(windows):
-        raise TwlaError("clips need text to learn on, not 0 windows")
+    require_pair(student, teacher)
+    require_settings(settings, ClipTrainingSettings, "settings")
+    windows = checked_tokens(windows, teacher.config, "windows")
     batches = np.resize(windows, (settings.steps, settings.batch, windows.shape[1]))
     original, dtype = student, jnp.dtype(settings.dtype)
     student, teacher = (end_to_end.training_form(model, dtype) for model in (student, teacher))

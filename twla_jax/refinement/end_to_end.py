@@ -29,6 +29,7 @@ from twla_jax.core.activation import (
     OFF,
 )
 from twla_jax.errors import TwlaError
+from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.layers import replace
@@ -66,8 +67,11 @@ def refine(
       windows, before and after), `flipped` (share of codes that changed), and `kept`: False where the model ended
       further from its teacher on those windows than it began, and is returned as it was.
     Raises:
-      TwlaError: fewer windows than one batch.
+      TwlaError: two models that do not belong together, what `checked_tokens` refuses, fewer windows than one batch.
     """
+    require_pair(student, teacher)
+    require_settings(settings, EndToEndSettings, "settings")
+    windows = checked_tokens(windows, teacher.config, "windows")
     steps = len(windows) // settings.batch
     if not steps:
         raise TwlaError(

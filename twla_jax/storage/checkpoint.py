@@ -10,12 +10,10 @@ OUT/twla.json     format, model configuration, recipe, every tensor's layout, ev
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from twla_jax import json_text
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.kotms import KroneckerRotation
@@ -35,13 +34,22 @@ from twla_jax.models.io.tokenizer import load_tokenizer, save_tokenizer
 from twla_jax.recipe import Recipe
 from twla_jax.storage import folders, locks, places
 from twla_jax.storage.codec import codec_of, pack_stored, unpack_stored
+from twla_jax.storage.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PARAMS,
+    REPORT,
+    TOKENIZER,
+    array_name,
+    checksum,
+    read_config,
+    read_manifest,
+    read_report,
+    unlisted,
+    verify,
+)
 from twla_jax.version import __version__
 
-FORMAT_VERSION = 1
-MANIFEST = "twla.json"
-REPORT = "report.json"
-_PARAMS = "params"
-_TOKENIZER = "tokenizer"
 # How a parameter that is no plain array is told apart in the manifest. Its static fields are kept there by name.
 _KINDS: dict[str, type] = {
     "ternary": TernaryTensor,
@@ -120,6 +128,16 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
             raise TwlaError(f"{folder}: exists and is not empty; choose another folder or give --overwrite")
         if not is_checkpoint(folder):
             raise TwlaError(f"{folder}: holds no quantised model, so it is not overwritten")
+        if others := _others(folder):
+            raise TwlaError(f"{others[0]}: was not written by twla and would be lost; move it away first")
+
+
+def _others(folder: Path) -> list[Path]:
+    """Returns the files of a quantised folder that were not saved with the model; none where it is damaged."""
+    try:
+        return unlisted(folder, read_manifest(folder))
+    except TwlaError:
+        return []
 
 
 def save(
@@ -150,17 +168,17 @@ def save(
       TwlaError: what `claim` refuses, a name in `extra` that is not that of a file of its own in the folder, a report
         that JSON cannot hold, or a disk without room. The folder is then as it was before.
     """
-    more = {REPORT: _dumps(report), **_checked_extra(extra or {})}
+    more = {REPORT: json_text.dumps(report), **_checked_extra(extra or {})}
     with claim(Path(os.path.abspath(places.expand(folder))), overwrite=overwrite) as folder:
         arrays, tensors = _to_stored(model)
         folders.require_room(folder, [array.nbytes for array in arrays.values()])
         with folders.beside(folder) as temporary:
             with _checkpointer() as checkpointer:
-                checkpointer.save(temporary / _PARAMS, arrays)
+                checkpointer.save(temporary / PARAMS, arrays)
             for name in _UNREAD:
-                (temporary / _PARAMS / name).unlink(missing_ok=True)
+                (temporary / PARAMS / name).unlink(missing_ok=True)
             if tokenizer is not None:
-                save_tokenizer(tokenizer, temporary / _TOKENIZER)
+                save_tokenizer(tokenizer, temporary / TOKENIZER)
             _write_files(temporary, more)
             _seal(temporary, model.config, recipe, tensors, {})
 
@@ -185,7 +203,7 @@ def revise(
       TwlaError: no such model, or a disk without room. The folder is then as it was before.
     """
     with claim_saved(Path(os.path.abspath(places.expand(folder)))) as folder:
-        _revise(folder, model, recipe, {REPORT: _dumps(report), **_checked_extra(extra)})
+        _revise(folder, model, recipe, {REPORT: json_text.dumps(report), **_checked_extra(extra)})
 
 
 def _revise(folder: Path, model: Decoder, recipe: Recipe, written: Mapping[str, str | bytes]) -> None:
@@ -195,17 +213,18 @@ def _revise(folder: Path, model: Decoder, recipe: Recipe, written: Mapping[str, 
         kept = dict(manifest["files"])
         for name in written.keys() & kept.keys():
             del kept[name]
-        for name in kept:
+        others = {path.relative_to(folder).as_posix() for path in unlisted(folder, manifest)} - written.keys()
+        for name in [*kept, *others]:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             folders.link(folder / name, temporary / name)
         for name, array in activations.items():
             # One uncompressed chunk, as `save` leaves it. A new file: the old one is the old folder's, too.
-            chunk = Path(_PARAMS, name, ".".join("0" * array.ndim))
+            chunk = Path(PARAMS, name, ".".join("0" * array.ndim))
             del kept[str(chunk)]
             (temporary / chunk).unlink()
             (temporary / chunk).write_bytes(jax.device_get(array).tobytes())
         _write_files(temporary, written)
-        _seal(temporary, model.config, recipe, {**manifest["tensors"], **tensors}, kept)
+        _seal(temporary, model.config, recipe, {**manifest["tensors"], **tensors}, kept, unsaved=others)
 
 
 def load(
@@ -226,50 +245,20 @@ def load(
     """
     folder = Path(os.path.abspath(folder))
     manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise TwlaError(f"{path}: missing; the folder is damaged")
-        if path.stat().st_size != expected["bytes"] or folders.fingerprint(path) != expected:
-            raise TwlaError(f"{path}: differs from what was saved; the folder is damaged")
-    config = DecoderConfig.from_dict(manifest["config"])
+    verify(folder, manifest)
+    config = read_config(manifest, str(folder / MANIFEST))
     settings = {} if dtype is None else {"dtype": dtype}
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **settings))
-    for name, entry in manifest["tensors"].items():
-        _assign(model, name, _abstract(entry))
-    _restore(model, folder / _PARAMS, manifest["tensors"], mesh)
-    tokenizer = load_tokenizer(folder / _TOKENIZER) if (folder / _TOKENIZER).is_dir() else None
+    _describe(model, manifest["tensors"], folder / MANIFEST)
+    _restore(model, folder / PARAMS, manifest["tensors"], mesh)
+    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     info = CheckpointInfo(
         recipe=Recipe.from_dict(manifest["recipe"], source=str(folder / MANIFEST)),
-        report=json.loads((folder / REPORT).read_text()),
+        report=read_report(folder),
         config=config,
         tensors=manifest["tensors"],
     )
     return model, tokenizer, info
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return the checked contents of a folder's `twla.json`; reads no array.
-
-    Raises:
-      TwlaError: no such file, one that was changed or cut short, or a format this version does not know.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise TwlaError(f"{folder}: not a quantised model (no {MANIFEST})")
-    try:
-        manifest = json.loads(path.read_text())
-        intact = manifest["checksum"] == _checksum(manifest)
-    except (ValueError, KeyError, TypeError):
-        intact = False
-        manifest = {}
-    if not intact:
-        raise TwlaError(f"{path}: cut short or changed; the folder is damaged")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise TwlaError(
-            f"{path}: format {manifest['format_version']}, but this version reads {FORMAT_VERSION}"
-        )
-    return manifest
 
 
 def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -291,7 +280,7 @@ def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dic
         for part, array in parts.items():
             if codec := codec_of(kind, static, part):
                 parts[part] = pack_stored(array, codec)
-            arrays[_array_name(name, part)] = parts[part]
+            arrays[array_name(name, part)] = parts[part]
         tensors[name] = {
             "kind": kind,
             "static": static,
@@ -300,6 +289,28 @@ def _to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dic
             },
         }
     return arrays, tensors
+
+
+def _describe(model: Decoder, tensors: dict[str, Any], source: Path) -> None:
+    """Put abstract parameters as the manifest describes them into an abstract model.
+
+    Raises:
+      TwlaError: a parameter that the model does not have or that is missing, or one of another size.
+    """
+    before = {
+        ".".join(map(str, path)): variable.get_value().shape
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    if missing := before.keys() - tensors.keys():
+        raise TwlaError(f"{source}: describes no {min(missing)}; the folder is damaged")
+    for name, entry in tensors.items():
+        try:
+            value = _abstract(entry)
+            _assign(model, name, value)
+        except (AttributeError, TypeError, ValueError, KeyError):
+            raise TwlaError(f"{source}: describes {name[:100]!r}, which is no part of the model") from None
+        if name in before and sorted(before[name]) != sorted(value.shape):
+            raise TwlaError(f"{source}: {name} is {list(value.shape)}, the model's {list(before[name])}")
 
 
 def _abstract(entry: dict[str, Any]) -> Any:
@@ -333,15 +344,19 @@ def _restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sh
             sharding = targets[name] if part == "" else getattr(targets[name], part)
             if codec_of(entry["kind"], entry["static"], part):
                 sharding = _stored_sharding(a["shape"], mesh) or single
-            wanted[_array_name(name, part)] = jax.ShapeDtypeStruct(
+            wanted[array_name(name, part)] = jax.ShapeDtypeStruct(
                 tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=sharding
             )
     with _checkpointer() as checkpointer:
-        arrays = checkpointer.restore(
-            params, item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
-        )
+        try:
+            arrays = checkpointer.restore(
+                params, item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+            )
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TwlaError(f"{params}: cannot be read as {MANIFEST} describes it ({reason})") from None
     for name, entry in tensors.items():
-        parts = {part: arrays.pop(_array_name(name, part)) for part in entry["arrays"]}
+        parts = {part: arrays.pop(array_name(name, part)) for part in entry["arrays"]}
         for part, stored in parts.items():
             if codec := codec_of(entry["kind"], entry["static"], part):
                 placed = getattr(targets[name], part)
@@ -366,10 +381,6 @@ def _assign(model: Decoder, name: str, value: Any) -> None:
     setattr(module, last, nnx.data(nnx.Param(value)))
 
 
-def _array_name(tensor: str, part: str) -> str:
-    return f"{tensor}.{part}" if part else tensor
-
-
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
     """Yield a checkpointer that writes one uncompressed file an array: the disk then holds what the accounting says.
@@ -392,7 +403,7 @@ def _checked_extra(extra: Mapping[str, str | bytes]) -> Mapping[str, str | bytes
     Raises:
       TwlaError: another folder's name, one of the files that `save` itself writes, or a content that is no text.
     """
-    taken = {MANIFEST, REPORT, _PARAMS, _TOKENIZER}
+    taken = {MANIFEST, REPORT, PARAMS, TOKENIZER}
     for name, content in extra.items():
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or name.lower() in taken:
             raise TwlaError(
@@ -409,10 +420,19 @@ def _write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 
 
 def _seal(
-    folder: Path, config: DecoderConfig, recipe: Recipe, tensors: dict[str, Any], known: dict[str, Any]
+    folder: Path,
+    config: DecoderConfig,
+    recipe: Recipe,
+    tensors: dict[str, Any],
+    known: dict[str, Any],
+    unsaved: Collection[str] = (),
 ) -> None:
-    """Write the manifest, once every other file is on the disk; those in `known` are there already."""
-    names = (str(path.relative_to(folder)) for path in folders.files(folder))
+    """Write the manifest, once every other file is on the disk; those in `known` are there already.
+
+    Files in `unsaved`, which a user put there, are not listed.
+    """
+    names = (path.relative_to(folder).as_posix() for path in folders.files(folder))
+    names = [name for name in names if name not in unsaved]
     manifest = {
         "format_version": FORMAT_VERSION,
         "twla_jax": __version__,
@@ -421,15 +441,6 @@ def _seal(
         "tensors": tensors,
         "files": {name: known.get(name) or folders.fingerprint(folder / name, sync=True) for name in names},
     }
-    manifest["checksum"] = _checksum(manifest)
-    (folder / MANIFEST).write_text(_dumps(manifest))
+    manifest["checksum"] = checksum(manifest)
+    (folder / MANIFEST).write_text(json_text.dumps(manifest))
     folders.fingerprint(folder / MANIFEST, sync=True)
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _dumps(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=1) + "\n"

@@ -59,5 +59,13 @@ def read(folder: str | Path, drawn: CalibrationSettings) -> SampledText:
     path = Path(folder) / FILE
     if not path.is_file():
         raise TwlaError(f"{folder}: holds no text of the model itself; --calibration must name another text")
-    rows = np.load(path).astype(np.int32)
+    try:
+        with path.open("rb") as file:
+            rows = np.load(file, allow_pickle=False)
+        fits = rows.ndim == 2 and rows.dtype.kind in "iu" and len(rows) >= drawn.windows
+    except Exception:  # numpy raises a dozen kinds for what is no such file
+        fits, rows = False, np.zeros((0, 0))
+    if not fits:
+        raise TwlaError(f"{path}: holds no rows of tokens; the folder is damaged")
+    rows = rows.astype(np.int32)
     return SampledText(rows=rows, seed=drawn.seed, held_out=len(rows) - drawn.windows)
