@@ -254,7 +254,7 @@ def test_samples_are_made_side_by_side(stories_model, capsys):
         (["allocate", "{out}", "--budget", "4", "--seq-len", "513"], "513 exceeds the model's 512", 1),
         (["allocate", "{out}", "--budget", "4", "--calibration", "{test}"], "for evaluation only", 1),
         (["allocate", "{model}", "--budget", "4"], "not a quantised model", 1),
-        (["inspect", "{model}"], "not a quantised model", 1),
+        (["inspect", "{model}", "--verify"], "not a quantised model", 1),
         (["generate", "{out}", "--prompt", ""], "prompt", 1),
         (["generate", "{out}", "--prompt", "a", "--samples", "0"], "--samples: '0' is not a whole number", 2),
         (["eval", "{out}", "--seq-len", "64", "--kernels", "on"], "group size 32: kernels take", 1),

@@ -4,6 +4,9 @@ import math
 import sys
 from typing import Annotated, Any, Literal
 
+import tyro
+
+from twla_jax import recipe as recipes
 from twla_jax.cli.options import (
     BatchSize,
     Kernels,
@@ -11,7 +14,6 @@ from twla_jax.cli.options import (
     OptionalBits,
     OptionalDtype,
     OptionalMaxWindows,
-    Out,
     Seed,
     SeqLen,
     argument,
@@ -175,17 +177,40 @@ def generate(
     show({**figures, "text": "".join(pieces), "tokens": ids}, json, lambda: "")
 
 
-def inspect(out: Out, /, *, json: bool = False) -> None:
+def inspect(
+    out: Annotated[tyro.conf.Positional[str], argument("OUT|MODEL")],
+    /,
+    *,
+    verify: bool = False,
+    recipe: Annotated[str, argument("NAME|FILE")] = "w1.58-g128",
+    json: bool = False,
+) -> None:
     """Print the bits and bytes of a quantised model, counted from the stored files.
 
+    Of a model that is not quantised, say whether it can be, and how many bits and bytes a recipe would take.
+
     Args:
-        out: folder written by twla
+        out: folder written by twla, or a model to quantise
+        verify: read every byte and compare it with what was saved
+        recipe: of a model that is not quantised: recipe to predict by
         json: print the figures as JSON
     """
-    from twla_jax.storage import accounting
+    from twla_jax.models.io import readers
+    from twla_jax.storage import accounting, checkpoint, prediction
 
-    account = accounting.account(out)
-    show(account, json, lambda: accounting.format_account(account))
+    place = loading.resolve_model(out)
+    if not checkpoint.is_checkpoint(place):
+        if verify:
+            checkpoint.read_manifest(place)  # refuses: only a quantised model says what it has to be
+        figures = prediction.predict(readers.read_config(place), recipes.load_recipe(recipe))
+        show(figures, json, lambda: prediction.format_prediction(figures))
+        return
+    read = checkpoint.verify(place, checkpoint.read_manifest(place), sizes_alone=not verify)
+    account = accounting.account(place)
+    if verify:
+        account["bytes_verified"] = read
+    said = f"\n\n{read:,} bytes are as they were saved" if verify else ""
+    show(account, json, lambda: accounting.format_account(account) + said)
 
 
 def _load(
