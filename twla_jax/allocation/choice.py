@@ -77,8 +77,10 @@ def allocate_bits(
       tables: what an earlier call returned for the same model and text; measured anew where it does not fit.
       work_dir: an interrupted measurement goes on from what it left here.
       progress: bars with an estimate of the time left, on stderr.
+
     Returns:
       The same model at the chosen bits; JSON-ready figures (see `choose`); and the tables, to be given to a later call.
+
     Raises:
       TwlaError: a corpus for evaluation, a text shorter than a window, a model that was not quantised, no feasible
         budget, or what `sensitivity.measure` refuses.
@@ -160,7 +162,7 @@ def prepare(
 
 
 def choose(measured: Measured, *, progress: bool = True) -> tuple[Decoder, dict[str, Any]]:
-    """The model at the best measured allocation of the recipe's budget.
+    """Return the model at the best measured allocation of the recipe's budget.
 
     The joint allocation, the independent one (K = 0) and the uniform one are each measured on the held-out windows, and
     the best is taken, whatever the table foretold. Then its clips are refitted, and kept where that lowers the loss.
@@ -169,6 +171,7 @@ def choose(measured: Measured, *, progress: bool = True) -> tuple[Decoder, dict[
       The model, and JSON-ready figures: the settings; `before` and `after` (`average_bits`, `loss`); measured `losses`
       and the `predicted` ones of each method, and which was `chosen`; the loss with `clips` as fitted and refitted;
       `bits` of every input by layer; `held_out` and `table` as in `Measured.figures`.
+
     Raises:
       TwlaError: a budget that the choices cannot give.
     """
@@ -213,16 +216,20 @@ def frontier(
     budgets: Sequence[float],
     score: Callable[[Decoder], Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The least held-out loss at each budget, from one table, with the clips as first fitted.
+    """Return the least held-out loss at each budget, from one table, with the clips as first fitted.
 
     A budget takes the best measured allocation that it or any lower budget of the list affords, so `loss` never rises
     from one budget to the next; `losses` says what was measured at the budget itself.
 
     Args:
+      measured: what `prepare` returned.
+      budgets: bits on average, each to be met.
       score: what `evaluate` says of a model on other text. Its `perplexity` is reported; nothing is chosen by it.
+
     Returns:
       For each budget, ascending: `budget`, `losses` by method, `chosen`, `from_budget`, `average_bits`, `loss`,
       `predicted`, `perplexity` (None without `score`).
+
     Raises:
       TwlaError: a budget that the choices cannot give.
     """
@@ -246,7 +253,7 @@ def frontier(
 
 
 def _compare(measured: Measured, budget: float) -> tuple[dict[str, Int[np.ndarray, " l"]], dict[str, float]]:
-    """The allocations of a budget by every method, and their losses on the held-out windows."""
+    """Return the allocations of a budget by every method, and their losses on the held-out windows."""
     table, settings = measured.table, measured.recipe.allocation
     weights = sites.site_weights(measured.model, settings.site, settings.weighting)
     options = {
@@ -279,5 +286,5 @@ def _loss(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> float:
 
 
 def _least(losses: Mapping[str, float]) -> str:
-    """The name of the least loss; of equal ones the first, and none that is not a number."""
+    """Return the name of the least loss; of equal ones the first, and none that is not a number."""
     return min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))

@@ -26,7 +26,7 @@ _CHUNK = 512  # tokens of a prompt at a time
 def generate(
     model: Decoder, prompt: Int[np.ndarray, "b t"], *, max_new_tokens: int, **settings
 ) -> Int32[np.ndarray, "b new"]:
-    """All tokens of `stream` at once: at most `max_new_tokens` a row, fewer where every row came to an end.
+    """Return all tokens of `stream` at once, `[b, t]`: at most `max_new_tokens` a row, fewer where every row ended.
 
     The whole of it runs on the device, without a word to the host between tokens.
     """
@@ -48,16 +48,19 @@ def stream(
     eos_token_ids: Collection[int] | None = None,
     cache_dtype: Any = None,
 ) -> Iterator[Int32[np.ndarray, " b"]]:
-    """Continues `prompt` token by token; yields the next token of every row as soon as it is there.
+    """Continue `prompt` token by token; yields the next token of every row as soon as it is there.
 
     Args:
+      model: quantised or not, packed or not.
       prompt: token ids, rows of equal length.
+      max_new_tokens: the most tokens that are added.
       temperature: 0 takes the likeliest token; else samples from `softmax(logits / temperature)`.
       key: random key for sampling; `jax.random.key(0)` if None.
       eos_token_ids: ids that end a row (`model.config.eos_token_ids` if None; empty for none). A row that has ended
         repeats its last token; the stream ends when all have.
       cache_dtype: of the keys and values: the model's if None; int8, with a scale for every token and head, takes half
         of bf16's bytes.
+
     Raises:
       TwlaError: (at the call) the prompt is empty or outside the vocabulary, a setting is out of range, or prompt and
         new tokens together exceed `max_position_embeddings`.
@@ -68,7 +71,7 @@ def stream(
 def _checked(
     prompt, model, max_new_tokens, temperature=0.0, key=None, eos_token_ids=None, cache_dtype=None
 ) -> tuple:
-    """The arguments of `stream` as arrays, if they are usable."""
+    """Return the arguments of `stream` as arrays, if they are usable."""
     require_model(model)
     prompt = checked_tokens(prompt, model.config, "prompt", fits=False)
     length = prompt.shape[1]
@@ -90,7 +93,7 @@ def _checked(
 
 
 def _start(model, prompt, max_new_tokens, temperature, key, cache_dtype) -> tuple[jax.Array, KVCache]:
-    """The first new token and the cache; the prompt goes in by chunks of one length, of which one is compiled."""
+    """Return the first new token and the cache; the prompt goes in by chunks of one length, compiled once."""
     batch, length = prompt.shape
     chunk = min(_CHUNK, bucket(length))
     padded = np.pad(prompt, ((0, 0), (0, -length % chunk)))
@@ -127,7 +130,7 @@ def steps(
     *,
     room: int,
 ) -> tuple[Int32[Array, "b room"], Int32[Array, ""], KVCache]:
-    """The tokens of `_stream`, of which the first one is known, in `room` columns; how many there are; the cache.
+    """Return the tokens of `_stream` after a known first one, in `room` columns, how many there are, and the cache.
 
     The cache is returned for the sake of the donated one, in which it lives.
     """
@@ -153,7 +156,7 @@ def steps(
 def _prefill(
     model: Decoder, chunk: Int32[Array, "b t"], count: Int32[Array, ""], cache: KVCache, temperature, key
 ) -> tuple[Int32[Array, " b"], KVCache]:
-    """The next `count` tokens of a prompt, filled up on the right, into the cache; the token that follows them.
+    """Write the next `count` tokens of a prompt, padded on the right, into the cache; return the token that follows.
 
     What the filling left in the cache lies past its `length` and is overwritten before it is read.
     """
@@ -177,13 +180,13 @@ def _sample(logits: Float[Array, "b vocab"], temperature: Float[Array, ""], key)
 
 
 def cache_size(length: int) -> int:
-    """At most a quarter more than `length`, or 64: attention reads all of it at every step."""
+    """Return the positions of a cache: at most a quarter more than `length`, or 64, as each step reads them all."""
     step = max(_BUCKET, bucket(length) // 8)
     return -(-length // step) * step
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to a power of two times 64, so that few lengths are compiled."""
+    """Return `length` rounded up to a power of two times 64, so that few lengths are compiled."""
     size = _BUCKET
     while size < length:
         size *= 2
@@ -200,10 +203,17 @@ def stream_text(
     seed: int = 0,
     cache_dtype: Any = None,
 ) -> Iterator[tuple[int, str]]:
-    """Continues a prompt; yields each new token with the text it adds, which is empty inside a character.
+    """Continue a prompt; yields each new token with the text it adds, which is empty inside a character.
 
     Args:
+      model: quantised or not, packed or not.
+      tokenizer: the model's.
+      prompt: text to continue.
+      max_new_tokens: the most tokens that are added.
+      temperature: 0 takes the most likely token, 1 samples from the model's own distribution.
+      seed: of the sampling.
       cache_dtype: as `generation.stream` takes it.
+
     Raises:
       TwlaError: what `generate.stream` refuses.
     """
@@ -230,7 +240,7 @@ def sample_texts(
     seed: int = 0,
     cache_dtype: Any = None,
 ) -> tuple[list[str], list[list[int]]]:
-    """Several continuations of a prompt, made side by side: their texts and tokens, each up to where it ended.
+    """Return several continuations of a prompt, made side by side: their texts and tokens, each up to where it ended.
 
     Raises:
       TwlaError: what `generation.stream` refuses, or fewer than one sample.

@@ -34,7 +34,7 @@ class PackedLayer(LayerKV):
     scratch: KernelScratch = KernelScratch()
 
     def with_scratch(self, **words: Any) -> "PackedLayer":
-        """Returns the layer with these fields of its scratch memory replaced."""
+        """Return the layer with these fields of its scratch memory replaced."""
         return dataclasses.replace(self, scratch=dataclasses.replace(self.scratch, **words))
 
 
@@ -46,12 +46,12 @@ class PackedCache(KVCache):
     scratch: tuple[KernelScratch, ...]
 
     def layer(self, index: int) -> PackedLayer:
-        """Returns the entries of one layer, with its scratch memory."""
+        """Return the entries of one layer, with its scratch memory."""
         layer = super().layer(index)
         return PackedLayer(entries=layer.entries, scales=layer.scales, scratch=self.scratch[index])
 
     def with_layer(self, index: int, layer: LayerKV) -> "PackedCache":
-        """Returns the cache with other entries, and scratch memory, in one layer."""
+        """Return the cache with other entries, and scratch memory, in one layer."""
         scratch = self.scratch
         if isinstance(layer, PackedLayer):
             scratch = (*scratch[:index], layer.scratch, *scratch[index + 1 :])

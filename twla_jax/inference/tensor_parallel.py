@@ -25,7 +25,7 @@ P = PartitionSpec
 def sharded_weight(
     weights: Sequence[TernaryTensor], biases: Sequence[Array | None], mesh: Mesh
 ) -> KernelWeight:
-    """`kernel_weight` of each device's share of the rows of every matrix, stacked along a leading axis over `model`.
+    """Return `kernel_weight` of each device's share of every matrix's rows, stacked along a leading axis over `model`.
 
     Where some rows do not divide, the leading axis is 1 and every device has all of them.
     """
@@ -48,11 +48,14 @@ def sharded_weight(
 def matmul(
     op: Callable[[Any, KernelWeight], jax.Array], x: Any, weight: KernelWeight, mesh: Mesh
 ) -> jax.Array:
-    """`op` on every device's rows.
+    """Run `op` on every device's rows.
 
     Args:
+      op: the product that each device runs on its rows.
       x: a pytree of arrays `[b, ...]`.
       weight: from `sharded_weight`.
+      mesh: with an axis `model`.
+
     Returns:
       `[b, t, shares · rows]`: the outputs of each device's share, one share after the other.
     """
@@ -67,13 +70,13 @@ def matmul(
 
 
 def per_token(op: Callable[[Any], Any], x: jax.Array, mesh: Mesh) -> Any:
-    """`op` on whole tokens, on every device that has them."""
+    """Run `op` on whole tokens, on every device that has them."""
     batch = P(_over_data(len(x), mesh))
     return jax.shard_map(op, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)(x)
 
 
 def place_cache(cache: KVCache, mesh: Mesh) -> KVCache:
-    """The cache with its heads over `model` and its batch over `data`, as far as these divide."""
+    """Return the cache with its heads over `model` and its batch over `data`, as far as these divide."""
 
     def place(leaf):
         divides = leaf.shape[2] % mesh.shape["model"] == 0

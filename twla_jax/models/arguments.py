@@ -26,15 +26,18 @@ _SIZES = (
 def checked_tokens(
     tokens: Any, config: DecoderConfig, name: str, *, ranks: tuple[int, ...] = (2,), fits: bool = True
 ) -> Int32[np.ndarray, "..."]:
-    """Returns token ids as int32, where nothing is lost by that; a subclass of arrays stays one.
+    """Return token ids as int32, where nothing is lost by that; a subclass of arrays stays one.
 
     A lookup would take the last row for an id outside the vocabulary, and a cast cuts fractions and high bits off, both
     without a word.
 
     Args:
+      tokens: what a caller gave.
+      config: settings of the model that reads them.
       name: what a message calls them.
       ranks: how many axes they may have.
       fits: whether rows, where there are two axes, must be no longer than what the model reads.
+
     Raises:
       TwlaError: they are text, no whole numbers, none at all, of another rank, outside the vocabulary, or too long.
     """
@@ -58,7 +61,7 @@ def checked_tokens(
 
 
 def require_model(model: Any, name: str = "model") -> None:
-    """Refuses anything but a model.
+    """Refuse anything but a model.
 
     Raises:
       TwlaError: it is something else, as a path or the pair that `load` returns.
@@ -70,7 +73,7 @@ def require_model(model: Any, name: str = "model") -> None:
 
 
 def require_full_precision(model: Any) -> None:
-    """Refuses anything but a model that was not quantised.
+    """Refuse anything but a model that was not quantised.
 
     Raises:
       TwlaError: it is quantised, or no model.
@@ -85,7 +88,7 @@ def require_full_precision(model: Any) -> None:
 
 
 def require_pair(student: Any, teacher: Any) -> None:
-    """Refuses two models of which one cannot learn from the other.
+    """Refuse two models of which one cannot learn from the other.
 
     Raises:
       TwlaError: one is no model, or their sizes differ.
@@ -101,7 +104,7 @@ def require_pair(student: Any, teacher: Any) -> None:
 
 
 def require_settings(settings: Any, kind: type, name: str) -> None:
-    """Refuses settings of another kind.
+    """Refuse settings of another kind.
 
     Raises:
       TwlaError: they are something else, as the name of a recipe.

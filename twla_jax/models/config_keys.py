@@ -89,7 +89,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 def check_keys(config: Mapping[str, Any], source: str) -> None:
-    """Checks types and ranges of all keys, and refuses what would change the forward pass unseen.
+    """Check types and ranges of all keys, and refuses what would change the forward pass unseen.
 
     Raises:
       TwlaError: the first key that is wrong, by name.
@@ -105,7 +105,7 @@ def check_keys(config: Mapping[str, Any], source: str) -> None:
 
 
 def already_quantized(settings: Any) -> str:
-    """Returns the sentence that refuses a model whose weights are quantised already, with the method it names."""
+    """Return the sentence that refuses a model whose weights are quantised already, with the method it names."""
     settings = settings if isinstance(settings, Mapping) else {}
     method = settings.get("quant_method")
     name = method if isinstance(method, str) and len(method) < 40 else "an unnamed method"

@@ -65,7 +65,7 @@ class GgufFile:
     """
 
     def __init__(self, path: Path):
-        """Reads metadata and the table of tensors.
+        """Read metadata and the table of tensors.
 
         Raises:
           TwlaError: the file or one of its parts is absent, unreadable, cut short or something else.
@@ -119,17 +119,17 @@ class GgufFile:
         return metadata, tensors
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value as a Python object."""
+        """Return a metadata value as a Python object."""
         return self.metadata.get(key, default)
 
     def require(self, key: str) -> Any:
-        """A metadata value that has to be there."""
+        """Return a metadata value that must be there."""
         if key not in self.metadata:
             raise TwlaError(f"{self.path}: metadata {key!r} is missing")
         return self.metadata[key]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor's values, float32, dequantised by the gguf package.
+        """Return the tensor's values, float32, dequantised by the gguf package.
 
         Raises:
           TwlaError: the package cannot dequantise this type.

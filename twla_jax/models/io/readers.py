@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 def read_model(path: str | Path, dtype=None) -> tuple[Decoder, "PreTrainedTokenizerBase"]:
-    """A model and its tokenizer from a Hugging Face folder or a GGUF file.
+    """Return a model and its tokenizer from a Hugging Face folder or a GGUF file.
 
     The settings are checked first, then the tokenizer, and only then are weights read. Parameters are numpy arrays
     on the host, in the type they are stored in; move them with `jax.device_put`.
 
     Args:
+      path: of a Hugging Face folder or a GGUF file.
       dtype: what the model computes in: float32 (also if None), bfloat16 or float16.
+
     Raises:
       TwlaError: the path is neither, the architecture is not supported, or a file is missing or damaged.
     """
@@ -37,7 +39,7 @@ def read_model(path: str | Path, dtype=None) -> tuple[Decoder, "PreTrainedTokeni
 
 
 def load_model(path: str | Path, dtype=None) -> Decoder:
-    """`read_model` without the tokenizer."""
+    """Return what `read_model` does, without the tokenizer."""
     path = _existing(path)
     if path.is_dir():
         return huggingface.load_model(path, dtype=dtype)
@@ -45,7 +47,7 @@ def load_model(path: str | Path, dtype=None) -> Decoder:
 
 
 def read_config(path: str | Path) -> DecoderConfig:
-    """A model's settings alone; no weight is touched. Raises as `read_model`."""
+    """Return a model's settings alone; no weight is touched. Raises as `read_model`."""
     path = _existing(path)
     return huggingface.read_config(path) if path.is_dir() else gguf.read_config(GgufFile(path))
 

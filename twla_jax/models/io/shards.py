@@ -35,7 +35,7 @@ class Shards:
     """Every tensor of every file; the files are mapped, and read tensor by tensor."""
 
     def __init__(self, folder: Path):
-        """Opens the files that the index names, or the single one.
+        """Open the files that the index names, or the single one.
 
         Raises:
           TwlaError: a file is missing, unreadable, not safetensors, or lacks what the index places there; or there are
@@ -54,19 +54,19 @@ class Shards:
         self._stored = _published_names(self._files)
 
     def names(self) -> Collection[str]:
-        """Returns the published names of all tensors."""
+        """Return the published names of all tensors."""
         return self._stored.keys()
 
     def where(self, name: str) -> str:
-        """Returns the file that holds the tensor, or lists the others."""
+        """Return the file that holds the tensor, or lists the others."""
         return str(self._files.get(self._stored.get(name, name), self._listing))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the tensor's shape; nothing is read."""
+        """Return the tensor's shape; nothing is read."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the type `read` gives; TwlaError if it is no float of 16 or 32 bits."""
+        """Return the type `read` gives; TwlaError if it is no float of 16 or 32 bits."""
         stored = self._slice(name).get_dtype()
         if stored not in _DTYPES:
             raise TwlaError(
@@ -75,11 +75,11 @@ class Shards:
         return _DTYPES[stored]
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the tensor."""
+        """Return the tensor."""
         return self._file(name).get_tensor(self._stored[name])
 
     def equal(self, one: str, other: str) -> bool:
-        """Returns whether two matrices hold the same values; some rows of each are in memory at a time."""
+        """Return whether two matrices hold the same values; some rows of each are in memory at a time."""
         self.dtype(one), self.dtype(other)
         shape = self.shape(one)
         if shape != self.shape(other) or len(shape) != 2:
@@ -96,7 +96,7 @@ class Shards:
 
 
 def _listed(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """Returns the file that lists the tensors, and of an index also which file holds each."""
+    """Return the file that lists the tensors, and of an index also which file holds each."""
     index, single = folder / INDEX, folder / SINGLE
     if not index.exists():
         if not single.exists():
@@ -138,7 +138,7 @@ def _refuse_quantized(files: dict[str, Path]) -> None:
 
 
 def _published_names(files: Collection[str]) -> dict[str, str]:
-    """Returns the stored name of each tensor by the name it is published under.
+    """Return the stored name of each tensor by the name it is published under.
 
     Saved from the inner model, names lack `model.`; inside a model of several modalities, they have more in front.
     """

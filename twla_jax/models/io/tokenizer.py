@@ -45,7 +45,7 @@ _GGUF_CHECKS = {
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """Returns the tokenizer in a folder (as `save_tokenizer` or Hugging Face left it) or in a GGUF file.
+    """Return the tokenizer in a folder (as `save_tokenizer` or Hugging Face left it) or in a GGUF file.
 
     A folder's tokenizer.json is used as it is, whatever class its configuration names. Nothing is downloaded, and no
     code of the folder is run.
@@ -82,7 +82,7 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def _from_older_files(folder: Path) -> "PreTrainedTokenizerBase":
-    """Returns a tokenizer from sentencepiece's own file, or from lists of words and merges."""
+    """Return a tokenizer from sentencepiece's own file, or from lists of words and merges."""
     if (folder / "tokenizer.model").exists():
         return _from_sentencepiece(folder)
     if not (folder / "tokenizer_config.json").exists():
@@ -94,7 +94,7 @@ def _from_older_files(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def _from_sentencepiece(folder: Path) -> "PreTrainedTokenizerBase":
-    """Returns the tokenizer in `tokenizer.model`, once it gives the same pieces as sentencepiece itself."""
+    """Return the tokenizer in `tokenizer.model`, once it gives the same pieces as sentencepiece itself."""
     path = folder / "tokenizer.model"
     if importlib.util.find_spec("sentencepiece") is None:
         raise TwlaError(f"{path}: needs sentencepiece: pip install 'twla-jax[sentencepiece]'")
@@ -132,7 +132,7 @@ def _from_sentencepiece(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_from_gguf(file: GgufFile) -> "PreTrainedTokenizerBase":
-    """Returns the tokenizer that a GGUF file's metadata describes, chat template included.
+    """Return the tokenizer that a GGUF file's metadata describes, chat template included.
 
     Words, spaces and BOS are as in llama.cpp: byte-level vocabularies by the name of their pre-tokenizer,
     sentencepiece ones with BOS and a space in front unless the file says otherwise.
@@ -200,7 +200,7 @@ def _split_words(backend: "Tokenizer", patterns: tuple[str, ...]) -> None:
 
 
 def _join_words(backend: "Tokenizer", *, prefixed: bool) -> None:
-    """Has sentencepiece's pieces cross words: a space is `▁`, and where asked for, another one begins each text."""
+    """Have sentencepiece's pieces cross words: a space is `▁`, and where asked for, another one begins each text."""
     from tokenizers import decoders, normalizers
 
     spaces = normalizers.Replace(" ", "▁")
@@ -213,13 +213,13 @@ def _join_words(backend: "Tokenizer", *, prefixed: bool) -> None:
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:
-    """Writes what `load_tokenizer` needs into `folder`, chat template included."""
+    """Write what `load_tokenizer` needs into `folder`, chat template included."""
     tokenizer.save_pretrained(folder)
 
 
 @contextmanager
 def _as_one_line(path: Path) -> Iterator[None]:
-    """Turns whatever transformers and tokenizers raise for a broken file, panics of their Rust included, into one."""
+    """Turn whatever transformers and tokenizers raise for a broken file, panics of their Rust included, into one."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, TwlaError):
