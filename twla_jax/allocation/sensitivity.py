@@ -59,10 +59,12 @@ def measure(
       work_dir: the losses of each finished site are kept in a folder of this one, named by the `fingerprint`; a later
         call goes on after them.
       progress: a bar with an estimate of the time left, on stderr.
+
     Returns:
       The table. Its `effort` holds `loss_evaluations`; `block_evaluations`, how often a block ran over all windows
       (where a site is one input, a part of a block counts by its share of the multiply-adds); the same for evaluations
       that run every block, `naive_block_evaluations`; and `seconds`, compilation included.
+
     Raises:
       TwlaError: a model that was not quantised, a token outside the vocabulary, or a loss that is not finite.
     """

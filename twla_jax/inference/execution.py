@@ -35,6 +35,7 @@ def for_inference(model: Decoder, kernels: Kernels, *, dtype=None) -> tuple[Deco
       kernels: `on` prepares it (see `prepare_for_inference`), `off` leaves it alone; `auto` prepares a quantised one
         where there are kernels for the device and for its group size.
       dtype: what it computes in; None leaves that as it is, but takes the kernels' bfloat16 where they run.
+
     Raises:
       TwlaError: `on`, and the kernels have no place for its group size.
     """

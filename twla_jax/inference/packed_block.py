@@ -49,7 +49,7 @@ def packed_class(family: type[ChainBlock]) -> type["PackedBlock"]:
 
 
 class PackedBlock(ChainBlock):
-    """What packed blocks of every family have: `packed_class` makes a class of each family of it.
+    """Packs the inputs and linears of any family; `packed_class` makes a class for each family of it.
 
     An RMSNorm right before an input belongs to that input's op, and the linears of a site are `{site}_linear`.
     """
@@ -170,7 +170,7 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
 
     @property
     def takes_splits(self) -> bool:
-        """Whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
+        """Returns whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
         gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
         standard = self.shared.issuperset({"sites", "before", "attend", "project"})
         site = self.sites[1]

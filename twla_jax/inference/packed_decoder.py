@@ -46,6 +46,7 @@ def prepare_for_inference(
       mesh: with an axis `model`, over which the rows of every linear go, and usually `data`, over which batches go;
         None for one device.
       implementation: as `ternary_matmul` and `rotate_quantize` take it.
+
     Raises:
       TwlaError: its weights are integers, or of a group size that the kernels have no place for.
     """
@@ -97,7 +98,7 @@ class PackedDecoder(Decoder):
 
     @property
     def layers(self) -> tuple[PackedBlock, ...]:
-        """The blocks, one by one."""
+        """Returns the blocks, one by one."""
         return tuple(self.blocks)  # pyright: ignore[reportArgumentType]
 
     def through_blocks[T](

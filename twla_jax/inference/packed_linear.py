@@ -91,7 +91,7 @@ class KernelInput(nnx.Module):
 
     @property
     def takes_gate(self) -> bool:
-        """Whether the op can begin a step earlier, with `Ungated` outputs."""
+        """Returns whether the op can begin a step earlier, with `Ungated` outputs."""
         return self.makes_codes and self.mesh is None
 
     def operands(self, linear: "KernelLinear") -> LinearOperands | None:
@@ -194,7 +194,7 @@ class KernelLinear(nnx.Module):
 
     @property
     def plane(self) -> KernelWeight | None:
-        """The weight, if it is a single ternary plane."""
+        """Returns the weight, if it is a single ternary plane."""
         weight = self.weight.get_value()
         return weight if isinstance(weight, KernelWeight) and self.second_plane is None else None
 

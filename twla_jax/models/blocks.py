@@ -9,9 +9,11 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from twla_jax.models.config import DecoderConfig
 from twla_jax.models.layers import InputTransform, Linear
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.attention.reference import Positions
@@ -40,7 +42,7 @@ class Site(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a block holds between two sites.
+    """Holds what a block has computed between two sites.
 
     Attributes:
       x: the residual stream, `[b, t, d]`.
@@ -56,7 +58,7 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What blocks read beside their state.
+    """Holds what blocks read beside their state.
 
     Attributes:
       positions: of queries and keys, with the rotary angles.
@@ -74,7 +76,7 @@ class Context:
 
 
 class ChainBlock(nnx.Module):
-    """The contract of a family's block; its arrays may have leading axes of layers, over which a scan runs.
+    """Defines the contract of a family's block; its arrays may have leading axes of layers, over which a scan runs.
 
     Attributes:
       sites: in execution order.
@@ -83,6 +85,17 @@ class ChainBlock(nnx.Module):
 
     sites: ClassVar[tuple[Site, ...]]
     norms: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: DecoderConfig, *, leading: tuple[int, ...], rngs: nnx.Rngs, dtype: jnp.dtype):
+        """Make random weights.
+
+        Args:
+          config: shapes and switches.
+          leading: axes before those of one layer, as `(layers,)`.
+          rngs: where the weights come from.
+          dtype: of the parameters.
+        """
+        raise NotImplementedError
 
     def before(self, site: Site, state: State, context: Context) -> Any:
         """Return what the linears of `site` read, before its transform: `[b, t, m]`."""

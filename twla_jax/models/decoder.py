@@ -163,12 +163,12 @@ class Decoder(nnx.Module):
 
     @property
     def first_kernel(self) -> jax.Array | PackedTensor:
-        """The kernel of the first linear: how weights are held shows in it."""
+        """Returns the kernel of the first linear: how weights are held shows in it."""
         return self.blocks.linears(self.sites[0])[0].kernel.get_value()
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The inputs of each block that are rotated and quantised, in execution order."""
+        """Returns the inputs of each block that are rotated and quantised, in execution order."""
         return family_of(self.config).block.sites
 
 

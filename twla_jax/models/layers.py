@@ -65,7 +65,7 @@ class Linear(nnx.Module):
 
     @property
     def features(self) -> tuple[int, int]:
-        """Inputs and outputs of one layer, whatever form the kernel has."""
+        """Returns inputs and outputs of one layer, whatever form the kernel has."""
         kernel = self.kernel.get_value()
         if isinstance(kernel, PackedTensor):
             return kernel.in_features, kernel.shape[-2]
@@ -94,7 +94,7 @@ class RMSNorm(nnx.Module):
 
 
 class InputTransform(nnx.Module):
-    """What an input goes through first: a `KroneckerRotation`, then an `ActivationQuantizer`; each may be None."""
+    """Transforms an input: by a `KroneckerRotation`, then an `ActivationQuantizer`; each may be None."""
 
     def __init__(self):
         # Marked as data while None, so that a Param may be put in later.

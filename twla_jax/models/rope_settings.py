@@ -84,6 +84,7 @@ def read_rope(config: Mapping[str, Any], *, pairs: int, source: str) -> tuple[fl
     Args:
       pairs: pairs of features that are rotated in one head.
       source: the file's name, for messages.
+
     Raises:
       TwlaError: a scaling that is not supported, a setting that is missing or out of range, or two places that
         disagree on `rope_theta`.

@@ -17,7 +17,8 @@ from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
-from twla_jax.models.families import writers
+from twla_jax.models.blocks import ChainBlock
+from twla_jax.models.families import FAMILIES
 
 
 def shardings(model: Any, mesh: Mesh) -> Any:
@@ -31,7 +32,7 @@ def shardings(model: Any, mesh: Mesh) -> Any:
       The same pytree with a `NamedSharding` for every array: for `jax.device_put`, `jax.jit` and orbax.
     """
     return jax.tree_util.tree_map_with_path(
-        functools.partial(_sharding, mesh=mesh, by_input=writers()),
+        functools.partial(_sharding, mesh=mesh, by_input=_writers(model)),
         model,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
@@ -40,6 +41,13 @@ def shardings(model: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays whose leading axis is the batch: split over `data`, whole over `model`."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def _writers(model: Any) -> frozenset[str]:
+    """Return the names of the linears that write the residual stream: the model's, or of a state, any family's."""
+    block = getattr(model, "blocks", model)
+    known = {type(block)} if isinstance(block, ChainBlock) else {family.block for family in FAMILIES.values()}
+    return frozenset(name for each in known for site in each.sites if site.writes for name in site.linears)
 
 
 def _sharding(path: tuple, variable: Any, *, mesh: Mesh, by_input: frozenset[str]) -> Any:

@@ -46,6 +46,7 @@ def refine_blocks(
       windows: calibration tokens; drawn anew for every block, `settings.batch` at a time.
       work_dir: the state is kept here after every block; a later call with the same arguments goes on from it.
       progress: a bar with an estimate of the time left, on stderr.
+
     Returns:
       The refined model in the same format and the same bytes, and JSON-ready figures: `steps` of each window of blocks,
       `loss` (for each, means of the first and the last tenth of the steps), `flipped` (share of codes that changed).

@@ -35,8 +35,10 @@ def train_clips(
       windows: calibration tokens, `settings.batch` a step, in order and from the start again where they run out.
       work_dir: as `refinement.refine` takes it.
       progress: a bar with an estimate of the time left, on stderr.
+
     Returns:
       The model with other clips, and the figures of `refinement.refine`.
+
     Raises:
       TwlaError: two models that do not belong together, or what `checked_tokens` refuses.
     """

@@ -61,11 +61,13 @@ def refine(
       windows: calibration tokens; each is seen once, `settings.batch` at a time, in order.
       work_dir: the state is kept here every few minutes; a later call with the same arguments goes on from it.
       progress: a bar with an estimate of the time left, on stderr.
+
     Returns:
       The refined model in the same format and the same bytes, and JSON-ready figures: `steps`, `tokens`, `loss` (KL
       in nats a token: means of the first and the last tenth of the steps), `first_batch` (that of the first step's
       windows, before and after), `flipped` (share of codes that changed), and `kept`: False where the model ended
       further from its teacher on those windows than it began, and is returned as it was.
+
     Raises:
       TwlaError: two models that do not belong together, what `checked_tokens` refuses, fewer windows than one batch.
     """
@@ -101,7 +103,7 @@ def descend(
     progress: bool,
     label: str = "refine",
 ) -> tuple[Decoder, dict[str, Any]]:
-    """What `refine` returns, from any latents of the student, which are donated: what has none is left as it is."""
+    """Return what `refine` does, from any latents of the student, which are donated; what has none stays as it is."""
     steps, learns_rotations = len(batches), settings.peak_rates.get("rotations", 0) > 0
     step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
     state = optimizer(rates_at(settings, 0, 1), learns_rotations).init(latents)
@@ -205,6 +207,6 @@ def training_form(model: Decoder, dtype: jnp.dtype) -> Decoder:
 def open_work_dir(
     folder: Path, student: Decoder, windows: np.ndarray, settings: LearningSettings
 ) -> resume.WorkDir:
-    """The folder that an interrupted refinement of this student, on these windows, left its state in."""
+    """Open the folder that an interrupted refinement of this student, on these windows, left its state in."""
     arrays = map(np.asarray, [windows, *jax.tree.leaves(student)])
     return resume.WorkDir(folder, resume.fingerprint(settings.to_dict(), arrays))

@@ -37,12 +37,6 @@ def by_gguf_architecture() -> dict[str, Family]:
     return {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
 
 
-def writers() -> frozenset[str]:
-    """Return the names of the linears that write the residual stream, of all families' blocks."""
-    blocks = {family.block for family in FAMILIES.values()}
-    return frozenset(name for block in blocks for site in block.sites if site.writes for name in site.linears)
-
-
 def _family(model_type: object, source: str) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
