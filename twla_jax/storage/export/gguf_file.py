@@ -11,7 +11,7 @@ import numpy as np
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.io.gguf import ARCHITECTURES, TENSOR_NAMES
+from twla_jax.models.families import by_gguf_architecture
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.rope import inverse_frequencies
 from twla_jax.storage.export.folding import Parameter, parameters
@@ -36,8 +36,9 @@ def write(model: Decoder, tokenizer: Any, path: Path) -> None:
     if (factors := _rope_factors(config)) is not None:
         writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         makers.append(lambda: factors)
+    names = by_gguf_architecture()[architecture].gguf_tensors
     for each in parameters(model):
-        name = TENSOR_NAMES[each.name].format(each.layer)
+        name = names[each.name].format(each.layer)
         dtype = np.dtype(np.float16 if len(each.shape) == 2 else np.float32)
         writer.add_tensor_info(name, each.shape, dtype, math.prod(each.shape) * dtype.itemsize)
         makers.append(lambda each=each, dtype=dtype: _cast(each, dtype, config, architecture))
@@ -52,7 +53,7 @@ def write(model: Decoder, tokenizer: Any, path: Path) -> None:
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: DecoderConfig, architecture: str) -> None:
-    if architecture not in ARCHITECTURES:
+    if architecture not in by_gguf_architecture():
         raise TwlaError(f"models of type {config.model_type} cannot be written as GGUF; give --format hf")
     sliding = config.sliding_layers if config.sliding_window is not None else ()
     if sliding and len(sliding) != config.num_layers:
