@@ -1,4 +1,4 @@
-"""The `config.json` of a decoder: what `DecoderConfig.from_hf` reads, the other way round."""
+"""The `config.json` of a decoder: what `config_from_hf` reads, the other way round."""
 
 from typing import Any
 
