@@ -84,7 +84,8 @@ def refine(
     original = student
     student, teacher = (training_form(model, dtype) for model in (student, teacher))
     store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, settings)
-    latents, bits = init_latents(student, teacher), settings.activation_bits
+    latents = init_latents(student, teacher, codes=settings.code_rate > 0)
+    bits = settings.activation_bits
     return descend(
         original, student, teacher, latents, batches, settings, bits=bits, store=store, progress=progress
     )

@@ -47,15 +47,18 @@ class _StraightThrough:
         return x + (fake_quantize(fixed, bits, clip, rounding=_round_straight) - fixed)
 
 
-def init_latents(student: Decoder, teacher: Decoder) -> Latents:
-    """Return the student as it is: each linear's `u`, `s` and `r` (and `residual_s`), norms' `g`, rotations' factors.
+def init_latents(student: Decoder, teacher: Decoder, *, codes: bool = True) -> Latents:
+    """Return what stands for the student as it is: linears' `u`, `s` and `r`, norms' `g`, rotations' factors.
 
+
+    Of two planes each linear has a `residual_s`, too. Without `codes` there is no `u`, and codes stay as they are.
     All are float32. u starts where the full-precision weight lies in units of α, but within its code's cell: the codes
     that the column sweep chose are kept, and those whose weight lies near a boundary are the first to change.
 
     Args:
       student: quantised.
       teacher: the model it was quantised from.
+      codes: whether codes learn.
     """
     latents: Latents = {}
     for site in student.sites:
@@ -63,12 +66,10 @@ def init_latents(student: Decoder, teacher: Decoder) -> Latents:
         rotation = None if transform is None else transform.get_value()
         for name in site.linears:
             tensor = getattr(student.blocks, name).kernel.get_value()
-            kernel = getattr(teacher.blocks, name).kernel.get_value()
-            latents[name] = {
-                "u": _starts(kernel, tensor, rotation),
-                "s": jnp.zeros(tensor.alpha.shape),
-                "r": jnp.zeros(tensor.alpha.shape),
-            }
+            latents[name] = {"s": jnp.zeros(tensor.alpha.shape), "r": jnp.zeros(tensor.alpha.shape)}
+            if codes:
+                kernel = getattr(teacher.blocks, name).kernel.get_value()
+                latents[name]["u"] = _starts(kernel, tensor, rotation)
             if tensor.residual_alpha is not None:
                 latents[name]["residual_s"] = jnp.zeros(tensor.alpha.shape)
         if rotation is not None:
@@ -119,9 +120,14 @@ def scales(
 def _dense(tensor: tensors.TernaryTensor, parts: dict[str, jax.Array]) -> Float[Array, "n m"]:
     """Return Ŵ, float32, through whose codes gradients pass straight."""
     if tensor.residual_alpha is not None:
-        return two_plane_latents.dense(parts["u"], tensor, scales(tensor, parts))
+        return two_plane_latents.dense(parts.get("u"), tensor, scales(tensor, parts))
     alpha, mu = (per_column(p, tensor.in_features, tensor.group_size) for p in scales(tensor, parts))
-    return _straight_through(parts["u"]) * alpha + mu
+    codes = _straight_through(parts["u"]) if "u" in parts else _codes(tensor)
+    return codes * alpha + mu
+
+
+def _codes(tensor: tensors.TernaryTensor) -> Float[Array, "*batch n m"]:
+    return packing.unpack(tensor.codes, tensor.in_features).astype(jnp.float32) - 1
 
 
 def _straight_through(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -149,7 +155,7 @@ def _start(layer) -> Float[Array, "n m"]:
         rows = kotms.rotate(rows, rotation.left, rotation.right)
     if tensor.residual_alpha is not None:
         return two_plane_latents.start(rows, tensor)
-    codes = packing.unpack(tensor.codes, tensor.in_features).astype(jnp.float32) - 1
+    codes = _codes(tensor)
     alpha, mu = (
         per_column(p.astype(jnp.float32), tensor.in_features, tensor.group_size)
         for p in (tensor.alpha, tensor.mu)
@@ -166,10 +172,10 @@ def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
         parts, tensor = latents[name], getattr(blocks, name).kernel.get_value()
         alpha, *residual_alpha, mu = scales(tensor, parts)
         if residual_alpha:
-            first, second = two_planes.split(two_plane_latents.codes(parts["u"], tensor))
+            first, second = two_planes.split(two_plane_latents.codes(parts.get("u"), tensor))
             residual = (second.astype(jnp.int8), *residual_alpha)
         else:
-            first, residual = _round(parts["u"]), ()
+            first, residual = _round(parts["u"]) if "u" in parts else _codes(tensor), ()
             alpha, mu = tensors.in_whole_steps(alpha, mu, tensor.group_size)
         hard = tensors.from_codes(first.astype(jnp.int8), alpha, mu, tensor.group_size, *residual)
         changes[f"blocks.{name}.kernel"] = hard

@@ -39,15 +39,19 @@ def start(rows: Float[Array, "n m"], tensor: TernaryTensor) -> Float[Array, "n m
     return current + jnp.clip(step, -_MARGIN * (current - lower) / 2, _MARGIN * (upper - current) / 2)
 
 
-def codes(u: Float[Array, "*batch n m"], tensor: TernaryTensor) -> Float[Array, "*batch n m"]:
-    """Return the digits that latents stand for."""
+def codes(u: Float[Array, "*batch n m"] | None, tensor: TernaryTensor) -> Float[Array, "*batch n m"]:
+    """Return the digits that latents stand for; without latents those that the tensor has."""
+    if u is None:
+        return _digits(tensor)
     return two_planes.nearest_codes(u, *_levels(tensor), 0.0)
 
 
 def dense(
-    u: Float[Array, "n m"], tensor: TernaryTensor, scales: tuple[Float[Array, "n groups"], ...]
+    u: Float[Array, "n m"] | None, tensor: TernaryTensor, scales: tuple[Float[Array, "n groups"], ...]
 ) -> Float[Array, "n m"]:
     """Return Ŵ under latents and scales `(α₁, α₂, μ)`, through whose codes gradients pass straight."""
+    if u is None:
+        return two_planes.values(_digits(tensor), *(_columns(p, tensor) for p in scales))
     first, second = _levels(tensor)
     within = jnp.abs(u) < jnp.abs(first) + jnp.abs(second) + _REACH
     passed = jnp.where(within, u, jax.lax.stop_gradient(u))
