@@ -59,6 +59,7 @@ LIMITS = {
     "layers": Limit(high=4096),
     "max_new_tokens": Limit(high=2**24),
     "max_windows": Limit(high=10**9),
+    "refine_tokens": Limit(high=10**12),
     "rows": Limit(high=10**7),
     "samples": Limit(high=4096),
     "seed": Limit(low=0, high=SEED_LIMIT),

@@ -28,11 +28,13 @@ class LearningSettings(Settings):
     Attributes:
       steps: optimisation steps, each on `batch` windows.
       batch: windows a step.
+      cooldown: share of the steps, the last, over which rates fall to zero; 1 for all that follow the rise.
       dtype: what the models compute in meanwhile; what is learned is float32.
     """
 
     steps: int = ranged(120, low=1)
     batch: int = ranged(4, low=1)
+    cooldown: float = ranged(1.0, low=0, high=1)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     @property
@@ -68,9 +70,14 @@ class EndToEndSettings(LatentSettings):
     """Settings of the refinement of the whole model towards the full-precision model's predictions.
 
     Each of its `steps · batch` windows is seen once. The other attributes are those of `LatentSettings`.
+
+    Attributes:
+      seq_len: tokens in a window, at most as many as in one of the calibration; 0 for as many.
     """
 
     table: ClassVar[str] = "refine.end_to_end"
+
+    seq_len: int = ranged(0, low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ from twla_jax.bench import SHAPES, shapes
 from twla_jax.ops.ternary_matmul import reference
 from twla_jax.recipe import EndToEndSettings, Recipe, RefineSettings
 
+QUICK = "rotation = false\n[weights]\ngroup_size = 32\nternary.rounds = 0\n"
+
 
 def script(name):
     path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
@@ -128,9 +130,7 @@ def test_the_ablation_stops_in_time_and_goes_on(ablation, tmp_path, monkeypatch)
 
 
 def test_the_worst_domain_of_every_calibration_is_shown(stories_model, texts, tmp_path, capsys):
-    (tmp_path / "quick.toml").write_text(
-        "[weights]\ngroup_size = 32\nrounds = 0\n[rotation]\nstart = 'none'\n"
-    )
+    (tmp_path / "quick.toml").write_text(QUICK)
     text, results = texts / "calibration.txt", tmp_path / "results.jsonl"
     options = ["--recipes", tmp_path / "quick.toml", "--calibrations", text, "--tokens", 128, 256]
     options += ["--calibration-seq-len", 64, "--domains", texts, "--seq-len", 64, "--max-windows", 2]
@@ -141,3 +141,38 @@ def test_the_worst_domain_of_every_calibration_is_shown(stories_model, texts, tm
     assert "| worst | calibration | evaluation |" in printed[2]
     worst = max(row["ratio"] for row in more["domains"])
     assert f"| quick | {text} | 256 | {worst:.2f} |" in printed[-1]
+
+
+def test_every_refinement_starts_from_the_same_model(stories_model, texts, tmp_path, capsys):
+    (tmp_path / "quick.toml").write_text(QUICK)
+    results = tmp_path / "results.jsonl"
+    options = ["--recipe", tmp_path / "quick.toml", "--text", texts / "calibration.txt", "--windows", 4]
+    options += [
+        "--seq-len",
+        64,
+        "--refine-seq-len",
+        64,
+        "--eval-seq-len",
+        64,
+        "--max-windows",
+        2,
+        "--batch",
+        2,
+    ]
+    options += ["--domains", texts, "--corpus", texts / "evaluation.txt", "--test-windows", 2]
+    variants = ["nothing:steps=1,code_rate=0,scale_rate=0", "long:tokens=2560,code_rate=1e-2,scale_rate=1e-2"]
+    options += ["--dtype", "float32", "--results", results, "--variants", *variants]
+    script("refine_trials").main(list(map(str, [stories_model, *options])))
+    start, nothing, long = map(json.loads, results.read_text().splitlines())
+    assert nothing["A16"] == pytest.approx(start["A16"], rel=1e-3)
+    assert (nothing["refine"]["steps"], long["refine"]["steps"]) == (1, 20)
+    assert long["A16"] < start["A16"]
+    assert long["domains"][-1]["ratio"] < start["domains"][-1]["ratio"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith(f"| long | {long['A16']:.2f} | {long['domains'][-1]['ratio']:.2f} |")
+
+
+def test_a_variant_is_a_name_and_what_it_changes():
+    variant = script("refine_trials").Variant.parse("hot:code_rate=1e-2,batch=8,text=pydoc,self=0.25")
+    assert variant.settings == {"code_rate": 0.01, "batch": 8}
+    assert variant.own == {"text": "pydoc", "self": 0.25}

@@ -1,5 +1,7 @@
 """The rotation keeps what the model computes, and the fit makes weights tri-modal."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,14 @@ def test_a_fit_that_looks_at_the_input_narrows_its_range(weight):
     )
     assert ranges(aware) < ranges(plain) - 0.1
     assert float(kotms.log_range(aware(sample))) == pytest.approx(ranges(aware), rel=1e-5)
+
+
+def test_a_fit_on_some_rows_is_the_fit_of_those_rows(weight):
+    fit_few = functools.partial(kotms.fit_rotation, key=jax.random.key(1), sizes=(L, R))
+    some, losses = fit_few(weight, settings=RotationSettings(steps=3, rows=len(weight) // 3))
+    alone, expected = fit_few(weight[::3], settings=RotationSettings(steps=3))
+    np.testing.assert_array_equal(some.left, alone.left)
+    np.testing.assert_array_equal(losses, expected)
 
 
 def test_loss_is_the_published_likelihood():

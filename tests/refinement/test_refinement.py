@@ -133,6 +133,28 @@ def test_rates_rise_to_their_peaks_and_fall_to_nothing(steps):
     )
 
 
+def test_rates_stay_at_their_peak_until_the_cooldown():
+    settings = dataclasses.replace(REFINE, cooldown=0.25)
+    codes = [rates_at(settings, step, 100)["codes"] for step in range(100)]
+    assert codes[9:76] == [REFINE.code_rate] * 67
+    assert codes[75:] == sorted(codes[75:], reverse=True)
+    assert codes[-1] < 0.01 * REFINE.code_rate
+    level = dataclasses.replace(REFINE, cooldown=0)
+    assert rates_at(level, 99, 100)["codes"] == REFINE.code_rate
+
+
+def test_where_codes_do_not_learn_scales_alone_do(student, teacher):
+    settings = dataclasses.replace(REFINE, code_rate=0.0, scale_rate=1e-2)
+    model, figures = end_to_end.refine(student, teacher, WINDOWS, settings, progress=False)
+    assert figures["kept"]
+    assert figures["flipped"] == 0
+    assert figures["first_batch"][1] < figures["first_batch"][0]
+    for name in ("q", "down"):
+        before, after = (getattr(each.blocks, name).kernel.get_value() for each in (student, model))
+        np.testing.assert_array_equal(before.codes, after.codes)
+        assert not np.array_equal(before.alpha, after.alpha)
+
+
 def test_other_rates_and_lengths_compile_nothing_anew(student, teacher):
     end_to_end.refine(student, teacher, WINDOWS[:8], REFINE, progress=False)
     compiled = compiled_programs(end_to_end._step)

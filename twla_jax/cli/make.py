@@ -15,6 +15,7 @@ from twla_jax.cli.options import (
     OptionalEmbeddingBits,
     OptionalFile,
     OptionalMaxWindows,
+    OptionalRefineTokens,
     OptionalSeed,
     OptionalSeqLen,
     OptionalSite,
@@ -30,7 +31,6 @@ from twla_jax.cli.options import (
     with_options,
 )
 from twla_jax.errors import TwlaError
-from twla_jax.inference import generation
 from twla_jax.jobs import allocate_bits, loading
 
 
@@ -47,6 +47,7 @@ def quantize(
     activation_budget: OptionalBudget = None,
     site: OptionalSite = None,
     embedding_bits: OptionalEmbeddingBits = None,
+    refine_tokens: OptionalRefineTokens = None,
     seed: OptionalSeed = None,
     dtype: Dtype = "float32",
     check_corpus: OptionalCorpus = None,
@@ -72,6 +73,8 @@ def quantize(
         activation_budget: average bits of the linear inputs, allocated by ILA-AMP; default: from the recipe
         site: what gets its own bits under a budget: each input, or each block; default: from the recipe
         embedding_bits: stored bits of the embedding and the LM head, 2 to 8, or 16; default: from the recipe
+        refine_tokens: tokens of text that the end-to-end refinement sees; more take longer and bring the model nearer
+            to the original; default: from the recipe
         seed: seed of the windows and the rotations; default: from the recipe
         dtype: type the model computes in
         check_corpus: text the result is evaluated on; default: the calibration corpus, if it has a test split, else
@@ -90,6 +93,7 @@ def quantize(
         settings = settings.updated(
             {"embedding": {"bits": embedding_bits} if embedding_bits != 16 else False}
         )
+    settings = _refined_on(settings, refine_tokens)
     report = quantize_model.quantize_to_folder(
         model,
         out,
@@ -100,6 +104,22 @@ def quantize(
         check_windows=check_windows,
     )
     show(report, json, lambda: quantize_model.format_report(report, out))
+
+
+def _refined_on(settings: recipe_module.Recipe, tokens: int | None) -> recipe_module.Recipe:
+    """Return the recipe with as many steps of the end-to-end refinement as see so many tokens."""
+    from twla_jax.text import recipe_windows
+
+    if tokens is None:
+        return settings
+    refined = settings.refine.end_to_end
+    if refined is None:
+        others = ", ".join(name for name in recipe_module.recipe_names() if name.endswith("-refined"))
+        raise TwlaError(
+            f"--refine-tokens {tokens}: recipe '{settings.name}' has no end-to-end refinement; these have: {others}"
+        )
+    steps = max(1, tokens // (refined.batch * recipe_windows.refined_length(settings)))
+    return settings.updated({"refine": {"end_to_end": {"steps": steps}}})
 
 
 def allocate(
@@ -232,6 +252,7 @@ def demo(
     out: Annotated[str, argument("OUT")] = "smollm2-w1.58",
     windows: OptionalWindows = None,
     seq_len: OptionalSeqLen = None,
+    refine_tokens: OptionalRefineTokens = None,
     check_windows: CheckWindows = 4,
     json: bool = False,
 ) -> None:
@@ -241,24 +262,33 @@ def demo(
         out: folder to write; an earlier demo there is replaced
         windows: number of calibration windows; fewer are faster and worse
         seq_len: tokens per window
+        refine_tokens: tokens of text that the refinement of the scales sees
         check_windows: number of evaluation windows for each perplexity
         json: print the report as JSON
     """
-    from twla_jax.jobs import quantize_model
+    from twla_jax.jobs import continuations, quantize_model
 
-    settings = with_options(recipe_module.load_recipe("demo"), None, windows, seq_len, None, None)
+    settings = with_options(recipe_module.load_recipe("demo-refined"), None, windows, seq_len, None, None)
+    settings = _refined_on(settings, refine_tokens)
     report = quantize_model.quantize_to_folder(
         loading.SMOLLM2,
         out,
         settings,
         overwrite=True,
         check_windows=check_windows,
-        check_bits=(16, 8, 4),
+        check_bits=(16, 4),
     )
-    decoder, tokenizer = loading.load(out)
+    quantised, tokenizer = loading.load(out)
+    original, _ = loading.load(loading.SMOLLM2)
+    bits = report["size"]["bits_per_weight_linear"]
+    models = {"original, 16 bits a weight": original, f"quantised, {bits:.2f} bits a weight": quantised}
     prompt = "The most important thing about a programming language is"
-    # Sampled, from a fixed seed: so poor a model's likeliest tokens go round in circles.
-    pieces = generation.stream_text(decoder, tokenizer, prompt, max_new_tokens=24, temperature=0.7)
-    text = "".join(piece for _, piece in pieces)
-    report["generated"] = prompt + text
-    show(report, json, lambda: f"{quantize_model.format_report(report, out)}\n\n{prompt} …\n{text.strip()}")
+    rows = continuations.continue_prompt(models, tokenizer, prompt)
+    report["prompt"], report["continuations"] = prompt, rows
+
+    def text() -> str:
+        return "\n\n".join(
+            [quantize_model.format_report(report, out), continuations.format_continuations(prompt, rows)]
+        )
+
+    show(report, json, text)

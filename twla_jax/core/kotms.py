@@ -98,6 +98,11 @@ def log_range(x: Float[Array, "c m"]) -> Float[Array, ""]:
     return jnp.log((jnp.square(x.max(-1) - x.min(-1)) / squares).mean())
 
 
+def stride(rows: int, wanted: int) -> int:
+    """Returns the distance of the rows that a fit looks at: at least `wanted` of all, 0 for every row."""
+    return max(1, rows // wanted) if wanted else 1
+
+
 @functools.partial(jax.jit, static_argnames=("settings", "sizes"))
 def fit_rotation(
     weight: Float[Array, "n m"],
@@ -129,7 +134,7 @@ def fit_rotation(
             stiefel.random_orthogonal(key_left, sizes[0]),
             stiefel.random_orthogonal(key_right, sizes[1]),
         )
-    weight = weight.astype(jnp.float32)
+    weight = weight[:: stride(len(weight), settings.rows)].astype(jnp.float32)
     optimizer = stiefel.riemannian(
         optax.adam(settings.learning_rate), stiefel.RETRACTIONS[settings.retraction]
     )

@@ -70,6 +70,7 @@ def _fit_site(
     n = sum(kernel.shape[-1] for kernel in kernels)
     sizes = kotms.factor_sizes(m, n, settings.factors)
     keys = jax.random.split(key, layers)
+    n = -(-n // kotms.stride(n, settings.rows))
     # Equal chunks, so that all of them share one compilation.
     fitting = (size for size in range(layers, 1, -1) if layers % size == 0 and size * n * m <= _WEIGHTS)
     chunk = next(fitting, 1)

@@ -50,7 +50,6 @@ class _StraightThrough:
 def init_latents(student: Decoder, teacher: Decoder, *, codes: bool = True) -> Latents:
     """Return what stands for the student as it is: linears' `u`, `s` and `r`, norms' `g`, rotations' factors.
 
-
     Of two planes each linear has a `residual_s`, too. Without `codes` there is no `u`, and codes stay as they are.
     All are float32. u starts where the full-precision weight lies in units of α, but within its code's cell: the codes
     that the column sweep chose are kept, and those whose weight lies near a boundary are the first to change.

@@ -13,9 +13,14 @@ _WARMUP = 0.1  # share of the steps over which learning rates rise; a good start
 
 
 def rates_at(settings: LearningSettings, step: int, steps: int) -> dict[str, float]:
-    """Learning rates of one step: up in a line, then down to zero as a cosine; data, so that one program takes all."""
+    """Returns the learning rates of one step: up in a line, level, then down to zero as a cosine.
+
+    They fall over the last `settings.cooldown · steps` steps; with 1, from the end of the rise on. Rates are data, so
+    that one program takes all.
+    """
     warmup = math.ceil(_WARMUP * steps)
-    falling = math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1))
+    start = max(warmup, steps - math.ceil(settings.cooldown * steps))
+    falling = math.cos(math.pi * max(step - start, 0) / max(steps - start, 1))
     share = min((step + 1) / warmup, (1 + falling) / 2)
     return {name: share * peak for name, peak in settings.peak_rates.items()}
 

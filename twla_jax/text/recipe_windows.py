@@ -135,13 +135,19 @@ def seen_windows(
     Raises:
       TwlaError: fewer tokens than one window.
     """
-    drawn, more = recipe.calibration, recipe.refine.windows
+    drawn, more, seq_len = recipe.calibration, recipe.refine.windows, refined_length(recipe)
     if isinstance(tokens, SampledText):
-        return tokens.rows[: drawn.windows], tokens.rows[drawn.windows : drawn.windows + more]
+        return tokens.rows[: drawn.windows], tokens.rows[drawn.windows : drawn.windows + more, :seq_len]
     return (
         windows.sample_windows(tokens, drawn.windows, drawn.seq_len, drawn.seed),
-        windows.sample_windows(tokens, more, drawn.seq_len, drawn.seed + 1),
+        windows.sample_windows(tokens, more, seq_len, drawn.seed + 1),
     )
+
+
+def refined_length(recipe: Recipe) -> int:
+    """Returns how many tokens a window of the end-to-end refinement has."""
+    settings = recipe.refine.end_to_end
+    return min(settings.seq_len if settings else 0, recipe.calibration.seq_len) or recipe.calibration.seq_len
 
 
 def held_out_windows(tokens: Tokens, recipe: Recipe) -> tuple[Int32[np.ndarray, "h t"], float]:
@@ -162,5 +168,7 @@ def held_out_windows(tokens: Tokens, recipe: Recipe) -> tuple[Int32[np.ndarray, 
         return rows[: settings.windows, :seq_len], 0.0
     seen = [drawn]
     if more := recipe.refine.windows:
-        seen.append(dataclasses.replace(drawn, windows=more, seed=drawn.seed + 1))
+        seen.append(
+            dataclasses.replace(drawn, windows=more, seq_len=refined_length(recipe), seed=drawn.seed + 1)
+        )
     return windows.held_out_windows(tokens, seen, settings.windows, seq_len, seed=drawn.seed + 2)

@@ -1,0 +1,57 @@
+"""Sets what a quantised model writes beside what its original writes."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from twla_jax.inference import generation
+from twla_jax.models import Decoder
+
+_WIDTH = 100
+_INDENT = 4
+
+
+def continue_prompt(
+    models: Mapping[str, Decoder],
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Continues a prompt by every model, once with its likeliest tokens and once sampled.
+
+    Args:
+      models: by the name that each is shown under; all read the same tokenizer's tokens.
+      tokenizer: of the models.
+      prompt: text to continue.
+      max_new_tokens: tokens to add at most.
+      temperature: of the sampled one.
+      seed: of the sampled one.
+    Returns:
+      A row a continuation: `model`, `temperature` and `text`, without the prompt.
+    """
+    rows = []
+    for each in (0.0, temperature):
+        for name, model in models.items():
+            settings = {"max_new_tokens": max_new_tokens, "temperature": each, "seed": seed}
+            pieces = generation.stream_text(model, tokenizer, prompt, **settings)
+            rows.append({"model": name, "temperature": each, "text": "".join(piece for _, piece in pieces)})
+    return rows
+
+
+def format_continuations(prompt: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the continuations as text for a person, those of one temperature beneath each other."""
+    lines = [f'"{prompt} …"']
+    last = None
+    for row in rows:
+        if row["temperature"] != last:
+            last = row["temperature"]
+            how = "the likeliest tokens" if last == 0 else f"sampled at temperature {last:g}"
+            lines += ["", f"{how}:"]
+        text = " ".join(row["text"].split())
+        indent = " " * _INDENT
+        lines.append(f"  {row['model']}")
+        lines += textwrap.wrap(f"… {text}", _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return "\n".join(lines)
