@@ -24,7 +24,7 @@ from twla_jax import recipe, xla_flags
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.domains import evaluate_domains
 from twla_jax.jobs import loading
-from twla_jax.models.decoder import Decoder
+from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.quantization import pipeline
 from twla_jax.text import corpora
 from twla_jax.text.windows import calibration_windows
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures every recipe on every text, and prints a line as each is done."""
     model = os.environ.get("TWLA_SMOLLM2") or options.model if options.model == "smollm2" else options.model
     teacher, tokenizer = loading.load(model, dtype=jnp.float16)
-    teacher.dtype = jnp.dtype(jnp.float32)
+    teacher = computing_in(teacher, jnp.float32)
     size = teacher.config.vocab_size
     texts = {
         name: corpora.first_windows(text, tokenizer, size, options.max_windows, options.seq_len)
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             seq_len=seq_len,
             seed=options.seed,
         )
-        settings = dataclasses.replace(base, calibration=drawn)
+        settings = dataclasses.replace(base, calibration=drawn, refine=recipe.RefineSettings())
         found = measure(teacher, tokenizer, settings, texts, {"batch_size": options.batch_size})
         results.append(found)
         print(line(found), flush=True)

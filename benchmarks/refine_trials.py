@@ -20,14 +20,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from twla_jax import recipe, xla_flags
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import domains, scoring
 from twla_jax.inference import self_sampling
 from twla_jax.jobs import loading
-from twla_jax.models.decoder import Decoder, can_fuse
+from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.quantization import pipeline
 from twla_jax.refinement import end_to_end
 from twla_jax.text import corpora
@@ -81,8 +80,8 @@ class Trials:
         model = options.model
         if model == "smollm2":
             model = os.environ.get("TWLA_SMOLLM2") or model
-        self._teacher, self._tokenizer = loading.load(model, dtype=jnp.float16)
-        self._teacher.dtype = jnp.dtype(jnp.float32)
+        teacher, self._tokenizer = loading.load(model, dtype=jnp.float16)
+        self._teacher = computing_in(teacher, jnp.float32)
         self._size = self._teacher.config.vocab_size
         first = {"count": options.max_windows, "seq_len": options.eval_seq_len}
         self._texts = {
@@ -93,7 +92,7 @@ class Trials:
         if options.corpus:
             test = corpora.load_corpus(options.corpus, "evaluation")
             self._test = corpora.tokenize(test, self._tokenizer, self._size)
-        base = recipe.load_recipe(options.recipe)
+        base = dataclasses.replace(recipe.load_recipe(options.recipe), refine=recipe.RefineSettings())
         changes = {"corpus": options.text, "windows": options.windows, "seq_len": options.seq_len}
         changes["seed"] = options.seed
         self._recipe = base.updated(
@@ -149,7 +148,9 @@ class Trials:
         return windows
 
     def _score(self, model: Decoder) -> dict[str, Any]:
-        model, teacher = (_computing_in(each, self._options.dtype) for each in (model, self._teacher))
+        model, teacher = (
+            computing_in(each, self._options.dtype, fused=True) for each in (model, self._teacher)
+        )
         settings = {"batch_size": self._options.eval_batch_size, "progress": False}
         result = domains.evaluate_domains(model, self._texts, original=teacher, **settings)
         found: dict[str, Any] = {"domains": result["domains"], "A16": None}
@@ -159,12 +160,6 @@ class Trials:
             )
             found["A16"] = whole["perplexity"]
         return found
-
-
-def _computing_in(model: Decoder, dtype: str) -> Decoder:
-    copy = nnx.merge(*nnx.split(model))
-    copy.dtype, copy.blocks.fused = jnp.dtype(dtype), can_fuse(copy.config, jnp.dtype(dtype))
-    return copy
 
 
 def line(found: dict[str, Any]) -> str:
