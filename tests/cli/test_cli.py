@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from twla_jax.cli import main
+from twla_jax.cli import main, make
 from twla_jax.inference import self_sampling
 from twla_jax.quantization import pipeline
+from twla_jax.recipe import load_recipe
 from twla_jax.refinement import end_to_end
 
 SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
@@ -103,6 +104,13 @@ def test_the_default_text_is_of_every_domain_at_hand(stories_model, texts, tmp_p
     assert {row["name"]: row["windows"] for row in rows} == {"prose": 2, "stories": 2}
     assert all(row["kl"] > 0 for row in rows)
     assert report["evaluation"]["windows"] == 3
+
+
+def test_tokens_of_the_refinement_are_steps_of_whole_batches():
+    recipe = make._refined_on(load_recipe("demo-refined"), 4096 + 100)
+    assert recipe.refine.end_to_end.steps == 4096 // (4 * 128)
+    assert make._refined_on(recipe, 1).refine.end_to_end.steps == 1
+    assert make._refined_on(recipe, None) == recipe
 
 
 def test_a_table_of_texts_ends_with_the_worst(out, stories_model, texts, capsys):
@@ -240,6 +248,11 @@ def test_samples_are_made_side_by_side(stories_model, capsys):
         (["quantize", "{model}", "{new}", "--calibration", "{short}"], "fewer than one window", 1),
         (["quantize", "{model}", "{new}", "--calibration", "{test}"], "for evaluation only", 1),
         (["quantize", "{model}", "{new}", "--calibration", "self+pydoc"], "not with other texts", 1),
+        (
+            ["quantize", "{model}", "{new}", "--refine-tokens", "9"],
+            "recipe 'w1.58-g128' has no end-to-end",
+            1,
+        ),
         (["eval", "{out}", "--corpus", "self"], "never for evaluation", 1),
         (["allocate", "{out}", "--budget", "4", "--calibration", "self"], "no text of the model itself", 1),
         (["eval", "{out}", "--seq-len", "4096"], "exceeds the model's 512", 1),
