@@ -37,7 +37,7 @@ def measure(
     texts: dict[str, np.ndarray],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns the domains' rows of a model quantised by a recipe, the seconds it took, and its calibration."""
+    """Return the domains' rows of a model quantised by a recipe, the seconds it took, and its calibration."""
     start = time.perf_counter()
     corpus = corpora.load_corpus(settings.calibration.corpus, "calibration")
     windows = calibration_windows(corpus, tokenizer, teacher.config.vocab_size, settings.calibration)
@@ -55,7 +55,7 @@ def measure(
 
 
 def line(found: dict[str, Any]) -> str:
-    """Returns the figures of one run in one line."""
+    """Return the figures of one run in one line."""
     rows = found["domains"]
     mean = float(np.exp(np.mean(np.log([row["ratio"] for row in rows]))))
     wikitext = "".join(f", WikiText-2 {row['perplexity']:.1f}" for row in rows if row["name"] == "wikitext2")
@@ -66,7 +66,7 @@ def line(found: dict[str, Any]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Returns Markdown: a row a run, its ratio in every domain and the worst of them."""
+    """Return Markdown: a row a run, its ratio in every domain and the worst of them."""
     names = sorted({row["name"] for found in results for row in found["domains"]})
     lines = [
         f"| recipe | calibration | tokens | worst | {' | '.join(names)} |",
@@ -83,7 +83,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line's options."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     number = {"type": int, "metavar": "N"}
     parser.add_argument("model", nargs="?", default="smollm2", help="full-precision model, as twla takes it")
@@ -101,7 +101,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measures every recipe on every text, and prints a line as each is done."""
+    """Measure every recipe on every text, and prints a line as each is done."""
     model = os.environ.get("TWLA_SMOLLM2") or options.model if options.model == "smollm2" else options.model
     teacher, tokenizer = loading.load(model, dtype=jnp.float16)
     teacher = computing_in(teacher, jnp.float32)

@@ -59,7 +59,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """Reads `name:key=value,key=value`; numbers are read as such."""
+        """Read `name:key=value,key=value`; numbers are read as such."""
         name, _, changes = text.partition(":")
         values = {}
         for change in filter(None, changes.split(",")):
@@ -102,12 +102,14 @@ class Trials:
         start = time.perf_counter()
         corpus = corpora.load_corpus(self._recipe.calibration.corpus, "calibration")
         windows = calibration_windows(corpus, self._tokenizer, self._size, self._recipe.calibration)
-        self._quantised, _ = pipeline.quantize(self._teacher, windows, self._recipe, progress=False)
+        self._quantised, _ = pipeline.quantize_blocks(
+            self._teacher, windows, self._recipe.quantization, progress=False
+        )
         self.start = {"variant": "unrefined", **self._score(self._quantised)}
         self.start["seconds"] = time.perf_counter() - start
 
     def run(self, variant: Variant) -> dict[str, Any]:
-        """Refines by a variant, and returns its figures."""
+        """Refine by a variant, and returns its figures."""
         options = self._options
         defaults = {"steps": options.steps, "batch": options.batch, "dtype": options.dtype}
         settings = recipe.EndToEndSettings(**(defaults | variant.settings))
@@ -163,7 +165,7 @@ class Trials:
 
 
 def line(found: dict[str, Any]) -> str:
-    """Returns the figures of one variant in one line."""
+    """Return the figures of one variant in one line."""
     rows = found["domains"]
     mean = float(np.exp(np.mean(np.log([row["ratio"] for row in rows]))))
     test = "" if found["A16"] is None else f", A16 {found['A16']:.2f}"
@@ -175,7 +177,7 @@ def line(found: dict[str, Any]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Returns Markdown: a row a variant, its ratio in every domain, and the worst of them."""
+    """Return Markdown: a row a variant, its ratio in every domain, and the worst of them."""
     names = sorted({row["name"] for found in results for row in found["domains"]})
     lines = [f"| variant | A16 | worst | {' | '.join(names)} | s |", "|---" * (len(names) + 4) + "|"]
     for found in results:
@@ -189,7 +191,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line's options."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     number = {"type": int, "metavar": "N"}
     parser.add_argument("model", nargs="?", default="smollm2", help="full-precision model, as twla takes it")
@@ -221,7 +223,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs every variant for which there is time, and prints a line as each is done."""
+    """Run every variant for which there is time, and prints a line as each is done."""
     started = time.perf_counter()
     trials, results = Trials(options), []
     for variant in [None, *map(Variant.parse, options.variants)]:

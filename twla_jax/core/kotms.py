@@ -99,7 +99,7 @@ def log_range(x: Float[Array, "c m"]) -> Float[Array, ""]:
 
 
 def stride(rows: int, wanted: int) -> int:
-    """Returns the distance of the rows that a fit looks at: at least `wanted` of all, 0 for every row."""
+    """Return the distance of the rows that a fit looks at: at least `wanted` of all, 0 for every row."""
     return max(1, rows // wanted) if wanted else 1
 
 

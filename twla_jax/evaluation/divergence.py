@@ -14,7 +14,7 @@ from twla_jax.models.decoder import Decoder
 def window_divergence(
     model: Decoder, original: Decoder, windows: Int32[Array, "b t"], *, chunk: int = 512
 ) -> dict[str, Float[Array, " b"]]:
-    """Returns of each window the means over its `t − 1` predictions, float32.
+    """Return of each window the means over its `t − 1` predictions, float32.
 
     With p the original's and q the model's distribution of the next token, these are
 

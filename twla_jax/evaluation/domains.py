@@ -28,7 +28,7 @@ def evaluate_domains(
     chunk: int = 512,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores a model on named texts, and with an `original` also how far its predictions are from that one's.
+    """Score a model on named texts, and with an `original` also how far its predictions are from that one's.
 
     Both models see the same windows in one pass. The result is the mean over all predictions of a text.
 
@@ -72,7 +72,7 @@ def evaluate_domains(
 
 
 def format_domains(result: Mapping[str, Any]) -> str:
-    """Returns the figures of `evaluate_domains` as a table for a person, the worst text last."""
+    """Return the figures of `evaluate_domains` as a table for a person, the worst text last."""
     rows = result["domains"]
     width = max(len("text"), *(len(row["name"]) for row in rows))
     compared = "ratio" in rows[0]

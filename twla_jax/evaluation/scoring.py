@@ -20,7 +20,7 @@ from twla_jax.text.token_ids import cut, text_length
 
 
 def cut_windows(tokens: Int[np.ndarray, " t"], seq_len: int) -> Int32[np.ndarray, "w seq_len"]:
-    """Returns consecutive windows of `seq_len` tokens; the remainder is dropped.
+    """Return consecutive windows of `seq_len` tokens; the remainder is dropped.
 
     Of a text whose tokenizer puts BOS in front, each window is BOS and `seq_len − 1` tokens of the text.
 
@@ -117,7 +117,7 @@ def sum_predictions(
     *,
     chunk: int,
 ) -> Any:
-    """Returns `[b]` for every array of `score`'s result: its sum over the `t − 1` predictions of each window.
+    """Return `[b]` for every array of `score`'s result: its sum over the `t − 1` predictions of each window.
 
     Args:
       score: takes hidden states of `chunk` positions and the tokens that follow them; returns arrays `[b, chunk]`.

@@ -20,7 +20,7 @@ def continue_prompt(
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Continues a prompt by every model, once with its likeliest tokens and once sampled.
+    """Continue a prompt by every model, once with its likeliest tokens and once sampled.
 
     Args:
       models: by the name that each is shown under; all read the same tokenizer's tokens.
@@ -42,7 +42,7 @@ def continue_prompt(
 
 
 def format_continuations(prompt: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the continuations as text for a person, those of one temperature beneath each other."""
+    """Return the continuations as text for a person, those of one temperature beneath each other."""
     lines = [f'"{prompt} …"']
     last = None
     for row in rows:

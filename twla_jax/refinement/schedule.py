@@ -13,7 +13,7 @@ _WARMUP = 0.1  # share of the steps over which learning rates rise; a good start
 
 
 def rates_at(settings: LearningSettings, step: int, steps: int) -> dict[str, float]:
-    """Returns the learning rates of one step: up in a line, level, then down to zero as a cosine.
+    """Return the learning rates of one step: up in a line, level, then down to zero as a cosine.
 
     They fall over the last `settings.cooldown · steps` steps; with 1, from the end of the rise on. Rates are data, so
     that one program takes all.

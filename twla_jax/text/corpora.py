@@ -49,11 +49,11 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Returns the hash of the text in UTF-8."""
+        """Return the hash of the text in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a report says of the corpus: everything but the text."""
+        """Return what a report says of the corpus: everything but the text."""
         domains = {"domains": [part.name for part in self.parts]} if self.parts else {}
         return {
             "name": self.name,
@@ -66,12 +66,12 @@ class Corpus:
 
 
 def corpus_names() -> list[str]:
-    """Returns the names that `load_corpus` knows, beside paths and several joined by `+`."""
+    """Return the names that `load_corpus` knows, beside paths and several joined by `+`."""
     return [*_NAMED, *_MIXES, *mix.DOMAINS]
 
 
 def load_corpus(name: str | Path, split: Split) -> Corpus:
-    """Reads a corpus for one purpose; the texts of the two purposes are disjoint for every name.
+    """Read a corpus for one purpose; the texts of the two purposes are disjoint for every name.
 
     Args:
       name: `mix`, a text of every domain at hand, or `mix-online`, from public data sets; `pydoc`, `stdlib` or `notes`
@@ -106,7 +106,7 @@ def load_corpus(name: str | Path, split: Split) -> Corpus:
 
 
 def load_domains(names: str | Path, split: Split = "evaluation") -> dict[str, Corpus]:
-    """Returns several corpora by name, to be looked at one by one.
+    """Return several corpora by name, to be looked at one by one.
 
     Args:
       names: a folder, whose texts are a domain each; or names and paths that `load_corpus` takes,
@@ -174,7 +174,7 @@ def _join(name: str, corpora: Sequence[Corpus], parts: tuple[Corpus, ...]) -> Co
 def first_windows(
     corpus: Corpus, tokenizer: Any, vocab_size: int, count: int, seq_len: int
 ) -> Int32[np.ndarray, "w seq_len"]:
-    """Returns the first windows of a text, cut one after another; of a mix those of its domains in turn.
+    """Return the first windows of a text, cut one after another; of a mix those of its domains in turn.
 
     Raises:
       TwlaError: a text or a domain that is shorter than a window, and what `tokenize` refuses.
@@ -195,7 +195,7 @@ def first_windows(
 
 
 def require_calibration(corpus: Corpus) -> Corpus:
-    """Returns the corpus itself when it is marked for calibration.
+    """Return the corpus itself when it is marked for calibration.
 
     Raises:
       TwlaError: it is marked for evaluation; no setting may ever be chosen on such text.
@@ -208,7 +208,7 @@ def require_calibration(corpus: Corpus) -> Corpus:
 def tokenize(
     corpus: Corpus, tokenizer: Any, vocab_size: int, letters: int | None = None
 ) -> Int32[np.ndarray, " t"]:
-    """Returns the token ids of the whole text at once.
+    """Return the token ids of the whole text at once.
 
     Where the tokenizer puts BOS before a text, it is not among the ids: every window cut from them begins with it.
     Chats are rendered by the tokenizer's chat template, where it has one.

@@ -1,4 +1,4 @@
-"""Reads documents from files of a user's own: plain text, JSON Lines, JSON and CSV."""
+"""Read documents from files of a user's own: plain text, JSON Lines, JSON and CSV."""
 
 import csv
 import dataclasses
@@ -46,7 +46,7 @@ class Text:
 
 
 def read(path: Path) -> Text:
-    """Returns the text of a file or folder, its documents joined by an empty line.
+    """Return the text of a file or folder, its documents joined by an empty line.
 
     A file ending in `.jsonl` or `.ndjson` has an object a line, `.json` a list of objects, `.csv` and `.tsv` a table:
     of each the field `text` is read, or of an object without one the chat in its field `messages`. Anything else is one
@@ -66,7 +66,7 @@ def read(path: Path) -> Text:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Returns the files of a folder that `read` takes for its text, in the order of their names.
+    """Return the files of a folder that `read` takes for its text, in the order of their names.
 
     Raises:
       TwlaError: there is none.
@@ -78,7 +78,7 @@ def text_files(folder: Path) -> list[Path]:
 
 
 def from_documents(documents: Iterable[Document], source: str) -> Text:
-    """Returns documents as one text; they count as chats where all of them are."""
+    """Return documents as one text; they count as chats where all of them are."""
     documents = list(documents)
     chats = tuple(document for document in documents if not isinstance(document, str))
     plain = (document if isinstance(document, str) else _plain_chat(document) for document in documents)
@@ -91,7 +91,7 @@ def from_documents(documents: Iterable[Document], source: str) -> Text:
 
 
 def read_records(lines: Iterable[str], source: str) -> list[tuple[Document, dict[str, Any]]]:
-    """Returns the documents of JSON lines, each with all that its line says.
+    """Return the documents of JSON lines, each with all that its line says.
 
     Raises:
       TwlaError: a line without a text; names `source` and the line.
@@ -100,13 +100,13 @@ def read_records(lines: Iterable[str], source: str) -> list[tuple[Document, dict
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a file, which end at line feeds alone."""
+    """Return the lines of a file, which end at line feeds alone."""
     # Inside a JSON string, U+2028 and its like are letters like others.
     return read_text(path).split("\n")
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a file, without a byte-order mark, its line ends as they are.
+    """Return the text of a file, without a byte-order mark, its line ends as they are.
 
     Raises:
       TwlaError: it cannot be read, or is not UTF-8.
@@ -125,13 +125,13 @@ def read_text(path: Path) -> str:
 
 
 def _kind(path: Path) -> str:
-    """Returns the suffix in lower case, without `.gz`."""
+    """Return the suffix in lower case, without `.gz`."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
 def _records(path: Path) -> Iterable[tuple[str, Any]] | None:
-    """Returns the records of a file with the place of each, None where the file is one document as it is."""
+    """Return the records of a file with the place of each, None where the file is one document as it is."""
     kind = _kind(path)
     if kind in _REFUSED:
         raise TwlaError(f"{path}: {kind} files are not read; {_REFUSED[kind]}")

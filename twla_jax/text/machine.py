@@ -30,7 +30,7 @@ _LEAST_TEXT = 40_000  # letters of all messages, below which they have no window
 
 
 def stdlib(split: Split) -> Text:
-    """Returns program text: the standard library's own source and the headers of Python."""
+    """Return program text: the standard library's own source and the headers of Python."""
     folders = [
         (Path(sysconfig.get_path(key)), f"*.{end}") for key, end in (("stdlib", "py"), ("include", "h"))
     ]
@@ -44,7 +44,7 @@ def stdlib(split: Split) -> Text:
 
 
 def notes(split: Split) -> Text:
-    """Returns prose about software: what installed packages say of themselves and, to calibrate on, licences."""
+    """Return prose about software: what installed packages say of themselves and, to calibrate on, licences."""
     documents = {}
     for package in importlib.metadata.distributions():
         name = package.metadata["Name"] or ""
@@ -65,7 +65,7 @@ def notes(split: Split) -> Text:
 
 
 def languages(split: Split) -> Text:
-    """Returns the machine's own messages in German, French, Spanish and Chinese; empty where it has few."""
+    """Return the machine's own messages in German, French, Spanish and Chinese; empty where it has few."""
     chosen: dict[str, None] = {}
     for file in sorted(
         file for language in _LANGUAGES for file in _LOCALES.glob(f"{language}/LC_MESSAGES/*.mo")

@@ -25,12 +25,12 @@ _ONLINE_LETTERS = {"calibration": 4_000_000, "evaluation": 500_000}  # of a doma
 
 
 def domain(name: str, split: Split) -> Text | None:
-    """Returns one of `DOMAINS` from the folder `TWLA_DATA`, or None where it is not there."""
+    """Return one of `DOMAINS` from the folder `TWLA_DATA`, or None where it is not there."""
     return _domains([name], split).get(name)
 
 
 def parts(split: Split) -> dict[str, Text]:
-    """Returns the domains of the mix by name: those that can be had without a network."""
+    """Return the domains of the mix by name: those that can be had without a network."""
     found = _domains(DOMAINS, split) or {
         "pydoc": named.pydoc(split),
         "stdlib": machine.stdlib(split),
@@ -50,7 +50,7 @@ def parts(split: Split) -> dict[str, Text]:
 
 
 def online_parts(split: Split) -> dict[str, Text]:
-    """Returns the domains of `mix-online` by name, the first documents of public data sets.
+    """Return the domains of `mix-online` by name, the first documents of public data sets.
 
     Raises:
       TwlaError: the package `datasets` is not there, or a data set cannot be had.
@@ -91,7 +91,7 @@ _ONLINE: dict[str, tuple[str, dict[str, str], Callable[[Any], Document]]] = {
 
 
 def by_language(path: Path) -> dict[str, Text]:
-    """Returns the documents of a `.jsonl` file by their field `lang`."""
+    """Return the documents of a `.jsonl` file by their field `lang`."""
     names = {language: name for name, language in _LANGUAGES.items()}
     found: dict[str, list[Document]] = {}
     for document, record in files.read_records(files.read_lines(path), str(path)):
@@ -103,13 +103,13 @@ def by_language(path: Path) -> dict[str, Text]:
 
 
 def is_evaluation_file(path: Path) -> bool:
-    """Returns whether a path lies in the folder of evaluation texts of `TWLA_DATA`."""
+    """Return whether a path lies in the folder of evaluation texts of `TWLA_DATA`."""
     folder = os.environ.get("TWLA_DATA")
     return bool(folder) and path.resolve().is_relative_to(Path(folder, "domains", "valid").resolve())
 
 
 def shuffled(documents: Iterable[Document], source: str) -> Text:
-    """Returns the documents' pieces in an order of their hashes; chats stay whole."""
+    """Return the documents' pieces in an order of their hashes; chats stay whole."""
     pieces: list[Document] = []
     for document in documents:
         pieces += _pieces(document) if isinstance(document, str) else [document]
@@ -118,7 +118,7 @@ def shuffled(documents: Iterable[Document], source: str) -> Text:
 
 
 def _pieces(document: str) -> list[str]:
-    """Cuts a document at ends of lines into pieces of about `_PIECE` characters."""
+    """Cut a document at ends of lines into pieces of about `_PIECE` characters."""
     pieces, start = [], 0
     while len(document) - start > 1.5 * _PIECE:
         end = document.find("\n", start + _PIECE) + 1 or start + _PIECE
@@ -128,7 +128,7 @@ def _pieces(document: str) -> list[str]:
 
 
 def _domains(names: Iterable[str], split: Split) -> dict[str, Text]:
-    """Returns those of the domains that the folder `TWLA_DATA` has, by name."""
+    """Return those of the domains that the folder `TWLA_DATA` has, by name."""
     stems = {name: "languages" if name in _LANGUAGES else name for name in names}
     read = _evaluation_records if split == "evaluation" else _calibration_records
     records = read(set(stems.values()))
@@ -155,7 +155,7 @@ def _evaluation_records(stems: Iterable[str]) -> dict[str, list[_Record]]:
 
 
 def _calibration_records(stems: Iterable[str]) -> dict[str, list[_Record]]:
-    """Returns the records of `domains/train/*.jsonl`, or where that is not unpacked of `domains/train.tar.xz`."""
+    """Return the records of `domains/train/*.jsonl`, or where that is not unpacked of `domains/train.tar.xz`."""
     paths = {stem: named.data_file("domains", "train", f"{stem}.jsonl") for stem in stems}
     if found := {
         stem: files.read_records(files.read_lines(path), str(path)) for stem, path in paths.items() if path

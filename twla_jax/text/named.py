@@ -19,19 +19,19 @@ _C4_ONLINE_DOCUMENTS = 2048  # of the first validation shard, about what 128 win
 
 
 def data_file(*parts: str) -> Path | None:
-    """Returns the path of a file in the folder `TWLA_DATA`, or None where there is no such file."""
+    """Return the path of a file in the folder `TWLA_DATA`, or None where there is no such file."""
     folder = os.environ.get("TWLA_DATA")
     path = Path(folder, *parts) if folder else None
     return path if path and path.is_file() else None
 
 
 def for_evaluation(name: str) -> bool:
-    """Returns whether a document is for evaluation: a third of all, by a hash of its name, the same in every Python."""
+    """Return whether a document is for evaluation: a third of all, by a hash of its name, the same in every Python."""
     return hashlib.sha256(name.encode()).digest()[0] % 3 == 0
 
 
 def pydoc(split: Split) -> Text:
-    """Returns CPython's help topics, a third of them for evaluation.
+    """Return CPython's help topics, a third of them for evaluation.
 
     Topics repeat one another (`compound` holds `if`, `while`, …), so a topic that shares a paragraph with a longer
     one is left out.
@@ -50,14 +50,14 @@ def pydoc(split: Split) -> Text:
 
 
 def wikitext2(split: Split) -> Text:
-    """Returns WikiText-2's validation split for calibration, its test split for evaluation."""
+    """Return WikiText-2's validation split for calibration, its test split for evaluation."""
     part = "validation" if split == "calibration" else "test"
     file = "wiki.valid.raw" if split == "calibration" else "wiki.test.raw"
     return _wikitext2_part(part, [file])
 
 
 def wikitext2_train(split: Split) -> Text:
-    """Returns WikiText-2's training split.
+    """Return WikiText-2's training split.
 
     Raises:
       TwlaError: it is asked for evaluation.
@@ -78,7 +78,7 @@ def _wikitext2_part(part: str, files: list[str]) -> Text:
 
 
 def c4(split: Split) -> Text:
-    """Returns every other page of C4's validation split, the first half of them for calibration."""
+    """Return every other page of C4's validation split, the first half of them for calibration."""
     if path := data_file("web", "c4_like_web.txt"):
         documents, source = read_text(path).splitlines(), "web/c4_like_web.txt"
     else:
@@ -102,7 +102,7 @@ NAMED: dict[str, Callable[[Split], Text]] = {
 def online(
     corpus: str, *args: Any, render: Callable[[Any], Any] | None = None, **kwargs: Any
 ) -> Iterator[Any]:
-    """Yields the documents of a data set of the package `datasets`: each row's `text`, or what `render` makes of it.
+    """Yield the documents of a data set of the package `datasets`: each row's `text`, or what `render` makes of it.
 
     Raises:
       TwlaError: the package is not there, or the data set cannot be had.

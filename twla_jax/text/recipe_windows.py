@@ -83,10 +83,10 @@ def _split(windows: np.ndarray, recipe: Recipe, held_out: bool) -> DrawnText:
     seq_len = settings.seq_len or windows.shape[1]
     if kept and seq_len > windows.shape[1]:
         raise TwlaError(f"allocation.seq_len = {seq_len}: the windows have {windows.shape[1]} tokens")
-    first = len(windows) - more - kept
+    first, refined = len(windows) - more - kept, recipe.refine.end_to_end
     return DrawnText(
         calibration=windows[:first],
-        refinement=windows[first : first + more],
+        refinement=windows[first : first + more, : refined.seq_len if refined and refined.seq_len else None],
         held_out=windows[first + more :, :seq_len] if kept else None,
         overlap=0.0,
         description={"name": "windows", "split": "calibration"},
@@ -145,7 +145,7 @@ def seen_windows(
 
 
 def refined_length(recipe: Recipe) -> int:
-    """Returns how many tokens a window of the end-to-end refinement has."""
+    """Return how many tokens a window of the end-to-end refinement has."""
     settings = recipe.refine.end_to_end
     return min(settings.seq_len if settings else 0, recipe.calibration.seq_len) or recipe.calibration.seq_len
 

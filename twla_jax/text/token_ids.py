@@ -20,7 +20,7 @@ class TokenIds(np.ndarray):
 
 
 def token_ids(ids: Int[np.ndarray, " t"], bos: int | None) -> TokenIds:
-    """Returns ids that begin with `bos`, or with the text itself, as ids of the text that remember it."""
+    """Return ids that begin with `bos`, or with the text itself, as ids of the text that remember it."""
     held = np.asarray(ids, np.int32)
     result = (held[1:] if bos is not None and held[:1] == bos else held).view(TokenIds)
     result.bos = bos
@@ -28,20 +28,20 @@ def token_ids(ids: Int[np.ndarray, " t"], bos: int | None) -> TokenIds:
 
 
 def added_bos(tokenizer: Any) -> int | None:
-    """Returns the id that a tokenizer puts before every text by itself, if that is its BOS."""
+    """Return the id that a tokenizer puts before every text by itself, if that is its BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos] else None
 
 
 def text_length(tokens: Int[np.ndarray, " t"], seq_len: int) -> int:
-    """Returns how many tokens of the text a window of `seq_len` holds."""
+    """Return how many tokens of the text a window of `seq_len` holds."""
     return seq_len - (getattr(tokens, "bos", None) is not None)
 
 
 def cut(
     tokens: Int[np.ndarray, " t"], starts: Int[np.ndarray, " w"], seq_len: int
 ) -> Int32[np.ndarray, "w n"]:
-    """Returns the windows of the text from these places on, each begun with BOS where the text wants it."""
+    """Return the windows of the text from these places on, each begun with BOS where the text wants it."""
     length = text_length(tokens, seq_len)
     windows = np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
     begins = np.full((len(windows), seq_len - length), getattr(tokens, "bos", 0) or 0, np.int32)

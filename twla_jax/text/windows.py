@@ -19,7 +19,7 @@ _LEAST_LETTERS = 400_000
 
 
 def domain_tokens(corpus: Corpus, tokenizer: Any, vocab_size: int, wanted: int) -> Tokens:
-    """Returns the tokens of a calibration text: of each domain, so many as `wanted` need, where it is a mix.
+    """Return the tokens of a calibration text: of each domain, so many as `wanted` need, where it is a mix.
 
     Args:
       wanted: how many tokens will be drawn in all.
@@ -36,7 +36,7 @@ def domain_tokens(corpus: Corpus, tokenizer: Any, vocab_size: int, wanted: int) 
 def sample_windows(
     tokens: Tokens, windows: int, seq_len: int, seed: int
 ) -> Int32[np.ndarray, "windows seq_len"]:
-    """Draws windows at offsets uniform with replacement; the same seed draws the same.
+    """Draw windows at offsets uniform with replacement; the same seed draws the same.
 
     Those of a mix come from its domains in turn, so that each has as many, give or take one.
 
@@ -56,7 +56,7 @@ def sample_windows(
 def calibration_windows(
     corpus: Corpus, tokenizer: Any, vocab_size: int, settings: CalibrationSettings
 ) -> Int32[np.ndarray, "windows seq_len"]:
-    """Draws the windows that a recipe calibrates on.
+    """Draw the windows that a recipe calibrates on.
 
     Raises:
       TwlaError: what `require_calibration`, `tokenize` and `sample_windows` refuse.
@@ -73,7 +73,7 @@ def held_out_windows(
     *,
     seed: int,
 ) -> tuple[Int32[np.ndarray, "windows seq_len"], float]:
-    """Draws windows of the same text that hold as little as possible of what `sample_windows` drew for `drawn`.
+    """Draw windows of the same text that hold as little as possible of what `sample_windows` drew for `drawn`.
 
     One after another, where tokens were drawn the fewest times before, at random among equals; the same settings give
     the same windows.
@@ -121,17 +121,17 @@ def held_out_windows(
 
 
 def _counts(domains: int, windows: int) -> list[int]:
-    """Returns how many of the windows come from each domain, when they take turns."""
+    """Return how many of the windows come from each domain, when they take turns."""
     return [(windows + domains - 1 - index) // domains for index in range(domains)]
 
 
 def _domain_seed(seed: int, index: int) -> int:
-    """Returns a seed of the domain's own, so that equal seeds do not draw equal offsets everywhere."""
+    """Return a seed of the domain's own, so that equal seeds do not draw equal offsets everywhere."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
 def _in_turn(drawn: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the windows of all domains in the order in which they take turns."""
+    """Return the windows of all domains in the order in which they take turns."""
     turns = np.concatenate([np.arange(len(part)) for part in drawn])
     return np.concatenate(drawn)[np.argsort(turns, kind="stable")]
 
