@@ -158,7 +158,11 @@ class Trials:
         found: dict[str, Any] = {"domains": result["domains"], "A16": None}
         if self._test is not None:
             whole = scoring.evaluate(
-                model, self._test, max_windows=self._options.test_windows, **(settings | {"batch_size": 4})
+                model,
+                self._test,
+                seq_len=self._options.test_seq_len,
+                max_windows=self._options.test_windows,
+                **(settings | {"batch_size": 4}),
             )
             found["A16"] = whole["perplexity"]
         return found
@@ -212,6 +216,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-seq-len", default=1024, **number)
     parser.add_argument("--eval-batch-size", default=2, **number)
     parser.add_argument("--corpus", default="wikitext2", help="whose perplexity is A16; '' for none")
+    parser.add_argument("--test-seq-len", default=2048, **number)
     parser.add_argument("--test-windows", default=None, help="of that text, all if not given", **number)
     parser.add_argument("--seed", default=0, **number)
     parser.add_argument(

@@ -147,18 +147,8 @@ def test_every_refinement_starts_from_the_same_model(stories_model, texts, tmp_p
     (tmp_path / "quick.toml").write_text(QUICK)
     results = tmp_path / "results.jsonl"
     options = ["--recipe", tmp_path / "quick.toml", "--text", texts / "calibration.txt", "--windows", 4]
-    options += [
-        "--seq-len",
-        64,
-        "--refine-seq-len",
-        64,
-        "--eval-seq-len",
-        64,
-        "--max-windows",
-        2,
-        "--batch",
-        2,
-    ]
+    lengths = ("--seq-len", "--refine-seq-len", "--eval-seq-len", "--test-seq-len")
+    options += [part for length in lengths for part in (length, 64)] + ["--max-windows", 2, "--batch", 2]
     options += ["--domains", texts, "--corpus", texts / "evaluation.txt", "--test-windows", 2]
     variants = ["nothing:steps=1,code_rate=0,scale_rate=0", "long:tokens=2560,code_rate=1e-2,scale_rate=1e-2"]
     options += ["--dtype", "float32", "--results", results, "--variants", *variants]
