@@ -102,7 +102,7 @@ def mapping(check: Check | None = None, *, longest: int = 10**6) -> Check:
 
 
 def record(**fields: Check) -> Check:
-    """Accepts objects that have each of these fields, and in it what its check accepts; others are left alone."""
+    """Accept objects that have each of these fields, and in it what its check accepts; others are left alone."""
 
     def accepts(value: Any) -> bool:
         return isinstance(value, Mapping) and all(

@@ -133,7 +133,7 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
 
 
 def _others(folder: Path) -> list[Path]:
-    """Returns the files of a quantised folder that were not saved with the model; none where it is damaged."""
+    """Return the files of a quantised folder that were not saved with the model; none where it is damaged."""
     try:
         return unlisted(folder, read_manifest(folder))
     except TwlaError:

@@ -52,7 +52,7 @@ _REPORT = {key: schema.mapping() for key in ("model", "calibration", "seconds", 
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Returns the contents of a folder's `twla.json`; reads no array.
+    """Return the contents of a folder's `twla.json`; reads no array.
 
     Raises:
       TwlaError: no such file, one that was changed or cut short, a format this version does not know, or a description
@@ -82,7 +82,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def read_config(manifest: dict[str, Any], source: str) -> DecoderConfig:
-    """Returns the model's configuration.
+    """Return the model's configuration.
 
     Raises:
       TwlaError: it is none that this version writes; the message begins with `source`.
@@ -94,7 +94,7 @@ def read_config(manifest: dict[str, Any], source: str) -> DecoderConfig:
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """Returns the contents of a folder's `report.json`.
+    """Return the contents of a folder's `report.json`.
 
     Raises:
       TwlaError: there is none, or it is damaged.
@@ -106,10 +106,13 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
 
 def verify(folder: str | Path, manifest: dict[str, Any], *, sizes_alone: bool = False) -> int:
-    """Compares every file with the manifest, and returns their bytes.
+    """Compare every file with the manifest, and return their bytes.
 
     Args:
+      folder: that `save` wrote.
+      manifest: from `read_manifest`.
       sizes_alone: reads no file; what was changed without changing its size is not found.
+
     Raises:
       TwlaError: a file that is missing, was changed, or would be read although the manifest does not list it.
     """
@@ -130,20 +133,20 @@ def verify(folder: str | Path, manifest: dict[str, Any], *, sizes_alone: bool = 
 
 
 def unlisted(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    """Returns the files below a folder that its manifest does not list, but for the manifest itself."""
+    """Return the files below a folder that its manifest does not list, but for the manifest itself."""
     known = {MANIFEST, *manifest["files"]}
     paths = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     return sorted(path for path in paths if path.relative_to(folder).as_posix() not in known)
 
 
 def checksum(manifest: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a manifest without its own."""
+    """Return the SHA-256 of a manifest without its own."""
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _is_read(name: Path) -> bool:
-    """Whether this library reads a file of this name, in a folder it wrote."""
+    """Return whether this library reads a file of this name, in a folder it wrote."""
     return name.parts[0] in (PARAMS, TOKENIZER) or (len(name.parts) == 1 and name.suffix in (".json", ".npy"))
 
 
@@ -158,7 +161,7 @@ def _check_names(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _check_tensors(path: Path, manifest: dict[str, Any]) -> None:
-    """Refuses tensors whose arrays do not fit the configuration, one another, or the sizes of their files."""
+    """Refuse tensors whose arrays do not fit the configuration, one another, or the sizes of their files."""
     config = read_config(manifest, str(path))
     stored: dict[str, int] = {}
     for name, file in manifest["files"].items():
@@ -177,7 +180,7 @@ def _check_tensors(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _fits(entry: dict[str, Any]) -> bool:
-    """Whether the arrays of a tensor have the shapes that its kind has on the disk."""
+    """Return whether the arrays of a tensor have the shapes that its kind has on the disk."""
     kind, static = entry["kind"], entry["static"]
     shapes = {part: tuple(array["shape"]) for part, array in entry["arrays"].items()}
     if kind == "array":
@@ -208,7 +211,7 @@ def _fits(entry: dict[str, Any]) -> bool:
 
 
 def _fits_groups(shapes: dict[str, tuple[int, ...]], columns: int, groups: int, salient: Any) -> bool:
-    """Whether the arrays of the published layout fit together: see `core.grouped_tensor`."""
+    """Return whether the arrays of the published layout fit together: see `core.grouped_tensor`."""
     if not isinstance(salient, int) or not 1 <= salient <= columns:
         return False
     rows, bits = shapes.get("codes", (0, 0))[:-1], -(-columns // 8)
@@ -222,7 +225,7 @@ def _fits_groups(shapes: dict[str, tuple[int, ...]], columns: int, groups: int, 
 
 
 def _check_stored(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuses arrays that their own files describe otherwise, as of another type of as many bytes."""
+    """Refuse arrays that their own files describe otherwise, as of another type of as many bytes."""
     for name, entry in manifest["tensors"].items():
         for part, array in entry["arrays"].items():
             path = folder / PARAMS / array_name(name, part) / ".zarray"
@@ -235,5 +238,5 @@ def _check_stored(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def array_name(tensor: str, part: str) -> str:
-    """Returns the name under which a part of a tensor is stored."""
+    """Return the name under which a part of a tensor is stored."""
     return f"{tensor}.{part}" if part else tensor
