@@ -52,16 +52,16 @@ def test_check_tells_right_from_wrong(monkeypatch):
 def test_tiles_that_are_tried_lie_around_the_rules():
     tune = script("tune")
     for rule in (
-        tune.Tiles(rows=96, warpgroups=2, stages=3),
-        tune.Tiles(rows=96, warpgroups=2, stages=2, together=2),
+        tune.RingTileConfig(rows=96, warpgroups=2, stages=3),
+        tune.RingTileConfig(rows=96, warpgroups=2, stages=2, together=2),
     ):
         tried = set(tune.around(rule, columns=8))
         assert rule in tried
-        assert {tiles.warpgroups for tiles in tried} == {2, 3, 4}
-        assert {tiles.together for tiles in tried} == {1, rule.together}
-        for tiles in tried:
-            assert tiles.rows in (48, 96)
-            assert 1 <= tiles.stages <= -(-8 // (tiles.warpgroups * tiles.together))
+        assert {config.warpgroups for config in tried} == {2, 3, 4}
+        assert {config.together for config in tried} == {1, rule.together}
+        for config in tried:
+            assert config.rows in (48, 96)
+            assert 1 <= config.stages <= -(-8 // (config.warpgroups * config.together))
 
 
 def test_perplexities_by_path_agree_where_there_are_no_kernels():
@@ -112,7 +112,8 @@ def test_the_ablation_stops_in_time_and_goes_on(ablation, tmp_path, monkeypatch)
             pass
 
         def run(self, row, settings):
-            ran.append((row, settings.calibration.seed, settings.rotation.seed))
+            rotation = settings.rotation
+            ran.append((row, settings.calibration.seed, None if rotation is None else rotation.seed))
             return {"A16": 10.0 + settings.calibration.seed, "A4": 20.0, "refine": None, "seconds": {}}
 
     monkeypatch.setattr(ablation, "Bench", Bench)
@@ -123,7 +124,7 @@ def test_the_ablation_stops_in_time_and_goes_on(ablation, tmp_path, monkeypatch)
     assert [line["row"] for line in results] == ["base", "no rotation", "base"]
     results = ablation.ablate(ablation.parse(arguments))
     base, rotation = ablation.ROWS["base"], ablation.ROWS["no rotation"]
-    assert ran == [(row, seed, seed) for seed in range(3) for row in (base, rotation)]
+    assert ran == [each for seed in range(3) for each in ((base, seed, seed), (rotation, seed, None))]
     assert "| base | 11.0 ± 1.0 | 20.0 ± 0.0 | 0, 1, 2 |" in ablation.table(results)
     # Other settings are other results.
     assert len(ablation.ablate(ablation.parse([*arguments, "--steps", "7", "--seeds", "0"]))) == 2
