@@ -43,7 +43,8 @@ class Limit:
         if self.choices:
             return value in self.choices
         # Compared before anything is converted: a whole number may be too large for a float.
-        return bool(self.low <= value <= self.high and (self.kind is int or math.isfinite(value)))
+        number: Any = value
+        return bool(self.low <= number <= self.high and (self.kind is int or math.isfinite(number)))
 
 
 LIMITS = {

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.linen import dtypes as linen_dtypes
+from flax.nnx.nn import dtypes as nnx_dtypes
 from jaxtyping import Array, Float
 from qwix import QuantizationProvider, QuantizationRule
 from qwix._src.utils import flax_util  # where qwix's own contrib takes these from; the extra pins the version
@@ -96,7 +98,8 @@ class MomentProvider(SinglePassCalibrationProvider):
         """Return `jnp.einsum`, and collect where the second of two operands is a kernel."""
         axes = contraction(einsum_str, operands)
         if axes is not None:
-            self._observe("einsum", *operands, axes.lhs, axes.rhs)
+            lhs, rhs = operands
+            self._observe("einsum", lhs, rhs, axes.lhs, axes.rhs)
         return jnp.einsum(einsum_str, *operands, **kwargs)
 
     def _observe(self, op_name, lhs, rhs, lhs_axes, rhs_axes) -> None:
@@ -142,7 +145,8 @@ class TwlaProvider(QuantizationProvider):
             return jnp.einsum(einsum_str, *operands, **kwargs)
         axes = contraction(einsum_str, operands)
         assert axes is not None  # or the kernel would not have been packed
-        product = _multiply(*operands, axes.lhs, axes.rhs, preferred_element_type)
+        lhs, kernel = operands
+        product = _multiply(lhs, kernel, axes.lhs, axes.rhs, preferred_element_type)
         return jnp.transpose(product, axes.order)
 
     def param(self, module: nn.Module, name: str, *args, **kwargs):
@@ -208,11 +212,11 @@ def _multiply(lhs, kernel: PackedKernel, lhs_axes, rhs_axes, preferred_element_t
 
 
 def _promote_linen(*arrays, **kwargs):
-    return _promoted(lambda plain: nn.dtypes.promote_dtype(*plain, **kwargs), arrays)
+    return _promoted(lambda plain: linen_dtypes.promote_dtype(*plain, **kwargs), arrays)
 
 
 def _promote_nnx(arrays, /, **kwargs):
-    return _promoted(lambda plain: nnx.nn.dtypes.promote_dtype(tuple(plain), **kwargs), arrays)
+    return _promoted(lambda plain: nnx_dtypes.promote_dtype(tuple(plain), **kwargs), arrays)
 
 
 def _promoted(promote, arrays):

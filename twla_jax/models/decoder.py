@@ -7,6 +7,7 @@ linears may be rotated and quantised.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Decoder(nnx.Module):
         self.dtype, self.fused = jnp.dtype(dtype), False
         embed = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype)
         self.embed = nnx.Param(embed * 0.02)
-        block = family_of(config).block
+        block: Any = family_of(config).block  # every block is made with these arguments
         self.blocks = block(config, leading=(config.num_layers,), rngs=rngs, dtype=param_dtype)
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, leading=(), dtype=param_dtype)
         self.head = (

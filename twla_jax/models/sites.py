@@ -114,9 +114,8 @@ def require_quantizers(model: Decoder) -> None:
 
 def _quantizers(block: ChainBlock) -> dict[str, ActivationQuantizer]:
     """Return the quantiser of every input in a block, by its path."""
-    return {
-        f"{site.name}_input.activation": block.transform(site).activation.get_value() for site in block.sites
-    }
+    found = {f"{site.name}_input.activation": block.transform(site).activation for site in block.sites}
+    return {path: held.get_value() for path, held in found.items() if held is not None}
 
 
 def set_activation_bits(model: Decoder, bits: int) -> Decoder:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -123,12 +123,12 @@ def finish_block(block: ChainBlock, stream: ResidualStream, context: Context) ->
 def input_changes(
     site: Site,
     rotation: KroneckerRotation | None,
-    clips: Float[Array | np.ndarray, "*layers 4"],
+    clips: Float[Array, "*layers 4"] | Float[np.ndarray, "*layers 4"],
     bits: int,
 ) -> dict[str, Any]:
     """Return what `replace` takes to give an input of a block its rotation and its quantiser."""
     settings = jnp.full(clips.shape[:-1], bits, jnp.int32)
-    quantizer = ActivationQuantizer(bits=settings, clips=clips, enabled=bits < OFF)
+    quantizer = ActivationQuantizer(bits=settings, clips=cast(jax.Array, clips), enabled=bits < OFF)
     changes: dict[str, Any] = {f"{site.name}_input.activation": quantizer}
     if rotation is not None:
         changes[f"{site.name}_input.rotation"] = rotation

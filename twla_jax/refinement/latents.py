@@ -91,7 +91,9 @@ def apply(block: ChainBlock, latents: Latents, bits: int) -> ChainBlock:
         path, parts = f"{site.name}_input", latents.get(f"{site.name}_input", {})
         if "left" in parts:
             changes[f"{path}.rotation"] = kotms.KroneckerRotation(parts["left"], parts["right"])
-        quantizer = with_bits(block.transform(site).activation.get_value(), bits)
+        activation = block.transform(site).activation
+        assert activation is not None  # a student is quantised
+        quantizer = with_bits(activation.get_value(), bits)
         changes[f"{path}.activation"] = _StraightThrough(quantizer, parts.get("clip"))
     for name in filter(latents.__contains__, block.norms):
         scale = getattr(block, name).scale.get_value()
@@ -184,7 +186,9 @@ def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
             stored = (parts[side].astype(jnp.float16) for side in ("left", "right"))
             changes[f"{path}.rotation"] = kotms.KroneckerRotation(*stored)
         if "clip" in parts:
-            quantizer = blocks.transform(site).activation.get_value()
+            activation = blocks.transform(site).activation
+            assert activation is not None
+            quantizer = activation.get_value()
             clip = trained_clip(with_bits(quantizer, bits), parts["clip"])
             clips = quantizer.clips.at[..., BIT_CHOICES.index(bits)].set(clip.astype(quantizer.clips.dtype))
             changes[f"{path}.activation"] = dataclasses.replace(quantizer, clips=clips)

@@ -18,6 +18,7 @@ _REACH = 0.5  # beyond the outermost level that a latent still passes gradients
 
 def unit(tensor: TernaryTensor) -> Float[Array, "*batch n groups"]:
     """Return `(|α₁| + |α₂|)/4`, an eighth of the range; 1 where both are 0."""
+    assert tensor.residual_alpha is not None  # there are two planes
     size = (jnp.abs(tensor.alpha.astype(jnp.float32)) + jnp.abs(tensor.residual_alpha)) / 4
     return jnp.where(size == 0, 1, size)
 
@@ -25,10 +26,10 @@ def unit(tensor: TernaryTensor) -> Float[Array, "*batch n groups"]:
 def start(rows: Float[Array, "n m"], tensor: TernaryTensor) -> Float[Array, "n m"]:
     """Return u where the full-precision weight lies, but inside the cell of the code that the tensor has."""
     levels = _levels(tensor)
-    current = two_planes.values(_digits(tensor), *levels, 0.0)
+    current = two_planes.values(_digits(tensor), *levels, jnp.float32(0))
     lower, upper = jnp.full_like(rows, -jnp.inf), jnp.full_like(rows, jnp.inf)
     for digit in range(-4, 5):
-        level = two_planes.values(jnp.float32(digit), *levels, 0.0)
+        level = two_planes.values(jnp.float32(digit), *levels, jnp.float32(0))
         lower = jnp.where(level < current, jnp.maximum(lower, level), lower)
         upper = jnp.where(level > current, jnp.minimum(upper, level), upper)
     # Beyond the outermost level no further than gradients pass.
@@ -43,7 +44,7 @@ def codes(u: Float[Array, "*batch n m"] | None, tensor: TernaryTensor) -> Float[
     """Return the digits that latents stand for; without latents those that the tensor has."""
     if u is None:
         return _digits(tensor)
-    return two_planes.nearest_codes(u, *_levels(tensor), 0.0)
+    return two_planes.nearest_codes(u, *_levels(tensor), jnp.float32(0))
 
 
 def dense(
@@ -62,6 +63,7 @@ def dense(
 def _levels(tensor: TernaryTensor) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch n m"]]:
     """Return `(α₁, α₂)` of every column in units, as the tensor has them."""
     size = unit(tensor)
+    assert tensor.residual_alpha is not None
     first, second = (p.astype(jnp.float32) / size for p in (tensor.alpha, tensor.residual_alpha))
     return _columns(first, tensor), _columns(second, tensor)
 
