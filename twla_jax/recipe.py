@@ -1,6 +1,7 @@
 """Recipes: the settings of every stage of a quantisation, read from `configs/*.toml`."""
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -19,6 +20,12 @@ from twla_jax.core.settings import (
 )
 from twla_jax.core.validation import Settings, ranged, require
 from twla_jax.errors import TwlaError
+from twla_jax.json_files import require_file
+
+_LONGEST = 1 << 20  # bytes of a recipe file
+_DEEP_KEY = re.compile(
+    r"(?:[\w\"'-]+\s*\.\s*){32}"
+)  # for which tomllib takes time by the square of the depth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,10 +289,7 @@ def _load(name_or_path: str | Path, folder: Path, extended_by: tuple[Path, ...])
     path = path.resolve() if extended_by else path
     if path.resolve() in (seen.resolve() for seen in extended_by):
         raise TwlaError(f"{extended_by[0]}: extends itself")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TwlaError(f"{path}: not a TOML file: {error}") from None
+    values = _read_toml(path)
     extends = values.pop("extends", None)
     if not isinstance(extends, str | None):
         raise TwlaError(f"{path}: extends = {extends!r}: must be the name of a recipe")
@@ -294,6 +298,27 @@ def _load(name_or_path: str | Path, folder: Path, extended_by: tuple[Path, ...])
         return base.updated({"name": path.stem, **values})
     except TwlaError as error:
         raise TwlaError(f"{path}: {error}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file; what no recipe is like is refused before it takes long.
+
+    Raises:
+      TwlaError: it cannot be read, or is not TOML.
+    """
+    if require_file(path) > _LONGEST:
+        raise TwlaError(f"{path}: has more than {_LONGEST} bytes, which no recipe needs")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if _DEEP_KEY.search(text):
+            raise ValueError("keys are nested too deeply")
+        return tomllib.loads(text)
+    except OSError as error:
+        raise TwlaError(f"{path}: {error.strerror}") from None
+    except RecursionError:
+        raise TwlaError(f"{path}: not a TOML file: nested too deeply") from None
+    except ValueError as error:
+        raise TwlaError(f"{path}: not a TOML file: {str(error)[:200]}") from None
 
 
 def _configs() -> Path:

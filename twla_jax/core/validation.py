@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from twla_jax.errors import TwlaError
 
+_LARGEST = 2**31  # what every array and compiler takes; no setting comes near
+
 
 def ranged(
     default: Any,
@@ -106,7 +108,11 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
       TwlaError: the condition is false; says the key, the value and what is wanted.
     """
     if not condition:
-        raise TwlaError(f"{key} = {value!r}: must be {wanted}")
+        # Python refuses to print the longest whole numbers.
+        endless = isinstance(value, int) and abs(value) > 10**40
+        raise TwlaError(
+            f"{key} = {'a number of over 40 digits' if endless else repr(value)}: must be {wanted}"
+        )
 
 
 def _in_words(low, above, high, one_of) -> str:
@@ -154,6 +160,7 @@ def _checked(hint: Any, value: Any, key: str, allowed: Any) -> Any:
     accepted = {float: numbers.Real, int: numbers.Integral}.get(hint, hint)
     right = isinstance(value, accepted) and isinstance(value, bool) == (hint is bool)
     require(right, key, value, f"of type {hint.__name__}")
+    require(hint is not int or abs(value) < _LARGEST, key, value, f"below {_LARGEST}")
     finite = hint is not float or abs(value) <= sys.float_info.max  # false for NaN
     require(finite and _within(value, allowed), key, value, allowed.get("wanted") or "finite")
     return hint(value)
