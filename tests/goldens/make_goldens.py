@@ -50,6 +50,8 @@ LONGROPE = {
     "short_factor": [1.0, 1.25, 1.5, 2.0],
     "long_factor": [1.0, 1.5, 3.0, 6.0],
 }
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GEMMA = {**SPECIAL, "head_dim": 16, "sliding_window": 7, "tie_word_embeddings": True}
 CASES = {
     "llama": ("llama", {}),
     "llama_tied_llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -67,6 +69,76 @@ CASES = {
     "qwen2_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_tied": ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {**SPECIAL, "no_rope_layers": [1, 0], "tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {
+            **SPECIAL,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 8.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "gemma3": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3_linear": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 2.0,
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+    "olmo2": ("olmo2", {**SPECIAL, "num_key_value_heads": 4}),
+    "olmo3": (
+        "olmo3",
+        {**SPECIAL, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "olmo3_yarn": (
+        "olmo3",
+        {
+            **SPECIAL,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {**YARN, "attention_factor": 1.2},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "phi3": ("phi3", {**SPECIAL, "sliding_window": 7}),
+    "phi4_mini": (
+        "phi3",
+        {
+            **SPECIAL,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0],
+                "long_factor": [1.0, 1.5, 3.0, 6.0, 8.0, 9.0],
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
 }
 
 

@@ -91,8 +91,10 @@ class PackedBlock(ChainBlock):
         return self.linear(site).parts(h)
 
     def add_output(self, site: Site, h: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Return the residual stream x with the output of the one linear of `site` added where that ends."""
-        return self.linear(site)(h, x)
+        """Return the residual stream x with the output of the one linear of `site` added, where that ends if it can."""
+        if type(self).to_stream is ChainBlock.to_stream:
+            return self.linear(site)(h, x)
+        return ChainBlock.add_output(self, site, h, x)
 
     def with_scratch(self, layer: LayerKV) -> PackedLayer:
         """Return a cache's layer with the memory that the block's kernels pass numbers to each other through."""
@@ -127,7 +129,7 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
 
     def pair(self) -> tuple[LinearOperands, LinearOperands] | None:
         """Return the output linear and the MLP's first ones for `linear_pair`; None if not single ternary planes."""
-        if not self.shared.issuperset({"sites", "before", "after", "gate_up", "activate"}):
+        if not self.shared.issuperset({"sites", "before", "after", "gate_up", "activate", "to_stream"}):
             return None
         o, gate_up = (self.input(site).operands(self.linear(site)) for site in self.sites[1:3])
         return None if o is None or gate_up is None else (o, gate_up)

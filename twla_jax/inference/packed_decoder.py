@@ -86,14 +86,15 @@ class PackedDecoder(Decoder):
         """Return the first block's input, in `dtype`; of packed rows, only the tokens' are unpacked."""
         table = self.embed.get_value()
         if isinstance(table, IntegerWeight):
-            return integer_rows(table, tokens, self.dtype)
+            return self.scale_embedding(integer_rows(table, tokens, self.dtype))
         return super().embed_tokens(tokens)
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
         kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
         if isinstance(kernel, IntegerWeight):
-            return integer_matmul(h, kernel, out_dtype=jnp.float32, implementation=self.implementation)
+            y = integer_matmul(h, kernel, out_dtype=jnp.float32, implementation=self.implementation)
+            return self.cap_logits(y)
         return super().logits(h)
 
     @property

@@ -63,16 +63,22 @@ class Context:
     Attributes:
       positions: of queries and keys, with the rotary angles.
       reach: how many positions attention reaches back: of one layer, or `[layers]` of all.
+      rotary: which of several rotary angles each layer has, `[layers]`; None where all have the same, and of one layer.
       fused: whether attention over whole sequences is one kernel; see `decoder.can_fuse`.
     """
 
     positions: Positions
     reach: Int32[Array, "*layers"]
+    rotary: Int32[Array, " layers"] | None = None
     fused: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def layer(self, index: int | Int32[Array, ""]) -> "Context":
         """Return the context of one layer, from that of all."""
-        return dataclasses.replace(self, reach=self.reach[index])
+        positions = self.positions
+        if self.rotary is not None:
+            kind = self.rotary[index]
+            positions = dataclasses.replace(positions, cos=positions.cos[kind], sin=positions.sin[kind])
+        return dataclasses.replace(self, positions=positions, reach=self.reach[index], rotary=None)
 
 
 class ChainBlock(nnx.Module):
@@ -121,7 +127,11 @@ class ChainBlock(nnx.Module):
     def add_output(self, site: Site, h: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Return the residual stream x with the output of the one linear of `site` added."""
         (output,) = self.outputs(site, h)
-        return x + output
+        return x + self.to_stream(site, output)
+
+    def to_stream(self, site: Site, output: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Return what is added to the residual stream, from the output of the one linear of `site`: that itself."""
+        return output
 
     def __call__(self, x: Float[Array, "b t d"], context: Context) -> Float[Array, "b t d"]:
         """Return the block's output for whole sequences; the context is this layer's."""

@@ -27,6 +27,12 @@ _RANGES = {
     "rope_theta": number(0, 1e30, above=True),
     "max_position_embeddings": integer(1, 2**31 - 1),
     "sliding_window": optional(integer(1, 2**31 - 1)),
+    "sliding_rope_theta": optional(number(0, 1e30, above=True)),
+    "rotary_dim": optional(integer(2, 2**16)),
+    **dict.fromkeys(
+        ("query_scale", "embed_scale", "residual_scale", "logit_scale"), number(0, 1e9, above=True)
+    ),
+    **dict.fromkeys(("attention_softcap", "logit_softcap"), optional(number(0, 1e9, above=True))),
 }
 
 
@@ -34,8 +40,15 @@ _RANGES = {
 class DecoderConfig:
     """Shape and constants of one decoder; `model_type` names its family.
 
-    `sliding_layers` lists the layers whose attention sees only the last `sliding_window` positions, its own included;
-    the others, and all where `sliding_window` is None, see everything before them.
+    Attributes:
+      sliding_layers: those whose attention sees only the last `sliding_window` positions, its own included; the
+        others, and all where `sliding_window` is None, see everything before them.
+      sliding_rope_theta: where the sliding layers have rotary positions of their own, without a scaling.
+      no_rope_layers: those without rotary positions.
+      rotary_dim: features of a head that are rotated, the first ones; all if None.
+      query_scale: what queries are multiplied by beside the usual `head_dim^(−1/2)`.
+      attention_softcap: c of `c · tanh(scores / c)`, None for none; `logit_softcap` likewise of the logits.
+      embed_scale, residual_scale, logit_scale: what embeddings, a sublayer's output and logits are multiplied by.
     """
 
     model_type: str
@@ -59,6 +72,15 @@ class DecoderConfig:
     sliding_layers: tuple[int, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    sliding_rope_theta: float | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    rotary_dim: int | None = None
+    query_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     def checked(self, source: str) -> "DecoderConfig":
         """Return these settings, if their sizes are in range and fit together.
@@ -70,6 +92,10 @@ class DecoderConfig:
           TwlaError: they are not; the message begins with `source`.
         """
         check_values({field: getattr(self, field) for field in _RANGES}, _RANGES, source)
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise TwlaError(
+                f"{source}: {self.rotary_dim} of {self.head_dim} features of a head cannot be rotated"
+            )
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise TwlaError(
                 f"{source}: {self.num_heads} heads of {self.head_dim} cannot share {self.num_kv_heads} key/value heads"
@@ -86,7 +112,7 @@ class DecoderConfig:
         settings = dict(settings)
         if settings.get("rope_scaling") is not None:
             settings["rope_scaling"] = RopeScaling.from_dict(settings["rope_scaling"])
-        for key in ("sliding_layers", "eos_token_ids"):
+        for key in ("sliding_layers", "eos_token_ids", "no_rope_layers"):
             settings[key] = tuple(settings.get(key, ()))
         return cls(**settings)
 

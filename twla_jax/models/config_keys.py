@@ -71,6 +71,8 @@ WITHOUT_EFFECT = frozenset(
         "architectures",
         "attention_dropout",
         "chunk_size_feed_forward",  # saves memory, computes the same
+        "embd_pdrop",
+        "resid_pdrop",
         "dtype",  # weights keep the type they are stored in
         "id2label",
         "initializer_range",
@@ -88,14 +90,22 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
-def check_keys(config: Mapping[str, Any], source: str) -> None:
-    """Check types and ranges of all keys, and refuses what would change the forward pass unseen.
+def check_keys(config: Mapping[str, Any], source: str, of_family: Mapping[str, Check] | None = None) -> None:
+    """Check types and ranges of all keys, and refuse what would change the forward pass unseen.
+
+    Args:
+      config: contents of a `config.json`.
+      source: the file's name, for messages.
+      of_family: checks of keys that only this family reads, or that have other values there.
 
     Raises:
       TwlaError: the first key that is wrong, by name.
     """
-    check_values(config, READ, source)
+    of_family = of_family or {}
+    check_values(config, {**READ, **of_family}, source)
     for key, harmless in REFUSED.items():
+        if key in of_family:
+            continue
         value = config.get(key)
         if key in config and not any(value is item or value == item for item in harmless):
             if key in ("quantization_config", "compression_config"):

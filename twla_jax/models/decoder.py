@@ -22,7 +22,7 @@ from twla_jax.models.blocks import ChainBlock, Context, Site
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families import family_of
 from twla_jax.models.layers import Linear, RMSNorm, precision, replace
-from twla_jax.models.rope import angles
+from twla_jax.models.rope import angles, rotary_kinds
 from twla_jax.ops.attention.kv_cache import KVCache, LayerKV, empty_layer
 from twla_jax.ops.attention.reference import Positions
 
@@ -103,10 +103,10 @@ class Decoder(nnx.Module):
         """
 
         def body(carry: T, layer: tuple) -> tuple[T, None]:
-            block, reach, index = layer
-            return step(carry, block, dataclasses.replace(context, reach=reach), index), None
+            block, index = layer
+            return step(carry, block, context.layer(index), index), None
 
-        layers = (self.blocks, context.reach, jnp.arange(self.config.num_layers))
+        layers = (self.blocks, jnp.arange(self.config.num_layers))
         return jax.lax.scan(body, carry, layers)[0]
 
     def init_cache(self, batch: int, size: int, dtype=None) -> KVCache:
@@ -119,7 +119,12 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Return the first block's input, in `dtype`."""
-        return take_rows(self.embed.get_value(), tokens, self.dtype)
+        return self.scale_embedding(take_rows(self.embed.get_value(), tokens, self.dtype))
+
+    def scale_embedding(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Return embeddings times the scale that the family has for them, if any."""
+        scale = self.config.embed_scale
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
@@ -139,7 +144,13 @@ class Decoder(nnx.Module):
             precision=precision(h.dtype),
             preferred_element_type=jnp.float32,
         )
-        return y[: h.size // h.shape[-1]].reshape(*h.shape[:-1], -1)
+        return self.cap_logits(y[: h.size // h.shape[-1]].reshape(*h.shape[:-1], -1))
+
+    def cap_logits(self, y: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens vocab"]:
+        """Return logits scaled and capped as the family has it, if it does."""
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        y = y if scale == 1.0 else y * scale
+        return y if cap is None else cap * jnp.tanh(y / cap)
 
     def positions(
         self, length: int, *, start: Int32[Array, ""] | int = 0, keys: int | None = None
@@ -160,7 +171,9 @@ class Decoder(nnx.Module):
     def context(self, length: int, *, start: Int32[Array, ""] | int = 0, keys: int | None = None) -> Context:
         """Return what all blocks read beside their state, for `length` tokens from `start` on; see `positions`."""
         positions = self.positions(length, start=start, keys=keys)
-        return Context(positions=positions, reach=self.attention_reach(), fused=self.fused)
+        kinds = rotary_kinds(self.config)
+        rotary = None if kinds is None else jnp.asarray(kinds)
+        return Context(positions=positions, reach=self.attention_reach(), rotary=rotary, fused=self.fused)
 
     @property
     def first_kernel(self) -> jax.Array | PackedTensor:
@@ -201,4 +214,5 @@ def computing_in[M: Decoder](model: M, dtype: jnp.dtype | str, *, fused: bool = 
 def can_fuse(config: DecoderConfig, dtype: jnp.dtype) -> bool:
     """Return whether cuDNN's kernels take a model: a recent GPU, 16 bits, attention over all positions before."""
     narrow = jnp.dtype(dtype).itemsize == 2 and config.head_dim <= 128 and config.head_dim % 8 == 0
-    return narrow and config.sliding_window is None and (compute_capability() or (0, 0)) >= (8, 0)
+    plain = config.sliding_window is None and config.attention_softcap is None
+    return narrow and plain and (compute_capability() or (0, 0)) >= (8, 0)

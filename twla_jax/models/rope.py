@@ -21,11 +21,15 @@ def inverse_frequencies(config: DecoderConfig, *, long: bool = False) -> Float[n
     Args:
       long: of longrope, the factors for more positions than originally.
     """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    frequencies = _plain(config.rope_theta, config.rotary_dim or config.head_dim)
     if config.rope_scaling is not None:
         frequencies = _scaled(frequencies, config, config.rope_scaling, long=long)
     return frequencies.astype(np.float32)
+
+
+def _plain(theta: float, size: int) -> Float[np.ndarray, " half"]:
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
 
 
 def _scaled(
@@ -46,27 +50,49 @@ def _scaled(
 
 def _yarn_ramp(config: DecoderConfig, scaling: RopeScaling) -> np.ndarray:
     """Returns how much of each pair's frequency is divided: 0 for the fast ones, 1 for the slow ones."""
+    size = config.rotary_dim or config.head_dim
 
     def pair(turns: float) -> float:
         wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
-        return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+        return size * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
     low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
-    ramp = (np.arange(config.head_dim // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = (np.arange(size // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
     return np.clip(ramp, 0, 1)
 
 
 def angles(
     config: DecoderConfig, positions: Int[Array, " t"]
-) -> tuple[Float[Array, "t half"], Float[Array, "t half"]]:
-    """Returns `(cos, sin)` of every position, float32, times the scaling's attention factor."""
+) -> tuple[Float[Array, "*kinds t half"], Float[Array, "*kinds t half"]]:
+    """Returns `(cos, sin)` of every position, float32, times the scaling's attention factor.
+
+    Where not all layers have the same, there is a leading axis of three kinds, which `rotary_kinds` chooses from: the
+    scaled ones, those of the sliding layers, and those that rotate nothing.
+    """
     frequencies, scaling = inverse_frequencies(config), config.rope_scaling
     if scaling is not None and scaling.kind == "longrope":
         beyond = positions.max() >= scaling.original_max_position_embeddings
         frequencies = jnp.where(beyond, inverse_frequencies(config, long=True), frequencies)
     angle = positions.astype(jnp.float32)[:, None] * frequencies
     factor = 1.0 if scaling is None else scaling.attention_factor
-    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    if rotary_kinds(config) is None:
+        return cos, sin
+    local = _plain(config.sliding_rope_theta or config.rope_theta, config.rotary_dim or config.head_dim)
+    local_angle = positions.astype(jnp.float32)[:, None] * local
+    return (
+        jnp.stack([cos, jnp.cos(local_angle), jnp.ones_like(cos)]),
+        jnp.stack([sin, jnp.sin(local_angle), jnp.zeros_like(sin)]),
+    )
+
+
+def rotary_kinds(config: DecoderConfig) -> Int[np.ndarray, " layers"] | None:
+    """Returns which angles each layer has: 0 the scaled ones, 1 those of sliding layers, 2 none; None if all have 0."""
+    kinds = np.zeros(config.num_layers, np.int32)
+    if config.sliding_rope_theta is not None:
+        kinds[list(config.sliding_layers)] = 1
+    kinds[list(config.no_rope_layers)] = 2
+    return kinds if kinds.any() else None

@@ -75,7 +75,41 @@ class RopeScaling:
         return cls(**settings)
 
 
-def read_rope(config: Mapping[str, Any], *, pairs: int, source: str) -> tuple[float, RopeScaling | None]:
+def read_layered_rope(
+    config: Mapping[str, Any], *, pairs: int, source: str, theta: float, sliding_theta: float
+) -> tuple[float, RopeScaling | None, float]:
+    """Returns `read_rope` of the full layers, and the theta of the sliding ones, which have no scaling.
+
+    transformers 5 writes `rope_parameters` by kind of layer; before, `rope_scaling` was that of the full layers, and
+    Gemma 3 called the sliding layers' theta `rope_local_base_freq`.
+
+    Args:
+      theta: of the full layers, where the file does not say.
+      sliding_theta: of the sliding ones.
+    Raises:
+      TwlaError: as `read_rope`, or a scaling of the sliding layers.
+    """
+    stated = config.get("rope_parameters") or {}
+    by_layer = {kind: stated.get(kind) or {} for kind in ("full_attention", "sliding_attention")}
+    for kind, parameters in by_layer.items():
+        if not isinstance(parameters, Mapping):
+            raise TwlaError(f"{source}: rope_parameters of {kind} are {shown(parameters)}, not an object")
+    full, sliding = (dict(parameters) for parameters in by_layer.values())
+    if stated and not full and not sliding:
+        full = dict(stated)  # of transformers 4's form after all: of the full layers
+    if sliding.get("rope_type", sliding.get("type", "default")) != "default":
+        raise TwlaError(f"{source}: a rope scaling of sliding layers is not supported")
+    check_values(sliding, _THETA, source)
+    full = {**full, **(config.get("rope_scaling") or {})}
+    flat = {**config, "rope_parameters": {"rope_theta": config.get("rope_theta") or theta, **full}}
+    flat["rope_scaling"] = None
+    local = sliding.get("rope_theta") or config.get("rope_local_base_freq") or sliding_theta
+    return *read_rope(flat, pairs=pairs, source=source), float(local)
+
+
+def read_rope(
+    config: Mapping[str, Any], *, pairs: int, source: str, theta: float = 10000.0
+) -> tuple[float, RopeScaling | None]:
     """Returns `rope_theta` and the scaling that a config.json asks for, as transformers 5 reads them.
 
     transformers 5 writes both into `rope_parameters`, 4 side by side with the scaling in `rope_scaling`; where a file
@@ -84,6 +118,7 @@ def read_rope(config: Mapping[str, Any], *, pairs: int, source: str) -> tuple[fl
     Args:
       pairs: pairs of features that are rotated in one head.
       source: the file's name, for messages.
+      theta: where the file states none.
 
     Raises:
       TwlaError: a scaling that is not supported, a setting that is missing or out of range, or two places that
@@ -101,7 +136,7 @@ def read_rope(config: Mapping[str, Any], *, pairs: int, source: str) -> tuple[fl
         raise TwlaError(
             f"{source}: rope scaling {shown(kind)} is not supported; supported are {', '.join(KINDS)}"
         )
-    theta = _theta(config, parameters, stated["rope_parameters"], source)
+    theta = _theta(config, parameters, stated["rope_parameters"], theta, source)
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise TwlaError(
             f"{source}: partial_rotary_factor {shown(parameters['partial_rotary_factor'])} is not supported, only 1.0"
@@ -119,11 +154,15 @@ def read_rope(config: Mapping[str, Any], *, pairs: int, source: str) -> tuple[fl
 
 
 def _theta(
-    config: Mapping[str, Any], parameters: Mapping[str, Any], unread: Mapping[str, Any], source: str
+    config: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    unread: Mapping[str, Any],
+    default: float,
+    source: str,
 ) -> float:
     for values in (parameters, unread, config):
         check_values(values, _THETA, source)
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or default
     for other in (unread.get("rope_theta"), config.get("rope_theta")):
         if other is not None and other != theta:
             raise TwlaError(

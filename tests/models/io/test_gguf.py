@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.families import by_gguf_architecture, config_from_hf
+from twla_jax.models.families import FAMILIES, by_gguf_architecture, config_from_hf
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.readers import load_model, read_config, read_model
 from twla_jax.models.rope_settings import RopeScaling
@@ -309,5 +309,5 @@ def test_headers_are_bounded_before_anything_is_allocated(tmp_path):
 
 
 def test_the_two_key_maps_name_the_same_parameters():
-    for family in by_gguf_architecture().values():
+    for family in map(FAMILIES.__getitem__, by_gguf_architecture().values()):
         assert family.gguf_tensors.keys() == family.hf_tensors.keys()

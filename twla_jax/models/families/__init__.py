@@ -2,12 +2,21 @@
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.families import llama, mistral, qwen
+from twla_jax.models.families import gemma, granite, llama, mistral, olmo, phi, qwen, smollm3
 from twla_jax.models.families.family import Family, HfConfig
 from twla_jax.schema import shown
 
 # By the `model_type` of a config.json, and of `DecoderConfig`. A new family is one module and its line here.
-FAMILIES: dict[str, Family] = {**llama.FAMILIES, **mistral.FAMILIES, **qwen.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **llama.FAMILIES,
+    **mistral.FAMILIES,
+    **qwen.FAMILIES,
+    **smollm3.FAMILIES,
+    **granite.FAMILIES,
+    **gemma.FAMILIES,
+    **olmo.FAMILIES,
+    **phi.FAMILIES,
+}
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -29,12 +38,15 @@ def config_from_hf(config: HfConfig, *, source: str = "config.json") -> DecoderC
     Raises:
       TwlaError: an architecture or a setting that no block here has a part for, or a missing key.
     """
+    if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict):
+        # The text decoder of a model of several modalities.
+        config = {**config["text_config"], "model_type": "gemma3_text"}
     return _family(config.get("model_type"), source).read_config(config, source)
 
 
-def by_gguf_architecture() -> dict[str, Family]:
-    """Return the families that GGUF files come in, by the name these have for them."""
-    return {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
+def by_gguf_architecture() -> dict[str, str]:
+    """Return the `model_type` of the families that GGUF files come in, by the name these have for them."""
+    return {family.gguf_architecture: name for name, family in FAMILIES.items() if family.gguf_architecture}
 
 
 def _family(model_type: object, source: str) -> Family:

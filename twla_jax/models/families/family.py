@@ -9,8 +9,23 @@ from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import check_keys
 from twla_jax.models.rope_settings import read_rope
+from twla_jax.models.stored_tensors import TensorSource
+from twla_jax.schema import Check
 
 HfConfig = Mapping[str, Any]
+RopeReader = Callable[..., tuple]
+
+
+def _all(config: HfConfig, head_dim: int) -> int | None:
+    return None
+
+
+def _as_stored(source: TensorSource, config: DecoderConfig) -> TensorSource:
+    return source
+
+
+def _nothing_more(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +38,12 @@ class Family:
         the defaults filled in and the file's name.
       defaults: what transformers assumes where a `config.json` is silent.
       hf_tensors: from a decoder's parameter path to the tensor's name in safetensors files; `{}` is the layer.
+      keys: checks of keys that only this family's `config.json` has, or that have other values there.
+      rope: reads `rope_theta`, the scaling and, where they have their own, the sliding layers' theta.
+      rotated: how many features of a head are rotated, from the file's contents and a head's size.
+      hf_source: gives the tensors of safetensors files the decoder's form, where they are stored in another.
+      gguf_settings: the fields of `DecoderConfig` that this family's GGUF files decide in another way, from a function
+        that looks up metadata and the fields read so far.
       gguf_architecture: the name in GGUF files; None where they call it by another family's.
       gguf_tensors: from a decoder's parameter path to the tensor's name in GGUF files.
       gguf_interleaved: whether these order query and key rows for rotations of neighbouring pairs.
@@ -31,7 +52,12 @@ class Family:
     block: type[ChainBlock]
     settings: Callable[[HfConfig, str], dict[str, Any]]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, Check] = dataclasses.field(default_factory=dict)
+    rope: RopeReader = read_rope
+    rotated: Callable[[HfConfig, int], int | None] = _all
     hf_tensors: Mapping[str, str]
+    hf_source: Callable[[TensorSource, DecoderConfig], TensorSource] = _as_stored
+    gguf_settings: Callable[[Callable[..., Any], Mapping[str, Any]], dict[str, Any]] = _nothing_more
     gguf_architecture: str | None = None
     gguf_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf_interleaved: bool = False
@@ -46,7 +72,7 @@ class Family:
         Raises:
           TwlaError: a setting that is out of range or that the block has no part for, or a missing key.
         """
-        check_keys(config, source)
+        check_keys(config, source, self.keys)
         known = {**self.defaults, **config}
 
         def required(key: str) -> Any:
@@ -59,7 +85,8 @@ class Family:
         if head_dim is None and hidden % num_heads:
             raise TwlaError(f"{source}: hidden_size {hidden} is no multiple of {num_heads} heads")
         head_dim = head_dim or hidden // num_heads
-        theta, scaling = read_rope(known, pairs=head_dim // 2, source=source)
+        rotary_dim = self.rotated(known, head_dim)
+        theta, scaling, *sliding_theta = self.rope(known, pairs=(rotary_dim or head_dim) // 2, source=source)
         eos = known.get("eos_token_id")
         common = {
             "model_type": required("model_type"),
@@ -73,6 +100,8 @@ class Family:
             "rms_norm_eps": float(known.get("rms_norm_eps", 1e-6)),
             "rope_theta": theta,
             "rope_scaling": scaling,
+            "sliding_rope_theta": sliding_theta[0] if sliding_theta else None,
+            "rotary_dim": rotary_dim,
             "max_position_embeddings": known.get("max_position_embeddings", 2048),
             "tie_word_embeddings": known.get("tie_word_embeddings", False),
             "bos_token_id": known.get("bos_token_id"),

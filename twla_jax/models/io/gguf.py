@@ -14,7 +14,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import MOST_LAYERS
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.families import by_gguf_architecture, family_of
+from twla_jax.models.families import FAMILIES, by_gguf_architecture, family_of
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.loading import fill_decoder
 from twla_jax.models.rope_settings import RopeScaling
@@ -81,7 +81,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
         raise TwlaError(
             f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(families)}"
         )
-    names = families[architecture].gguf_tensors
+    family = FAMILIES[families[architecture]]
+    names = family.gguf_tensors
     get = functools.partial(_prefixed, file.get, architecture)
     require = functools.partial(_prefixed, file.require, architecture)
     for key in ("attention.head_count", "attention.head_count_kv"):
@@ -112,8 +113,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
     def has(parameter):
         return names[parameter].format(0) in file.tensors
 
-    return DecoderConfig(
-        model_type=architecture,
+    settings: dict[str, Any] = dict(
+        model_type=families[architecture],
         vocab_size=int(file.tensors[names["embed"]].shape[0]),
         hidden_size=hidden,
         intermediate_size=require("feed_forward_length"),
@@ -134,7 +135,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
         sliding_layers=() if window is None else tuple(range(layers)),
         bos_token_id=file.get(bos),
         eos_token_ids=tuple(sorted({file.get(key) for key in ends} - {None})),
-    ).checked(source)
+    )
+    return DecoderConfig(**{**settings, **family.gguf_settings(get, settings)}).checked(source)
 
 
 def load_model(file: GgufFile, *, dtype=None) -> Decoder:

@@ -60,7 +60,8 @@ def load_model(folder: Path, *, dtype=None) -> Decoder:
         else:
             _log.warning("%s: tie_word_embeddings is true, but the head differs; it is kept apart", folder)
             config = dataclasses.replace(config, tie_word_embeddings=False)
-    return fill_decoder(config, shards, table, ignored=ignored, dtype=dtype)
+    source = family_of(config).hf_source(shards, config)
+    return fill_decoder(config, source, table, ignored=ignored, dtype=dtype)
 
 
 # Parts of published models that stand beside the text decoder, by how the names of their tensors begin.

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,30 +10,7 @@ from flax import nnx
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-
-
-class TensorSource(Protocol):
-    """Named tensors in their published layout, `[out, in]` for matrices."""
-
-    def names(self) -> Collection[str]:
-        """Every tensor there is."""
-        ...
-
-    def where(self, name: str) -> str:
-        """The file that holds (or, for an unknown name, should hold) the tensor; for messages."""
-        ...
-
-    def dtype(self, name: str) -> np.dtype:
-        """The floating-point type `read` returns."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape `read` returns, known without reading."""
-        ...
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor itself; read when asked for, not kept."""
-        ...
+from twla_jax.models.stored_tensors import TensorSource
 
 
 def fill_decoder(

@@ -25,16 +25,30 @@ class Positions:
 
 
 def attention(
-    q: Float[Array, "b t heads d"], kv: LayerKV, positions: Positions, window: Int32[Array, ""]
+    q: Float[Array, "b t heads d"],
+    kv: LayerKV,
+    positions: Positions,
+    window: Int32[Array, ""],
+    softcap: float | None = None,
 ) -> Float[Array, "b t heads_d"]:
-    """Return every query's mix of the values at or before it, no further back than `window`, in `q.dtype`."""
+    """Return every query's mix of the values at or before it, no further back than `window`, in `q.dtype`.
+
+    Args:
+      q: queries of t positions.
+      kv: keys and values, with scales where they are int8.
+      positions: of queries and keys.
+      window: how far back a query sees, itself included.
+      softcap: c of `c · tanh(scores / c)`, which keeps scores in `(−c, c)`; None leaves them.
+    """
+    one_query = functools.partial(_one_query, softcap=softcap)
     if q.shape[1] == 1 and kv.scales is not None:
         operands = q, kv, positions, window
-        return jax.lax.platform_dependent(*operands, tpu=_scaled_products, default=_one_query)
+        products = functools.partial(_scaled_products, softcap=softcap)
+        return jax.lax.platform_dependent(*operands, tpu=products, default=one_query)
     if q.shape[1] == 1 and q.shape[2] == kv.entries.shape[2]:
-        return _one_query(q, kv, positions, window)
+        return one_query(q, kv, positions, window)
     k, v = dequantize(kv, q.dtype)
-    return _many_queries(q, k, v, positions, window)
+    return _many_queries(q, k, v, positions, window, softcap=softcap)
 
 
 def fused_attention(
@@ -49,7 +63,7 @@ def fused_attention(
     return mixed.reshape(*q.shape[:2], -1)
 
 
-def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
+def _one_query(q, kv: LayerKV, positions: Positions, window, softcap: float | None = None) -> jax.Array:
     """Return one decode step as sums that XLA fuses with the reading of the cache, int8 or not.
 
     A matrix product would want int8 entries in another type first, written out and read again; and for a single query a
@@ -64,20 +78,22 @@ def _one_query(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
     scores = (queries * k).sum(-1)
     if kv.scales is not None:
         scores = scores * kv.scales[0, :, :, None]
-    weights, total = _softmax(scores, _visible(positions.query, positions.key, window))
+    weights, total = _softmax(_capped(scores, softcap), _visible(positions.query, positions.key, window))
     if kv.scales is not None:
         weights = weights * kv.scales[1, :, :, None]
     mixed = (weights[..., None] * v).sum(-2) / total
     return mixed.astype(q.dtype).reshape(b, 1, heads * d)
 
 
-def _scaled_products(q, kv: LayerKV, positions: Positions, window) -> jax.Array:
+def _scaled_products(q, kv: LayerKV, positions: Positions, window, softcap: float | None = None) -> jax.Array:
     """Return one decode step on int8 entries as matrix products: TPUs widen them on load, and sums take far longer."""
     k, v = kv.entries.astype(q.dtype)
-    return _many_queries(q, k, v, positions, window, kv.scales)
+    return _many_queries(q, k, v, positions, window, kv.scales, softcap)
 
 
-def _many_queries(q, k, v, positions: Positions, window, scales=None) -> jax.Array:
+def _many_queries(
+    q, k, v, positions: Positions, window, scales=None, softcap: float | None = None
+) -> jax.Array:
     """Return attention by matrix products, some queries at a time; `scales` belong to unscaled keys and values."""
     b, t, heads, d = q.shape
     kv_heads = k.shape[1]
@@ -95,7 +111,8 @@ def _many_queries(q, k, v, positions: Positions, window, scales=None) -> jax.Arr
         scores = matmul(q.reshape(b, kv_heads, -1, d), k.swapaxes(2, 3)).reshape(*q.shape[:-1], -1)
         if scales is not None:
             scores *= scales[0][:, :, None, None]
-        weights, total = _softmax(scores * d**-0.5, _visible(query[:, None], positions.key, window))
+        scores = _capped(scores * d**-0.5, softcap)
+        weights, total = _softmax(scores, _visible(query[:, None], positions.key, window))
         if scales is not None:
             weights *= scales[1][:, :, None, None]
         flat = weights.reshape(b, kv_heads, -1, weights.shape[-1]).astype(v.dtype)
@@ -103,6 +120,10 @@ def _many_queries(q, k, v, positions: Positions, window, scales=None) -> jax.Arr
 
     mixed = jax.lax.map(attend_chunk, (q, query)) if t > chunk else attend_chunk((q[0], query[0]))[None]
     return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, heads * d)[:, :t]
+
+
+def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _visible(query: jax.Array, key: jax.Array, window) -> jax.Array:

@@ -7,7 +7,14 @@ from jaxtyping import Array, Float
 def rotate(
     x: Float[Array, "b t heads d"], cos: Float[Array, "t half"], sin: Float[Array, "t half"]
 ) -> Float[Array, "b t heads d"]:
-    """Rotate each pair `(x_i, x_{i + d/2})` by its angle, in float32, and return it in `x.dtype`."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotate each pair `(x_i, x_{i + half})` by its angle, in float32, and return it in `x.dtype`.
+
+    Where there are fewer angles than pairs, the features after the first `2 · half` stay as they are.
+    """
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(
+        x.dtype
+    )

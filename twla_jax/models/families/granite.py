@@ -1,0 +1,62 @@
+"""Granite, dense: Llama with four multipliers, of embeddings, attention scores, sublayer outputs and logits."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from twla_jax.models.blocks import Site
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.families.family import Family, HfConfig
+from twla_jax.models.families.llama import HF_TENSORS, LlamaBlock
+from twla_jax.ops.attention.reference import Positions
+from twla_jax.schema import number
+
+_multiplier = number(0, 1e6, above=True)
+
+
+class GraniteBlock(LlamaBlock):
+    """A Llama block with scaled attention scores and scaled outputs of both sublayers."""
+
+    def __init__(self, config: DecoderConfig, *, leading: tuple[int, ...], rngs: nnx.Rngs, dtype: jnp.dtype):
+        super().__init__(config, leading=leading, rngs=rngs, dtype=dtype)
+        self.query_scale, self.residual_scale = config.query_scale, config.residual_scale
+
+    def project(
+        self, outputs: tuple[Float[Array, "b t _"], ...], positions: Positions
+    ) -> tuple[Float[Array, "b t heads hd"], Float[Array, "b t kv hd"], Float[Array, "b t kv hd"]]:
+        """Return what `LlamaBlock.project` does, queries times the scale of scores."""
+        q, k, v = super().project(outputs, positions)
+        return q * jnp.asarray(self.query_scale, q.dtype), k, v
+
+    def to_stream(self, site: Site, output: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Return the output times the residual's multiplier."""
+        return output * jnp.asarray(self.residual_scale, output.dtype)
+
+
+def _settings(config: HfConfig, source: str) -> dict[str, Any]:
+    bias = config.get("attention_bias", False)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": config.get("mlp_bias", False),
+        "embed_scale": float(config["embedding_multiplier"]),
+        "logit_scale": 1.0 / config["logits_scaling"],
+        "residual_scale": float(config["residual_multiplier"]),
+        "query_scale": config["attention_multiplier"] * head_dim**0.5,  # it stands in for head_dim^(−1/2)
+    }
+
+
+_MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+
+FAMILIES = {
+    "granite": Family(
+        block=GraniteBlock,
+        settings=_settings,
+        defaults=dict.fromkeys(_MULTIPLIERS, 1.0),
+        keys=dict.fromkeys(_MULTIPLIERS, _multiplier),
+        hf_tensors=HF_TENSORS,
+    )
+}
