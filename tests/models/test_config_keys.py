@@ -8,7 +8,7 @@ import pytest
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import READ, REFUSED, WITHOUT_EFFECT
-from twla_jax.models.families import config_from_hf
+from twla_jax.models.families import FAMILIES, config_from_hf
 from twla_jax.models.rope_settings import RopeScaling
 
 BASE = {
@@ -34,14 +34,83 @@ def refusal(change):
     return message.removeprefix("c.json: ")
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+CLASSES = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "smollm3": "SmolLM3Config",
+    "granite": "GraniteConfig",
+    "gemma2": "Gemma2Config",
+    "gemma3_text": "Gemma3TextConfig",
+    "olmo2": "Olmo2Config",
+    "olmo3": "Olmo3Config",
+    "phi3": "Phi3Config",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_key_of_a_family_is_passed_over_unseen(family):
     import transformers
 
-    keys = {field.name for field in dataclasses.fields(getattr(transformers, f"{family}Config"))}
+    keys = {field.name for field in dataclasses.fields(getattr(transformers, CLASSES[family]))}
     assert {"vocab_size", "rope_parameters", "attention_dropout"} <= keys
-    assert keys <= {*READ, *REFUSED, *WITHOUT_EFFECT}
+    assert keys <= {*READ, *REFUSED, *WITHOUT_EFFECT, *FAMILIES[family].keys}
     assert len({*READ, *REFUSED, *WITHOUT_EFFECT}) == len(READ) + len(REFUSED) + len(WITHOUT_EFFECT)
+
+
+def test_newer_and_older_files_of_layered_rotary_positions_mean_the_same():
+    gemma = {**BASE, "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 8}
+    new = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    old = {
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    config = config_from_hf({**gemma, "rope_parameters": new})
+    assert config == config_from_hf({**gemma, **old})
+    assert (config.rope_theta, config.sliding_rope_theta) == (5e5, 2e4)
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=8.0)
+    assert config.sliding_layers == (0, 1, 2, 3)
+    silent = config_from_hf(gemma)
+    assert (silent.rope_theta, silent.sliding_rope_theta, silent.rope_scaling) == (1e6, 1e4, None)
+    several = {"model_type": "gemma3", "text_config": gemma, "vision_config": {}}
+    assert config_from_hf(several) == silent
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    olmo = config_from_hf({**BASE, "model_type": "olmo3", "rope_scaling": yarn})
+    assert olmo.rope_scaling.kind == "yarn"
+    assert (olmo.rope_theta, olmo.sliding_rope_theta, olmo.sliding_layers) == (5e5, 5e5, (0, 1, 2))
+    scaled = {**new, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+    for family in ("gemma3_text", "olmo3"):
+        assert "a rope scaling of sliding layers" in refusal(
+            {"model_type": family, "rope_parameters": scaled}
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [2] * 4}, "no_rope_layers is a list of 4, not a list"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling is 0, not a number above 0"),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping is 50.0, not None",
+        ),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention is true",
+        ),
+        ({"model_type": "gemma2", "hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ({"model_type": "gemma2", "sliding_window": None}, "there is no sliding_window"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "features of a head cannot be rotated"),
+    ],
+)
+def test_settings_of_one_family_are_checked_too(change, message):
+    assert message in refusal(change)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.models.families import FAMILIES
 from twla_jax.models.io.readers import load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-FAMILIES = sorted(path.stem for path in GOLDENS.glob("*.npz") if path.stem != "smollm2")
+GOLDEN_NAMES = sorted(path.stem for path in GOLDENS.glob("*.npz") if path.stem != "smollm2")
+decode = jax.jit(lambda model, tokens, cache: model.decode(tokens, cache))
 forward = jax.jit(lambda model, tokens: model(tokens))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_logits_equal_those_of_the_pytorch_model(name, golden, tmp_path):
     case = golden(name)
     logits = forward(load_model(case.write(tmp_path)), case.tokens)
@@ -23,7 +26,31 @@ def test_logits_equal_those_of_the_pytorch_model(name, golden, tmp_path):
 
 
 def test_the_goldens_cover_every_supported_family(golden):
-    assert {golden(name).config["model_type"] for name in FAMILIES} == {"llama", "mistral", "qwen2", "qwen3"}
+    assert {golden(name).config["model_type"] for name in GOLDEN_NAMES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["smollm3", "granite", "gemma3_linear", "gemma2", "olmo3_yarn", "phi3"])
+def test_tokens_that_follow_a_cache_have_the_logits_of_the_whole(name, golden, tmp_path):
+    case = golden(name)
+    model = load_model(case.write(tmp_path))
+    cache, found = model.init_cache(2, case.tokens.shape[1]), []
+    for start, end in ((0, 9), *((i, i + 1) for i in range(9, case.tokens.shape[1]))):
+        h, cache = decode(model, jnp.asarray(case.tokens[:, start:end]), cache)
+        found.append(h)
+    case.assert_logits(model.logits(jnp.concatenate(found, axis=1)))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "granite", "gemma2"])
+def test_packed_blocks_of_other_families_compute_the_same(name, golden, tmp_path):
+    case = golden(name)
+    packed = prepare_for_inference(jax.tree.map(jnp.asarray, load_model(case.write(tmp_path))))
+    case.assert_logits(forward(packed, case.tokens))
+    cache = packed.init_cache(2, 24)
+    h, cache = decode(packed, jnp.asarray(case.tokens[:, :8]), cache)
+    h, _ = decode(packed, jnp.asarray(case.tokens[:, 8:9]), cache)
+    np.testing.assert_allclose(
+        np.asarray(packed.logits(h))[:, 0], case.logits[:, 8], atol=1e-4 * np.abs(case.logits).max()
+    )
 
 
 def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2):

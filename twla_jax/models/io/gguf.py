@@ -113,29 +113,29 @@ def read_config(file: GgufFile) -> DecoderConfig:
     def has(parameter):
         return names[parameter].format(0) in file.tensors
 
-    settings: dict[str, Any] = dict(
-        model_type=families[architecture],
-        vocab_size=int(file.tensors[names["embed"]].shape[0]),
-        hidden_size=hidden,
-        intermediate_size=require("feed_forward_length"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=require("attention.layer_norm_rms_epsilon"),
-        rope_theta=get("rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(file, get, head_dim // 2),
-        max_position_embeddings=require("context_length"),
-        tie_word_embeddings=not has("head.kernel"),
-        qkv_bias=has("blocks.q.bias"),
-        o_bias=has("blocks.o.bias"),
-        mlp_bias=has("blocks.gate.bias"),
-        qk_norm=has("blocks.q_norm.scale"),
-        sliding_window=window,
-        sliding_layers=() if window is None else tuple(range(layers)),
-        bos_token_id=file.get(bos),
-        eos_token_ids=tuple(sorted({file.get(key) for key in ends} - {None})),
-    )
+    settings: dict[str, Any] = {
+        "model_type": families[architecture],
+        "vocab_size": int(file.tensors[names["embed"]].shape[0]),
+        "hidden_size": hidden,
+        "intermediate_size": require("feed_forward_length"),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": require("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(file, get, head_dim // 2),
+        "max_position_embeddings": require("context_length"),
+        "tie_word_embeddings": not has("head.kernel"),
+        "qkv_bias": has("blocks.q.bias"),
+        "o_bias": has("blocks.o.bias"),
+        "mlp_bias": has("blocks.gate.bias"),
+        "qk_norm": has("blocks.q_norm.scale"),
+        "sliding_window": window,
+        "sliding_layers": () if window is None else tuple(range(layers)),
+        "bos_token_id": file.get(bos),
+        "eos_token_ids": tuple(sorted({file.get(key) for key in ends} - {None})),
+    }
     return DecoderConfig(**{**settings, **family.gguf_settings(get, settings)}).checked(source)
 
 
