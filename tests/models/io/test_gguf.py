@@ -33,6 +33,15 @@ BLOCK_NAMES = {
 }
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 NAMES |= {f"model.layers.{i}.{k}": f"blk.{i}.{v}" for i in range(2) for k, v in BLOCK_NAMES.items()}
+GEMMA_NAMES = {
+    f"model.layers.{i}.{name}": f"blk.{i}.{stored}"
+    for i in range(2)
+    for name, stored in (
+        ("post_attention_layernorm", "post_attention_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+    )
+}
 
 
 def interleave(weight, heads):
@@ -67,7 +76,10 @@ def write(case, path, architecture, *, kind=Kind.F16, extra=None, metadata=None,
         for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if architecture == "llama" and stem.endswith(projection):
                 weight = interleave(weight, config[heads])
-        tensors[f"{NAMES[stem]}.{leaf}"] = weight
+        if architecture == "gemma3" and stem.endswith("norm"):
+            weight = 1 + weight.astype(np.float32)  # llama.cpp's converter stores the scales themselves
+        names = {**NAMES, **GEMMA_NAMES} if architecture == "gemma3" else NAMES
+        tensors[f"{names[stem]}.{leaf}"] = weight
     for name, weight in {**tensors, **(extra or {})}.items():
         if name in drop:
             continue
@@ -109,6 +121,22 @@ def test_a_family_in_gguf_gives_the_logits_of_the_pytorch_model(name, architectu
     case.assert_logits(forward(model, case.tokens))
     assert model.blocks.q.kernel.get_value().dtype == np.float16
     assert model.norm.scale.get_value().dtype == np.float32
+
+
+def test_gemma_3_in_gguf_is_the_model_in_safetensors(golden, tmp_path):
+    case = golden("gemma3")
+    # By llama.cpp's rule, every sixth layer is full, and scores are scaled by the head's size.
+    case.config |= {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 16}
+    window = ("add_uint32", "gemma3.attention.sliding_window", case.config["sliding_window"])
+    base = ("add_float32", "gemma3.rope.freq_base", 1e6)
+    one = load_model(case.write(tmp_path))
+    path = write(case, tmp_path / "model.gguf", "gemma3", metadata=[window, base])
+    other = load_model(path)
+    assert read_config(path).sliding_layers == one.config.sliding_layers == (0, 1)
+    expected = np.asarray(forward(one, case.tokens))
+    np.testing.assert_allclose(
+        np.asarray(forward(other, case.tokens)), expected, atol=1e-5 * np.abs(expected).max()
+    )
 
 
 def test_rope_scaling_comes_as_a_factor_or_as_a_tensor_of_factors(golden, tmp_path):
@@ -205,11 +233,10 @@ def test_unusable_tensors_are_named(golden, tmp_path):
 
 def test_what_is_not_supported_is_refused_from_the_metadata(golden, tmp_path):
     case, path = golden("qwen2_tied"), tmp_path / "model.gguf"
-    write(case, path, "gemma3")
+    write(case, path, "mamba")
     for read in (load_model, read_config, read_model):
-        assert (
-            refusal(path, read) == "architecture 'gemma3' is not supported; supported are llama, qwen2, qwen3"
-        )
+        message = refusal(path, read)
+        assert message == "architecture 'mamba' is not supported; supported are llama, qwen2, qwen3, gemma3"
     for entry, message in (
         (("add_uint32", "llama.expert_count", 8), "llama with 8 experts is not supported"),
         (("add_string", "llama.rope.scaling.type", "longrope"), "rope scaling 'longrope' is not supported"),
