@@ -11,7 +11,7 @@ import numpy as np
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.families import by_gguf_architecture
+from twla_jax.models.families import FAMILIES, by_gguf_architecture
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.rope import inverse_frequencies
 from twla_jax.storage.export.folding import Parameter, parameters
@@ -36,7 +36,7 @@ def write(model: Decoder, tokenizer: Any, path: Path) -> None:
     if (factors := _rope_factors(config)) is not None:
         writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         makers.append(lambda: factors)
-    names = by_gguf_architecture()[architecture].gguf_tensors
+    names = FAMILIES[by_gguf_architecture()[architecture]].gguf_tensors
     for each in parameters(model):
         name = names[each.name].format(each.layer)
         dtype = np.dtype(np.float16 if len(each.shape) == 2 else np.float32)
