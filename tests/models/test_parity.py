@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.inference.execution import for_inference
 from twla_jax.models.families import FAMILIES
 from twla_jax.models.io.readers import load_model
 
@@ -43,7 +43,8 @@ def test_tokens_that_follow_a_cache_have_the_logits_of_the_whole(name, golden, t
 @pytest.mark.parametrize("name", ["gemma3", "olmo2", "granite", "gemma2"])
 def test_packed_blocks_of_other_families_compute_the_same(name, golden, tmp_path):
     case = golden(name)
-    packed = prepare_for_inference(jax.tree.map(jnp.asarray, load_model(case.write(tmp_path))))
+    packed, words = for_inference(jax.tree.map(jnp.asarray, load_model(case.write(tmp_path))), "on")
+    assert words.endswith(f"; attention of {case.config['model_type']} runs in XLA")
     case.assert_logits(forward(packed, case.tokens))
     cache = packed.init_cache(2, 24)
     h, cache = decode(packed, jnp.asarray(case.tokens[:, :8]), cache)

@@ -44,11 +44,20 @@ def for_inference(model: Decoder, kernels: Kernels, *, dtype=None) -> tuple[Deco
         return given, REFERENCE
     narrow = computing_in(model, "bfloat16") if dtype is None and has_kernels() else given
     try:
-        return prepare_for_inference(narrow), path()
+        prepared = prepare_for_inference(narrow)
+        return prepared, path() + _outside_kernels(prepared)
     except TwlaError:
         if kernels == "on":
             raise
         return given, REFERENCE
+
+
+def _outside_kernels(model: Decoder) -> str:
+    """Return what the fused kernels do not know of a prepared model's family, in words; empty where they know all."""
+    shared = getattr(type(model.blocks[0]), "shared", frozenset())  # pyright: ignore[reportIndexIssue]
+    if shared.issuperset({"attend", "project"}):
+        return ""
+    return f"; attention of {model.config.model_type} runs in XLA"
 
 
 def _quantised(model: Decoder) -> bool:
