@@ -35,14 +35,18 @@ def sample_text(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Int32[np.ndarray, "rows seq_len"]:
-    """Samples `rows` windows of `seq_len` tokens from a model; the same seed gives the same on the same device.
+    """Sample `rows` windows of `seq_len` tokens from a model; the same seed gives the same on the same device.
 
     On an accelerator the model computes in bfloat16. The first rows do not depend on how many follow.
 
     Args:
       model: full precision or quantised.
+      rows: windows to sample.
+      seq_len: tokens in a window.
+      seed: of the sampling.
       work_dir: finished batches are kept here; a later call for the same model, length and seed goes on from them.
       progress: a bar with an estimate of the time left, on stderr.
+
     Raises:
       TwlaError: a number is out of its range, `seq_len` exceeds the model's positions, or the folder is another's.
     """
@@ -69,7 +73,7 @@ def sample_text(
 
 
 def _batch(config: Any, seq_len: int) -> int:
-    """Rows at a time: a power of two that the cache has room for."""
+    """Return how many rows are sampled at a time: a power of two that the cache has room for."""
     most = _MAX_BATCH.get(jax.default_backend(), _MAX_BATCH_ELSEWHERE)
     row_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * seq_len
     batch = most

@@ -11,7 +11,7 @@ from twla_jax.models.rope_settings import RopeScaling
 
 
 def inverse_frequencies(config: DecoderConfig, *, long: bool = False) -> Float[np.ndarray, " half"]:
-    """Returns the angle per position of each pair of features, float32, after the scaling the config asks for.
+    """Return the angle per position of each pair of features, float32, after the scaling the config asks for.
 
     `θ_i = rope_theta^(−2i/d)`; linear: `θ/factor`; llama3: `θ/factor` where the wavelength is above
     `original/low_freq_factor`, θ where it is below `original/high_freq_factor`, between them blended linearly in
@@ -19,6 +19,7 @@ def inverse_frequencies(config: DecoderConfig, *, long: bool = False) -> Float[n
     `beta_slow` times within the original context.
 
     Args:
+      config: settings of the decoder.
       long: of longrope, the factors for more positions than originally.
     """
     frequencies = _plain(config.rope_theta, config.rotary_dim or config.head_dim)
@@ -49,7 +50,7 @@ def _scaled(
 
 
 def _yarn_ramp(config: DecoderConfig, scaling: RopeScaling) -> np.ndarray:
-    """Returns how much of each pair's frequency is divided: 0 for the fast ones, 1 for the slow ones."""
+    """Return how much of each pair's frequency is divided: 0 for the fast ones, 1 for the slow ones."""
     size = config.rotary_dim or config.head_dim
 
     def pair(turns: float) -> float:
@@ -67,7 +68,7 @@ def _yarn_ramp(config: DecoderConfig, scaling: RopeScaling) -> np.ndarray:
 def angles(
     config: DecoderConfig, positions: Int[Array, " t"]
 ) -> tuple[Float[Array, "*kinds t half"], Float[Array, "*kinds t half"]]:
-    """Returns `(cos, sin)` of every position, float32, times the scaling's attention factor.
+    """Return `(cos, sin)` of every position, float32, times the scaling's attention factor.
 
     Where not all layers have the same, there is a leading axis of three kinds, which `rotary_kinds` chooses from: the
     scaled ones, those of the sliding layers, and those that rotate nothing.
@@ -90,7 +91,7 @@ def angles(
 
 
 def rotary_kinds(config: DecoderConfig) -> Int[np.ndarray, " layers"] | None:
-    """Returns which angles each layer has: 0 the scaled ones, 1 those of sliding layers, 2 none; None if all have 0."""
+    """Return which angles each layer has: 0 the scaled ones, 1 those of sliding layers, 2 none; None if all have 0."""
     kinds = np.zeros(config.num_layers, np.int32)
     if config.sliding_rope_theta is not None:
         kinds[list(config.sliding_layers)] = 1

@@ -68,7 +68,7 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "RopeScaling":
-        """Returns the scaling that `dataclasses.asdict` described, also after a round trip through JSON."""
+        """Return the scaling that `dataclasses.asdict` described, also after a round trip through JSON."""
         settings = dict(settings)
         for key in ("factors", "long_factors"):
             settings[key] = tuple(settings.get(key, ()))
@@ -78,14 +78,18 @@ class RopeScaling:
 def read_layered_rope(
     config: Mapping[str, Any], *, pairs: int, source: str, theta: float, sliding_theta: float
 ) -> tuple[float, RopeScaling | None, float]:
-    """Returns `read_rope` of the full layers, and the theta of the sliding ones, which have no scaling.
+    """Return `read_rope` of the full layers, and the theta of the sliding ones, which have no scaling.
 
     transformers 5 writes `rope_parameters` by kind of layer; before, `rope_scaling` was that of the full layers, and
     Gemma 3 called the sliding layers' theta `rope_local_base_freq`.
 
     Args:
+      config: contents of a `config.json`.
+      pairs: pairs of features that are rotated.
+      source: the file's name, for messages.
       theta: of the full layers, where the file does not say.
       sliding_theta: of the sliding ones.
+
     Raises:
       TwlaError: as `read_rope`, or a scaling of the sliding layers.
     """
@@ -110,12 +114,13 @@ def read_layered_rope(
 def read_rope(
     config: Mapping[str, Any], *, pairs: int, source: str, theta: float = 10000.0
 ) -> tuple[float, RopeScaling | None]:
-    """Returns `rope_theta` and the scaling that a config.json asks for, as transformers 5 reads them.
+    """Return `rope_theta` and the scaling that a config.json asks for, as transformers 5 reads them.
 
     transformers 5 writes both into `rope_parameters`, 4 side by side with the scaling in `rope_scaling`; where a file
     has both, `rope_scaling` decides.
 
     Args:
+      config: contents of a `config.json`.
       pairs: pairs of features that are rotated in one head.
       source: the file's name, for messages.
       theta: where the file states none.
@@ -210,5 +215,5 @@ def _scaling(
 
 
 def _mscale(factor: float, weight: float) -> float:
-    """Returns YaRN's scale of cosines and sines, `0.1 · weight · ln(factor) + 1`."""
+    """Return YaRN's scale of cosines and sines, `0.1 · weight · ln(factor) + 1`."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

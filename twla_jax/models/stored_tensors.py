@@ -10,23 +10,23 @@ class TensorSource(Protocol):
     """Named tensors in their published layout, `[out, in]` for matrices."""
 
     def names(self) -> Collection[str]:
-        """Returns the names of all tensors there are."""
+        """Return the names of all tensors there are."""
         ...
 
     def where(self, name: str) -> str:
-        """Returns the file that holds (or, for an unknown name, should hold) the tensor; for messages."""
+        """Return the file that holds (or, for an unknown name, should hold) the tensor; for messages."""
         ...
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the floating-point type that `read` gives."""
+        """Return the floating-point type that `read` gives."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape that `read` gives, known without reading."""
+        """Return the shape that `read` gives, known without reading."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the tensor; read when asked for, not kept."""
+        """Return the tensor; read when asked for, not kept."""
         ...
 
 
@@ -38,11 +38,11 @@ class PlusOne:
         self.names, self.where, self.shape = source.names, source.where, source.shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns float32 for norms, else the source's type."""
+        """Return float32 for norms, else the source's type."""
         return np.dtype(np.float32) if _is_norm(name) else self._source.dtype(name)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the tensor, of norms `1 + w`."""
+        """Return the tensor, of norms `1 + w`."""
         tensor = self._source.read(name)
         return 1 + tensor.astype(np.float32) if _is_norm(name) else tensor
 
@@ -55,7 +55,7 @@ class Split:
     """A source in which some tensors are several of the decoder's, one above the other."""
 
     def __init__(self, source: TensorSource, parts: Callable[[str], Mapping[str, tuple[int, int]] | None]):
-        """Splits the tensors of a source.
+        """Split the tensors of a source.
 
         Args:
           source: the tensors as stored.
@@ -72,19 +72,19 @@ class Split:
                 self._parts |= {name: (stored, rows) for name, rows in split.items()}
 
     def names(self) -> Collection[str]:
-        """Returns the names after splitting."""
+        """Return the names after splitting."""
         return self._names
 
     def where(self, name: str) -> str:
-        """Returns the file of the tensor, or of the one it is a part of."""
+        """Return the file of the tensor, or of the one it is a part of."""
         return self._source.where(self._parts[name][0] if name in self._parts else name)
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the stored type."""
+        """Return the stored type."""
         return self._source.dtype(self._parts[name][0] if name in self._parts else name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of the part; the last one's tells if there are more rows or fewer than all parts have."""
+        """Return the shape of the part; the last one's tells if there are more rows or fewer than all parts have."""
         if name not in self._parts:
             return self._source.shape(name)
         stored, (first, last) = self._parts[name]
@@ -93,7 +93,7 @@ class Split:
         return rows - first if last == ends else last - first, *others
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the tensor, or its rows of a stored one."""
+        """Return the tensor, or its rows of a stored one."""
         if name not in self._parts:
             return self._source.read(name)
         stored, (first, last) = self._parts[name]

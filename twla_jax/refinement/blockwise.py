@@ -44,6 +44,7 @@ def refine_blocks(
       student: quantised, with or without rotations; its activation settings stay.
       teacher: the model it was quantised from.
       windows: calibration tokens; drawn anew for every block, `settings.batch` at a time.
+      settings: of the refinement block by block.
       work_dir: the state is kept here after every block; a later call with the same arguments goes on from it.
       progress: a bar with an estimate of the time left, on stderr.
 

@@ -33,6 +33,7 @@ def train_clips(
       student: quantised; its weights, norms, rotations and activation settings stay.
       teacher: the model it was quantised from.
       windows: calibration tokens, `settings.batch` a step, in order and from the start again where they run out.
+      settings: of the clips' training.
       work_dir: as `refinement.refine` takes it.
       progress: a bar with an estimate of the time left, on stderr.
 

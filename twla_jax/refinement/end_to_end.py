@@ -53,12 +53,13 @@ def refine(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Trains what `student` stores of its blocks' linears, and its norms, towards the predictions of `teacher`.
+    """Train what `student` stores of its blocks' linears, and its norms, towards the predictions of `teacher`.
 
     Args:
       student: quantised, with or without rotations; its activation settings stay.
       teacher: the model it was quantised from.
       windows: calibration tokens; each is seen once, `settings.batch` at a time, in order.
+      settings: of the refinement end to end.
       work_dir: the state is kept here every few minutes; a later call with the same arguments goes on from it.
       progress: a bar with an estimate of the time left, on stderr.
 
@@ -149,7 +150,7 @@ def descend(
 def kl_divergence(
     student: Decoder, teacher: Decoder, latents: Latents, tokens: Int32[Array, "b t"], bits: int = OFF
 ) -> Float[Array, ""]:
-    """Mean KL divergence of the student under `latents`, its inputs at `bits`, from the teacher, in nats a token."""
+    """Return the mean KL divergence of the student under `latents`, inputs at `bits`, from the teacher, in nats."""
     expected = jax.lax.stop_gradient(teacher.hidden(tokens))
     got = _hidden(student, latents, tokens, bits)
     chunk = min(_LOSS_CHUNK, tokens.shape[1])
@@ -185,7 +186,7 @@ def _step(latents, state, student, teacher, tokens, rates, *, bits, learns_rotat
 def _hidden(
     student: Decoder, latents: Latents, tokens: Int32[Array, "b t"], bits: int
 ) -> Float[Array, "b t d"]:
-    """`student.hidden` under `latents`; of each block only the input is kept for the gradient."""
+    """Return `student.hidden` under `latents`; of each block only the input is kept for the gradient."""
     context = student.context(tokens.shape[1])
 
     @jax.checkpoint

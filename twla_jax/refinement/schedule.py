@@ -26,7 +26,7 @@ def rates_at(settings: LearningSettings, step: int, steps: int) -> dict[str, flo
 
 
 def optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTransformation:
-    """Adam with a learning rate for codes, for scales and norms, for clips, and for rotations, on the manifold."""
+    """Return Adam with a rate for codes, for scales and norms, for clips, and for rotations, on the manifold."""
 
     def labels(latents):
         return {name: {part: kinds.get(part, "scales") for part in parts} for name, parts in latents.items()}

@@ -100,7 +100,7 @@ def _plus_one(source: TensorSource, config: DecoderConfig) -> TensorSource:
 
 
 def _gguf_settings3(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what llama.cpp takes for granted of this architecture; its norms are stored as they are."""
+    """Return what llama.cpp takes for granted of this architecture; its norms are stored as they are."""
     layers, hidden, head_dim = settings["num_layers"], settings["hidden_size"], settings["head_dim"]
     of_27b = layers == 62  # the one size whose scores are scaled by another number than the head's
     return {

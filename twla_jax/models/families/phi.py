@@ -38,7 +38,7 @@ def _rotated(config: HfConfig, head_dim: int) -> int | None:
 
 
 def _rope(config: HfConfig, *, pairs: int, source: str) -> tuple[float, RopeScaling | None]:
-    """Returns `read_rope`; the part of a head that is rotated is read apart, and older names mean LongRoPE."""
+    """Return what `read_rope` does; the rotated part of a head is read apart, and older names mean LongRoPE."""
     stated = _stated(config)
     stated.pop("partial_rotary_factor", None)
     kind = stated.pop("type", None) if "rope_type" not in stated else stated["rope_type"]

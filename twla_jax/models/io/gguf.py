@@ -69,7 +69,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(file: GgufFile) -> DecoderConfig:
-    """Returns the settings in the file's metadata.
+    """Return the settings in the file's metadata.
 
     Raises:
       TwlaError: of an unsupported architecture, or a setting is missing, of a wrong type or out of range.
@@ -140,13 +140,15 @@ def read_config(file: GgufFile) -> DecoderConfig:
 
 
 def load_model(file: GgufFile, *, dtype=None) -> Decoder:
-    """The decoder in the file, parameters as numpy arrays.
+    """Return the decoder in the file, parameters as numpy arrays.
 
     F32, F16 and BF16 tensors keep their type. Block-quantised ones become float32, or float16 where the decoder
     computes in something narrower than float32 anyway.
 
     Args:
+      file: the open file.
       dtype: what it computes in; float32 if None.
+
     Raises:
       TwlaError: as `read_config`; a tensor is missing, has the wrong shape, an unknown type, or is not finite.
     """
@@ -196,7 +198,7 @@ def _prefixed(getter, architecture: str, key: str, *default):
 
 
 def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeScaling | None:
-    """Returns the scaling of rotary frequencies, with llama.cpp's defaults: a factor alone means linear."""
+    """Return the scaling of rotary frequencies, with llama.cpp's defaults: a factor alone means linear."""
     kind = get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise TwlaError(

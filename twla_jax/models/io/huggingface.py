@@ -19,7 +19,7 @@ GENERATION = "generation_config.json"
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """Returns the settings in `folder/config.json`, with the end tokens of `generation_config.json` beside its own.
+    """Return the settings in `folder/config.json`, with the end tokens of `generation_config.json` beside its own.
 
     Raises:
       TwlaError: one of the files is not JSON, or a setting is missing, out of range or not supported.
@@ -38,13 +38,15 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def load_model(folder: Path, *, dtype=None) -> Decoder:
-    """Returns the decoder in `folder`, parameters as numpy arrays in their stored type (float32, float16 or bfloat16).
+    """Return the decoder in `folder`, parameters as numpy arrays in their stored type (float32, float16 or bfloat16).
 
     A head that the configuration ties to the embedding, but that the file holds with other values, is kept apart, as
     transformers 5 does; of a tied pair, either may be the one that is stored.
 
     Args:
+      folder: with `config.json` and safetensors files.
       dtype: what it computes in; float32 if None.
+
     Raises:
       TwlaError: as `read_config`; a shard is missing or cut short; a tensor cannot be used.
     """
@@ -73,7 +75,7 @@ _BESIDE = {
 
 
 def _left_out(names: Collection[str], folder: Path) -> set[str]:
-    """Returns the tensors that belong to no text decoder, and says which these are; rotary tables are made anew."""
+    """Return the tensors that belong to no text decoder, and log which these are; rotary tables are made anew."""
     found = {name for name in names if name.endswith("rotary_emb.inv_freq")}
     for kind, begins in _BESIDE.items():
         if beside := {name for name in names if name.removeprefix("model.").startswith(begins)}:

@@ -21,14 +21,17 @@ def fill_decoder(
     ignored: Collection[str],
     dtype=None,
 ) -> Decoder:
-    """A decoder whose parameters are numpy arrays read from `source`.
+    """Return a decoder whose parameters are numpy arrays read from `source`.
 
     Stacked arrays are filled layer by layer, so that nothing beside the model and one tensor is held.
 
     Args:
+      config: settings of the decoder.
+      source: where the tensors come from, for messages.
       table: from the decoder's parameter path (`blocks.q.kernel`) to the source's name, `{}` standing for the layer.
       ignored: names that may be left over.
       dtype: what the decoder computes in, float32 if None. Parameters stay in the source's type.
+
     Raises:
       TwlaError: a tensor is missing, has the wrong shape, holds NaN or infinity, or belongs to no parameter.
     """
