@@ -101,7 +101,9 @@ def codes(out, file, args):
 
     model, _, _ = checkpoint.load(out)
     packed = [each for each in parameters(model) if isinstance(each.held, TernaryTensor)]
-    np.savez(file, **{published_name(each): np.asarray(dequantize(each.value)) for each in packed})
+    np.savez(
+        file, **{published_name(each, model.config): np.asarray(dequantize(each.value)) for each in packed}
+    )
     print(f"codes: {len(packed)} matrices")
 
 

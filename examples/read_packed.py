@@ -38,6 +38,8 @@ class PackedModel:
             width, groups = settings["bits"], -(-n // settings["group_size"])
             codes, zero = bits(part["codes"], width, n), bits(part["zero_point"], width, groups)
             return columns(part["scale"], settings) * (codes - columns(zero, settings))
+        if kind != "ternary":
+            raise SystemExit(f"{name}: weights of the kind '{kind}' are not read here")
         weight = columns(part["alpha"], settings) * trits(part["codes"], n) + columns(part["mu"], settings)
         if "residual_codes" in part:
             residual_alpha = part["alpha"] * part["residual_ratio"] / 200

@@ -16,6 +16,7 @@ from twla_jax.core.settings import (
     IntegerSettings,
     QuantizationSettings,
     RotationSettings,
+    SymmetricSettings,
     WeightSettings,
 )
 from twla_jax.core.validation import Settings, ranged, require
@@ -240,6 +241,8 @@ class Recipe(Settings):
         refined = self.refine.blocks or self.refine.end_to_end
         if refined and isinstance(self.weights.quantizer, IntegerSettings | GroupedSettings):
             raise TwlaError(f"{refined.table}: integers are not refined; leave it out")
+        if refined and isinstance(self.weights.quantizer, SymmetricSettings):
+            raise TwlaError(f"{refined.table}: would give symmetric planes a μ; leave it out")
 
     @property
     def quantization(self) -> QuantizationSettings:

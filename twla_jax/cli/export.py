@@ -6,7 +6,8 @@ import tyro
 
 from twla_jax.cli.options import OptionalDtype, Out, argument, show
 
-Format = Literal["hf", "gguf", "safetensors"]
+Format = Literal["hf", "gguf", "compressed-tensors", "safetensors"]
+GgufType = Literal["f16", "q2_0", "tq2_0"]
 Dest = Annotated[tyro.conf.Positional[str], argument("DEST")]
 
 
@@ -17,6 +18,7 @@ def export(
     *,
     format: Format,
     dtype: OptionalDtype = None,
+    type: Annotated[GgufType | None, argument("{f16,q2_0,tq2_0}", optional=True)] = None,
     json: bool = False,
 ) -> None:
     """Write a quantised model in a format of other tools: exact, or refused.
@@ -26,15 +28,16 @@ def export(
     Args:
         out: folder written by twla
         dest: folder to write, or file of --format gguf
-        format: hf, a Hugging Face folder with dequantised weights, rotations folded in; gguf, one file for llama.cpp
-            with these weights in float16; safetensors, the packed arrays in one file (examples/read_packed.py reads
-            it with numpy alone)
+        format: hf, a Hugging Face folder with dequantised weights, rotations folded in; gguf, one file for llama.cpp,
+            with these weights in float16 or ternary; compressed-tensors, packed 2-bit integers for vLLM; safetensors,
+            the packed arrays in one file (examples/read_packed.py reads it with numpy alone)
         dtype: of the weights in hf; default: bfloat16
+        type: of the linears in gguf; q2_0 and tq2_0 hold models of the recipe w1.58-sym exactly; default: f16
         json: print what was written as JSON
     """
     from twla_jax.jobs import export_model
 
-    figures = export_model.export_model(out, dest, format=format, dtype=dtype)
+    figures = export_model.export_model(out, dest, format=format, dtype=dtype, gguf_type=type)
 
     def text() -> str:
         lines = [f"{dest}: {format}, {len(figures['files'])} files, {figures['bytes']:,} bytes"]

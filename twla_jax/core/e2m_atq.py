@@ -94,6 +94,48 @@ def relocate(
     return jnp.where(better, new_alpha, alpha), jnp.where(better, new_mu, mu)
 
 
+def symmetric_fit(
+    w: Float[Array, "n g"], mask: Bool[Array, " g"], *, threshold: float = 0.75
+) -> tuple[Float[Array, " n"], Float[Array, "n g"]]:
+    """Fit `α·T` to each row of one group in the weights' own metric: one step of stage 1 with μ = 0.
+
+    Args:
+      w: weights of one group, a row an output.
+      mask: which columns exist.
+      threshold: of the dead zone, `Δ = threshold·mean|w|`.
+    Returns:
+      `(alpha, codes)`, `[n]` and `[n, g]`, codes as floats in {-1, 0, 1}, 0 where masked out.
+    """
+    w = jnp.where(mask, w, 0)
+    delta = threshold * jnp.abs(w).sum(-1) / mask.sum()
+    codes = jnp.sign(w) * (jnp.abs(w) > delta[:, None])
+    return (codes * w).sum(-1) / jnp.maximum(jnp.abs(codes).sum(-1), 1), codes
+
+
+def relocate_symmetric(
+    w: Float[Array, "n g"],
+    codes: Float[Array, "n g"],
+    alpha: Float[Array, " n"],
+    metric: Float[Array, "g g"],
+    mask: Bool[Array, " g"],
+) -> Float[Array, " n"]:
+    """Return the α, `[n]`, of the least output error at fixed T with μ = 0: `tᵀMw / tᵀMt`.
+
+    A row without codes, or whose best α would not be positive, keeps its own.
+
+    Args:
+      w: weights of one group, a row an output.
+      codes: T, as floats in {-1, 0, 1}.
+      alpha: α so far.
+      metric: M, as for `relocate`.
+      mask: which columns exist.
+    """
+    metric_codes = jnp.matmul(codes, metric, precision=_HIGHEST)
+    tt = (metric_codes * codes).sum(-1)
+    tw = (metric_codes * jnp.where(mask, w, 0)).sum(-1)
+    return jnp.where((tt > 0) & (tw > 0), tw / jnp.where(tt > 0, tt, 1), alpha)
+
+
 def nearest_codes(
     w: Float[Array, "*shape"], alpha: Float[Array, "*#shape"], mu: Float[Array, "*#shape"]
 ) -> Float[Array, "*shape"]:

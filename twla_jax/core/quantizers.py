@@ -15,6 +15,7 @@ from twla_jax.core.settings import (
     GroupedSettings,
     IntegerSettings,
     Metric,
+    SymmetricSettings,
     TernarySettings,
     TwoPlaneSettings,
     WeightSettings,
@@ -119,6 +120,28 @@ class OnePlane:
         alpha, mu = scales
         alpha, mu = tensors.in_whole_steps(alpha, mu, group_size)
         return tensors.from_codes(codes.astype(jnp.int8), alpha, mu, group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetricPlane(OnePlane):
+    """One plane whose μ is 0: levels `−α, 0, α`; there are no corrections of μ, so `steps` is 0."""
+
+    def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
+        """Return `(α, 0)` and codes of the weights alone."""
+        alpha, codes = e2m_atq.symmetric_fit(w, mask, threshold=self.threshold)
+        return (alpha, jnp.zeros_like(alpha)), codes
+
+    def relocate(
+        self,
+        w: Float[Array, "n g"],
+        codes: Float[Array, "n g"],
+        scales: Scales,
+        metric: Float[Array, "g g"],
+        mask: Bool[Array, " g"],
+    ) -> Scales:
+        """Return `(α, 0)` of the least output error."""
+        alpha, mu = scales
+        return e2m_atq.relocate_symmetric(w, codes, alpha, metric, mask), mu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +251,8 @@ def quantizer(settings: WeightSettings) -> Quantizer:
     match settings.quantizer:
         case TernarySettings() as own:
             return OnePlane(own.euclidean_steps, own.threshold, own.rounds, own.metric)
+        case SymmetricSettings() as own:
+            return SymmetricPlane(0, own.threshold, own.rounds, own.metric)
         case TwoPlaneSettings() as own:
             return TwoPlanes(own.euclidean_steps, own.rounds, own.metric)
         case IntegerSettings() as own:

@@ -37,6 +37,23 @@ class TernarySettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SymmetricSettings(Settings):
+    """Settings of one ternary plane without an offset, `α·T`, which formats of other tools can hold.
+
+    Attributes:
+      threshold: stage 1's dead zone, Δ = threshold · mean|w|.
+      rounds: as in `TernarySettings`.
+      metric: as in `TernarySettings`.
+    """
+
+    table: ClassVar[str] = "weights.symmetric"
+
+    threshold: float = ranged(0.75, above=0)
+    rounds: int = ranged(3, low=0)
+    metric: Metric = "compensated"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoPlaneSettings(Settings):
     """Settings of two ternary planes, `α₁·T₁ + α₂·T₂ + μ`.
 
@@ -76,7 +93,7 @@ class GroupedSettings(Settings):
     table: ClassVar[str] = "weights.published_groups"
 
 
-QuantizerSettings = TernarySettings | TwoPlaneSettings | IntegerSettings | GroupedSettings
+QuantizerSettings = TernarySettings | SymmetricSettings | TwoPlaneSettings | IntegerSettings | GroupedSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +117,8 @@ class WeightSettings(Settings):
     """Settings of the weights: a quantiser, its groups, and error compensation.
 
     Attributes:
-      quantizer: what weights are rounded to; in a recipe file the table `ternary`, `two_planes`, `integer` or
-        `published_groups`.
+      quantizer: what weights are rounded to; in a recipe file the table `ternary`, `symmetric`, `two_planes`,
+        `integer` or `published_groups`.
       group_size: columns that share scales; 0 gives each row a single group.
       compensation: None (`false` in a recipe file) rounds as if inputs were uncorrelated.
     """

@@ -13,23 +13,30 @@ from twla_jax.errors import TwlaError
 from twla_jax.jobs.loading import kept_files
 from twla_jax.models import sites
 from twla_jax.storage import checkpoint, folders, places
-from twla_jax.storage.export import gguf_file, huggingface, packed
+from twla_jax.storage.export import compressed_tensors, gguf_file, huggingface, packed
 
-Format = Literal["hf", "gguf", "safetensors"]
+Format = Literal["hf", "gguf", "compressed-tensors", "safetensors"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+GgufType = Literal["f16", "q2_0", "tq2_0"]
 
 
 def export_model(
-    out: str | Path, dest: str | Path, *, format: Format, dtype: Dtype | None = None
+    out: str | Path,
+    dest: str | Path,
+    *,
+    format: Format,
+    dtype: Dtype | None = None,
+    gguf_type: GgufType | None = None,
 ) -> dict[str, Any]:
     """Writes a quantised model in another format, whole or not at all.
 
     Args:
       out: folder that `twla quantize` wrote.
       dest: what to write, where there is nothing yet: a folder, or for `gguf` a file.
-      format: `hf`, dequantised, rotations folded back; `gguf`, the same in float16; `safetensors`, this library's
-        packed arrays in one file.
+      format: `hf`, dequantised, rotations folded back; `gguf`, the same in float16 or ternary; `compressed-tensors`,
+        packed 2-bit integers; `safetensors`, this library's packed arrays in one file.
       dtype: of the weights in `hf`; bfloat16 if None.
+      gguf_type: of the linears in `gguf`; f16 if None.
     Returns:
       What was written: `format`, `dest`, `files` (bytes by name), `bytes`, `activation_bits` (of the quantised model;
       only `safetensors` keeps the quantiser of activations).
@@ -38,6 +45,8 @@ def export_model(
     """
     if dtype is not None and format != "hf":
         raise TwlaError(f"--dtype is for --format hf; {format} has types of its own")
+    if gguf_type is not None and format != "gguf":
+        raise TwlaError(f"--type is for --format gguf, not {format}")
     out, place = Path(places.expand(out)), places.resolve_place(dest)
     checkpoint.read_manifest(out)
     _require_free(place, dest, format)
@@ -45,12 +54,14 @@ def export_model(
     files = {name: _bytes(content) for name, content in kept_files(out).items()}
     if format == "gguf":
         with _file_beside(place) as temporary:
-            gguf_file.write(model, tokenizer, temporary)
+            gguf_file.write(model, tokenizer, temporary, kind=gguf_type or "f16")
         sizes = {place.name: place.stat().st_size}
     else:
         with folders.beside(place) as temporary:
             if format == "hf":
                 huggingface.write(model, tokenizer, temporary, dtype=dtype or "bfloat16", files=files)
+            elif format == "compressed-tensors":
+                compressed_tensors.write(model, tokenizer, temporary, files=files)
             else:
                 packed.write(out, info, temporary)
                 huggingface.write_settings(temporary, None, tokenizer, files)

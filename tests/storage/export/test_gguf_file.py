@@ -148,10 +148,6 @@ def test_what_llama_cpp_has_no_form_for_is_refused(quantised_folder, tiny_config
     with pytest.raises(TwlaError, match="WordLevel, not BPE"):
         job.export_model(quantised_folder, tmp_path / "model.gguf", format="gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    for change, message in (
-        ({"sliding_window": 9, "sliding_layers": (1,)}, "only some layers"),
-        ({"model_type": "gemma9"}, "type gemma9 cannot be written"),
-    ):
-        model = Decoder(dataclasses.replace(tiny_config, **change), rngs=nnx.Rngs(0))
-        with pytest.raises(TwlaError, match=message):
-            gguf_file.write(model, None, tmp_path / "model.gguf")
+    config = dataclasses.replace(tiny_config, sliding_window=9, sliding_layers=(1,))
+    with pytest.raises(TwlaError, match="only some layers"):
+        gguf_file.write(Decoder(config, rngs=nnx.Rngs(0)), None, tmp_path / "model.gguf")

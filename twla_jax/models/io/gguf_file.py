@@ -5,6 +5,7 @@ at which a file was cut short. A model split over several files is read as one.
 """
 
 import dataclasses
+import enum
 import mmap
 import re
 import struct
@@ -44,12 +45,21 @@ _SCALARS = {  # value type → struct format; strings and arrays are the two tha
 }
 
 
+class NewerType(enum.IntEnum):
+    """Types of tensors that the gguf package may not know."""
+
+    Q2_0 = 42
+
+
+_BLOCKS: dict[Any, tuple[int, int]] = {NewerType.Q2_0: (64, 18)}  # values and bytes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """Where a tensor lies: `shape` in the usual order (rows first), `start` in bytes from the beginning of `path`."""
 
     shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
+    kind: "gguf.GGMLQuantizationType | NewerType"
     start: int
     size: int
     path: Path
@@ -141,6 +151,8 @@ class GgufFile:
                 return stored.view("<f4").reshape(tensor.shape)
             if tensor.kind == gguf.GGMLQuantizationType.F16:
                 return stored.view("<f2").reshape(tensor.shape).astype(np.float32)
+            if tensor.kind == NewerType.Q2_0:
+                return _dequantize_q2_0(stored).reshape(tensor.shape)
             rows = stored.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind))
             return gguf.dequantize(rows, tensor.kind)
         except (NotImplementedError, ValueError) as error:
@@ -170,7 +182,7 @@ def _read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str,
         if axes > _MOST_AXES:
             raise ValueError(f"tensor {name!r} has {axes} axes")
         shape = tuple(cursor.scalar("<Q") for _ in range(axes))[::-1]
-        table[name] = shape, gguf.GGMLQuantizationType(cursor.scalar("<I")), cursor.scalar("<Q")
+        table[name] = shape, _kind(cursor.scalar("<I")), cursor.scalar("<Q")
     alignment = metadata.get(_ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
     data_start = -(-cursor.at // alignment) * alignment
     return metadata, {
@@ -216,8 +228,23 @@ class _Cursor:
         return list(values)
 
 
-def _byte_size(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
-    values, size = gguf.GGML_QUANT_SIZES[kind]
+def _kind(number: int) -> "gguf.GGMLQuantizationType | NewerType":
+    try:
+        return gguf.GGMLQuantizationType(number)
+    except ValueError:
+        return NewerType(number)
+
+
+def _dequantize_q2_0(stored: np.ndarray) -> np.ndarray:
+    """Returns `d·(q − 1)` of blocks of a float16 d and 64 fields q of two bits, lowest first."""
+    blocks = stored.reshape(-1, _BLOCKS[NewerType.Q2_0][1])
+    scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+    fields = blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
+    return scales * (fields.reshape(len(blocks), -1).astype(np.float32) - 1)
+
+
+def _byte_size(shape: tuple[int, ...], kind: Any) -> int:
+    values, size = _BLOCKS.get(kind) or gguf.GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % values:
         raise ValueError(f"a tensor of shape {list(shape)} cannot be {kind.name}")
     return int(np.prod(shape, dtype=object)) // values * size

@@ -1,0 +1,114 @@
+"""A folder in the format `pack-quantized` of compressed-tensors, 2 bits a weight, which vLLM and transformers read."""
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int8, Int32
+
+from twla_jax.core.tensors import TernaryTensor
+from twla_jax.errors import TwlaError
+from twla_jax.models.decoder import Decoder
+from twla_jax.storage.export import safetensors_file
+from twla_jax.storage.export.folding import Parameter, parameters
+from twla_jax.storage.export.hf_config import hf_config
+from twla_jax.storage.export.huggingface import DTYPES, cast, published_name, write_settings
+from twla_jax.storage.export.plain_planes import RECIPE, is_linear, plane, require_plain
+from twla_jax.storage.export.safetensors_file import Tensor
+
+_BITS = 2
+_PER_WORD = 32 // _BITS
+_LEAST_GROUP = 32  # the smallest that kernels of vLLM take
+_DTYPE = "float16"  # that of the scales, so that they stay exact
+
+
+def write(model: Decoder, tokenizer: Any, folder: Path, *, files: Mapping[str, bytes]) -> None:
+    """Fills `folder` with packed linears and all else in float16; what it says of the linears is exact.
+
+    Raises:
+      TwlaError: the linears have offsets, a second plane or rotated inputs, or groups that the format cannot hold.
+    """
+    tensors = require_plain(model, "compressed-tensors")
+    group_size = common_group(tensors)
+    config = hf_config(model.config, _DTYPE) | {"quantization_config": _scheme(tensors, group_size)}
+    written: list[Tensor] = []
+    for each in parameters(model):
+        name = published_name(each, model.config)
+        if not is_linear(each):
+            written.append(
+                Tensor(name, DTYPES[_DTYPE], each.shape, functools.partial(cast, each, _DTYPE, name))
+            )
+            continue
+        (n, m), stem = each.shape, name.removesuffix("weight")
+        words, groups = -(-m // _PER_WORD), m // group_size
+        parts = (
+            ("weight_packed", np.int32, (n, words), functools.partial(_packed, each, group_size)),
+            ("weight_scale", np.float16, (n, groups), functools.partial(_scales, each, group_size)),
+            ("weight_shape", np.int64, (2,), functools.partial(np.asarray, each.shape, np.int64)),
+        )
+        written += [Tensor(f"{stem}{key}", np.dtype(dtype), shape, make) for key, dtype, shape, make in parts]
+    safetensors_file.write_model(folder, written)
+    write_settings(folder, config, tokenizer, files)
+
+
+def common_group(tensors: list[TernaryTensor]) -> int:
+    """Returns the largest group that lies within the groups of all tensors and divides their columns.
+
+    Raises:
+      TwlaError: it is smaller than kernels take.
+    """
+    group = math.gcd(*(math.gcd(tensor.group_size, tensor.in_features) for tensor in tensors))
+    if group < _LEAST_GROUP:
+        raise TwlaError(
+            f"compressed-tensors needs groups of {_LEAST_GROUP} columns or a multiple that divides every matrix; "
+            f"set weights.group_size to such a number in the recipe {RECIPE}"
+        )
+    return group
+
+
+def pack_int32(codes: Int8[np.ndarray, "n m"]) -> Int32[np.ndarray, "n words"]:
+    """Returns codes in {-2, …, 1} as unsigned 2-bit fields `code + 2`, sixteen a word, lowest bits first."""
+    fields = (codes.astype(np.int64) + 2 ** (_BITS - 1)).astype(np.uint32)
+    fields = np.pad(fields, ((0, 0), (0, -fields.shape[1] % _PER_WORD)))
+    shifts = np.arange(_PER_WORD, dtype=np.uint32) * np.uint32(_BITS)
+    words = np.bitwise_or.reduce(fields.reshape(len(codes), -1, _PER_WORD) << shifts, axis=-1)
+    return words.view(np.int32)
+
+
+def _packed(parameter: Parameter, group_size: int) -> np.ndarray:
+    return pack_int32(plane(parameter, group_size).codes)
+
+
+def _scales(parameter: Parameter, group_size: int) -> np.ndarray:
+    return plane(parameter, group_size).scales
+
+
+def _scheme(tensors: list[TernaryTensor], group_size: int) -> dict[str, Any]:
+    whole_rows = all(tensor.in_features == group_size for tensor in tensors)
+    weights = {
+        "num_bits": _BITS,
+        "type": "int",
+        "symmetric": True,
+        "dynamic": False,
+        "strategy": "channel" if whole_rows else "group",
+        "group_size": None if whole_rows else group_size,
+        "actorder": None,
+    }
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": "pack-quantized",
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }

@@ -1,0 +1,67 @@
+"""What formats of one scale a group can hold: single ternary planes with μ = 0, of inputs that are not rotated."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float16, Int8
+
+from twla_jax.core import packing
+from twla_jax.core.tensors import TernaryTensor
+from twla_jax.errors import TwlaError
+from twla_jax.models.decoder import Decoder
+from twla_jax.storage.export.folding import Parameter, parameters
+
+RECIPE = "w1.58-sym"
+
+
+class Plane(NamedTuple):
+    """A matrix `[n, m]` that is `scales[i, k // group_size]·codes[i, k]`, codes in {-1, 0, 1}."""
+
+    codes: Int8[np.ndarray, "n m"]
+    scales: Float16[np.ndarray, "n groups"]
+
+
+def is_linear(parameter: Parameter) -> bool:
+    """Returns whether a parameter is the kernel of a linear of a block."""
+    return parameter.layer is not None and parameter.name.endswith(".kernel")
+
+
+def require_plain(model: Decoder, format: str) -> list[TernaryTensor]:
+    """Returns the tensors of the blocks' linears, of all layers, if they are all plain planes.
+
+    Args:
+      format: for messages.
+    Raises:
+      TwlaError: one is not; names the recipe whose linears are.
+    """
+    hint = f"quantise with --recipe {RECIPE}"
+    held = {}
+    for parameter in parameters(model):
+        if not is_linear(parameter) or parameter.name in held:
+            continue
+        tensor = parameter.held
+        if not isinstance(tensor, TernaryTensor):
+            raise TwlaError(f"{format} holds no weights of the kind of {parameter.name}; {hint}")
+        if tensor.residual_codes is not None:
+            raise TwlaError(f"{format} holds one ternary plane, {parameter.name} has two; {hint}")
+        if parameter.rotation is not None:
+            raise TwlaError(
+                f"{format} rotates no inputs, {parameter.name} was quantised for rotated ones; {hint}"
+            )
+        if bool((tensor.mu != 0).any()):
+            raise TwlaError(f"{format} has no offset μ, {parameter.name} has one; {hint}")
+        held[parameter.name] = tensor
+    return list(held.values())
+
+
+def plane(parameter: Parameter, group_size: int) -> Plane:
+    """Returns codes and scales of one layer, scales repeated for groups of `group_size` columns.
+
+    Args:
+      group_size: columns that share a scale; divides the number of columns, and lies within the tensor's groups.
+    """
+    tensor = parameter.value
+    codes = np.asarray(packing.unpack(tensor.codes, tensor.in_features)).astype(np.int8) - np.int8(1)
+    first = jnp.arange(0, tensor.in_features, group_size) // tensor.group_size
+    return Plane(codes, np.asarray(tensor.alpha[:, first]))
