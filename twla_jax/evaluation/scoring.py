@@ -49,7 +49,9 @@ def evaluate(
     """Perplexity of `model`: `exp` of the mean negative log-likelihood of every window's `seq_len − 1` predictions.
 
     Args:
+      model: full precision or quantised, at its own activation bits.
       tokens: a whole text, cut by `cut_windows`; or windows already cut, whose length then replaces `seq_len`.
+      seq_len: tokens in a window.
       max_windows: score only the first so many.
       batch_size: windows at a time.
       chunk: positions whose logits exist at the same time, per batch; `[b, t, vocab]` never exists whole.

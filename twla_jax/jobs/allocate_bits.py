@@ -44,15 +44,18 @@ def allocate_folder(
     dtype: str = "float32",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Rewrites the activation settings of a folder that `quantize` wrote; its weights stay the files they are.
+    """Rewrite the activation settings of a folder that `quantize` wrote; its weights stay the files they are.
 
     Args:
+      out: the folder.
       settings: with a budget of 0, the bits stay as they are and only the frontier is measured.
       corpus: calibration text; None takes that which the folder's model was calibrated on.
       budgets: what the frontier is measured at; empty for none.
       check_corpus: whose evaluation text gives the frontier's perplexities; None for none.
       max_windows: windows of that text; None for all.
       plot: image file of the table and the choice; needs a budget.
+      dtype: what the model computes in.
+      progress: phases and bars on stderr.
     Returns:
       JSON-ready figures, kept in `report.json`: `allocation` (see `choose`), `frontier`, and `seconds` by stage.
     Raises:
@@ -126,12 +129,12 @@ def read_tables(path: Path) -> dict[str, Any]:
 
 
 def dump_tables(tables: Mapping[str, Any]) -> str:
-    """The text of a folder's `ila_amp.json`."""
+    """Return the text of a folder's `ila_amp.json`."""
     return json.dumps(tables) + "\n"
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """The figures of `allocate_folder`, or such a part of a report, as lines of text for a person."""
+    """Return the figures of `allocate_folder`, or such a part of a report, as lines of text for a person."""
     parts = []
     if "allocation" in result:
         parts.append(_format_choice(result["allocation"]))

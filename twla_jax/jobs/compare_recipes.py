@@ -49,19 +49,23 @@ def compare_recipes(
     dtype: str = "float32",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Quantises a model by each recipe, and scores the results and the model itself on one text.
+    """Quantise a model by each recipe, and score the results and the model itself on one text.
 
     What is done stays in `out`: `OUT/<recipe>` for each recipe, and every perplexity in `OUT/compare.json`. A later
     call takes from there what was made and measured on the same model, text and settings.
 
     Args:
+      model_name: what `load` takes, not yet quantised.
       entries: recipes to quantise by; paths of folders already quantised are rows as they are.
       out: folder for the quantised models and the figures.
       corpus: whose evaluation text is scored.
       seq_len: tokens in a window of it.
       max_windows: score only the first so many.
+      batch_size: windows scored at a time.
       activation_bits: bits of the linear inputs to score at, 16 for none.
       plot: image to draw perplexity against bytes in; its ending says the format.
+      dtype: what the models compute in.
+      progress: phases and bars on stderr.
     Returns:
       JSON-ready figures: `rows`, each with `name`, `bits_per_weight_linear`, `bits_per_weight_model`, `bytes` (all
       tensors of the model), `perplexity` by bits and `seconds` of quantising; `corpus`, `windows`, `seq_len`,
@@ -120,7 +124,7 @@ def compare_recipes(
 
 
 def format_comparison(result: Mapping[str, Any]) -> str:
-    """The rows as a table for a person."""
+    """Return the rows as a table for a person."""
     columns = list(dict.fromkeys(bits for row in result["rows"] for bits in row["perplexity"]))
     width = max(len(row["name"]) for row in result["rows"])
     lines = [
@@ -179,7 +183,7 @@ class _Scorer:
     def __call__(
         self, name: str, identity: Any, model: str | Path, bits: Sequence[int]
     ) -> dict[str, dict[str, Any]]:
-        """`evaluate`'s figures by bits. `identity` says which weights these are; `model` is read only where needed."""
+        """Return `evaluate`'s figures by bits; `identity` says which weights these are, `model` where to read them."""
         common = {"weights": identity, "text": self._text.sha256, "dtype": self._dtype, **self._settings}
         measured = self._measured
         keys = {each: resume.fingerprint({**common, "bits": each}, []) for each in bits}
@@ -228,7 +232,7 @@ def _quantised(name: str, folder: Path, score: _Scorer, bits: Sequence[int]) -> 
 
 
 def _check_reusable(folder: Path, recipe: Recipe, source: Any) -> None:
-    """Refuses a folder in OUT that the recipe did not make of this model and text."""
+    """Refuse a folder in OUT that the recipe did not make of this model and text."""
     made = Recipe.from_dict(checkpoint.read_manifest(folder)["recipe"], source=str(folder))
     report, corpus = _report(folder), recipe.calibration.corpus
     same = report.get("model", {}).get("sha256") == source

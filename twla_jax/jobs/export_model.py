@@ -28,7 +28,7 @@ def export_model(
     dtype: Dtype | None = None,
     gguf_type: GgufType | None = None,
 ) -> dict[str, Any]:
-    """Writes a quantised model in another format, whole or not at all.
+    """Write a quantised model in another format, whole or not at all.
 
     Args:
       out: folder that `twla quantize` wrote.

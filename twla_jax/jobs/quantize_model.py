@@ -48,17 +48,21 @@ def quantize_to_folder(
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Quantises a model into a folder that works alone; resumes what an interrupted call left in `OUT.partial`.
+    """Quantise a model into a folder that works alone; resume what an interrupted call left in `OUT.partial`.
 
     Args:
       model_name: what `load` takes, not yet quantised.
       recipe: with an allocation budget, the inputs get bits of their own, chosen on calibration text.
       out: folder to write; it appears only once everything, checks included, is done.
+      dtype: what the model computes in.
+      overwrite: replace a quantised model in `out`.
       check_corpus: whose evaluation text the result is checked on; None takes the calibration corpus where that is
         known by name, else `pydoc`.
       check_windows: windows of that text, of the recipe's length.
       check_bits: activation bits to report the perplexity at; empty takes the recipe's.
       allow_broken: keep a model that fails its check, as a baseline of few bits may.
+      mesh: of the block-wise transform, see `quantize_blocks`.
+      progress: phases and bars on stderr.
     Returns:
       The report, as kept in `report.json`, with the folder's `accounting.account` under `size`.
     Raises:
@@ -150,7 +154,7 @@ def quantize_to_folder(
 
 
 def format_report(report: dict[str, Any], out: str | Path) -> str:
-    """The figures of `quantize_to_folder` as lines of text for a person."""
+    """Return the figures of `quantize_to_folder` as lines of text for a person."""
     evaluation, memory = report["evaluation"], report["peak_memory"]
     windows = f"{evaluation['windows']} windows of {evaluation['seq_len']}"
     perplexity = "   ".join(f"{name} {value:.2f}" for name, value in evaluation["perplexity"].items())
@@ -174,7 +178,7 @@ def format_report(report: dict[str, Any], out: str | Path) -> str:
 def _sample_text(
     model: Decoder, recipe: Recipe, work_dir: Path, phases: Phases, progress: bool
 ) -> sampled.SampledText:
-    """The model's own text, as much of it as the recipe wants."""
+    """Return the model's own text, as much of it as the recipe wants."""
     drawn = recipe.calibration
     if recipe.allocation.seq_len > drawn.seq_len:
         raise TwlaError(
@@ -196,7 +200,7 @@ def _sample_text(
 def _check(
     model: Decoder, full: float, perplexity: dict[str, float], tokens: np.ndarray, allow_broken: bool
 ) -> np.ndarray:
-    """A sample of the model's text, once it is known to be one.
+    """Return a sample of the model's text, once it is known to be one.
 
     Layer errors can all look fine while the model is broken. Two signs are certain: it predicts worse than a uniform
     guess where the original did not, or it samples (at temperature 1, where even a poor model varies) one token over
@@ -223,7 +227,7 @@ def _evaluation_name(corpus: str) -> str:
 
 
 def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """What decides how text becomes tokens: the whole tokenizer by its hash, and whether it puts BOS in front."""
+    """Return what decides how text becomes tokens: the tokenizer by its hash, and whether it puts BOS in front."""
     first = tokenizer("a")["input_ids"][0]
     return {
         "sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

@@ -214,6 +214,9 @@ def tokenize(
     Chats are rendered by the tokenizer's chat template, where it has one.
 
     Args:
+      corpus: text, and the chats it consists of where it does.
+      tokenizer: of the model.
+      vocab_size: of the model.
       letters: only so many of the text's first characters, which saves time where that is text enough.
     Raises:
       TwlaError: an id that the model's vocabulary lacks: this is another model's tokenizer.

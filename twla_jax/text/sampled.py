@@ -31,7 +31,7 @@ class SampledText:
     held_out: int
 
     def describe(self) -> dict[str, Any]:
-        """What a report says of the text: everything but the tokens."""
+        """Return what a report says of the text: everything but the tokens."""
         return {
             "name": SELF,
             "split": "calibration",
@@ -43,7 +43,7 @@ class SampledText:
 
 
 def dump(text: SampledText, calibration: int) -> bytes:
-    """A `.npy` file of the rows that bits are allocated on: the first `calibration` ones and those held out."""
+    """Return a `.npy` file of the first `calibration` rows and those held out, which bits are allocated on."""
     rows = np.concatenate([text.rows[:calibration], text.rows[len(text.rows) - text.held_out :]])
     file = io.BytesIO()
     np.save(file, rows.astype(np.uint16 if rows.max() < 2**16 else np.int32))
@@ -51,7 +51,7 @@ def dump(text: SampledText, calibration: int) -> bytes:
 
 
 def read(folder: str | Path, drawn: CalibrationSettings) -> SampledText:
-    """What `dump` left in a quantised folder.
+    """Read what `dump` left in a quantised folder.
 
     Raises:
       TwlaError: the folder's model was not calibrated on its own text.

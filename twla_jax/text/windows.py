@@ -22,6 +22,9 @@ def domain_tokens(corpus: Corpus, tokenizer: Any, vocab_size: int, wanted: int) 
     """Return the tokens of a calibration text: of each domain, so many as `wanted` need, where it is a mix.
 
     Args:
+      corpus: marked for calibration.
+      tokenizer: of the model.
+      vocab_size: of the model.
       wanted: how many tokens will be drawn in all.
     Raises:
       TwlaError: what `require_calibration` and `tokenize` refuse.

@@ -1,1 +1,1 @@
-"""Writes a quantised model in formats of other tools: exact, or refused."""
+"""Write a quantised model in formats of other tools: exact, or refused."""

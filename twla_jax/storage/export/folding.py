@@ -52,7 +52,7 @@ class Parameter:
         return self._of_layer(self.held_rotation)
 
     def dense(self) -> Float[np.ndarray, "*shape"]:
-        """Returns the parameter in float32, a rotation folded back into the weights."""
+        """Return the parameter in float32, a rotation folded back into the weights."""
         value, rotation = self.value, self.rotation
         if isinstance(value, PackedTensor):
             rows = dequantize(value)
@@ -67,7 +67,7 @@ class Parameter:
 
 @jax.jit
 def fold(rows: Float[Array, "n m"], rotation: KroneckerRotation) -> Float[Array, "n m"]:
-    """Returns `Ŵ Q`, the weights that give on x what `rows` give on the rotated `Q x`.
+    """Return `Ŵ Q`, the weights that give on x what `rows` give on the rotated `Q x`.
 
     `w · vec(L mat(x) R) = vec(Lᵀ mat(w) Rᵀ) · x`, which also holds for factors that are orthogonal only to the
     precision in which they are stored.
@@ -76,7 +76,7 @@ def fold(rows: Float[Array, "n m"], rotation: KroneckerRotation) -> Float[Array,
 
 
 def parameters(model: Decoder) -> Iterator[Parameter]:
-    """Yields every parameter, those outside the blocks first; values are computed when they are asked for."""
+    """Yield every parameter, those outside the blocks first; values are computed when they are asked for."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     held = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
     settings = KroneckerRotation | ActivationQuantizer

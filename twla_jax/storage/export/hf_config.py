@@ -15,9 +15,10 @@ _CLASSES = {
 
 
 def hf_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """Returns the settings as transformers 4 and 5 read them.
+    """Return the settings as transformers 4 and 5 read them.
 
     Args:
+      config: of the model.
       dtype: of the weights beside it, `bfloat16`.
     Raises:
       TwlaError: transformers has no class for these settings.

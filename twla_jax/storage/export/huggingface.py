@@ -29,7 +29,7 @@ DTYPES = {
 def write(
     model: Decoder, tokenizer: Any, folder: Path, *, dtype: str = "bfloat16", files: Mapping[str, bytes]
 ) -> None:
-    """Fills `folder` with weights in `dtype`, `config.json`, the tokenizer and `files`.
+    """Fill `folder` with weights in `dtype`, `config.json`, the tokenizer and `files`.
 
     Activations are left at 16 bits: transformers has no quantiser like this library's.
 
@@ -48,7 +48,7 @@ def write(
 def write_settings(
     folder: Path, config: Mapping[str, Any] | None, tokenizer: Any, files: Mapping[str, bytes]
 ) -> None:
-    """Writes `config.json` (where there is a `config`), the tokenizer's files and `files`."""
+    """Write `config.json` (where there is a `config`), the tokenizer's files and `files`."""
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
@@ -63,7 +63,7 @@ def published_name(parameter: Parameter, config: DecoderConfig) -> str:
 
 
 def cast(parameter: Parameter, dtype: str, name: str) -> np.ndarray:
-    """Returns the dense parameter in `dtype`.
+    """Return the dense parameter in `dtype`.
 
     Raises:
       TwlaError: a value is out of its range.

@@ -17,7 +17,7 @@ FILE = "model.safetensors"
 
 
 def write(source: Path, info: CheckpointInfo, folder: Path) -> None:
-    """Copies the arrays of a folder that `checkpoint.save` wrote into `folder/model.safetensors`.
+    """Copy the arrays of a folder that `checkpoint.save` wrote into `folder/model.safetensors`.
 
     The header's `__metadata__` holds what a reader needs: `format` ("twla"), `format_version`, and as JSON texts the
     `config` of the decoder, the `recipe`, and `tensors`, each parameter's kind and static fields. docs/format.md says

@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, so that no more than one of them is held beside the model."""
+"""Write safetensors files tensor by tensor, so that no more than one of them is held beside the model."""
 
 import json
 import math
@@ -33,14 +33,16 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Return its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_file(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes one safetensors file, and sees to it that it is on the disk.
+    """Write one safetensors file, and see to it that it is on the disk.
 
     Args:
+      path: of the file.
+      tensors: in the order in which they are written; each array is made when its turn comes.
       metadata: what goes under `__metadata__` in the header.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -63,7 +65,7 @@ def write_file(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str
 
 
 def write_model(folder: Path, tensors: Sequence[Tensor], *, shard_bytes: int = _SHARD) -> list[str]:
-    """Writes `model.safetensors`, or shards with an index where it would be larger than `shard_bytes`.
+    """Write `model.safetensors`, or shards with an index where it would be larger than `shard_bytes`.
 
     Returns:
       The names of the files with tensors.
