@@ -109,7 +109,7 @@ def allocate_folder(
 
 
 def read_tables(path: Path) -> dict[str, Any]:
-    """Returns the contents of a folder's `ila_amp.json`.
+    """Return the contents of a folder's `ila_amp.json`.
 
     Raises:
       TwlaError: it holds something else.

@@ -87,7 +87,7 @@ def _require_free(place: Path, dest: str | Path, format: Format) -> None:
 
 @contextlib.contextmanager
 def _file_beside(path: Path) -> Iterator[Path]:
-    """Yields a name for a file that then takes its place; after an error nothing of it is left."""
+    """Yield a name for a file that then takes its place; after an error nothing of it is left."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

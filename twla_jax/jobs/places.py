@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def writes(*, work: str, changes_saved: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Returns a decorator for jobs that write the folder given as `out`.
+    """Return a decorator for jobs that write the folder given as `out`.
 
     The folder is checked and kept before the job begins: see `checkpoint.claim`. The job gets the path that is really
     written, where `out` was a link. An interrupt says what is kept.
@@ -47,7 +47,7 @@ def writes(*, work: str, changes_saved: bool = False) -> Callable[[Callable[P, R
 
 
 def writes_into(file: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Returns a decorator for jobs that add to the folder given as `out`, which other runs may not do meanwhile.
+    """Return a decorator for jobs that add to the folder given as `out`, which other runs may not do meanwhile.
 
     Args:
       file: name of the file in the folder that the job writes anew from time to time.
@@ -89,7 +89,7 @@ def check_name(name: str) -> None:
 
 @contextlib.contextmanager
 def told_when_interrupted(place: Path, work: Path) -> Iterator[None]:
-    """Adds to an interrupt a note of what is written and what is kept.
+    """Add to an interrupt a note of what is written and what is kept.
 
     Args:
       place: the folder that appears or changes at once.
@@ -109,7 +109,7 @@ def told_when_interrupted(place: Path, work: Path) -> Iterator[None]:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Returns what tells a folder from the one that replaces it."""
+    """Return what tells a folder from the one that replaces it."""
     try:
         status = folder.stat()
     except OSError:

@@ -194,7 +194,7 @@ def _read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str,
 
 
 class _Cursor:
-    """Reads little-endian values one after the other."""
+    """Read little-endian values one after the other."""
 
     def __init__(self, data: mmap.mmap, at: int):
         self._data = data
@@ -236,7 +236,7 @@ def _kind(number: int) -> "gguf.GGMLQuantizationType | NewerType":
 
 
 def _dequantize_q2_0(stored: np.ndarray) -> np.ndarray:
-    """Returns `d·(q − 1)` of blocks of a float16 d and 64 fields q of two bits, lowest first."""
+    """Return `d·(q − 1)` of blocks of a float16 d and 64 fields q of two bits, lowest first."""
     blocks = stored.reshape(-1, _BLOCKS[NewerType.Q2_0][1])
     scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
     fields = blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3

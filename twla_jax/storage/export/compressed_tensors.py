@@ -26,7 +26,7 @@ _DTYPE = "float16"  # that of the scales, so that they stay exact
 
 
 def write(model: Decoder, tokenizer: Any, folder: Path, *, files: Mapping[str, bytes]) -> None:
-    """Fills `folder` with packed linears and all else in float16; what it says of the linears is exact.
+    """Fill `folder` with packed linears and all else in float16; what it says of the linears is exact.
 
     Raises:
       TwlaError: the linears have offsets, a second plane or rotated inputs, or groups that the format cannot hold.
@@ -55,7 +55,7 @@ def write(model: Decoder, tokenizer: Any, folder: Path, *, files: Mapping[str, b
 
 
 def common_group(tensors: list[TernaryTensor]) -> int:
-    """Returns the largest group that lies within the groups of all tensors and divides their columns.
+    """Return the largest group that lies within the groups of all tensors and divides their columns.
 
     Raises:
       TwlaError: it is smaller than kernels take.
@@ -70,7 +70,7 @@ def common_group(tensors: list[TernaryTensor]) -> int:
 
 
 def pack_int32(codes: Int8[np.ndarray, "n m"]) -> Int32[np.ndarray, "n words"]:
-    """Returns codes in {-2, …, 1} as unsigned 2-bit fields `code + 2`, sixteen a word, lowest bits first."""
+    """Return codes in {-2, …, 1} as unsigned 2-bit fields `code + 2`, sixteen a word, lowest bits first."""
     fields = (codes.astype(np.int64) + 2 ** (_BITS - 1)).astype(np.uint32)
     fields = np.pad(fields, ((0, 0), (0, -fields.shape[1] % _PER_WORD)))
     shifts = np.arange(_PER_WORD, dtype=np.uint32) * np.uint32(_BITS)

@@ -25,9 +25,12 @@ _FILE_TYPE_F16 = 1
 
 
 def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> None:
-    """Writes the model to `path`: matrices in float16 with rotations folded back, norms and biases in float32.
+    """Write the model to `path`: matrices in float16 with rotations folded back, norms and biases in float32.
 
     Args:
+      model: quantised.
+      tokenizer: of the model; None for none.
+      path: of the file.
       kind: `f16`, or one of `gguf_ternary.TYPES` for the linears of blocks, which it holds exactly.
     Raises:
       TwlaError: llama.cpp has no form for the model's settings or its tokenizer, or a weight is too large for float16,
@@ -104,7 +107,7 @@ def _add_settings(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
 
 
 def _rope_factors(config: DecoderConfig) -> np.ndarray | None:
-    """What frequencies are divided by, where the rule is not linear."""
+    """Return what frequencies are divided by, where the rule is not linear."""
     if config.rope_scaling is None or config.rope_scaling.kind not in ("llama3", "factors"):
         return None
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim

@@ -48,17 +48,17 @@ class TernaryType:
                 )
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Returns the bytes that a matrix takes."""
+        """Return the bytes that a matrix takes."""
         return shape[0] * (shape[1] // self.block) * self.block_bytes
 
     def rows(self, plane: Plane) -> UInt8[np.ndarray, "n bytes"]:
-        """Returns a matrix as this type holds it; `plane` has a scale for every block."""
+        """Return a matrix as this type holds it; `plane` has a scale for every block."""
         blocks = self.pack(plane.codes.reshape(-1, self.block), plane.scales.reshape(-1))
         return blocks.reshape(len(plane.codes), -1)
 
 
 def _pack_q2_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The scale, then four neighbouring codes a byte, lowest bits first."""
+    """Return the scale, then four neighbouring codes a byte, lowest bits first."""
     fields = (codes + np.int8(1)).astype(np.uint8).reshape(len(codes), -1, 4)
     return np.concatenate([_halves(scales), _merge(fields)], axis=1)
 

@@ -21,9 +21,11 @@ PROBES = (
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, ends: tuple[int, ...]) -> None:
-    """Writes the vocabulary, special tokens and chat template of a tokenizer; None writes that there is none.
+    """Write the vocabulary, special tokens and chat template of a tokenizer; None writes that there is none.
 
     Args:
+      writer: of the file.
+      tokenizer: of the model; None for none.
       vocab_size: rows of the embedding; tokens beyond the tokenizer's are marked as unused.
       ends: tokens that end a text.
     Raises:
@@ -108,7 +110,7 @@ def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, ends: tuple[int, ...])
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer or normaliser, one after the other."""
+    """Return the steps of a pre-tokenizer or normaliser, one after the other."""
     if part is None:
         return []
     return part[key] if part["type"] == "Sequence" else [part]
@@ -120,7 +122,7 @@ def _is_byte_level(described: dict[str, Any]) -> bool:
 
 
 def _pre_tokenizer(described: dict[str, Any]) -> str:
-    """Returns llama.cpp's name for how text is split into words."""
+    """Return llama.cpp's name for how text is split into words."""
     patterns = []
     for step in _steps(described["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:

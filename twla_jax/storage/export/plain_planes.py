@@ -23,14 +23,15 @@ class Plane(NamedTuple):
 
 
 def is_linear(parameter: Parameter) -> bool:
-    """Returns whether a parameter is the kernel of a linear of a block."""
+    """Return whether a parameter is the kernel of a linear of a block."""
     return parameter.layer is not None and parameter.name.endswith(".kernel")
 
 
 def require_plain(model: Decoder, format: str) -> list[TernaryTensor]:
-    """Returns the tensors of the blocks' linears, of all layers, if they are all plain planes.
+    """Return the tensors of the blocks' linears, of all layers, if they are all plain planes.
 
     Args:
+      model: quantised.
       format: for messages.
     Raises:
       TwlaError: one is not; names the recipe whose linears are.
@@ -56,9 +57,10 @@ def require_plain(model: Decoder, format: str) -> list[TernaryTensor]:
 
 
 def plane(parameter: Parameter, group_size: int) -> Plane:
-    """Returns codes and scales of one layer, scales repeated for groups of `group_size` columns.
+    """Return codes and scales of one layer, scales repeated for groups of `group_size` columns.
 
     Args:
+      parameter: the kernel.
       group_size: columns that share a scale; divides the number of columns, and lies within the tensor's groups.
     """
     tensor = parameter.value
