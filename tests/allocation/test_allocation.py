@@ -25,6 +25,7 @@ from twla_jax.recipe import (
     RefineSettings,
 )
 from twla_jax.storage import accounting, checkpoint
+from twla_jax.text import recipe_windows
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.windows import held_out_windows, sample_windows
 

@@ -227,7 +227,7 @@ def test_samples_are_made_side_by_side(stories_model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
-        (["quantise"], "quantize, allocate, eval, generate, inspect, compare, bench, demo", 2),
+        (["quantise"], "quantize, allocate, eval, generate, inspect, export, compare, bench, demo", 2),
         (["quantize", "{model}"], "OUT", 2),
         (
             ["quantize", "{model}", "{new}", "--activation-bits", "5"],

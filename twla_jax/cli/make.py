@@ -1,9 +1,8 @@
 """The commands that make or change quantised models: `quantize`, `allocate`, `compare`, `demo`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from twla_jax import recipe as recipe_module
 from twla_jax.cli.options import (
     BatchSize,
     CheckWindows,
@@ -31,7 +30,9 @@ from twla_jax.cli.options import (
     with_options,
 )
 from twla_jax.errors import TwlaError
-from twla_jax.jobs import allocate_bits, loading
+
+if TYPE_CHECKING:  # which imports JAX
+    from twla_jax.recipe import Recipe
 
 
 def quantize(
@@ -83,6 +84,7 @@ def quantize(
         overwrite: replace the model in OUT
         json: print the report as JSON
     """
+    from twla_jax import recipe as recipe_module
     from twla_jax.jobs import quantize_model
 
     settings = with_options(
@@ -106,8 +108,9 @@ def quantize(
     show(report, json, lambda: quantize_model.format_report(report, out))
 
 
-def _refined_on(settings: recipe_module.Recipe, tokens: int | None) -> recipe_module.Recipe:
+def _refined_on(settings: "Recipe", tokens: int | None) -> "Recipe":
     """Return the recipe with as many steps of the end-to-end refinement as see so many tokens."""
+    from twla_jax import recipe as recipe_module
     from twla_jax.text import recipe_windows
 
     if tokens is None:
@@ -163,6 +166,9 @@ def allocate(
         dtype: type the model computes in
         json: print the figures as JSON
     """
+    from twla_jax import recipe as recipe_module
+    from twla_jax.jobs import allocate_bits
+
     if not budget and (plot or not frontier):
         raise TwlaError("twla allocate needs --budget" + ("" if plot else " or --frontier"))
     options = {"budget": budget or 0.0, "site": site, "choices": numbers(choices, int, "--choices")}
@@ -222,6 +228,7 @@ def compare(
         dtype: type the models compute in
         json: print the figures as JSON
     """
+    from twla_jax import recipe as recipe_module
     from twla_jax.jobs import compare_recipes
     from twla_jax.storage.checkpoint import is_checkpoint
 
@@ -266,7 +273,8 @@ def demo(
         check_windows: number of evaluation windows for each perplexity
         json: print the report as JSON
     """
-    from twla_jax.jobs import continuations, quantize_model
+    from twla_jax import recipe as recipe_module
+    from twla_jax.jobs import continuations, loading, quantize_model
 
     settings = with_options(recipe_module.load_recipe("demo-refined"), None, windows, seq_len, None, None)
     settings = _refined_on(settings, refine_tokens)

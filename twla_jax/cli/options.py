@@ -3,14 +3,16 @@
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from twla_jax import json_text
-from twla_jax import recipe as recipes
 from twla_jax.errors import TwlaError
 from twla_jax.limits import LIMITS, check_number
+
+if TYPE_CHECKING:  # which imports JAX
+    from twla_jax.recipe import Recipe
 
 Bits = Literal[16, 8, 6, 4, 2]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -65,13 +67,13 @@ OptionalCorpus = Annotated[str | None, argument("CORPUS", optional=True)]
 
 
 def with_options(
-    recipe: recipes.Recipe,
+    recipe: "Recipe",
     corpus: str | None,
     windows: int | None,
     seq_len: int | None,
     activation_bits: int | None,
     seed: int | None,
-) -> recipes.Recipe:
+) -> "Recipe":
     """Return the recipe with the settings that the command line gives in place of its own."""
     changes = {
         "calibration": given(corpus=corpus, windows=windows, seq_len=seq_len, seed=seed),

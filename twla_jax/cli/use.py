@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from twla_jax import recipe as recipes
 from twla_jax.cli.options import (
     BatchSize,
     Kernels,
@@ -22,9 +21,6 @@ from twla_jax.cli.options import (
     show,
 )
 from twla_jax.errors import TwlaError
-from twla_jax.inference import generation
-from twla_jax.jobs import loading
-from twla_jax.models import config, sites
 
 
 def evaluate(
@@ -65,6 +61,7 @@ def evaluate(
         json: print the figures as JSON
     """
     from twla_jax.evaluation import scoring
+    from twla_jax.models import config
     from twla_jax.text import corpora
 
     if domains is not None or against is not None:
@@ -108,6 +105,8 @@ def _evaluate_domains(
     json: bool,
 ) -> None:
     from twla_jax.evaluation import domains
+    from twla_jax.jobs import loading
+    from twla_jax.models import config
     from twla_jax.text import corpora
 
     corpora_by_name = corpora.load_domains(names)
@@ -156,6 +155,8 @@ def generate(
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print prompt, text and token ids as JSON at the end
     """
+    from twla_jax.inference import generation
+
     prompt = read_text(prompt, "--prompt")
     if samples > 1 and temperature == 0:
         raise TwlaError(f"--samples {samples}: all would be the same; set --temperature")
@@ -195,6 +196,8 @@ def inspect(
         recipe: of a model that is not quantised: recipe to predict by
         json: print the figures as JSON
     """
+    from twla_jax import recipe as recipes
+    from twla_jax.jobs import loading
     from twla_jax.models.io import readers
     from twla_jax.storage import accounting, checkpoint, prediction
 
@@ -220,6 +223,8 @@ def _load(
     import jax.numpy as jnp
 
     from twla_jax.inference import execution
+    from twla_jax.jobs import loading
+    from twla_jax.models import sites
 
     decoder, tokenizer = loading.load(model, dtype=None if dtype is None else jnp.dtype(dtype))
     if tokenizer is None:

@@ -31,6 +31,7 @@ from twla_jax.text.corpora import Corpus
 RESULTS = "compare.json"
 # What `evaluate` returns; a perplexity that is not finite was written as null.
 _FIGURE = schema.optional(schema.number(0, 1e308))
+_REPORT = {key: schema.mapping() for key in ("model", "calibration", "seconds")}
 _SCORE = schema.record(perplexity=_FIGURE, nll=_FIGURE, windows=schema.integer(1, 10**9))
 
 
@@ -246,7 +247,9 @@ def _check_reusable(folder: Path, recipe: Recipe, source: Any) -> None:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    return checkpoint.read_report(folder)
+    report = checkpoint.read_report(folder)
+    check_values(report, _REPORT, str(folder / checkpoint.REPORT))
+    return report
 
 
 def _name(entry: Recipe | Path) -> str:

@@ -27,7 +27,10 @@ def resolve_place(out: str | Path) -> Path:
         path = Path(os.path.realpath(path))
     if path.is_symlink():
         raise TwlaError(f"{out}: is a link that leads back to itself")
-    here, place = os.path.realpath(os.curdir), os.path.realpath(path)
+    try:
+        here, place = os.path.realpath(os.getcwd()), os.path.realpath(path)
+    except FileNotFoundError:
+        raise TwlaError("the current folder was removed; change to another one") from None
     if here == place or here.startswith(place.rstrip("/") + "/"):
         raise TwlaError(f"{out}: is the current folder or holds it; name a folder inside it")
     if len(os.fsencode(path.name)) > _LONGEST_NAME:
