@@ -22,6 +22,7 @@ from twla_jax.storage.export.plain_planes import Plane, is_linear, plane, requir
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _FILE_TYPE_F16 = 1
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # whose settings are those written here
 
 
 def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> None:
@@ -41,10 +42,9 @@ def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> N
         ternary.require(require_plain(model, ternary.name))
     config = model.config
     architecture = "llama" if config.model_type == "mistral" else config.model_type
-    families = by_gguf_architecture()
-    if architecture not in families:
+    if architecture not in _ARCHITECTURES:
         raise TwlaError(f"models of type {config.model_type} cannot be written as GGUF; give --format hf")
-    family = FAMILIES[families[architecture]]
+    family = FAMILIES[by_gguf_architecture()[architecture]]
     writer = gguf.GGUFWriter(path, architecture)
     _add_settings(writer, config)
     writer.add_file_type(ternary.file_type if ternary else _FILE_TYPE_F16)
