@@ -46,7 +46,7 @@ def evaluate(
     chunk: int = 512,
     progress: bool = True,
 ) -> dict[str, float | int]:
-    """Perplexity of `model`: `exp` of the mean negative log-likelihood of every window's `seq_len − 1` predictions.
+    """Return the perplexity of `model`, `exp` of the mean negative log-likelihood of each window's predictions.
 
     Args:
       model: full precision or quantised, at its own activation bits.
@@ -95,14 +95,14 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def window_nll(model: Decoder, windows: Int32[Array, "b t"], *, chunk: int = 512) -> Float[Array, " b"]:
-    """Mean negative log-likelihood of each window's `t − 1` predictions, float32."""
+    """Return the mean negative log-likelihood of each window's `t − 1` predictions, float32."""
     return hidden_nll(model, model.hidden(windows), windows, chunk=chunk)
 
 
 def hidden_nll(
     model: Decoder, hidden: Float[Array, "b t d"], windows: Int32[Array, "b t"], *, chunk: int
 ) -> Float[Array, " b"]:
-    """`window_nll` from what `model.hidden(windows)` gives, the logits of `chunk` positions at a time."""
+    """Return `window_nll` from what `model.hidden(windows)` gives, the logits of `chunk` positions at a time."""
 
     def nll(h, targets):
         logits = model.logits(h)
@@ -145,5 +145,5 @@ def sum_predictions(
 
 
 def perplexity(nll: float) -> float:
-    """`exp(nll)`, infinite rather than an error where it overflows."""
+    """Return `exp(nll)`, infinite rather than an error where it overflows."""
     return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf

@@ -77,7 +77,7 @@ def writes_into(file: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def check_name(name: str) -> None:
-    """Refuses the name of a recipe as that of a folder inside another.
+    """Refuse the name of a recipe as that of a folder inside another.
 
     Raises:
       TwlaError: it would lead elsewhere, or is none that every system takes.

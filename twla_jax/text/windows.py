@@ -144,7 +144,7 @@ def _starts(tokens: int, windows: int, seq_len: int, seed: int) -> np.ndarray:
 
 
 def _places(tokens: int, seq_len: int) -> int:
-    """At how many offsets a window can begin."""
+    """Return the number of offsets at which a window can begin."""
     if tokens < seq_len:
         raise TwlaError(
             f"the corpus has {tokens} tokens, fewer than one window of {seq_len}: shorten --seq-len or add text"

@@ -30,7 +30,7 @@ class TernaryType:
     pack: Callable[[Int8[np.ndarray, "b g"], Float16[np.ndarray, " b"]], UInt8[np.ndarray, "b bytes"]]
 
     def require(self, tensors: list[TernaryTensor]) -> None:
-        """Refuses matrices whose columns or groups are not whole blocks.
+        """Refuse matrices whose columns or groups are not whole blocks.
 
         Raises:
           TwlaError: one has; names the group size that would do, if any.
@@ -64,7 +64,7 @@ def _pack_q2_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _pack_tq2_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Two runs of 128 codes, four that are 32 apart in a byte, lowest bits first; then the scale."""
+    """Return blocks of two runs of 128 codes, four that are 32 apart in a byte, lowest bits first, and the scale."""
     fields = (codes + np.int8(1)).astype(np.uint8).reshape(len(codes), 2, 4, 32)
     return np.concatenate([_merge(fields.swapaxes(2, 3)).reshape(len(codes), -1), _halves(scales)], axis=1)
 

@@ -63,7 +63,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end
 
 
 def check_vocabulary(file: Any, tokenizer: Any) -> None:
-    """Refuses a file whose tokenizer, read back, splits texts otherwise than the original.
+    """Refuse a file whose tokenizer, read back, splits texts otherwise than the original.
 
     Raises:
       TwlaError: it does.
