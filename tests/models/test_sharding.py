@@ -69,7 +69,7 @@ def calibrated(model):
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_quantize_site", recorded)
+        patch.setattr(block, "_quantize_site", recorded)
         return pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)[0], sites
 
 
@@ -139,7 +139,7 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
             assert jnp.square(here - one).sum() < 0.1 * jnp.square(one).sum()
         return jax.tree.map(lambda one, here: jax.device_put(one, here.sharding), made, found)
 
-    monkeypatch.setattr(pipeline, "_quantize_site", compared)
+    monkeypatch.setattr(block, "_quantize_site", compared)
     on_mesh, _ = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, mesh=mesh, progress=False)
     assert next(rest, None) is None
     jax.tree.map(np.testing.assert_array_equal, on_mesh, result)

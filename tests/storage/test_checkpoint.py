@@ -143,7 +143,7 @@ def test_other_weights_come_back_exactly_and_are_counted_to_the_byte(tiny_ternar
         linear = getattr(tiny_ternary.blocks, name)
         layers, n, m = linear.kernel.get_value().shape
         scales = [rng.uniform(0.5, 1, (layers, n, -(-m // 16))).astype(np.float32) for _ in range(3)]
-        if recipe.planes == 2:
+        if isinstance(recipe.quantizer, TwoPlaneSettings):
             codes = rng.integers(-4, 5, (layers, n, m))
         else:
             codes = rng.integers(0, 8, (layers, n, m))
@@ -161,7 +161,7 @@ def test_other_weights_come_back_exactly_and_are_counted_to_the_byte(tiny_ternar
     account = accounting.account(tmp_path / "out")
     assert account["bytes_accounted"] == account["bytes_on_disk"]
     rows = {42: 3 * (42 + 14 + 14 + 42 + 78 + 78), 78: 3 * 42}
-    if recipe.planes == 2:
+    if isinstance(recipe.quantizer, TwoPlaneSettings):
         sizes = {m: (2 * -(-m // 5), 5 * -(-m // 16)) for m in rows}
     else:
         sizes = {m: (-(-3 * m // 8), 2 * -(-m // 16) + -(-3 * -(-m // 16) // 8)) for m in rows}

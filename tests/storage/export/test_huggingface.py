@@ -11,6 +11,7 @@ import transformers
 from twla_jax.errors import TwlaError
 from twla_jax.jobs import export_model as job
 from twla_jax.models.config import DecoderConfig, RopeScaling
+from twla_jax.models.families import config_from_hf
 from twla_jax.models.io import readers
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.storage import checkpoint
