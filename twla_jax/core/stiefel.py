@@ -92,7 +92,7 @@ def random_orthogonal(key: jax.Array, n: int, batch: tuple[int, ...] = ()) -> Ma
 
 
 def _newton_schulz(y: Matrix) -> Matrix:
-    """One step towards the nearest orthogonal matrix; an error ε in `YᵀY − I` becomes `−3ε²/4`."""
+    """Take one step towards the nearest orthogonal matrix; an error ε in `YᵀY − I` becomes `−3ε²/4`."""
     return 1.5 * y - 0.5 * _matmul(y, _matmul(_t(y), y))
 
 

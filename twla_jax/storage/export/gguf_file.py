@@ -130,7 +130,7 @@ def _cast(parameter: Parameter, dtype: np.dtype, config: DecoderConfig, family: 
 
 
 def _interleaved(name: str, rows: np.ndarray, config: DecoderConfig, family: Family) -> np.ndarray:
-    """Query and key rows in the order in which llama.cpp rotates neighbouring pairs."""
+    """Return query and key rows in the order in which llama.cpp rotates neighbouring pairs."""
     if not family.gguf_interleaved or name.split(".")[1:2] not in (["q"], ["k"]):
         return rows
     halves = rows.reshape(-1, 2, config.head_dim // 2, *rows.shape[1:])
