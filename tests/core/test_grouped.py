@@ -1,6 +1,7 @@
 """The published layout as a tensor: what is stored is what was fitted, and errors go to later columns."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,8 +25,8 @@ def quantized():
 
 def test_the_first_block_is_the_fit_of_each_group(quantized):
     w, moment, _, tensor, _ = quantized
-    exists = np.ones(200, bool)
-    _, inverse, _ = gptq.factor(moment / 600, exists, 0.1)
+    exists = jnp.ones(200, bool)
+    _, inverse, _ = gptq.factor(jnp.asarray(moment) / 600, exists, 0.1)
     block, metric = w[:, :128], (moment / 600)[:128, :128]
     masks = saliency.group_masks(block, np.diagonal(inverse)[:128], metric, exists[:128])
     expected = np.zeros_like(block)
@@ -47,7 +48,7 @@ def test_its_error_is_less_than_one_plane_alone_and_compensation_lowers_it(quant
     assert float(figures["output_error"]) == pytest.approx(relative, rel=1e-3)
     alone, _ = grouped.quantize_in_groups(w, np.eye(200, dtype=np.float32) * 600, np.float32(600))
     assert energy(tensor.dequantize()) < energy(alone.dequantize())
-    alpha, mu, codes = e2m_atq.euclidean_fit(w[:, :128], np.ones(128, bool))
+    alpha, mu, codes = e2m_atq.euclidean_fit(jnp.asarray(w[:, :128]), jnp.ones(128, bool))
     plane = alpha[:, None] * codes + mu[:, None]
     assert np.square(w[:, :128] - tensor.dequantize()[:, :128]).sum() < np.square(w[:, :128] - plane).sum()
 

@@ -136,7 +136,8 @@ def test_codes_are_packed_and_multiplied_by(layer):
     codes = rng.integers(-1, 2, (N, M)).astype(np.int8)
     unpacked = jax.jit(lambda codes: core.unpack(core.pack(codes), M))(codes)
     np.testing.assert_array_equal(unpacked, codes + 1)
-    tensor = core.from_codes(codes, rng.uniform(0.5, 1, (N, 2)), rng.normal(size=(N, 2)), 16)
+    alpha, mu = jnp.asarray(rng.uniform(0.5, 1, (N, 2))), jnp.asarray(rng.normal(size=(N, 2)))
+    tensor = core.from_codes(jnp.asarray(codes), alpha, mu, 16)
     np.testing.assert_allclose(
         jax.jit(core.packed_matmul)(x, tensor), x.astype(np.float64) @ dense(tensor).T, rtol=1e-4, atol=1e-3
     )

@@ -125,7 +125,7 @@ def test_dequantize_applies_each_groups_scale(m, group_size):
     expected = alpha.astype(np.float32)[..., column_group] * codes + mu.astype(np.float32)[..., column_group]
     assert tensor.shape == (2, 8, m)
     np.testing.assert_allclose(tensors.dequantize(tensor), expected, rtol=1e-6, atol=1e-6)
-    one = tensors.from_codes(codes[0], alpha[0], mu[0], group_size)
+    one = tensors.from_codes(*(jnp.asarray(each[0]) for each in (codes, alpha, mu)), group_size)
     x = rng.normal(size=(3, m)).astype(np.float32)
     np.testing.assert_allclose(
         tensors.packed_matmul(jnp.asarray(x), one), x @ expected[0].T, rtol=1e-4, atol=1e-4

@@ -64,7 +64,9 @@ def test_relocation_never_raises_the_error_even_where_planes_coincide():
     old = (np.abs(w).mean(1), 0.3 * np.abs(w).mean(1), w.mean(1))
 
     def error(scales):
-        e = w - np.asarray(two_planes.values(codes, *(np.asarray(p, np.float64)[:, None] for p in scales)))
+        e = w - np.asarray(
+            two_planes.values(jnp.asarray(codes), *(jnp.asarray(p, jnp.float32)[:, None] for p in scales))
+        )
         return np.einsum("ni,ij,nj->n", e, s, e)
 
     new = two_planes.relocate(
@@ -111,7 +113,7 @@ def test_order_and_signs_leave_the_levels():
         rng.integers(-4, 5, (30, 8)).astype(np.float32),
         rng.normal(size=(3, 30)).astype(np.float32),
     )
-    before = two_planes.values(codes, *scales[..., None])
+    before = two_planes.values(jnp.asarray(codes), *jnp.asarray(scales)[..., None])
     new_codes, new = two_planes.ordered(jnp.asarray(codes), tuple(jnp.asarray(scales)))
     np.testing.assert_allclose(two_planes.values(new_codes, *(p[:, None] for p in new)), before, atol=1e-6)
     assert (new[0] >= new[1]).all()

@@ -20,6 +20,8 @@ from twla_jax.core.activation import (
 )
 from twla_jax.core.e2m_atq import euclidean_fit, nearest_codes, relocate
 from twla_jax.core.gptq import accumulate_moment, factor, propagated, quantize_matrix, sweep_codes
+from twla_jax.core.grouped import quantize_in_groups
+from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.ila_amp import SensitivityTable, allocate, average_bits
 from twla_jax.core.kotms import KroneckerRotation, factor_sizes, fit_rotation, rotate_moment, tri_modal_loss
 from twla_jax.core.packing import pack, unpack
@@ -27,6 +29,7 @@ from twla_jax.core.quantizers import Integers, OnePlane, Quantizer, TwoPlanes, q
 from twla_jax.core.settings import (
     ActivationSettings,
     CompensationSettings,
+    GroupedSettings,
     IntegerSettings,
     QuantizationSettings,
     RotationSettings,
@@ -43,6 +46,8 @@ __all__ = [
     "ActivationQuantizer",
     "ActivationSettings",
     "CompensationSettings",
+    "GroupedSettings",
+    "GroupedTensor",
     "IntegerSettings",
     "IntegerTensor",
     "Integers",
@@ -73,6 +78,7 @@ __all__ = [
     "pack",
     "packed_matmul",
     "propagated",
+    "quantize_in_groups",
     "quantize_matrix",
     "quantize_tokens",
     "quantizer",

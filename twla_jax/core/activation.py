@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ class ActivationQuantizer:
     Bits are data, not structure: changing them, for one input or for all, compiles nothing anew. Only `enabled` is
     static; False skips the quantiser, so that 16-bit activations cost nothing.
     """
+
+    __no_type_check__: ClassVar[bool] = True  # a pytree may hold shardings or shapes in place of its arrays
 
     bits: Int32[Array, "*batch"]
     clips: Float16[Array, "*batch 4"]

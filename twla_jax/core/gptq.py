@@ -11,7 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from twla_jax.core import tensors
 from twla_jax.core.quantizers import Quantizer, quantizer
@@ -39,7 +39,7 @@ def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"])
 def quantize_matrix(
     weight: Float[Array, "n m"],
     moment: Float[Array, "m m"],
-    tokens: Float[Array, ""] | float,
+    tokens: Num[Array, ""] | float,
     error_moment: Float[Array, "m m"] | None = None,
     *,
     settings: WeightSettings = _DEFAULT,
@@ -108,7 +108,10 @@ def quantize_matrix(
 
 
 def propagated(
-    weight: Float[Array, "n m"], error_moment: Float[Array, "m m"], inverse: Float[Array, "m m"], share: float
+    weight: Float[Array, "n m"],
+    error_moment: Float[Array, "m m"],
+    inverse: Float[Array, "m m"],
+    share: Float[Array, ""] | float,
 ) -> Float[Array, "n m"]:
     """Return `W* = W + β·W H_δ H⁻¹`, `[n, m]`, as QEP has it (arXiv 2504.09629).
 
@@ -177,7 +180,7 @@ def sweep_codes(
 
 
 def factor(
-    mean_moment: Float[Array, "m m"], exists: Bool[Array, " m"], damping: float
+    mean_moment: Float[Array, "m m"], exists: Bool[Array, " m"], damping: Float[Array, ""] | float
 ) -> tuple[Float[Array, "m m"], Float[Array, "m m"], Float[Array, ""]]:
     """Return `(R, U, damping)` of `H = S/t + damping·mean(diag S/t)·I`: `H = R Rᵀ`, R upper triangular, `U = R⁻¹`.
 

@@ -6,6 +6,7 @@ TWLA, arXiv 2606.13054, section 3.
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ _DEFAULT = RotationSettings()
 @dataclasses.dataclass(frozen=True)
 class KroneckerRotation:
     """The rotation `x ↦ vec(L · mat(x) · R)` of `m = l·r` features; L and R orthogonal, `mat` is `l × r` row by row."""
+
+    __no_type_check__: ClassVar[bool] = True  # a pytree may hold shardings or shapes in place of its arrays
 
     left: Float16[Array, "*batch l l"]
     right: Float16[Array, "*batch r r"]

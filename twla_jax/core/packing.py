@@ -71,7 +71,7 @@ def unpack_base3(stored: UInt8[Array, "*batch n fifths"], in_features: int) -> U
     return pack(trits.astype(jnp.int8) - 1)
 
 
-def pack_bits(codes: UInt8[Array, "*batch n m"], bits: int) -> UInt8[Array, "*batch n bytes"]:
+def pack_bits(codes: UInt8[Array, "*rows m"], bits: int) -> UInt8[Array, "*rows bytes"]:
     """Pack integers in `[0, 2**bits)` without gaps, lowest bit first, `ceil(m·bits / 8)` bytes a row, as on disk."""
     single = ((codes[..., None] >> jnp.arange(bits, dtype=jnp.uint8)) & 1).reshape(*codes.shape[:-1], -1)
     single = jnp.pad(single, [(0, 0)] * (single.ndim - 1) + [(0, -single.shape[-1] % 8)])
@@ -79,7 +79,7 @@ def pack_bits(codes: UInt8[Array, "*batch n m"], bits: int) -> UInt8[Array, "*ba
     return (single.reshape(*single.shape[:-1], -1, 8) * weights).sum(-1, dtype=jnp.uint8)
 
 
-def unpack_bits(stored: UInt8[Array, "*batch n bytes"], bits: int, width: int) -> UInt8[Array, "*batch n m"]:
+def unpack_bits(stored: UInt8[Array, "*rows bytes"], bits: int, width: int) -> UInt8[Array, "*rows m"]:
     """Return the integers `[..., n, width]` of rows that `pack_bits` packed."""
     single = ((stored[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1).reshape(*stored.shape[:-1], -1)
     single = single[..., : width * bits].reshape(*stored.shape[:-1], width, bits)

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
@@ -26,6 +26,7 @@ Scales = tuple[Float[Array, "*rows"], ...]
 PackedTensor = TernaryTensor | IntegerTensor | GroupedTensor
 
 
+@runtime_checkable
 class Quantizer(Protocol):
     """Fits, rounds and packs one group of columns, `[n, g]`."""
 

@@ -1,7 +1,7 @@
 """Packed weight matrices: ternary planes and plain integers, and what multiplies by them."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ RATIO_STEPS = 200  # of α₂/α₁ to 1: a byte reaches 1.275, so that a refine
 _SMALLEST_STEP = 2.0**-21  # float16 holds eight times less, and so every multiple of steps of 4 bits
 
 
+@runtime_checkable
 class Dequantizable(Protocol):
     """A packed weight matrix that knows its own way back."""
 
@@ -30,6 +31,8 @@ class IntegerTensor:
     Invariants: codes and zero points lie in `[0, 2**bits)`, one a byte here and `bits` bits each on disk; `scale` and
     `zero_point` have `ceil(in_features / group_size)` columns. Leading axes are shared by the three arrays.
     """
+
+    __no_type_check__: ClassVar[bool] = True  # a pytree may hold shardings or shapes in place of its arrays
 
     codes: UInt8[Array, "*batch n m"]
     scale: Float16[Array, "*batch n groups"]
@@ -64,6 +67,8 @@ class TernaryTensor:
     last group being short where the group size does not divide. Leading axes (a stack of layers, say) are shared by
     all arrays.
     """
+
+    __no_type_check__: ClassVar[bool] = True  # a pytree may hold shardings or shapes in place of its arrays
 
     codes: UInt8[Array, "*batch n bytes"]
     alpha: Float16[Array, "*batch n groups"]

@@ -5,27 +5,28 @@ The pair of codes is kept as one digit `T = 3·T₁ + T₂ ∈ {-4, …, 4}` unt
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # (α₁, α₂) in standard deviations of a row, best for: three separate modes, a Gaussian, a Laplacian.
 _STARTS = ((1.2, 0.35), (1.45, 0.95), (1.75, 1.2))
 
+Broadcast = Float[Array, "*#shape"] | float
 Scales = tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]
 
 
-def split(codes: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+def split(codes: Num[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Return `(T₁, T₂)` of the digits `3·T₁ + T₂`, in their shape."""
     first = jnp.round(codes / 3)
     return first, codes - 3 * first
 
 
 def values(
-    codes: Float[Array, "*shape"],
-    alpha: Float[Array, "*#shape"],
-    residual_alpha: Float[Array, "*#shape"],
-    mu: Float[Array, "*#shape"],
-) -> Float[Array, "*shape"]:
+    codes: Num[Array, "*#shape"],
+    alpha: Broadcast,
+    residual_alpha: Broadcast,
+    mu: Broadcast,
+) -> Float[Array, "*#shape"]:
     """Return the levels that digits stand for, in their shape."""
     first, second = split(codes)
     return alpha * first + residual_alpha * second + mu
@@ -33,9 +34,9 @@ def values(
 
 def nearest_codes(
     w: Float[Array, "*shape"],
-    alpha: Float[Array, "*#shape"],
-    residual_alpha: Float[Array, "*#shape"],
-    mu: Float[Array, "*#shape"],
+    alpha: Broadcast,
+    residual_alpha: Broadcast,
+    mu: Broadcast,
 ) -> Float[Array, "*shape"]:
     """Return the digit of the level nearest to w, of all nine: for each T₁ the best T₂, then the best of three."""
     centred = w - mu
