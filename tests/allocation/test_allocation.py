@@ -24,7 +24,7 @@ from twla_jax.recipe import (
     Recipe,
     RefineSettings,
 )
-from twla_jax.storage import accounting, checkpoint
+from twla_jax.storage import accounting, checkpoint, folders
 from twla_jax.text import recipe_windows
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.windows import held_out_windows, sample_windows
@@ -264,8 +264,9 @@ def test_a_failure_while_rewriting_leaves_the_old_folder(saved, monkeypatch, mom
     before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
     changed = sites.with_input_bits(model, np.full((3, 4), 2))
     if moment == "write":
-        monkeypatch.setattr(checkpoint, "_seal", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(checkpoint, "_seal", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     else:
+        monkeypatch.setattr(folders, "exchange", lambda *_: False)  # as where names cannot be exchanged
         rename = type(saved).rename
 
         def failing(path, target):
