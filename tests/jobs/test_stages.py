@@ -63,7 +63,7 @@ def test_every_stage_of_the_recipe_runs(quantized):
     assert isinstance(result.embed.get_value(), IntegerTensor)
 
 
-def test_each_stage_reads_windows_of_its_own(quantized, monkeypatch):
+def test_each_stage_reads_windows_of_its_own(model, monkeypatch):
     work = {}
 
     def record(chosen, model, given, phases):
@@ -71,7 +71,7 @@ def test_each_stage_reads_windows_of_its_own(quantized, monkeypatch):
         return model, {}
 
     monkeypatch.setattr(stages, "run_stages", record)
-    twla_jax.quantize(quantized[0], WINDOWS, RECIPE, progress=False)
+    twla_jax.quantize(model, WINDOWS, RECIPE, progress=False)
     np.testing.assert_array_equal(work["text"].calibration, WINDOWS[:3])
     np.testing.assert_array_equal(work["text"].refinement, WINDOWS[3:7])
     np.testing.assert_array_equal(work["text"].held_out, WINDOWS[7:])
