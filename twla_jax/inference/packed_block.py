@@ -174,7 +174,7 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
     def takes_splits(self) -> bool:
         """Returns whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
         gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
-        standard = self.shared.issuperset({"sites", "before", "attend", "project"})
+        standard = self.shared.issuperset({"sites", "before", "attend", "project", "to_stream"})
         site = self.sites[1]
         one_plane = self.input(site).makes_codes and self.linear(site).plane is not None
         return gpu and standard and self.mesh is None and one_plane
