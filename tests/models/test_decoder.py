@@ -133,3 +133,22 @@ def test_fused_attention_is_that_of_the_chunks():
     kv = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3))
     expected = reference.attention(q, kv, positions, jnp.int32(2**30))
     np.testing.assert_allclose(reference.fused_attention(q, k, v, implementation="xla"), expected, atol=1e-5)
+
+
+def test_a_span_of_layers_keeps_each_layers_reach_and_rotary_angles():
+    settings = DecoderConfig(
+        model_type="gemma3_text", vocab_size=8, hidden_size=16, intermediate_size=16, num_layers=4, num_heads=2,
+        num_kv_heads=1, head_dim=8, qk_norm=True, sliding_window=3, sliding_layers=(0, 2), sliding_rope_theta=100.0,
+        no_rope_layers=(3,),
+    )  # fmt: skip
+    context = Decoder(settings, rngs=nnx.Rngs(0)).context(6)
+    for index in range(4):
+        alone = context.layer(index)
+        for name, one in (("reach", alone.reach), ("cos", alone.positions.cos), ("sin", alone.positions.sin)):
+            again = context.span(1, 3).layer(index - 1) if index else context.span(0, 1).layer(0)
+            other = again.reach if name == "reach" else getattr(again.positions, name)
+            np.testing.assert_array_equal(one, other)
+    cosines = [np.asarray(context.layer(index).positions.cos) for index in range(4)]
+    np.testing.assert_array_equal(cosines[0], cosines[2])
+    assert not np.array_equal(cosines[0], cosines[1])
+    assert (cosines[3] == 1).all()

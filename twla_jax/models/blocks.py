@@ -72,6 +72,12 @@ class Context:
     rotary: Int32[Array, " layers"] | None = None
     fused: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    def span(self, first: int, count: int) -> "Context":
+        """Return the context of `count` layers from `first` on, from that of all."""
+        layers = slice(first, first + count)
+        rotary = None if self.rotary is None else self.rotary[layers]
+        return dataclasses.replace(self, reach=self.reach[layers], rotary=rotary)
+
     def layer(self, index: int | Int32[Array, ""]) -> "Context":
         """Return the context of one layer, from that of all."""
         positions = self.positions

@@ -5,7 +5,6 @@ model has after the same blocks (`yâ‚€`), by Adam on the mean over tokens of `â€
 with a relative error). The latents are those of `refinement`. All windows share one shape and one compilation.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from tqdm import tqdm
 
 from twla_jax.core.activation import OFF
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
-from twla_jax.models.blocks import Context
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.recipe import BlockRefinementSettings
@@ -80,9 +78,6 @@ def refine_blocks(
     def part(tree: Any, first: int, blocks: int) -> Any:
         return jax.tree.map(lambda leaf: leaf[first : first + blocks], tree)
 
-    def span(context: Context, first: int, blocks: int) -> Context:
-        return dataclasses.replace(context, reach=context.reach[first : first + blocks])
-
     bar = tqdm(total=count, initial=len(losses), desc="refine blocks", unit="block", disable=not progress)
     with bar:
         for first in range(len(losses), count):
@@ -90,7 +85,7 @@ def refine_blocks(
             draws = np.stack([rng.choice(len(windows), batch, False) for _ in range(steps)])
             schedule = (draws, rng.random(draws.shape) < settings.mix, rates)
             here = (part(tree, first, size) for tree in (blocks, student.blocks, teacher.blocks))
-            fitted, loss = _fit(*here, x, exact, schedule, span(context, first, size), **static)
+            fitted, loss = _fit(*here, x, exact, schedule, context.span(first, size), **static)
             losses.append(np.asarray(loss))
             before, after = ends(losses[-1])
             if after < before:
@@ -98,7 +93,7 @@ def refine_blocks(
                     lambda leaf, new, at=first: leaf.at[at : at + size].set(new), blocks, fitted
                 )
             here = (part(tree, first, 1) for tree in (blocks, student.blocks, teacher.blocks))
-            x, exact = _move(*here, x, exact, span(context, first, 1), bits=settings.activation_bits)
+            x, exact = _move(*here, x, exact, context.span(first, 1), bits=settings.activation_bits)
             bar.update()
             bar.set_postfix(error=f"{after:.4f}")
             if store:
@@ -151,11 +146,11 @@ def _move(latents, blocks, originals, x, exact, context, *, bits):
 
 def _through(latents, blocks, x, context, bits):
     def step(x, layer):
-        block, here, reach = layer
+        block, here, index = layer
         block = block if here is None else apply(block, here, bits)
-        return block(x, dataclasses.replace(context, reach=reach)), None
+        return block(x, context.layer(index)), None
 
-    return jax.lax.scan(step, x, (blocks, latents, context.reach))[0]
+    return jax.lax.scan(step, x, (blocks, latents, jnp.arange(len(context.reach))))[0]
 
 
 def relative_error(got: Float[Array, "b t d"], target: Float[Array, "b t d"]) -> Float[Array, ""]:

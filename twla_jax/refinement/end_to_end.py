@@ -11,7 +11,6 @@ All of u, s and r are free of units, so one learning rate serves every layer. Tw
 rotation turns the input alone: the codes are those of the turned basis, whatever it is.
 """
 
-import dataclasses
 import functools
 import logging
 import time
@@ -191,11 +190,13 @@ def _hidden(
 
     @jax.checkpoint
     def step(x: jax.Array, layer: tuple[ChainBlock, Latents, jax.Array]) -> tuple[jax.Array, None]:
-        block, here, reach = layer
-        return apply(block, here, bits)(x, dataclasses.replace(context, reach=reach)), None
+        block, here, index = layer
+        return apply(block, here, bits)(x, context.layer(index)), None
 
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
-    x, _ = jax.lax.scan(step, student.embed_tokens(tokens), (student.blocks, blocks, context.reach))
+    x, _ = jax.lax.scan(
+        step, student.embed_tokens(tokens), (student.blocks, blocks, jnp.arange(len(context.reach)))
+    )
     x = student.norm(x)
     return x * (1 + latents["norm"]["g"]).astype(x.dtype) if "norm" in latents else x
 
