@@ -94,8 +94,8 @@ def test_the_model_is_left_as_it_was(model, quantized):
             r"recipe 'all' reads 4 windows to refine on and 2 to allocate bits on, .* 6 are too few",
         ),
         (TOKENS[:11], r"11 tokens"),
-        (WINDOWS.astype(np.float32), r"token ids \[t\] or \[w, s\], not float32 \(9, 12\)"),
-        (WINDOWS[None], r"token ids \[t\] or \[w, s\]"),
+        (WINDOWS.astype(np.float32), "token ids are whole numbers, not float32"),
+        (WINDOWS[None], r"token ids of shape \(1, 9, 12\), but 1 or 2 axes are wanted"),
         (WINDOWS + 97, r"vocabulary"),
         (
             twla_jax.Corpus(name="a", split="calibration", text="b", source="c"),
