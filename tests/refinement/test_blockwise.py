@@ -60,7 +60,7 @@ def test_loss_is_the_relative_error_of_each_token():
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2])
 def test_blocks_learn_with_one_compilation_and_keep_the_format(student, teacher, window):
-    recipe = dataclasses.replace(REFINE, block_window=window)
+    recipe = dataclasses.replace(REFINE, window=window)
     blockwise._fit.clear_cache()
     refined, figures = blockwise.refine_blocks(student, teacher, WINDOWS, recipe, progress=False)
     assert compiled_programs(blockwise._fit) == 1
