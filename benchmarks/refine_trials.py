@@ -102,10 +102,10 @@ class Trials:
         start = time.perf_counter()
         corpus = corpora.load_corpus(self._recipe.calibration.corpus, "calibration")
         windows = calibration_windows(corpus, self._tokenizer, self._size, self._recipe.calibration)
-        self._quantised, _ = pipeline.quantize_blocks(
+        self._quantized, _ = pipeline.quantize_blocks(
             self._teacher, windows, self._recipe.quantization, progress=False
         )
-        self.start = {"variant": "unrefined", **self._score(self._quantised)}
+        self.start = {"variant": "unrefined", **self._score(self._quantized)}
         self.start["seconds"] = time.perf_counter() - start
 
     def run(self, variant: Variant) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Trials:
         windows = self._windows(variant, settings.steps * settings.batch, seq_len)
         drawn = time.perf_counter()
         model, figures = end_to_end.refine(
-            self._quantised, self._teacher, windows, settings, progress=options.progress
+            self._quantized, self._teacher, windows, settings, progress=options.progress
         )
         done = time.perf_counter()
         return {

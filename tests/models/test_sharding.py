@@ -123,11 +123,11 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
 
     def compared(kernels, rotation, *gathered, settings):
         found = quantize_site(kernels, rotation, *gathered, settings=settings)
-        (moment, sample, tokens, drift), made = next(rest)
+        (moment, sample, tokens, error_moment), made = next(rest)
         assert len(kernels[0].sharding.device_set) == 8
         at_most = 1e-5 * np.abs(moment).max()
         np.testing.assert_allclose(gathered[0], moment, atol=at_most)
-        np.testing.assert_allclose(gathered[3], drift, atol=at_most)
+        np.testing.assert_allclose(gathered[3], error_moment, atol=at_most)
         # After the tokens there are those of the windows that fill up the batch.
         np.testing.assert_allclose(gathered[1][: len(sample)], sample, atol=1e-5 * np.abs(sample).max())
         assert not gathered[1][len(sample) :].any()

@@ -30,7 +30,7 @@ def test_bits_follow_from_the_layout(account):
     assert (breakdown["codes"], breakdown["scales_and_offsets"]) == (codes, scales)
     assert (breakdown["rotations"], breakdown["clips"], breakdown["bitmaps"]) == (rotations, clips, 0)
     weights = 3 * sum(rows * columns for rows, columns in shapes)
-    assert account["quantised_weights"] == weights
+    assert account["quantized_weights"] == weights
     assert account["bits_per_weight_linear"] == pytest.approx(
         8 * (codes + scales + rotations + clips) / weights
     )
@@ -39,7 +39,7 @@ def test_bits_follow_from_the_layout(account):
 def test_a_tied_embedding_counts_once(account):
     unquantised = 97 * 42 + 42 + 3 * 2 * 42  # embedding, final norm, two norms a block
     assert account["breakdown"]["unquantised"] == 2 * unquantised
-    assert account["weights"] == account["quantised_weights"] + unquantised
+    assert account["weights"] == account["quantized_weights"] + unquantised
 
 
 def test_layers_add_up_to_the_blocks(account):
@@ -49,7 +49,7 @@ def test_layers_add_up_to_the_blocks(account):
 
 
 def test_plain_integers_are_sized_with_their_scales_and_zero_points(account):
-    rows, weights = 3 * (42 + 14 + 14 + 42 + 78 + 78 + 42), account["quantised_weights"]
+    rows, weights = 3 * (42 + 14 + 14 + 42 + 78 + 78 + 42), account["quantized_weights"]
     assert account["plain_int4_g128"]["bits_per_weight_linear"] == pytest.approx(4 + 20 * rows / weights)
     assert account["plain_int3_g128"]["bits_per_weight_linear"] == pytest.approx(3 + 19 * rows / weights)
 

@@ -148,7 +148,7 @@ def _block_bytes(model: Decoder, before: int | None) -> dict[str, Any]:
         return {}
     others = sum(leaf.nbytes for leaf in jax.tree.leaves((model.embed, model.head, model.norm)))
     held = (_bytes_in_use() or 0) - before - others
-    return {"device_bits_per_weight": 8 * held / shapes.quantised_weights(model.config)}
+    return {"device_bits_per_weight": 8 * held / shapes.quantized_weights(model.config)}
 
 
 def _bytes_in_use() -> int | None:
@@ -161,7 +161,7 @@ def _does_not_fit(config: DecoderConfig, bits: int | None) -> str | None:
     stats = jax.devices()[0].memory_stats()
     if bits is not None or not stats or "bytes_limit" not in stats:
         return None
-    needed = 2 * shapes.quantised_weights(config)
+    needed = 2 * shapes.quantized_weights(config)
     if needed < 0.9 * stats["bytes_limit"]:
         return None
     return f"{needed / 1e9:.0f} GB do not fit this device; --layers takes fewer blocks"

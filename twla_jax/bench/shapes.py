@@ -53,7 +53,7 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     return {"q,k,v": (heads + 2 * kv, d), "o": (d, heads), "gate,up": (2 * hidden, d), "down": (d, hidden)}
 
 
-def quantised_weights(config: DecoderConfig) -> int:
+def quantized_weights(config: DecoderConfig) -> int:
     """Return the number of weights in the matrices of all blocks."""
     return config.num_layers * sum(n * m for n, m in matrices(config).values())
 

@@ -40,7 +40,7 @@ def for_inference(model: Decoder, kernels: Kernels, *, dtype=None) -> tuple[Deco
       TwlaError: `on`, and the kernels have no place for its group size.
     """
     given = model if dtype is None else computing_in(model, dtype)
-    if kernels == "off" or (kernels == "auto" and not (has_kernels() and _quantised(model))):
+    if kernels == "off" or (kernels == "auto" and not (has_kernels() and _quantized(model))):
         return given, REFERENCE
     narrow = computing_in(model, "bfloat16") if dtype is None and has_kernels() else given
     try:
@@ -60,5 +60,5 @@ def _outside_kernels(model: Decoder) -> str:
     return f"; attention of {model.config.model_type} runs in XLA"
 
 
-def _quantised(model: Decoder) -> bool:
+def _quantized(model: Decoder) -> bool:
     return isinstance(model.first_kernel, TernaryTensor)

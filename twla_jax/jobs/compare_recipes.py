@@ -108,7 +108,7 @@ def compare_recipes(
                 quantize_model.quantize_to_folder(
                     path, folder, entry, dtype=dtype, progress=progress, **checks
                 )
-        rows.append(_quantised(name, folder, score, activation_bits))
+        rows.append(_quantized(name, folder, score, activation_bits))
     result = {
         **environment(),
         "model": {"name": path.name, "sha256": source},
@@ -218,7 +218,7 @@ def _full_precision(path: Path, source: Any, score: _Scorer) -> dict[str, Any]:
     }
 
 
-def _quantised(name: str, folder: Path, score: _Scorer, bits: Sequence[int]) -> dict[str, Any]:
+def _quantized(name: str, folder: Path, score: _Scorer, bits: Sequence[int]) -> dict[str, Any]:
     account, manifest = accounting.account(folder), checkpoint.read_manifest(folder)
     scores = score(name, manifest["checksum"], folder, bits)
     return {

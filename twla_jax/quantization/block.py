@@ -70,7 +70,7 @@ def quantize_block(
         linears = block.linears(site)
         m, _ = linears[0].features
         moment, samples = jnp.zeros((m, m), jnp.float32), []
-        drift = jnp.zeros((m, m), jnp.float32) if reference else None
+        error_moment = jnp.zeros((m, m), jnp.float32) if reference else None
         spans = {"first": _kept_before(block, index), "last": index}
         pairs = zip(stream.batches(), reference.batches(), strict=True) if reference else None
         for batch, exact in pairs or ((batch, None) for batch in stream.batches()):
@@ -87,8 +87,8 @@ def quantize_block(
             batch.state = State(x, inner)
             samples.append(sample)
             if exact is not None:
-                x, inner, drift = advance_reference(
-                    original, *_leaves(exact.state), h, drift, context, **spans
+                x, inner, error_moment = advance_reference(
+                    original, *_leaves(exact.state), h, error_moment, context, **spans
                 )
                 exact.state = State(x, inner)
         tensors, clips, figures = _quantize_site(
@@ -97,7 +97,7 @@ def quantize_block(
             moment,
             jnp.concatenate(samples),
             stream.tokens,
-            drift,
+            error_moment,
             settings=settings,
         )
         for name, tensor in zip(site.linears, tensors, strict=True):
@@ -185,19 +185,19 @@ def advance(
     return kept.x, kept.inner, moment, sample, h if keep else None
 
 
-@functools.partial(jax.jit, static_argnames=("first", "last"), donate_argnames=("x", "drift"))
+@functools.partial(jax.jit, static_argnames=("first", "last"), donate_argnames=("x", "error_moment"))
 def advance_reference(
     original: ChainBlock,
     x: Float[Array, "b s d"],
     inner: Float[Array, "b s _"] | None,
     h: Float[Array, "b s m"],
-    drift: Float[Array, "m m"],
+    error_moment: Float[Array, "m m"],
     context: Context,
     *,
     first: int,
     last: int,
 ) -> tuple[Float[Array, "b s d"], Float[Array, "b s _"] | None, Float[Array, "m m"]]:
-    """Move the full-precision stream up to the input of site `last`, and add to the drift from h, its quantised twin.
+    """Move the full-precision stream to the input of site `last`; add what h, its quantised twin, lacks to the moment.
 
     Where h is zero, as in windows that only fill up a batch, nothing is added.
 
@@ -206,13 +206,13 @@ def advance_reference(
       x: its residual stream.
       inner: what site `first` reads instead of it, if it does.
       h: the same input in the quantised model.
-      drift: `Σ (h₀ − h)ᵀ h` so far, of the full-precision input h₀.
+      error_moment: `Σ (h₀ − h)ᵀ h` so far, of the full-precision input h₀.
       context: of the block's layer.
       first: the site that the state has come to.
       last: the site whose input is looked at.
 
     Returns:
-      The stream and inner state to go on from, and the drift.
+      The stream and inner state to go on from, and the error_moment.
     """
     site, before = original.sites[last], State(x, inner)
     state = run(original, before, context, first, last)
@@ -220,8 +220,8 @@ def advance_reference(
     h = h.reshape(-1, h.shape[-1]).astype(jnp.float32)
     difference = exact.reshape(h.shape).astype(jnp.float32) - h
     kept = before if site.recomputed else state
-    drift = drift + jnp.matmul(difference.T, h, precision=jax.lax.Precision.HIGHEST)
-    return kept.x, kept.inner, drift
+    error_moment = error_moment + jnp.matmul(difference.T, h, precision=jax.lax.Precision.HIGHEST)
+    return kept.x, kept.inner, error_moment
 
 
 @functools.partial(jax.jit, static_argnames="first", donate_argnames="x")
@@ -254,7 +254,7 @@ def _quantize_site(
     moment: Float[Array, "m m"],
     sample: Float[Array, "c m"],
     tokens: Float[Array, ""],
-    drift: Float[Array, "m m"] | None = None,
+    error_moment: Float[Array, "m m"] | None = None,
     *,
     settings: QuantizationSettings,
 ) -> tuple[tuple[Any, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
@@ -266,7 +266,7 @@ def _quantize_site(
       moment: second moments of the input, before rotation.
       sample: some of its tokens, before rotation.
       tokens: how many the moments are of.
-      drift: `Σ (h₀ − h)ᵀ h` of the full-precision input h₀, where propagated errors are made up for.
+      error_moment: `Σ (h₀ − h)ᵀ h` of the full-precision input h₀, where propagated errors are made up for.
       settings: its `weights` and `activations` are read.
 
     Returns:
@@ -277,14 +277,14 @@ def _quantize_site(
         left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
         rows, sample = kotms.rotate(rows, left, right), kotms.rotate(sample, left, right)
         moment = kotms.rotate_moment(moment, rotation)
-        drift = None if drift is None else kotms.rotate_moment(drift, rotation)
+        error_moment = None if error_moment is None else kotms.rotate_moment(error_moment, rotation)
     ends = np.cumsum([kernel.shape[1] for kernel in kernels])[:-1]
     if isinstance(settings.weights.quantizer, GroupedSettings):
         tensors, dense, figures = _in_published_groups(
             jnp.split(rows, ends), moment, tokens, settings.weights
         )
     else:
-        tensor, figures = gptq.quantize_matrix(rows, moment, tokens, drift, settings=settings.weights)
+        tensor, figures = gptq.quantize_matrix(rows, moment, tokens, error_moment, settings=settings.weights)
         dense = dequantize(tensor)
         tensors = tuple(zip(*(jnp.split(leaf, ends) for leaf in jax.tree.leaves(tensor)), strict=True))
         tensors = tuple(jax.tree.unflatten(jax.tree.structure(tensor), leaves) for leaves in tensors)

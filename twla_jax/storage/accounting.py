@@ -51,7 +51,7 @@ def account(folder: str | Path) -> dict[str, Any]:
     manifest = checkpoint.read_manifest(folder)
     num_layers = manifest["config"]["num_layers"]
     totals, layer, linears = collections.Counter(), collections.Counter(), {}
-    weights = quantised_weights = memory_codes = 0
+    weights = quantized_weights = memory_codes = 0
     plain_bits = dict.fromkeys((4, 3), 0)
     for name, entry in manifest["tensors"].items():
         sizes = {part: math.prod(a["shape"]) for part, a in entry["arrays"].items()}
@@ -61,7 +61,7 @@ def account(folder: str | Path) -> dict[str, Any]:
             split = {"embeddings": sum(stored.values())}
         elif entry["kind"] in ("ternary", "integer", "grouped"):
             rows, columns = math.prod(entry["arrays"]["codes"]["shape"][:-1]), entry["static"]["in_features"]
-            quantised_weights += rows * columns
+            quantized_weights += rows * columns
             weights += rows * columns
             planes = sum(part in _CODES for part in stored)
             if entry["kind"] == "grouped":
@@ -96,7 +96,7 @@ def account(folder: str | Path) -> dict[str, Any]:
     linear_bytes = sum(totals[category] for category in _LINEAR)
     plain = {
         f"plain_int{bits}_g128": {
-            "bits_per_weight_linear": plain_bits[bits] / max(quantised_weights, 1),
+            "bits_per_weight_linear": plain_bits[bits] / max(quantized_weights, 1),
             "bytes": math.ceil(plain_bits[bits] / 8)
             + totals["embeddings"]
             + totals["unquantised"]
@@ -106,13 +106,13 @@ def account(folder: str | Path) -> dict[str, Any]:
     }
     in_memory = linear_bytes - totals["codes"] + memory_codes
     return {
-        "bits_per_weight_linear": 8 * linear_bytes / max(quantised_weights, 1),
+        "bits_per_weight_linear": 8 * linear_bytes / max(quantized_weights, 1),
         "bits_per_weight_model": 8 * tensor_bytes / weights,
-        "bits_per_weight_linear_in_memory": 8 * in_memory / max(quantised_weights, 1),
+        "bits_per_weight_linear_in_memory": 8 * in_memory / max(quantized_weights, 1),
         "bytes_on_disk": sum(on_disk.values()),
         "bytes_accounted": sum(totals.values()),
         "weights": weights,
-        "quantised_weights": quantised_weights,
+        "quantized_weights": quantized_weights,
         "breakdown": {category: totals[category] for category in CATEGORIES},
         "per_layer": [{category: round(layer[category]) for category in CATEGORIES[:-1]}] * num_layers,
         "linears": linears,
@@ -122,7 +122,7 @@ def account(folder: str | Path) -> dict[str, Any]:
 
 def format_account(account: dict[str, Any]) -> str:
     """Return the figures of `account` as lines of text for a person."""
-    on_disk, linear_weights = account["bytes_on_disk"], max(account["quantised_weights"], 1)
+    on_disk, linear_weights = account["bytes_on_disk"], max(account["quantized_weights"], 1)
     lines = [
         f"bits per weight, linears   {account['bits_per_weight_linear']:8.3f}"
         f"   ({account['bits_per_weight_linear_in_memory']:.3f} in memory)",

@@ -55,7 +55,7 @@ def predict(config: DecoderConfig, recipe: Recipe) -> dict[str, Any]:
         "family": config.model_type,
         "layers": config.num_layers,
         "weights": weights,
-        "quantised_weights": quantised,
+        "quantized_weights": quantised,
         "recipe": recipe.name,
         "bits_per_weight_linear": 8 * of_linears / quantised if known else None,
         "bits_per_weight_model": 8 * sizes.total() / weights if known else None,
