@@ -41,6 +41,7 @@ class TernaryType:
                     f"{self.name} needs rows of a multiple of {self.block} weights, a matrix has {tensor.in_features}; "
                     "give --type f16"
                 )
+        for tensor in tensors:
             if tensor.group_size % self.block and tensor.group_size < tensor.in_features:
                 raise TwlaError(
                     f"{self.name} has one scale for {self.block} columns, this model one for {tensor.group_size}; "
