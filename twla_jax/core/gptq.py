@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 from twla_jax.core import tensors
-from twla_jax.core.quantizers import Quantizer, quantizer
+from twla_jax.core.quantizers import PackedTensor, Quantizer, quantizer
 from twla_jax.core.settings import WeightSettings
-from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 
 _DEFAULT = WeightSettings()
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -43,7 +42,7 @@ def quantize_matrix(
     error_moment: Float[Array, "m m"] | None = None,
     *,
     settings: WeightSettings = _DEFAULT,
-) -> tuple[TernaryTensor | IntegerTensor, dict[str, Float[Array, ""]]]:
+) -> tuple[PackedTensor, dict[str, Float[Array, ""]]]:
     """Quantise a matrix `[n, m]`, group by group of columns in one scan; return the packed tensor and its errors.
 
     Per group: a fit (E2M-ATQ, where one plane is asked for) on the weights as compensated so far; `rounds` times a

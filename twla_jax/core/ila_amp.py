@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from twla_jax.errors import TwlaError
@@ -126,12 +127,12 @@ def allocate(
       TwlaError: a budget outside what the choices can give; says what they can.
     """
     check_budget(budget, choices)
-    if isinstance(costs, jax.core.Tracer) or isinstance(interactions, jax.core.Tracer):
+    if isinstance(costs, Tracer) or isinstance(interactions, Tracer):
         bits = jax.ShapeDtypeStruct((len(costs),), np.int32)
 
         def on_host(costs, interactions):
-            tables = (np.asarray(table, np.float64) for table in (costs, interactions))
-            return _allocate(*tables, weights, budget, choices, beta).astype(np.int32)
+            tables = [np.asarray(table, np.float64) for table in (costs, interactions)]
+            return _allocate(tables[0], tables[1], weights, budget, choices, beta).astype(np.int32)
 
         return jax.pure_callback(on_host, bits, costs, interactions, vmap_method="sequential")
     return _allocate(np.asarray(costs), np.asarray(interactions), weights, budget, choices, beta)

@@ -87,10 +87,11 @@ class TernaryTensor:
 
     def planes(self) -> tuple["TernaryTensor", ...]:
         """Return tensors of one plane each that add up to this one; μ is the first one's, the second's is 0."""
-        if self.residual_codes is None:
+        residual_alpha = self.residual_alpha
+        if self.residual_codes is None or residual_alpha is None:
             return (self,)
         first = dataclasses.replace(self, residual_codes=None, residual_ratio=None)
-        alpha = self.residual_alpha.astype(self.alpha.dtype)
+        alpha = residual_alpha.astype(self.alpha.dtype)
         return first, dataclasses.replace(
             first, codes=self.residual_codes, alpha=alpha, mu=jnp.zeros_like(self.mu)
         )

@@ -143,7 +143,7 @@ def _tag(cls: type[Settings]) -> str:
 def _checked(hint: Any, value: Any, key: str, allowed: Any) -> Any:
     """Return `value` as its annotation has it: whole numbers as floats, lists as tuples."""
     if isinstance(hint, types.UnionType) or (isinstance(hint, type) and issubclass(hint, Settings)):
-        kinds: tuple[type, ...] = typing.get_args(hint) or (hint,)
+        kinds = typing.cast(tuple[type, ...], typing.get_args(hint) or (hint,))
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         require(isinstance(value, kinds), key, value, names)
         return value

@@ -163,7 +163,8 @@ class KernelLinear(nnx.Module):
             if known := [bias for bias in biases if bias is not None]:
                 self.bias = nnx.data(nnx.Param(jnp.concatenate(known).astype(dtype)))
         self.weight = nnx.Param(weight)
-        self.dtype, self.mesh, self.implementation = dtype, mesh, implementation
+        self.dtype, self.mesh = dtype, mesh
+        self.implementation: Implementation | None = implementation
 
     def __call__(
         self,

@@ -30,7 +30,9 @@ def arguments(batch: Any) -> tuple[Any, ...]:
 
 def batch_stats(collected: Mapping[Any, Any]) -> Stats:
     """Return the statistics of one batch by kernel, from what the provider left in the collection `quant_stats`."""
-    flat = flax.traverse_util.flatten_dict(dict(collected), is_leaf=lambda path, _: _is_stat(path))
+    flat: dict[Any, Any] = flax.traverse_util.flatten_dict(
+        dict(collected), is_leaf=lambda path, _: _is_stat(path)
+    )
     stats: Stats = {}
     for path, value in flat.items():
         name = str(path[-1])

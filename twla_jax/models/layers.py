@@ -96,6 +96,9 @@ class RMSNorm(nnx.Module):
 class InputTransform(nnx.Module):
     """Transforms an input: by a `KroneckerRotation`, then an `ActivationQuantizer`; each may be None."""
 
+    rotation: nnx.Param[Any] | None
+    activation: nnx.Param[Any] | None
+
     def __init__(self):
         # Marked as data while None, so that a Param may be put in later.
         self.rotation = nnx.data(None)

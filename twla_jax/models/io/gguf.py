@@ -21,7 +21,7 @@ from twla_jax.models.rope_settings import RopeScaling
 from twla_jax.schema import check_values, integer, number, shown, text
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_FLOATS = {
+_FLOATS: dict[Any, np.dtype] = {
     gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
     gguf.GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
