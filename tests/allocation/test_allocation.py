@@ -10,7 +10,7 @@ from flax import nnx
 
 import twla_jax
 from twla_jax.allocation import choice, refit, sensitivity
-from twla_jax.core import activation
+from twla_jax.core import activation, tensors
 from twla_jax.core.settings import ActivationSettings
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
@@ -26,6 +26,7 @@ from twla_jax.recipe import (
 )
 from twla_jax.storage import accounting, checkpoint, folders
 from twla_jax.text import recipe_windows
+from twla_jax.text import windows as text_windows
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.windows import held_out_windows, sample_windows
 
@@ -123,7 +124,7 @@ def test_windows_of_the_refinement_are_not_held_out(tiny_ternary, monkeypatch):
         avoided.extend((each.windows, each.seed) for each in drawn)
         return held_out_windows(tokens, drawn, *args, **options)
 
-    monkeypatch.setattr(recipe_windows, "held_out_windows", held_out)
+    monkeypatch.setattr(text_windows, "held_out_windows", held_out)
     recipe = dataclasses.replace(RECIPE, refine=RefineSettings(end_to_end=EndToEndSettings(steps=3, batch=2)))
     prepared(tiny_ternary, recipe)
     assert avoided == [(4, 0), (6, 1)]
@@ -194,7 +195,7 @@ def test_a_refitted_clip_is_the_best_for_what_reaches_its_input_and_others_stay(
     x = fitted.embed_tokens(windows)
     inputs, _ = site_inputs(block, State(x), fitted.context(windows.shape[1]).layer(0))
     sample = block.o_input.rotation.get_value()(inputs["o"]).reshape(-1, 42)
-    rows = twla_jax.ternary.dequantize(block.o.kernel.get_value())
+    rows = tensors.dequantize(block.o.kernel.get_value())
     errors = [
         float(np.square((activation.fake_quantize(sample, 4, clip) - sample) @ rows.T).sum())
         for clip in candidates
