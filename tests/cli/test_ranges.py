@@ -4,7 +4,6 @@ import inspect
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import typing
