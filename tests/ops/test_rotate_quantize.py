@@ -105,7 +105,7 @@ def test_gpu_kernel_equals_the_reference_thread_by_thread(left, right, norm, gat
     monkeypatch.setattr(gpu_rotation, "rotate", rotated)
     for blocks in (2, 3):  # one has two of the three tokens, or each has one
         monkeypatch.setattr(gpu, "STREAMING_MULTIPROCESSORS", blocks)
-        monkeypatch.setattr(gpu, "_WARPGROUPS", max(1, right // 64))
+        monkeypatch.setattr(gpu, "WARPGROUPS", max(1, right // 64))
         assert_close(gpu.rotate_quantize(x, *arguments, **options), expected)
 
 
@@ -117,7 +117,7 @@ def test_gpu_kernel_makes_codes_of_16_bits(left, right, gated, monkeypatch):
     emulated_threads.emulate_kernel(monkeypatch, pl)
     monkeypatch.setattr(gpu_rotation, "rotate", rotated)
     monkeypatch.setattr(gpu, "STREAMING_MULTIPROCESSORS", 2)
-    monkeypatch.setattr(gpu, "_WARPGROUPS", max(1, right // 64))
+    monkeypatch.setattr(gpu, "WARPGROUPS", max(1, right // 64))
     found = gpu.rotate_quantize(x, rotation, None, norm, **options)
     assert found.wide
     # The norm's and the gate's sums may be rounded differently before, by a bf16 step.
