@@ -196,14 +196,19 @@ def _fits(entry: dict[str, Any]) -> bool:
     if kind == "grouped":
         return _fits_groups(shapes, columns, groups, static.get("salient_width"))
     if kind == "ternary":
+        residual = shapes.keys() & {"residual_codes", "residual_ratio"}
+        if shapes.keys() - residual != {"codes", "alpha", "mu"} or len(residual) == 1:
+            return False
         widths = {"codes": -(-columns // 5), "residual_codes": -(-columns // 5)}
     else:
         bits = static.get("bits")
+        if shapes.keys() != {"codes", "scale", "zero_point"}:
+            return False
         if not isinstance(bits, int) or not 2 <= bits <= 8:
             return False
         widths = {"codes": -(-columns * bits // 8), "zero_point": -(-groups * bits // 8)}
-    rows = shapes.get("codes", (0, 0))[:-1]
-    return all(shape == (*rows, widths.get(part, groups)) for part, shape in shapes.items())
+    rows = shapes["codes"][:-1]
+    return bool(rows) and all(shape == (*rows, widths.get(part, groups)) for part, shape in shapes.items())
 
 
 def _fits_groups(shapes: dict[str, tuple[int, ...]], columns: int, groups: int, salient: Any) -> bool:
