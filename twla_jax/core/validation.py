@@ -160,7 +160,8 @@ def _checked(hint: Any, value: Any, key: str, allowed: Any) -> Any:
     accepted = {float: numbers.Real, int: numbers.Integral}.get(hint, hint)
     right = isinstance(value, accepted) and isinstance(value, bool) == (hint is bool)
     require(right, key, value, f"of type {hint.__name__}")
-    require(hint is not int or abs(value) < _LARGEST, key, value, f"below {_LARGEST}")
+    bounded = hint is not int or allowed.get("high") is not None  # a seed may be larger than any size
+    require(bounded or abs(value) < _LARGEST, key, value, f"below {_LARGEST}")
     finite = hint is not float or abs(value) <= sys.float_info.max  # false for NaN
     require(finite and _within(value, allowed), key, value, allowed.get("wanted") or "finite")
     return hint(value)
