@@ -146,7 +146,7 @@ def ablate(options: argparse.Namespace) -> list[dict[str, Any]]:
         seeded = dataclasses.replace(
             base,
             calibration=dataclasses.replace(base.calibration, seed=seed),
-            rotation=dataclasses.replace(base.rotation, seed=seed),
+            rotation=base.rotation and dataclasses.replace(base.rotation, seed=seed),
         )
         line = {"row": name, "seed": seed, **bench.run(ROWS[name], ROWS[name].recipe(seeded))}
         line["settings"] = settings
