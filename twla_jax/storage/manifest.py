@@ -50,6 +50,11 @@ _FIELDS = {
 }
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Return whether a path is a folder that `save` wrote."""
+    return (Path(path) / MANIFEST).is_file()
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Return the contents of a folder's `twla.json`; reads no array.
 
