@@ -1,14 +1,18 @@
 """The default device: its kind, its size, and whether the kernels run on it."""
 
+import contextlib
 import functools
 import logging
+import os
 import sys
+from pathlib import Path
 
 import jax
 
 from twla_jax import xla_flags
 
 _log = logging.getLogger(__name__)
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -23,6 +27,16 @@ def multiprocessors() -> int:
     """Return how many multiprocessors the default GPU has; `sys.maxsize` on other devices."""
     found = getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
     return sys.maxsize if found is None else found
+
+
+def host_bytes() -> int | None:
+    """Return the memory of this machine, or of the container that this process runs in; None where none says."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        found.append(int(_CONTAINER_LIMIT.read_text()))
+    return min(found, default=None)
 
 
 def gpu_obstacle() -> str | None:

@@ -13,6 +13,8 @@ from twla_jax.errors import TwlaError
 from twla_jax.evaluation.divergence import window_divergence
 from twla_jax.evaluation.domains import evaluate_domains, format_domains
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import replace
+from twla_jax.models.stored_layers import StoredLayers
 
 QUIET = {"progress": False, "chunk": 4}
 
@@ -54,6 +56,24 @@ def test_divergence_and_agreement_are_those_of_their_definitions(models, texts):
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values.mean(-1), rtol=2e-5, err_msg=name)
     assert 0 < found["agreement"].mean() < 1
+
+
+def test_models_in_files_score_as_in_memory(models, texts):
+    def in_files(model):
+        kernel = np.asarray(model.blocks.up.kernel.get_value())
+        return replace(
+            model, {"blocks.up.kernel": StoredLayers(lambda i: kernel[i], kernel.shape, kernel.dtype)}
+        )
+
+    stored = [in_files(model) for model in models]
+    one = evaluate_domains(stored[0], texts, original=stored[1], seq_len=8, **QUIET)
+    other = evaluate_domains(models[0], texts, original=models[1], seq_len=8, **QUIET)
+    for row, expected in zip(one["domains"], other["domains"], strict=True):
+        assert row.pop("name") == expected.pop("name")
+        assert row == pytest.approx(expected, rel=1e-4)
+    windows = texts["b"].reshape(3, 8)
+    one, other = (twla_jax.evaluate(model, windows, **QUIET) for model in (stored[0], models[0]))
+    assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_every_text_has_a_row_and_the_worst_is_last(models, texts):

@@ -1,6 +1,9 @@
 """The whole-model transform, on a small random decoder and on a small real one."""
 
 import dataclasses
+import shutil
+import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,12 @@ from twla_jax.errors import TwlaError
 from twla_jax.models.blocks import State, site_inputs
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
+from twla_jax.models.layers import replace
+from twla_jax.models.stored_layers import StoredLayers, in_files
 from twla_jax.quantization import block, pipeline, rotation_fitting, stream
+from twla_jax.quantization.snapshots import Snapshots
 from twla_jax.recipe import Recipe
+from twla_jax.storage import checkpoint, folders
 
 from helpers.compiled import compiled_programs
 
@@ -90,37 +97,155 @@ def test_reported_errors_are_those_on_inputs_that_passed_the_quantised_part(mode
             np.testing.assert_allclose(reported[index, site.name], error / energy, rtol=1e-3)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(model, quantised, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_SNAPSHOT_SECONDS", 0)
-    done = []
-    quantize_block = block.quantize_block
+def save(model, folder):
+    """Every file of the model's folder by name, once it is written."""
+    checkpoint.save(model, None, folder, RECIPE, {"figures": 1})
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folders.files(folder)}
+
+
+@pytest.fixture(scope="module")
+def stored(model):
+    """The same model with its matrices elsewhere, each layer read when it is asked for."""
+    kernels = {
+        f"blocks.{name}.kernel": getattr(model.blocks, name).kernel.get_value()
+        for site in model.sites
+        for name in site.linears
+    }
+    return replace(
+        model,
+        {
+            path: StoredLayers(lambda index, array=array: array[index].copy(), array.shape, array.dtype)
+            for path, array in kernels.items()
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def streamed(stored, tmp_path_factory):
+    """The model in files, quantised; its packed blocks stay in the working folder."""
+    work = tmp_path_factory.mktemp("work")
+    return pipeline.quantize_blocks(stored, WINDOWS, RECIPE.quantization, work_dir=work, progress=False)
+
+
+def test_a_model_in_files_gives_the_same_folder_byte_for_byte(quantised, streamed, tmp_path):
+    assert in_files(streamed[0])
+    assert figures_of(streamed) == figures_of(quantised)
+    files = save(streamed[0], tmp_path / "streamed")
+    assert files == save(quantised[0], tmp_path / "whole")
+    assert_same(checkpoint.load(tmp_path / "streamed")[0], checkpoint.load(tmp_path / "whole")[0])
+
+
+def figures_of(result):
+    return result[1]["sites"]
+
+
+def test_no_more_than_three_blocks_of_a_model_in_files_are_in_memory(stored, tmp_path, monkeypatch):
+    alive, most, lock, read = {}, [], threading.Lock(), StoredLayers.__getitem__
+
+    def counted(self, index):
+        array = read(self, index)
+        with lock:
+            alive[id(array)] = array.nbytes
+            most.append(sum(alive.values()))
+        weakref.finalize(array, alive.pop, id(array), None)
+        return array
+
+    monkeypatch.setattr(StoredLayers, "__getitem__", counted)
+    pipeline.quantize_blocks(stored, WINDOWS, RECIPE.quantization, work_dir=tmp_path, progress=False)
+    kernels = [leaf for leaf in jax.tree.leaves(stored.blocks) if isinstance(leaf, StoredLayers)]
+    block = sum(kernel.nbytes for kernel in kernels) // stored.config.num_layers
+    assert block <= max(most) <= 3 * block
+
+
+@pytest.fixture
+def no_skip(monkeypatch):
+    """A disk that is faster than these small blocks."""
+    keep = Snapshots.keep_streams
+    monkeypatch.setattr(
+        Snapshots,
+        "keep_streams",
+        lambda self, *args: (keep(self, *args), self._streams and self._streams.result()),
+    )
+
+
+@pytest.mark.usefixtures("no_skip")
+@pytest.mark.parametrize("finished", [1, 2])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    model, stored, quantised, tmp_path, monkeypatch, finished
+):
+    done, quantize_block = [], block.quantize_block
 
     def interrupted(*args):
-        if len(done) == 2:
+        if len(done) == finished:
             raise KeyboardInterrupt
         done.append(1)
         return quantize_block(*args)
 
     monkeypatch.setattr(pipeline, "quantize_block", interrupted)
+    held = model if finished == 1 else stored
+    options = {"work_dir": tmp_path / "work", "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize_blocks(
-            model, WINDOWS, RECIPE.quantization, work_dir=tmp_path / "work", progress=False
-        )
+        pipeline.quantize_blocks(held, WINDOWS, RECIPE.quantization, **options)
     done.clear()
+    finished = 3
     monkeypatch.setattr(kotms, "fit_rotation", None)  # rotations are not fitted again
-    resumed, figures = pipeline.quantize_blocks(
-        model, WINDOWS, RECIPE.quantization, work_dir=tmp_path / "work", progress=False
-    )
-    assert len(done) == 1  # nor the first two blocks quantised
-    assert_same(resumed, quantised[0])
-    assert figures["sites"] == quantised[1]["sites"]
+    resumed = pipeline.quantize_blocks(held, WINDOWS, RECIPE.quantization, **options)
+    assert len(done) == (2 if held is model else 1)  # nor a finished block quantised
+    assert save(resumed[0], tmp_path / "resumed") == save(quantised[0], tmp_path / "whole")
+    assert figures_of(resumed) == figures_of(quantised)
     # Interrupted in a later stage, it goes on from what is finished.
-    again, figures = pipeline.quantize_blocks(
-        model, WINDOWS, RECIPE.quantization, work_dir=tmp_path / "work", progress=False
+    done.clear()
+    again = pipeline.quantize_blocks(held, WINDOWS, RECIPE.quantization, **options)
+    assert not done
+    assert_same(jax.tree.map(np.asarray, again[0]), quantised[0])
+    assert figures_of(again) == figures_of(quantised)
+
+
+@pytest.mark.usefixtures("no_skip")
+def test_a_kill_while_the_stream_is_written_loses_the_block_in_hand_alone(
+    model, quantised, tmp_path, monkeypatch
+):
+    """The streams before block 1 are on the disk, those before block 2 never come to be whole."""
+    savez, work = np.savez, tmp_path / "work"
+
+    def killed(file, **arrays):
+        if arrays.get("layer") == 2:
+            file.write(b"half of it")
+            shutil.copytree(work, tmp_path / "killed")
+        savez(file, **arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", killed)
+        pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, work_dir=work, progress=False)
+    done, quantize_block = [], block.quantize_block
+    monkeypatch.setattr(pipeline, "quantize_block", lambda *args: done.append(1) or quantize_block(*args))
+    resumed, _ = pipeline.quantize_blocks(
+        model, WINDOWS, RECIPE.quantization, work_dir=tmp_path / "killed", progress=False
     )
-    assert len(done) == 1
-    assert_same(again, quantised[0])
-    assert figures["sites"] == quantised[1]["sites"]
+    assert len(done) == 2
+    assert_same(resumed, quantised[0])
+
+
+def test_a_slow_disk_is_not_waited_for_and_a_full_one_is_told_of():
+    slow, saved = threading.Event(), []
+
+    class Store:
+        def save(self, name, arrays):
+            slow.wait(10)
+            saved.append((name, int(arrays.get("layer", -1))))
+            if name == "block-2":
+                raise TwlaError("disk full")
+
+    def blocks():
+        with Snapshots(Store()) as kept:
+            for index in range(3):
+                kept.keep_block(index, {})
+                kept.keep_streams(index + 1, {})
+            slow.set()
+
+    with pytest.raises(TwlaError, match="disk full"):
+        blocks()
+    assert saved == [("block-0", -1), ("stream", 1), ("block-1", -1), ("block-2", -1)]
 
 
 def test_rotations_may_look_at_the_inputs(model, quantised):
@@ -149,6 +274,19 @@ def test_a_stream_on_the_host_gives_the_same(model, quantised, monkeypatch):
     monkeypatch.setattr(stream, "_device_bytes", lambda: 1)
     result, _ = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)
     assert_same(result, quantised[0])
+    monkeypatch.setattr(stream, "host_bytes", lambda: 1)  # and one in a file
+    result, _ = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)
+    assert_same(result, quantised[0])
+
+
+def test_the_stream_begins_with_what_the_first_block_reads(tiny_config):
+    """Gemma and Granite multiply their embeddings by a scale."""
+    config = dataclasses.replace(tiny_config, embed_scale=7.0)
+    model = jax.tree.map(np.asarray, Decoder(config, rngs=nnx.Rngs(0)))
+    residual = stream.ResidualStream(model, WINDOWS, None)
+    residual.start()
+    expected = 7.0 * model.embed.get_value()[WINDOWS]
+    np.testing.assert_allclose(np.concatenate(residual.saved()), expected, rtol=1e-6)
 
 
 def test_windows_that_fill_up_a_batch_count_for_nothing(model, quantised, monkeypatch):

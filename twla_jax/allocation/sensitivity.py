@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.ila_amp import SensitivityTable
-from twla_jax.evaluation.scoring import hidden_nll
+from twla_jax.evaluation.nll import hidden_nll
 from twla_jax.models.blocks import ChainBlock, Context, State, run
 from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from twla_jax.evaluation.scoring import sum_predictions
+from twla_jax.evaluation.nll import sum_predictions
 from twla_jax.models.decoder import Decoder
 
 
@@ -29,7 +29,20 @@ def window_divergence(
       windows: tokens, each window from its own beginning.
       chunk: positions whose logits exist at the same time; `[b, t, vocab]` never exists whole.
     """
-    hidden = (model.hidden(windows), original.hidden(windows))
+    return hidden_divergence(
+        model, original, (model.hidden(windows), original.hidden(windows)), windows, chunk=chunk
+    )
+
+
+def hidden_divergence(
+    model: Decoder,
+    original: Decoder,
+    hidden: tuple[Float[Array, "b t d"], Float[Array, "b t d"]],
+    windows: Int32[Array, "b t"],
+    *,
+    chunk: int,
+) -> dict[str, Float[Array, " b"]]:
+    """Return `window_divergence` from what `hidden(windows)` of the two models gives."""
 
     def compare(hidden, targets):
         q, p = (jax.nn.log_softmax(each.logits(h)) for each, h in zip((model, original), hidden, strict=True))

@@ -11,10 +11,13 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
+from twla_jax.evaluation import streamed
 from twla_jax.evaluation.divergence import window_divergence
-from twla_jax.evaluation.scoring import cut_windows, perplexity, window_nll
+from twla_jax.evaluation.nll import window_nll
+from twla_jax.evaluation.scoring import cut_windows, perplexity
 from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.stored_layers import in_files
 
 
 def evaluate_domains(
@@ -57,15 +60,10 @@ def evaluate_domains(
             " from the other"
         )
     windows = {name: _windows(name, tokens, seq_len, max_windows, size) for name, tokens in texts.items()}
-    # Host parameters move to the device once, not at every call.
-    model, original = jax.tree.map(jnp.asarray, (model, original))
-    rows = []
-    with tqdm(
-        total=sum(map(len, windows.values())), desc="evaluate", unit="window", disable=not progress
-    ) as bar:
-        for name, here in windows.items():
-            bar.set_postfix(text=name)
-            rows.append(_row(name, _means(model, original, here, batch_size, chunk, bar), here))
+    if in_files((model, original)):
+        rows = _streamed_rows(model, original, windows, chunk, progress)
+    else:
+        rows = _rows(model, original, windows, batch_size, chunk, progress)
     key = "ratio" if original is not None else "perplexity"
     rows.sort(key=lambda row: math.inf if math.isnan(row[key]) else row[key])
     return {"domains": rows, "worst": rows[-1]["name"], "seq_len": next(iter(windows.values())).shape[1]}
@@ -96,6 +94,43 @@ def _windows(name: str, tokens: np.ndarray, seq_len: int, most: int | None, size
     except TwlaError as error:
         raise TwlaError(f"text '{name}': {error}") from None
     return windows
+
+
+def _rows(
+    model: Decoder,
+    original: Decoder | None,
+    windows: Mapping[str, np.ndarray],
+    batch_size: int,
+    chunk: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    # Host parameters move to the device once, not at every call.
+    model, original = jax.tree.map(jnp.asarray, (model, original))
+    total = sum(map(len, windows.values()))
+    rows = []
+    with tqdm(total=total, desc="evaluate", unit="window", disable=not progress) as bar:
+        for name, here in windows.items():
+            bar.set_postfix(text=name)
+            rows.append(_row(name, _means(model, original, here, batch_size, chunk, bar), here))
+    return rows
+
+
+def _streamed_rows(
+    model: Decoder,
+    original: Decoder | None,
+    windows: Mapping[str, np.ndarray],
+    chunk: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Return the rows of models whose layers are in files, which all texts go through together."""
+    together = np.concatenate(list(windows.values()))
+    found = streamed.window_figures(model, original, together, chunk=chunk, progress=progress)
+    ends = np.cumsum([len(here) for here in windows.values()])[:-1]
+    by_text = {name: np.split(values, ends) for name, values in found.items()}
+    return [
+        _row(text, {name: float(values[index].mean()) for name, values in by_text.items()}, here)
+        for index, (text, here) in enumerate(windows.items())
+    ]
 
 
 def _means(

@@ -1,21 +1,21 @@
 """Perplexity on a text: windows that do not overlap, each scored from its own beginning."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Int, Int32
 from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
+from twla_jax.evaluation import streamed
+from twla_jax.evaluation.nll import window_nll
 from twla_jax.limits import check_number
 from twla_jax.models.arguments import checked_tokens, require_model
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.stored_layers import in_files
 from twla_jax.text.token_ids import cut, text_length
 
 
@@ -71,6 +71,9 @@ def evaluate(
     windows = (cut_windows(tokens, seq_len) if tokens.ndim == 1 else tokens)[:max_windows]
     check_number("seq_len", windows.shape[1])
     check_length(windows.shape[1], model.config)
+    if in_files(model):
+        found = streamed.window_figures(model, None, windows, chunk=chunk, progress=progress)
+        return _figures(float(found["nll"].sum()), windows)
     batch_size = min(batch_size, len(windows))
     # Host parameters move to the device once, not at every call.
     model = jax.tree.map(jnp.asarray, model)
@@ -83,6 +86,10 @@ def evaluate(
             total += float(window_nll(model, filled, chunk=chunk)[: len(batch)].sum())
             bar.update(len(batch))
             bar.set_postfix(perplexity=f"{perplexity(total / (start + len(batch))):.2f}")
+    return _figures(total, windows)
+
+
+def _figures(total: float, windows: np.ndarray) -> dict[str, float | int]:
     nll = total / len(windows)
     return {
         "perplexity": perplexity(nll),
@@ -91,57 +98,6 @@ def evaluate(
         "tokens": int(windows.size),
         "seq_len": windows.shape[1],
     }
-
-
-@functools.partial(jax.jit, static_argnames="chunk")
-def window_nll(model: Decoder, windows: Int32[Array, "b t"], *, chunk: int = 512) -> Float[Array, " b"]:
-    """Return the mean negative log-likelihood of each window's `t − 1` predictions, float32."""
-    return hidden_nll(model, model.hidden(windows), windows, chunk=chunk)
-
-
-def hidden_nll(
-    model: Decoder, hidden: Float[Array, "b t d"], windows: Int32[Array, "b t"], *, chunk: int
-) -> Float[Array, " b"]:
-    """Return `window_nll` from what `model.hidden(windows)` gives, the logits of `chunk` positions at a time."""
-
-    def nll(h, targets):
-        logits = model.logits(h)
-        of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - of_target
-
-    return sum_predictions(nll, hidden, windows, chunk=chunk) / (windows.shape[1] - 1)
-
-
-def sum_predictions(
-    score: Callable[[Any, Int32[Array, "b c"]], Any],
-    hidden: Any,
-    windows: Int32[Array, "b t"],
-    *,
-    chunk: int,
-) -> Any:
-    """Return `[b]` for every array of `score`'s result: its sum over the `t − 1` predictions of each window.
-
-    Args:
-      score: takes hidden states of `chunk` positions and the tokens that follow them; returns arrays `[b, chunk]`.
-      hidden: what it takes, for all positions: `[b, t, d]`, or a tuple of these.
-      windows: the tokens at these positions.
-      chunk: positions at a time.
-    """
-    length = windows.shape[1] - 1
-    padding = -length % chunk
-    hidden = jax.tree.map(lambda h: jnp.pad(h[:, :-1], ((0, 0), (0, padding), (0, 0))), hidden)
-    targets = jnp.pad(windows[:, 1:], ((0, 0), (0, padding)))
-    real = jnp.arange(length + padding) < length
-
-    def chunk_sum(start):
-        h, t = jax.tree.map(
-            lambda a: jax.lax.dynamic_slice_in_dim(a, start, chunk, axis=1), (hidden, targets)
-        )
-        here = jax.lax.dynamic_slice_in_dim(real, start, chunk)
-        return jax.tree.map(lambda a: jnp.where(here, a, 0).sum(-1), score(h, t))
-
-    sums = jax.lax.map(chunk_sum, jnp.arange(0, length + padding, chunk))
-    return jax.tree.map(lambda a: a.sum(0), sums)
 
 
 def perplexity(nll: float) -> float:

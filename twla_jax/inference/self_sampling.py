@@ -103,4 +103,4 @@ def _sample_batch(
 
 def _open_work_dir(folder: Path, model: Decoder, seq_len: int, seed: int, batch: int) -> resume.WorkDir:
     settings = {"config": model.config.to_dict(), "seq_len": seq_len, "seed": seed, "batch": batch}
-    return resume.WorkDir(folder, resume.fingerprint(settings, map(np.asarray, jax.tree.leaves(model))))
+    return resume.WorkDir(folder, resume.fingerprint(settings, resume.leaves(model)))

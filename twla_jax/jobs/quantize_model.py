@@ -81,7 +81,7 @@ def quantize_to_folder(
         check = corpora.load_corpus(check_corpus or _evaluation_name(recipe.calibration.corpus), "evaluation")
         # Asked for in float16, the block-quantised tensors of a GGUF file come in float16, which is as fine as they are
         # and half of float32's bytes, here and on the disk. Tensors stored as floats keep their own type.
-        model, tokenizer = readers.read_model(path, dtype=jnp.float16)
+        model, tokenizer = readers.read_model(path, dtype=jnp.float16, in_files=True)
         model = computing_in(model, dtype)
     work_dir = out.with_name(out.name + WORK)
     text = corpus or _sample_text(model, recipe, work_dir / corpora.SELF, phases, progress)

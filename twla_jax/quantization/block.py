@@ -113,9 +113,11 @@ def quantize_block(
     return result
 
 
-def finish_block(block: ChainBlock, stream: ResidualStream, context: Context) -> None:
-    """Move the stream, which has come to the block's last site, past the block."""
-    first = _kept_before(block, len(block.sites))
+def finish_block(
+    block: ChainBlock, stream: ResidualStream, context: Context, first: int | None = None
+) -> None:
+    """Move the stream past the block, from site `first`; by default from the last one, which it has come to."""
+    first = _kept_before(block, len(block.sites)) if first is None else first
     for batch in stream.batches():
         batch.state = State(finish(block, *_leaves(batch.state), context, first=first))
 

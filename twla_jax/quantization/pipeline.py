@@ -6,9 +6,10 @@ is kept is the residual stream, on the device where it fits and on the host wher
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,23 @@ from tqdm import tqdm
 
 from twla_jax.core import quantizers
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.core.settings import QuantizationSettings
+from twla_jax.core.settings import GroupedSettings, QuantizationSettings
 from twla_jax.devices import warn_if_triton_gemm
 from twla_jax.errors import TwlaError
-from twla_jax.models import sharding
+from twla_jax.models import sharding, stored_layers
 from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
+from twla_jax.models.stored_layers import StoredLayers
 from twla_jax.quantization import rotation_fitting
 from twla_jax.quantization.block import finish_block, input_changes, quantize_block, sample_site
+from twla_jax.quantization.snapshots import Snapshots
 from twla_jax.quantization.stream import ResidualStream
 from twla_jax.storage import resume
 
 _RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotated input is measured on
 _RANGE_TOKENS = 256  # of these
-_SNAPSHOT_SECONDS = 60  # between two copies of the residual stream to the working folder
 
 
 def quantize_blocks(
@@ -51,8 +53,9 @@ def quantize_blocks(
       model: full precision; left as it is. Host (numpy) parameters go to the device one block at a time.
       windows: calibration tokens, for example from `calibration_windows`.
       settings: of weights, rotations and activations.
-      work_dir: finished rotations and blocks, and now and then the residual stream, are kept here; a later call with
-        the same model, windows and settings goes on from them.
+      work_dir: finished rotations and blocks, and the residual stream after each block, are kept here; a later call
+        with the same model, windows and settings goes on from them. Of a model whose layers are in files, the blocks
+        of the result stay here, too.
       mesh: with axes `data` and `model`: windows are split over `data`, parameters as `sharding.shardings` says.
       progress: bars with an estimate of the time left, on stderr.
 
@@ -87,7 +90,7 @@ def quantize_blocks(
         for site in model.sites
     ]
     seconds = {"rotations": fitted - start, "blocks": time.perf_counter() - fitted}
-    return _assemble(model, rotations, layers, settings), {"sites": figures, "seconds": seconds}
+    return _assemble(model, rotations, layers, settings, store), {"sites": figures, "seconds": seconds}
 
 
 def _open_work_dir(
@@ -98,10 +101,17 @@ def _open_work_dir(
         "settings": settings.to_dict(),
         "dtype": model.dtype.name,
     }
-    arrays = map(np.asarray, [windows, *jax.tree.leaves(model)])
-    return resume.WorkDir(folder, resume.fingerprint(work, arrays))
+    return resume.WorkDir(folder, resume.fingerprint(work, [np.asarray(windows), *resume.leaves(model)]))
 
 
+class Absent(NamedTuple):
+    """Stands for an array that is in the working folder."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+_PACKED = ".kernel."  # in the names of packed weights
 _FIGURES = ("output_error", "weight_error", "damping")
 
 
@@ -113,9 +123,8 @@ def _sample_inputs(
     stream.start()
     stride = max(1, stream.tokens // _RANGE_TOKENS)
     samples: dict[str, list[np.ndarray]] = {site.name: [] for site in model.sites}
-    for index in range(model.config.num_layers):
-        block = _place(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks), mesh)
-        context = stream.context.layer(index)
+    for index, block in enumerate(stored_layers.in_turn(model.blocks, 0, model.config.num_layers)):
+        block, context = _place(block, mesh), stream.context.layer(index)
         for at, site in enumerate(block.sites):
             samples[site.name].append(np.asarray(sample_site(block, stream, context, at, stride)))
         finish_block(block, stream, context)
@@ -130,78 +139,105 @@ def _quantize_blocks(
     store: resume.WorkDir | None,
     mesh: jax.sharding.Mesh | None,
     progress: bool,
-) -> list[dict[str, np.ndarray]]:
-    """Return what `quantize_block` finds for every block, on the host."""
-    config = model.config
-    stream = ResidualStream(model, windows, mesh)
+) -> list[dict[str, Any]]:
+    """Return what `quantize_block` finds for every block, on the host.
+
+    Of a model whose layers are in files, packed weights are left out: they stay in the working folder.
+    """
+    count = model.config.num_layers
+    folder = store.folder if store else None
+    stream = ResidualStream(model, windows, mesh, folder)
     # Rotations are fitted: without their settings, those that differ in them share one compilation.
     settings = dataclasses.replace(settings, rotation=None)
-    reference = ResidualStream(model, windows, mesh) if settings.weights.propagation else None
-    layers: list[dict[str, np.ndarray]] = []
+    reference = ResidualStream(model, windows, mesh, folder) if settings.weights.propagation else None
+    streams = {"x": stream, "reference": reference}
+    leaves_packed = _leaves_packed(model, settings, store)
+
+    def held(result: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {
+            k: Absent(v.shape, v.dtype) if leaves_packed and _PACKED in k else v for k, v in result.items()
+        }
+
+    layers: list[dict[str, Any]] = []
     first = 0
-    if store and (snapshot := store.load("stream")):
-        first = int(snapshot["layer"])
-        layers = [store.require(f"block-{index}") for index in range(first)]
-        if first < config.num_layers:
-            stream.restore(snapshot["x"])
-            if reference:
-                reference.restore(snapshot["reference"])
-    else:
-        stream.start()
-        if reference:
-            reference.start()
-    saved_at = time.perf_counter()
-    with tqdm(
-        total=config.num_layers, initial=first, desc="blocks", unit="block", disable=not progress
-    ) as bar:
-        for index in range(first, config.num_layers):
-            block = _place(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks), mesh)
-            here = {
-                site: jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), r)
-                for site, r in rotations.items()
-            }
-            context = stream.context.layer(index)
-            result = jax.device_get(quantize_block(block, here, stream, reference, context, settings))
-            for site in model.sites:
-                if not all(np.isfinite(result[f"{site.name}.{name}"]) for name in _FIGURES):
-                    raise TwlaError(
-                        f"block {index}, input {site.name}: the error is not finite: its weights exceed float16's"
-                        f" range, or its activations {model.dtype.name}'s"
-                    )
-            layers.append(result)
-            bar.update()
-            errors = [result[f"{site.name}.output_error"] for site in model.sites]
-            bar.set_postfix(output_error=f"{np.mean(errors):.3f}")
-            if store:
-                store.save(f"block-{index}", result)
-                if time.perf_counter() - saved_at > _SNAPSHOT_SECONDS and index + 1 < config.num_layers:
-                    snapshot = {"layer": np.asarray(index + 1), "x": stream.collect()}
-                    if reference:
-                        snapshot["reference"] = reference.collect()
-                    store.save("stream", snapshot)
-                    saved_at = time.perf_counter()
-    if store and first < config.num_layers:
-        # A later stage may be interrupted, and this one need not run again.
-        store.save("stream", {"layer": np.asarray(config.num_layers), "x": np.zeros(0)})
+    with Snapshots(store) as snapshots:
+        if saved := snapshots.load():
+            first, kept = saved
+            assert store is not None
+            layers = [held(store.require(f"block-{index}")) for index in range(first)]
+        for name, each in streams.items():
+            if each is not None and first < count:
+                each.restore(kept[name]) if saved else each.start()
+        bar = tqdm(total=count, initial=first, desc="blocks", unit="block", disable=not progress)
+        with bar:
+            for index, block in enumerate(stored_layers.in_turn(model.blocks, first, count), first):
+                here = {
+                    site: jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), r)
+                    for site, r in rotations.items()
+                }
+                context = stream.context.layer(index)
+                result = jax.device_get(
+                    quantize_block(_place(block, mesh), here, stream, reference, context, settings)
+                )
+                _require_finite(model, index, result)
+                snapshots.keep_block(index, result)
+                if index + 1 < count:
+                    snapshots.keep_streams(index + 1, streams)
+                layers.append(held(result))
+                bar.update()
+                errors = [result[f"{site.name}.output_error"] for site in model.sites]
+                bar.set_postfix(output_error=f"{np.mean(errors):.3f}")
+        if first < count:
+            snapshots.keep_end(count)
     return layers
+
+
+def _require_finite(model: Decoder, index: int, result: dict[str, np.ndarray]) -> None:
+    for site in model.sites:
+        if not all(np.isfinite(result[f"{site.name}.{name}"]) for name in _FIGURES):
+            raise TwlaError(
+                f"block {index}, input {site.name}: the error is not finite: its weights exceed float16's"
+                f" range, or its activations {model.dtype.name}'s"
+            )
+
+
+def _leaves_packed(model: Decoder, settings: QuantizationSettings, store: resume.WorkDir | None) -> bool:
+    """Return whether packed weights stay in the working folder; those of the published layout are cut to one width."""
+    grouped = isinstance(settings.weights.quantizer, GroupedSettings)
+    return store is not None and not grouped and stored_layers.in_files(model)
 
 
 def _place(block: ChainBlock, mesh: jax.sharding.Mesh | None) -> ChainBlock:
     if mesh is None:
-        return jax.tree.map(jnp.asarray, block)
+        return jax.tree.map(_to_device, block)
     return jax.device_put(block, sharding.shardings(block, mesh))
+
+
+def _to_device(leaf: Any) -> jax.Array:
+    """Return the array on the device; one that lies the other way round in memory is turned there, where it is fast."""
+    turned = isinstance(leaf, np.ndarray) and leaf.ndim == 2 and leaf.flags.f_contiguous
+    return jnp.asarray(leaf.T).T if turned else jnp.asarray(leaf)
+
+
+def _read_packed(store: resume.WorkDir, name: str, layer: int) -> np.ndarray:
+    return store.require(f"block-{layer}", name)[name]
 
 
 def _assemble(
     model: Decoder,
     rotations: dict[str, KroneckerRotation],
-    layers: list[dict[str, np.ndarray]],
+    layers: list[dict[str, Any]],
     settings: QuantizationSettings,
+    store: resume.WorkDir | None,
 ) -> Decoder:
-    """Return the quantised model: blocks stacked on the host, everything else shared with the original."""
+    """Return the quantised model: blocks stacked on the host or left in files, all else shared with the original."""
 
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([layer[name] for layer in layers])
+    def stacked(name: str) -> Any:
+        first = layers[0][name]
+        if store is None or not isinstance(first, Absent):
+            return np.stack([layer[name] for layer in layers])
+        read = functools.partial(_read_packed, store, name)
+        return StoredLayers(read, (len(layers), *first.shape), first.dtype)
 
     changes: dict[str, Any] = {}
     for site in model.sites:

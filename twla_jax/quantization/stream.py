@@ -1,20 +1,24 @@
 """The residual stream of all calibration windows, between two blocks, in batches of one shape."""
 
 import dataclasses
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax.core.tensors import take_rows
+from twla_jax.devices import host_bytes
 from twla_jax.models import sharding
 from twla_jax.models.blocks import State
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.stored_layers import without_blocks
 
 _BATCH_TOKENS = 8192  # tokens that go through a block at a time
 _DEVICE_SHARE = 0.4  # of the device's memory that the stream may take before it moves to the host
+_HOST_SHARE = 0.4  # of the host's memory that it may take there before it moves to a file
 
 
 @dataclasses.dataclass
@@ -31,50 +35,78 @@ class Batch:
 
 
 class ResidualStream:
-    """Kept on the device where it fits, and on the host, batch by batch moved to the device, where not.
+    """Kept on the device where it fits; else on the host or in a file, from where batches go to the device in turn.
 
     Attributes:
       tokens: how many there are in all windows.
+      windows: `[batches, b, s]`, the last batch filled up with zeros.
       context: of the tokens of one window, for all layers.
     """
 
-    def __init__(self, model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None):
+    def __init__(
+        self,
+        model: Decoder,
+        windows: np.ndarray,
+        mesh: jax.sharding.Mesh | None,
+        folder: Path | None = None,
+    ):
+        """Describe the stream; `start` or `restore` fill it.
+
+        Args:
+          model: whose embedding the stream begins with.
+          windows: tokens, `[w, s]`.
+          mesh: whose axis `data` the windows of a batch are split over.
+          folder: where the file lies that holds a stream too large for the host's memory; None: where temporary files
+            do.
+        """
         count, seq_len = windows.shape
         split = mesh.shape["data"] if mesh is not None else 1
         size = -(-max(1, min(count, _BATCH_TOKENS // seq_len)) // split) * split
         self.tokens = windows.size
         self.context = model.context(seq_len)
-        self._embed = model.embed.get_value()
+        self._head = without_blocks(model)
         self._sharding = sharding.batch_sharding(mesh) if mesh is not None else None
         self._count = count
         # The last batch is filled up, so that nothing compiles twice.
         filled = np.pad(windows, ((0, -count % size), (0, 0)))
-        self._windows = filled.reshape(-1, size, seq_len)
+        self.windows = filled.reshape(-1, size, seq_len)
         self._real = (np.arange(len(filled)) < count).astype(np.float32).reshape(-1, size)
         self._dtype = model.dtype
         self._states: list[State | None] = []
         needed = filled.size * self._dtype.itemsize * (model.config.hidden_size + _widest_kept(model))
         limit = _device_bytes()
         self._on_host = limit is not None and needed > _DEVICE_SHARE * limit * split
+        room = host_bytes()
+        self._in_file = self._on_host and room is not None and needed > _HOST_SHARE * room
+        self._folder = folder
 
     def start(self) -> None:
         """Embed the windows."""
-        table = jax.tree.map(jnp.asarray, self._embed)
+        head = jax.tree.map(jnp.asarray, self._head)
         self._states = [
-            State(self._keep(self._put(take_rows(table, jnp.asarray(batch), self._dtype))))
-            for batch in self._windows
+            State(self._keep(self._put(head.embed_tokens(jnp.asarray(batch))))) for batch in self.windows
         ]
 
-    def restore(self, x: np.ndarray) -> None:
-        """Put back what `collect` gave."""
-        filled = np.zeros((self._windows.shape[0] * self._windows.shape[1], *x.shape[1:]), x.dtype)
-        filled[: self._count] = x
-        batches = filled.reshape(*self._windows.shape[:2], *x.shape[1:])
-        self._states = [State(batch if self._on_host else self._put(batch)) for batch in batches]
+    def restore(self, saved: Sequence[np.ndarray]) -> None:
+        """Put back what `saved` gave, whatever batches it was in."""
+        if [len(batch) for batch in saved] != [len(batch) for batch in self.windows]:
+            x = np.concatenate(saved)[: self._count]
+            x = np.pad(x, ((0, self.windows.shape[0] * self.windows.shape[1] - self._count), (0, 0), (0, 0)))
+            saved = list(x.reshape(*self.windows.shape[:2], *x.shape[1:]))
+        self._states = [State(self._keep(batch) if self._on_host else self._put(batch)) for batch in saved]
 
-    def collect(self) -> np.ndarray:
-        """Return the residual stream on the host, `[windows, s, d]`."""
-        return np.concatenate([np.asarray(state.x) for state in self._states if state])[: self._count]
+    def saved(self) -> list[np.ndarray]:
+        """Return the residual stream between two blocks, a `[b, s, d]` a batch, on the host.
+
+        The arrays stay as they are, also while the stream moves on: on the host they are the stream's own.
+        """
+        arrays: list[Any] = [state.x for state in self._states if state]
+        if self._on_host:
+            return arrays
+        for array in arrays:
+            array.copy_to_host_async()
+        # On a CPU the copy would be the array itself, which is donated when the stream moves on.
+        return [np.array(array) if jax.default_backend() == "cpu" else np.asarray(array) for array in arrays]
 
     def batches(self) -> Iterator[Batch]:
         """Yield every batch; the state that the caller leaves in it takes the old one's place."""
@@ -89,7 +121,17 @@ class ResidualStream:
         return jnp.asarray(array) if self._sharding is None else jax.device_put(array, self._sharding)
 
     def _keep(self, array: Any) -> Any:
-        return np.asarray(array) if self._on_host else array
+        if not self._on_host:
+            return array
+        return _to_file(np.asarray(array), self._folder) if self._in_file else np.asarray(array)
+
+
+def _to_file(array: np.ndarray, folder: Path | None) -> np.ndarray:
+    """Return the array mapped from a file that has no name and goes with it."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(np.ascontiguousarray(array).view(np.uint8))
+        file.flush()
+        return np.memmap(file, array.dtype, "r", shape=array.shape)
 
 
 def _widest_kept(model: Decoder) -> int:

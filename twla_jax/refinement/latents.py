@@ -206,7 +206,8 @@ def flipped(before: Decoder, after: Decoder) -> float:
     """Return the share of codes that differ."""
     changed = total = 0
     for name in (name for site in before.sites for name in site.linears):
-        tensors = (getattr(model.blocks, name).kernel.get_value() for model in (before, after))
+        pair = (getattr(model.blocks, name).kernel.get_value() for model in (before, after))
+        tensors = (jax.tree.map(np.asarray, tensor) for tensor in pair)  # of which some may be in files
         for old, new in zip(*(tensor.planes() for tensor in tensors), strict=True):
             old, new = (packing.unpack(jnp.asarray(plane.codes), plane.in_features) for plane in (old, new))
             changed, total = changed + int((old != new).sum()), total + old.size

@@ -19,6 +19,8 @@ from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.stored_layers import StoredLayers
+from twla_jax.storage import layered_arrays
 from twla_jax.storage.codec import codec_of, pack_stored, unpack_stored
 from twla_jax.storage.manifest import MANIFEST, array_name
 
@@ -53,7 +55,8 @@ def to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dict
             parts = {part: array for part, array in values.items() if array is not None}
         for part, array in parts.items():
             if codec := codec_of(kind, static, part):
-                parts[part] = pack_stored(array, codec)
+                pack = layered_arrays.packed if isinstance(array, StoredLayers) else pack_stored
+                parts[part] = pack(array, codec)
             arrays[array_name(name, part)] = parts[part]
         tensors[name] = {
             "kind": kind,
@@ -68,7 +71,8 @@ def to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dict
 def write(folder: Path, arrays: dict[str, Any]) -> None:
     """Write arrays by name to `folder`, which nothing is in, so that the same arrays give the same bytes."""
     with _checkpointer() as checkpointer:
-        checkpointer.save(folder, arrays)
+        checkpointer.save(folder, layered_arrays.first_layers(arrays))
+    layered_arrays.append_layers(folder, arrays)
     for name in _UNREAD:
         (folder / name).unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twla_jax.errors import TwlaError
+from twla_jax.models.stored_layers import StoredLayers
 
 _IDENTITY = "fingerprint.json"
 _GROUP = "belongs to"  # the name inside a group's file; no array of a caller is called so
@@ -22,14 +23,22 @@ _GROUP = "belongs to"  # the name inside a group's file; no array of a caller is
 _TEMPORARY = re.compile(r"\.(fingerprint\.json|.+\.npz)(\.[0-9a-f]{16})?\.tmp")
 
 
-def fingerprint(settings: Any, arrays: Iterable[np.ndarray]) -> str:
+def fingerprint(settings: Any, arrays: Iterable[np.ndarray | StoredLayers]) -> str:
     """Return the SHA-256 of JSON-ready settings and of arrays with their shapes and dtypes, in order."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for array in arrays:
-        array = np.ascontiguousarray(array)
+        stored = isinstance(array, StoredLayers)
         digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.view(np.uint8) if array.size else b"")
+        for part in array if stored else [array]:
+            # A matrix in a file is taken as it lies there: often the other way round, which costs a copy to mend.
+            part = np.ascontiguousarray(part.T if stored and part.flags.f_contiguous else part)
+            digest.update(part.view(np.uint8) if part.size else b"")
     return digest.hexdigest()
+
+
+def leaves(model: Any) -> list[Any]:
+    """Return the arrays of a model as `fingerprint` takes them: on the host, or in files."""
+    return [leaf if isinstance(leaf, StoredLayers) else np.asarray(leaf) for leaf in jax.tree.leaves(model)]
 
 
 class WorkDir:
@@ -74,8 +83,8 @@ class WorkDir:
         stored[_GROUP] = self._group(name)
         self._write(f"{name}.npz", lambda file: np.savez(file, allow_pickle=False, **stored))
 
-    def load(self, name: str) -> dict[str, np.ndarray] | None:
-        """Return a group saved before, or None.
+    def load(self, name: str, only: str | None = None) -> dict[str, np.ndarray] | None:
+        """Return a group saved before, or None; with `only`, this array of it, and no other is read.
 
         Raises:
           TwlaError: the file is damaged, or was saved under another name or fingerprint.
@@ -88,22 +97,28 @@ class WorkDir:
             if not path.is_file():
                 raise ValueError("no regular file")
             with path.open("rb") as file, np.load(file) as group:
-                arrays = {key: group[key] for key in group.files}
+                wanted = group.files if only is None else [only, _GROUP]
+                arrays = {key: group[key] for key in wanted}
         except Exception:  # numpy, zipfile and zlib raise a dozen kinds for what is no such file
             raise TwlaError(f"{path}: damaged; {advice}") from None
         if not np.array_equal(arrays.pop(_GROUP, None), self._group(name)):
             raise TwlaError(f"{path}: belongs to another part of the work or to other work; {advice}")
         return {key: _from_bytes(array) for key, array in arrays.items()}
 
-    def require(self, name: str) -> dict[str, np.ndarray]:
-        """Return a group that has to be there, since a later one was saved after it.
+    def require(self, name: str, only: str | None = None) -> dict[str, np.ndarray]:
+        """Return a group that has to be there, since a later one was saved after it; `only` as `load` takes it.
 
         Raises:
           TwlaError: as `load`, or the group is missing.
         """
-        if (arrays := self.load(name)) is None:
+        if (arrays := self.load(name, only)) is None:
             raise TwlaError(f"{self._folder / name}.npz: missing; remove {self._folder} and start again")
         return arrays
+
+    @property
+    def folder(self) -> Path:
+        """Return where the groups are."""
+        return self._folder
 
     def _group(self, name: str) -> np.ndarray:
         """Return the bytes by which a group knows where it belongs."""

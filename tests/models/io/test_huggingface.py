@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from safetensors.numpy import save_file
 
 from twla_jax.errors import TwlaError
 from twla_jax.jobs.loading import kept_files
+from twla_jax.models.io import huggingface
 from twla_jax.models.io.readers import load_model, read_config, read_model
+from twla_jax.models.stored_layers import StoredLayers, in_files, in_turn
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -46,6 +49,30 @@ def test_shards_give_the_same_model_as_one_file(case, tmp_path):
     one, many = load_model(case.write(tmp_path / "one")), load_model(tmp_path / "many")
     np.testing.assert_array_equal(one.blocks.up.kernel.get_value(), many.blocks.up.kernel.get_value())
     np.testing.assert_array_equal(one.blocks.up.kernel.get_value()[1], case.weights[NAME].T)
+
+
+def test_layers_in_files_are_those_of_the_model_in_memory(case, tmp_path):
+    case.weights = {name: value.astype(ml_dtypes.bfloat16) for name, value in case.weights.items()}
+    write_shards(case, tmp_path)
+    held, stored = load_model(tmp_path), huggingface.load_model(tmp_path, in_files=True)
+    assert in_files(stored)
+    for left, right in zip(jax.tree.leaves(held), jax.tree.leaves(stored), strict=True):
+        assert (left.shape, left.dtype) == (right.shape, right.dtype)
+        np.testing.assert_array_equal(left, np.asarray(right))
+        np.testing.assert_array_equal(left[1:], right[1:])
+    kernel = stored.blocks.up.kernel.get_value()
+    assert isinstance(kernel, StoredLayers)
+    np.testing.assert_array_equal(kernel[1], case.weights[NAME].T)
+    ahead = list(in_turn(stored.blocks, 0, 2))
+    np.testing.assert_array_equal(ahead[1].up.kernel.get_value(), kernel[-1])
+
+
+def test_a_layer_in_a_file_is_checked_when_it_is_read(case, tmp_path):
+    case.weights[NAME][3, 5] = np.nan
+    stored = huggingface.load_model(case.write(tmp_path), in_files=True).blocks.up.kernel.get_value()
+    assert np.isfinite(stored[0]).all()
+    with pytest.raises(TwlaError, match=rf"{NAME}' has 1 NaN or infinite"):
+        stored[1]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])

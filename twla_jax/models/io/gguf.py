@@ -139,7 +139,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
     return DecoderConfig(**{**settings, **family.gguf_settings(get, settings)}).checked(source)
 
 
-def load_model(file: GgufFile, *, dtype=None) -> Decoder:
+def load_model(file: GgufFile, *, dtype=None, in_files: bool = False) -> Decoder:
     """Return the decoder in the file, parameters as numpy arrays.
 
     F32, F16 and BF16 tensors keep their type. Block-quantised ones become float32, or float16 where the decoder
@@ -148,6 +148,7 @@ def load_model(file: GgufFile, *, dtype=None) -> Decoder:
     Args:
       file: the open file.
       dtype: what it computes in; float32 if None.
+      in_files: as `fill_decoder` takes it.
 
     Raises:
       TwlaError: as `read_config`; a tensor is missing, has the wrong shape, an unknown type, or is not finite.
@@ -159,6 +160,7 @@ def load_model(file: GgufFile, *, dtype=None) -> Decoder:
         family_of(config).gguf_tensors,
         ignored={_ROPE_FACTORS},
         dtype=dtype,
+        in_files=in_files,
     )
 
 

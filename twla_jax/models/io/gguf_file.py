@@ -139,26 +139,38 @@ class GgufFile:
         return self.metadata[key]
 
     def read(self, name: str) -> np.ndarray:
-        """Return the tensor's values, float32, dequantised by the gguf package.
+        """Return the tensor's values, float32, dequantised by the gguf package; the file's pages are let go.
 
         Raises:
           TwlaError: the package cannot dequantise this type.
         """
         tensor = self.tensors[name]
-        stored = np.frombuffer(self._bytes[tensor.path], np.uint8, tensor.size, tensor.start)
         try:
-            if tensor.kind == gguf.GGMLQuantizationType.F32:
-                return stored.view("<f4").reshape(tensor.shape)
-            if tensor.kind == gguf.GGMLQuantizationType.F16:
-                return stored.view("<f2").reshape(tensor.shape).astype(np.float32)
-            if tensor.kind == NewerType.Q2_0:
-                return _dequantize_q2_0(stored).reshape(tensor.shape)
-            rows = stored.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind))
-            return gguf.dequantize(rows, tensor.kind)
+            return self._values(tensor)
         except (NotImplementedError, ValueError) as error:
             raise TwlaError(
                 f"{tensor.path}: tensor {name!r} of type {tensor.kind.name} cannot be read"
             ) from error
+        finally:
+            _let_go(self._bytes[tensor.path], tensor)
+
+    def _values(self, tensor: StoredTensor) -> np.ndarray:
+        stored = np.frombuffer(self._bytes[tensor.path], np.uint8, tensor.size, tensor.start)
+        if tensor.kind == gguf.GGMLQuantizationType.F32:
+            return stored.view("<f4").reshape(tensor.shape).copy()
+        if tensor.kind == gguf.GGMLQuantizationType.F16:
+            return stored.view("<f2").reshape(tensor.shape).astype(np.float32)
+        if tensor.kind == NewerType.Q2_0:
+            return _dequantize_q2_0(stored).reshape(tensor.shape)
+        rows = stored.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind))
+        return gguf.dequantize(rows, tensor.kind)
+
+
+def _let_go(mapped: mmap.mmap, tensor: StoredTensor) -> None:
+    """Tell the system that a tensor's pages are not needed again: until then they count as this process's memory."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        start = tensor.start - tensor.start % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, start, tensor.start + tensor.size - start)
 
 
 def _read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

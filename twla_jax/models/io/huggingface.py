@@ -37,7 +37,7 @@ def read_config(folder: Path) -> DecoderConfig:
     return config
 
 
-def load_model(folder: Path, *, dtype=None) -> Decoder:
+def load_model(folder: Path, *, dtype=None, in_files: bool = False) -> Decoder:
     """Return the decoder in `folder`, parameters as numpy arrays in their stored type (float32, float16 or bfloat16).
 
     A head that the configuration ties to the embedding, but that the file holds with other values, is kept apart, as
@@ -46,6 +46,7 @@ def load_model(folder: Path, *, dtype=None) -> Decoder:
     Args:
       folder: with `config.json` and safetensors files.
       dtype: what it computes in; float32 if None.
+      in_files: as `fill_decoder` takes it.
 
     Raises:
       TwlaError: as `read_config`; a shard is missing or cut short; a tensor cannot be used.
@@ -63,7 +64,7 @@ def load_model(folder: Path, *, dtype=None) -> Decoder:
             _log.warning("%s: tie_word_embeddings is true, but the head differs; it is kept apart", folder)
             config = dataclasses.replace(config, tie_word_embeddings=False)
     source = family_of(config).hf_source(shards, config)
-    return fill_decoder(config, source, table, ignored=ignored, dtype=dtype)
+    return fill_decoder(config, source, table, ignored=ignored, dtype=dtype, in_files=in_files)
 
 
 # Parts of published models that stand beside the text decoder, by how the names of their tensors begin.

@@ -10,7 +10,10 @@ from flax import nnx
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.stored_layers import StoredLayers
 from twla_jax.models.stored_tensors import TensorSource
+
+_AT_A_TIME = 2**18  # values that are checked: their flags stay in the processor's cache
 
 
 def fill_decoder(
@@ -20,6 +23,7 @@ def fill_decoder(
     *,
     ignored: Collection[str],
     dtype=None,
+    in_files: bool = False,
 ) -> Decoder:
     """Return a decoder whose parameters are numpy arrays read from `source`.
 
@@ -31,6 +35,7 @@ def fill_decoder(
       table: from the decoder's parameter path (`blocks.q.kernel`) to the source's name, `{}` standing for the layer.
       ignored: names that may be left over.
       dtype: what the decoder computes in, float32 if None. Parameters stay in the source's type.
+      in_files: leave the blocks' matrices where they are, as `StoredLayers`: each is read when it is asked for.
 
     Raises:
       TwlaError: a tensor is missing, has the wrong shape, holds NaN or infinity, or belongs to no parameter.
@@ -53,6 +58,10 @@ def fill_decoder(
             _check_shape(source, name, shape[::-1] if path[-1] == "kernel" else shape)
     for path, parameter in parameters.items():
         leaf_dtype = functools.reduce(jnp.promote_types, map(source.dtype, stored[path]))
+        if in_files and path[0] == "blocks" and path[-1] == "kernel":
+            read = functools.partial(_read_matrix, source, stored[path], leaf_dtype)
+            parameter.set_value(StoredLayers(read, parameter.get_value().shape, leaf_dtype))
+            continue
         value = np.empty(parameter.get_value().shape, leaf_dtype)
         # A view with a leading axis of layers, also where there is only the one tensor.
         slots = value if path[0] == "blocks" else value[None]
@@ -75,9 +84,23 @@ def _check_shape(source: TensorSource, name: str, expected: tuple[int, ...]) -> 
         )
 
 
+def _read_matrix(source: TensorSource, names: list[str], dtype: np.dtype, layer: int) -> np.ndarray:
+    """Return the matrix of one layer, `[in, out]`: a view of the tensor, which lies the other way round."""
+    with np.errstate(over="ignore"):
+        matrix = source.read(names[layer]).astype(dtype, copy=False).T
+    _require_finite(source, names[layer], matrix)
+    return matrix
+
+
 def _copy_checked(source: TensorSource, name: str, slot: np.ndarray, *, transposed: bool) -> None:
     tensor = source.read(name)
     with np.errstate(over="ignore"):  # what overflows a narrower type is infinite, and found next
         slot[...] = tensor.T if transposed else tensor
-    if bad := slot.size - int(np.isfinite(slot).sum()):
+    _require_finite(source, name, slot)
+
+
+def _require_finite(source: TensorSource, name: str, values: np.ndarray) -> None:
+    flat = (values if values.flags.c_contiguous else values.T).reshape(-1)
+    parts = (flat[start : start + _AT_A_TIME] for start in range(0, flat.size, _AT_A_TIME))
+    if bad := flat.size - sum(int(np.isfinite(part).sum()) for part in parts):
         raise TwlaError(f"{source.where(name)}: tensor {name!r} has {bad} NaN or infinite values")

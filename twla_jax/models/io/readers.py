@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_model(path: str | Path, dtype=None) -> tuple[Decoder, "PreTrainedTokenizerBase"]:
+def read_model(
+    path: str | Path, dtype=None, *, in_files: bool = False
+) -> tuple[Decoder, "PreTrainedTokenizerBase"]:
     """Return a model and its tokenizer from a Hugging Face folder or a GGUF file.
 
     The settings are checked first, then the tokenizer, and only then are weights read. Parameters are numpy arrays
@@ -23,6 +25,8 @@ def read_model(path: str | Path, dtype=None) -> tuple[Decoder, "PreTrainedTokeni
     Args:
       path: of a Hugging Face folder or a GGUF file.
       dtype: what the model computes in: float32 (also if None), bfloat16 or float16.
+      in_files: leave the blocks' matrices in their files, where each layer is read when it is asked for: see
+        `StoredLayers`. For models that are larger than the memory.
 
     Raises:
       TwlaError: the path is neither, the architecture is not supported, or a file is missing or damaged.
@@ -31,11 +35,11 @@ def read_model(path: str | Path, dtype=None) -> tuple[Decoder, "PreTrainedTokeni
     if path.is_dir():
         huggingface.read_config(path)
         tokenizer = load_tokenizer(path)
-        return huggingface.load_model(path, dtype=dtype), tokenizer
+        return huggingface.load_model(path, dtype=dtype, in_files=in_files), tokenizer
     file = GgufFile(path)
     gguf.read_config(file)
     tokenizer = tokenizer_from_gguf(file)
-    return gguf.load_model(file, dtype=dtype), tokenizer
+    return gguf.load_model(file, dtype=dtype, in_files=in_files), tokenizer
 
 
 def load_model(path: str | Path, dtype=None) -> Decoder:

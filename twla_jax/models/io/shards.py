@@ -76,7 +76,13 @@ class Shards:
 
     def read(self, name: str) -> np.ndarray:
         """Return the tensor."""
-        return self._file(name).get_tensor(self._stored[name])
+        # A mapping of its own, closed at once: the pages that were read count as this process's memory until then.
+        path = self._files[self._stored[name]]
+        try:
+            with _open(path) as file:
+                return file.get_tensor(self._stored[name])
+        except safetensors.SafetensorError as error:
+            raise TwlaError(f"{path}: changed while it was being read ({error})") from error
 
     def equal(self, one: str, other: str) -> bool:
         """Return whether two matrices hold the same values; some rows of each are in memory at a time."""

@@ -1,0 +1,80 @@
+"""Keeps finished blocks and the residual streams between them on the disk, while the next block is under way."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from twla_jax.quantization.stream import ResidualStream
+from twla_jax.storage import resume
+
+_STREAM = "stream"
+
+
+class Snapshots:
+    """Writes to a working folder by a second thread, in order; to be used as a context, which waits for the thread.
+
+    A finished block is always kept. The streams are kept after every block too, in place of those of an earlier one
+    only once they are whole; a disk that takes longer for them than a block takes gets those of every few blocks.
+    """
+
+    def __init__(self, store: resume.WorkDir | None):
+        """Write to `store`; None keeps nothing."""
+        self._store = store
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._pending: list[Future] = []
+        self._streams: Future | None = None
+
+    def __enter__(self) -> "Snapshots":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.shutdown(wait=True)
+        if error is None:
+            self._raise_errors()
+
+    def load(self) -> tuple[int, dict[str, list[np.ndarray]]] | None:
+        """Return the block to go on with and the streams before it by name; None where nothing was kept."""
+        if self._store is None or (saved := self._store.load(_STREAM)) is None:
+            return None
+        first = int(saved.pop("layer"))
+        streams: dict[str, list[np.ndarray]] = {}
+        for key, array in saved.items():
+            streams.setdefault(key.partition("-")[0], []).append(array)
+        return first, streams
+
+    def keep_block(self, index: int, result: Mapping[str, np.ndarray]) -> None:
+        """Keep what was found for one block."""
+        self._submit(f"block-{index}", dict(result))
+
+    def keep_streams(self, layer: int, streams: Mapping[str, ResidualStream | None]) -> None:
+        """Keep the streams as they are before the block `layer`, unless others are still being written."""
+        if self._store is None or (self._streams is not None and not self._streams.done()):
+            return
+        saved: dict[str, Any] = {"layer": np.asarray(layer)}
+        for name, stream in streams.items():
+            if stream is not None:
+                saved |= {f"{name}-{index:05d}": array for index, array in enumerate(stream.saved())}
+        self._streams = self._submit(_STREAM, saved)
+
+    def keep_end(self, layers: int) -> None:
+        """Keep that all blocks are finished: a later stage may be interrupted, and this one need not run again."""
+        self._submit(_STREAM, {"layer": np.asarray(layers)})
+
+    def _submit(self, name: str, arrays: dict[str, Any]) -> Future | None:
+        self._raise_errors()
+        if self._store is None:
+            return None
+        self._pending.append(self._writer.submit(self._store.save, name, arrays))
+        return self._pending[-1]
+
+    def _raise_errors(self) -> None:
+        """Raise the error of what the thread has done, as of a disk that is full."""
+        done = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if not future.done()]
+        for future in done:
+            future.result()
