@@ -58,6 +58,7 @@ LIMITS = {
     "chunk": Limit(high=2**20),
     "context": Limit(low=0, high=2**24),
     "layers": Limit(high=4096),
+    "limit": Limit(high=10**9),
     "max_new_tokens": Limit(high=2**24),
     "max_windows": Limit(high=10**9),
     "refine_tokens": Limit(high=10**12),

@@ -266,7 +266,7 @@ class Recipe(Settings):
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that ship with the library."""
-    return sorted(path.stem for path in _configs().glob("*.toml"))
+    return sorted(path.stem for path in configs_folder().glob("*.toml"))
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -284,7 +284,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def _load(name_or_path: str | Path, folder: Path, extended_by: tuple[Path, ...]) -> Recipe:
     path = folder / name_or_path
     if str(name_or_path) in recipe_names():
-        path = _configs() / f"{name_or_path}.toml"
+        path = configs_folder() / f"{name_or_path}.toml"
     elif not path.is_file():
         known = ", ".join(recipe_names())
         before = f"{extended_by[-1]}: " if extended_by else ""
@@ -324,7 +324,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise TwlaError(f"{path}: not a TOML file: {str(error)[:200]}") from None
 
 
-def _configs() -> Path:
+def configs_folder() -> Path:
     """Return `configs/` inside the installed package, or beside it in a source tree."""
     package = Path(__file__).parent
     installed = package / "configs"

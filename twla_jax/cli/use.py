@@ -12,6 +12,7 @@ from twla_jax.cli.options import (
     Model,
     OptionalBits,
     OptionalDtype,
+    OptionalLimit,
     OptionalMaxWindows,
     Seed,
     SeqLen,
@@ -29,6 +30,8 @@ def evaluate(
     *,
     corpus: Annotated[str, argument("CORPUS|FILE")] = "pydoc",
     domains: Annotated[str | None, argument("DIR|NAMES")] = None,
+    tasks: Annotated[str | None, argument("NAMES", optional=True)] = None,
+    limit: OptionalLimit = None,
     against: Annotated[str | None, argument("MODEL")] = None,
     seq_len: SeqLen = 2048,
     max_windows: OptionalMaxWindows = None,
@@ -43,6 +46,8 @@ def evaluate(
     With --domains the result is a table of texts, the worst last. With --against it also says how far the predictions
     are from those of the original: KL divergence, share of equal top-1 tokens, ratio of the perplexities.
 
+    With --tasks it is a table of tasks of lm-evaluation-harness; with --against also the points lost.
+
     By default it computes as the quantiser does, on any device; the README's figures are measured this way.
 
     Args:
@@ -50,11 +55,14 @@ def evaluate(
         corpus: pydoc, wikitext2, c4, a .txt or .jsonl file, or a folder of these
         domains: texts to score one by one: mix (a text of every domain at hand), a folder of .txt and .jsonl files, or
             corpora with commas between them
+        tasks: tasks to answer, with commas between them: hellaswag, arc_easy, piqa, boolq, any other of
+            lm-evaluation-harness, or a .yaml file; needs the extra eval
+        limit: answer only the first N documents of each task
         against: original to compare with, named as MODEL is
         seq_len: tokens per window; windows do not overlap
         max_windows: score only the first N windows of each text
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
-        batch_size: windows scored at a time
+        batch_size: windows scored at a time; of tasks, as many tokens
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
@@ -64,6 +72,10 @@ def evaluate(
     from twla_jax.models import config
     from twla_jax.text import corpora
 
+    if tasks is not None:
+        form = {"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels}
+        _evaluate_tasks(model, tasks, against, limit, batch_size * seq_len, form, json)
+        return
     if domains is not None or against is not None:
         _evaluate_domains(
             model,
@@ -122,6 +134,29 @@ def _evaluate_domains(
     figures = {**result, "texts": texts, "against": against, "dtype": str(decoder.dtype), "path": path}
     figures["activation_bits"] = form["activation_bits"]
     show(figures, json, lambda: domains.format_domains(result))
+
+
+def _evaluate_tasks(
+    model: str,
+    names: str,
+    against: str | None,
+    limit: int | None,
+    batch_tokens: int,
+    form: dict[str, Any],
+    json: bool,
+) -> None:
+    from twla_jax.evaluation import harness, tasks
+
+    decoder, tokenizer, path = _load(model, **form)
+    answering = [harness.HarnessModel(decoder, tokenizer, batch_tokens=batch_tokens)]
+    if against is not None:
+        full, spelling, _ = _load(against, **(form | {"activation_bits": None, "kernels": "off"}))
+        answering.append(harness.HarnessModel(full, spelling, batch_tokens=batch_tokens))
+    wanted = [name.strip() for name in names.split(",")]
+    result = tasks.evaluate_tasks(answering[0], wanted, original=(*answering, None)[1], limit=limit)
+    figures = {**result, "against": against, "dtype": str(decoder.dtype), "path": path}
+    figures |= {"activation_bits": form["activation_bits"], "limit": limit}
+    show(figures, json, lambda: tasks.format_tasks(result))
 
 
 def generate(
