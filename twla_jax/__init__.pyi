@@ -8,8 +8,10 @@ from twla_jax.core.tensors import TernaryTensor as TernaryTensor
 from twla_jax.errors import TwlaError as TwlaError
 from twla_jax.evaluation.domains import evaluate_domains as evaluate_domains
 from twla_jax.evaluation.scoring import evaluate as evaluate
+from twla_jax.inference.conversation import Conversation as Conversation
 from twla_jax.inference.generation import generate as generate
 from twla_jax.inference.packed_decoder import prepare_for_inference as prepare_for_inference
+from twla_jax.inference.sampling import Sampling as Sampling
 from twla_jax.inference.self_sampling import sample_text as sample_text
 from twla_jax.jobs.loading import load as load
 from twla_jax.jobs.stages import quantize as quantize

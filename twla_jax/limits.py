@@ -61,7 +61,9 @@ LIMITS = {
     "limit": Limit(high=10**9),
     "max_new_tokens": Limit(high=2**24),
     "max_windows": Limit(high=10**9),
+    "min_p": Limit(kind=float, low=0, high=1),
     "refine_tokens": Limit(high=10**12),
+    "repetition_penalty": Limit(kind=float, low=0.01, high=100),
     "rows": Limit(high=10**7),
     "samples": Limit(high=4096),
     "seed": Limit(low=0, high=SEED_LIMIT),
@@ -69,6 +71,8 @@ LIMITS = {
     "steps": Limit(high=10**6),
     "temperature": Limit(kind=float, low=0, high=1e6),
     "tokens": Limit(high=2**24),
+    "top_k": Limit(low=0, high=2**26),
+    "top_p": Limit(kind=float, low=0, high=1),
     "windows": Limit(high=10**7),
 }
 

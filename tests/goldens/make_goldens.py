@@ -171,6 +171,28 @@ def small_model(name: str, seed: int) -> None:
     )
 
 
+def generated_longrope() -> None:
+    """What Phi-4-mini's small model generates across its original context: tokens, and the logits of each step."""
+    stored = np.load(HERE / "phi4_mini.npz")
+    config = transformers.AutoConfig.for_model(**json.loads(str(stored["config"])))
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    weights = {
+        key.removeprefix("weight:"): torch.tensor(stored[key]).float() for key in stored.files if ":" in key
+    }
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    prompt = torch.tensor(stored["tokens"][:, :8]).long()
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    made = model.eval().generate(prompt, **settings, return_dict_in_generate=True, output_logits=True)
+    np.savez_compressed(
+        HERE / "generated" / "phi4_mini.npz",
+        tokens=made.sequences.numpy().astype(np.int32),
+        logits=torch.stack(made.logits, 1).numpy(),
+    )
+
+
 def smollm2(path: Path) -> None:
     """Logits of SmolLM2-135M-Instruct, dequantised by transformers, at some positions and vocabulary entries."""
     folder = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
@@ -199,5 +221,7 @@ if __name__ == "__main__":
     for case in named or CASES:
         # Seeded by the name, so that a new case leaves the others as they are.
         small_model(case, zlib.crc32(case.encode()))
+    if not named or "phi4_mini" in named:
+        generated_longrope()
     if files:
         smollm2(Path(files[0]))

@@ -12,6 +12,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.inference import generation
 from twla_jax.inference.generation import generate, stream
 from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.inference.sampling import Sampling
 from twla_jax.models.decoder import Decoder
 
 from helpers.compiled import compiled_programs
@@ -101,9 +102,9 @@ def test_an_int8_cache_moves_the_output_by_a_percent_at_most(tiny_config, prepar
 
 def test_the_cache_is_updated_in_place(model):
     cache = model.init_cache(1, 64)
-    arguments = (model, jnp.zeros(1, jnp.int32), cache, jnp.float32(0), jax.random.key(0))
+    arguments = (model, jnp.zeros(1, jnp.int32), cache, Sampling().sampler(), jax.random.key(0))
     loop = (model, jnp.zeros(1, jnp.int32), cache, jnp.int32(9), *arguments[3:], np.zeros(0, np.int32))
-    for lowered in (generation._step.lower(*arguments), generation.steps.lower(*loop, room=64)):
+    for lowered in (generation.step.lower(*arguments), generation.steps.lower(*loop, room=64)):
         memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
 

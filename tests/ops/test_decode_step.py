@@ -12,10 +12,13 @@ import pytest
 from twla_jax.bench import SHAPES, shapes
 from twla_jax.inference import generation
 from twla_jax.inference.packed_block import PackedLlamaBlock
+from twla_jax.inference.sampling import Sampling
 from twla_jax.ops.attention.kv_cache import empty_layer
 from twla_jax.ops.attention.reference import Positions, attention
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
+
+GREEDY = Sampling().sampler()
 
 
 @pytest.mark.aot
@@ -51,8 +54,8 @@ def test_a_step_copies_neither_cache_nor_weights(
 def test_a_linear_on_a_gpu_reads_attention_in_parts(compile_for, monkeypatch):
     monkeypatch.setattr(PackedLlamaBlock, "takes_splits", True)  # it would look for a GPU
     model = decoder(8, 16, tied=True)
-    arguments = model, jnp.zeros(1, jnp.int32), model.init_cache(1, 640), jnp.float32(0), jax.random.key(0)
-    program = compile_for("h100", generation._step.__wrapped__, *arguments).as_text()
+    arguments = model, jnp.zeros(1, jnp.int32), model.init_cache(1, 640), GREEDY, jax.random.key(0)
+    program = compile_for("h100", generation.step.__wrapped__, *arguments).as_text()
     softmax = re.escape(f",{model.config.num_heads},2]")
     kernels = re.findall(rf"= \(bf16\[1,(\d),\S*, f32\[1,\d{softmax}\S*.*\) custom-call", program)
     assert kernels == ["2"] * model.config.num_layers
@@ -80,8 +83,8 @@ def test_a_step_on_tpus_takes_scales_as_they_are(compile_for, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # the backend on which the model is prepared
     model = decoder.__wrapped__(8, 8, tied=False)
     cache = model.init_cache(1, 640)
-    arguments = model, jnp.zeros(1, jnp.int32), cache, jnp.float32(0), jax.random.key(0)
-    program = compile_for("v5e", generation._step.__wrapped__, *arguments).as_text()
+    arguments = model, jnp.zeros(1, jnp.int32), cache, GREEDY, jax.random.key(0)
+    program = compile_for("v5e", generation.step.__wrapped__, *arguments).as_text()
     assert not re.search(r"= s16\S* bitcast-convert", program)
 
 
@@ -123,7 +126,7 @@ def test_a_gate_of_many_tokens_is_read_as_it_lies(compile_for):
 
 def loop(model, token, cache, key):
     ends = np.zeros(0, np.int32)
-    return generation.steps(model, token, cache, jnp.int32(9), jnp.float32(0), key, ends, room=64)
+    return generation.steps(model, token, cache, jnp.int32(9), GREEDY, key, ends, room=64)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ class Letters:
 
     chat_template = None
 
-    def __call__(self, text, verbose):
+    def __call__(self, text, verbose, add_special_tokens=True):
         return {"input_ids": [ord(letter) for letter in text]}
 
 
@@ -27,7 +27,7 @@ class Chatting(Letters):
 
     chat_template = "yes"
 
-    def apply_chat_template(self, messages, tokenize):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert not tokenize
         return "".join(f"<{message['role'][0]}>{message['content']}" for message in messages)
 

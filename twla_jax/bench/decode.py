@@ -15,6 +15,7 @@ from flax import nnx
 from twla_jax.bench import shapes, timing
 from twla_jax.core.activation import OFF
 from twla_jax.inference import generation
+from twla_jax.inference.sampling import Sampling
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import shallow_copy
@@ -92,7 +93,7 @@ def _step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float
         jax.block_until_ready(cache)
         begin = time.perf_counter()
         tokens, _, cache = generation.steps(
-            model, token, cache, count, jnp.float32(0), jax.random.key(0), ends, room=room
+            model, token, cache, count, Sampling().sampler(), jax.random.key(0), ends, room=room
         )
         jax.block_until_ready(tokens)
         if call:  # the first one compiles

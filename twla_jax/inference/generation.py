@@ -2,18 +2,16 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32
 
-from twla_jax.errors import TwlaError
-from twla_jax.limits import check_number
-from twla_jax.models.arguments import checked_tokens, require_model
+from twla_jax.inference.request import Request, checked_request
+from twla_jax.inference.sampling import Sampler, Sampling, add_seen, choose
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache
 
@@ -24,17 +22,28 @@ _CHUNK = 512  # tokens of a prompt at a time
 
 
 def generate(
-    model: Decoder, prompt: Int[np.ndarray, "b t"], *, max_new_tokens: int, **settings
+    model: Decoder,
+    prompt: Int[np.ndarray, "b t"],
+    *,
+    max_new_tokens: int,
+    cache_dtype: Any = None,
+    **settings: Any,
 ) -> Int32[np.ndarray, "b new"]:
     """Return all tokens of `stream` at once, `[b, t]`: at most `max_new_tokens` a row, fewer where every row ended.
 
-    The whole of it runs on the device, without a word to the host between tokens.
+    The whole of it runs on the device, without a word to the host between tokens. Arguments and errors are those of
+    `stream`: among them `sampling=Sampling(temperature=0.7, top_p=0.9)`.
     """
-    model, prompt, count, temperature, key, ends, cache_dtype = _checked(
-        prompt, model, max_new_tokens, **settings
+    request = checked_request(model, prompt, max_new_tokens, **settings)
+    cache = _new_cache(request, cache_dtype)
+    if _recomputes_at(request) is not None:  # which needs the host
+        return np.stack([token for token, _ in advance(request, cache, cache_dtype=cache_dtype)], axis=1)
+    token, seen, cache = fill(request, cache, held=0)
+    tokens, made, _ = steps(
+        *(request.model, token, cache, jnp.int32(request.count), request.sampler, request.key, request.ends),
+        seen=seen,
+        room=bucket(request.count),
     )
-    token, cache = _start(model, prompt, count, temperature, key, cache_dtype)
-    tokens, made, _ = steps(model, token, cache, jnp.int32(count), temperature, key, ends, room=bucket(count))
     return np.asarray(tokens[:, : int(made)])
 
 
@@ -43,7 +52,8 @@ def stream(
     prompt: Int[np.ndarray, "b t"],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    sampling: Sampling | None = None,
+    temperature: float | None = None,
     key: jax.Array | None = None,
     eos_token_ids: Collection[int] | None = None,
     cache_dtype: Any = None,
@@ -54,8 +64,9 @@ def stream(
       model: quantised or not, packed or not.
       prompt: token ids, rows of equal length.
       max_new_tokens: the most tokens that are added.
-      temperature: 0 takes the likeliest token; else samples from `softmax(logits / temperature)`.
-      key: random key for sampling; `jax.random.key(0)` if None.
+      sampling: how tokens are chosen; the likeliest ones if None.
+      temperature: short for `sampling=Sampling(temperature=…)`.
+      key: random key for sampling; made of the seed in `sampling` if None.
       eos_token_ids: ids that end a row (`model.config.eos_token_ids` if None; empty for none). A row that has ended
         repeats its last token; the stream ends when all have.
       cache_dtype: of the keys and values: the model's if None; int8, with a scale for every token and head, takes half
@@ -65,57 +76,108 @@ def stream(
       TwlaError: (at the call) the prompt is empty or outside the vocabulary, a setting is out of range, or prompt and
         new tokens together exceed `max_position_embeddings`.
     """
-    return _stream(*_checked(prompt, model, max_new_tokens, temperature, key, eos_token_ids, cache_dtype))
+    request = checked_request(
+        model,
+        prompt,
+        max_new_tokens,
+        sampling=sampling,
+        temperature=temperature,
+        key=key,
+        eos_token_ids=eos_token_ids,
+    )
+    steps = advance(request, _new_cache(request, cache_dtype), cache_dtype=cache_dtype)
+    return (token for token, _ in steps)
 
 
-def _checked(
-    prompt, model, max_new_tokens, temperature=0.0, key=None, eos_token_ids=None, cache_dtype=None
-) -> tuple:
-    """Return the arguments of `stream` as arrays, if they are usable."""
-    require_model(model)
-    prompt = checked_tokens(prompt, model.config, "prompt", fits=False)
-    length = prompt.shape[1]
-    check_number("max_new_tokens", max_new_tokens)
-    check_number("temperature", temperature)
-    if (total := length + max_new_tokens) > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings
-        raise TwlaError(
-            f"max_new_tokens {max_new_tokens}: with {length} prompt tokens {total}, above the model's {limit}"
-        )
-    ends = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
-    key = jax.random.key(0) if key is None else key
-    model = jax.tree.map(jnp.asarray, model)  # once, not at every step
-    try:
-        ends = np.asarray([operator.index(each) for each in ends], np.int32)
-    except (TypeError, OverflowError):
-        raise TwlaError(f"eos_token_ids {ends!r}: must be token ids") from None
-    return model, prompt, max_new_tokens, jnp.float32(temperature), key, ends, cache_dtype
+def _new_cache(request: Request, dtype: Any) -> KVCache:
+    batch, length = request.prompt.shape
+    return request.model.init_cache(batch, cache_size(room_for(length, 0, request.count)), dtype)
 
 
-def _start(model, prompt, max_new_tokens, temperature, key, cache_dtype) -> tuple[jax.Array, KVCache]:
-    """Return the first new token and the cache; the prompt goes in by chunks of one length, compiled once."""
-    batch, length = prompt.shape
-    chunk = min(_CHUNK, bucket(length))
-    padded = np.pad(prompt, ((0, 0), (0, -length % chunk)))
-    cache = model.init_cache(batch, cache_size(max(padded.shape[1], length + max_new_tokens)), cache_dtype)
-    key = jax.random.fold_in(key, 0)
-    for start in range(0, length, chunk):
+def room_for(length: int, held: int, count: int) -> int:
+    """Return the positions that `fill` and `count` new tokens need.
+
+    Args:
+      length: of the prompt.
+      held: tokens of it that the cache has already.
+      count: new tokens.
+    """
+    chunk = _chunk(length - held)
+    return max(held + -(-(length - held) // chunk) * chunk, length + count)
+
+
+def _chunk(length: int) -> int:
+    return min(_CHUNK, bucket(length))
+
+
+def fill(
+    request: Request, cache: KVCache, *, held: int, made: int = 0
+) -> tuple[jax.Array, jax.Array | None, KVCache]:
+    """Return the first new token, the tokens seen with it, and the cache with the prompt in it.
+
+    The prompt goes in by chunks of one length, which is compiled once.
+
+    Args:
+      request: what is to be generated.
+      cache: of at least `room_for` positions; it is donated.
+      held: tokens of the prompt that the cache has already, fewer than all.
+      made: tokens of the prompt that were generated, by which random numbers go on.
+    """
+    length = request.prompt.shape[1]
+    chunk, key = _chunk(length - held), jax.random.fold_in(request.key, made)
+    padded = np.pad(request.prompt, ((0, 0), (0, chunk)))
+    cache = dataclasses.replace(cache, length=jnp.int32(held))
+    for start in range(held, length, chunk):
         part, count = padded[:, start : start + chunk], jnp.int32(min(chunk, length - start))
-        token, cache = _prefill(model, part, count, cache, temperature, key)
-    return token, cache
+        token, cache = _prefill(
+            request.model, part, count, cache, jnp.int32(length), request.sampler, request.seen, key
+        )
+    return token, add_seen(None if request.seen is None else jnp.asarray(request.seen), token), cache
 
 
-def _stream(model, prompt, max_new_tokens, temperature, key, ends, cache_dtype) -> Iterator[np.ndarray]:
-    token, cache = _start(model, prompt, max_new_tokens, temperature, key, cache_dtype)
-    ended = np.zeros(len(prompt), bool)
-    for step in range(1, max_new_tokens + 1):
+def advance(
+    request: Request, cache: KVCache, *, held: int = 0, cache_dtype: Any = None
+) -> Iterator[tuple[Int32[np.ndarray, " b"], KVCache]]:
+    """Yield the next token of every row, with a cache of all before it, until every row has ended.
+
+    The next step takes the cache's memory. Where LongRoPE changes its factors, the keys of all tokens so far are
+    computed anew with the new ones, as transformers does.
+
+    Args:
+      request: what is to be generated.
+      cache: of at least `room_for` positions; it is donated.
+      held: as `fill` takes it.
+      cache_dtype: as `stream` takes it.
+    """
+    token, seen, cache = fill(request, cache, held=held)
+    ended, changes = np.zeros(len(request.prompt), bool), _recomputes_at(request)
+    text = [request.prompt]
+    for made in range(1, request.count + 1):
         current = np.asarray(token)
-        yield current
-        ended |= np.isin(current, ends)
-        if ended.all() or step == max_new_tokens:
+        yield current, cache
+        ended |= np.isin(current, request.ends)
+        if ended.all() or made == request.count:
             return
-        following, cache = _step(model, token, cache, temperature, jax.random.fold_in(key, step))
+        text.append(current[:, None])
+        if request.prompt.shape[1] + made == changes:
+            del cache  # before there is another
+            whole = request._replace(
+                prompt=np.concatenate(text, axis=1), count=request.count - made, seen=seen
+            )
+            following, seen, cache = fill(whole, _new_cache(whole, cache_dtype), held=0, made=made)
+        else:
+            key = jax.random.fold_in(request.key, made)
+            following, seen, cache = step(request.model, token, cache, request.sampler, key, seen)
         token = jnp.where(ended, token, following)
+
+
+def _recomputes_at(request: Request) -> int | None:
+    """Return the length at which all tokens are computed anew, if that lies within what is to be generated."""
+    scaling, length = request.model.config.rope_scaling, request.prompt.shape[1]
+    if scaling is None or scaling.kind != "longrope":
+        return None
+    changes = int(scaling.original_max_position_embeddings) + 1  # the first length of the long factors
+    return changes if length < changes < length + request.count else None
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="room")
@@ -124,59 +186,69 @@ def steps(
     token: Int32[Array, " b"],
     cache: KVCache,
     count: Int32[Array, ""],
-    temperature,
+    sampler: Sampler,
     key,
     ends: Int32[Array, " ends"],
     *,
+    seen: Bool[Array, "b vocab"] | None = None,
     room: int,
 ) -> tuple[Int32[Array, "b room"], Int32[Array, ""], KVCache]:
-    """Return the tokens of `_stream` after a known first one, in `room` columns, how many there are, and the cache.
+    """Return the tokens of `advance` after a known first one, in `room` columns, how many there are, and the cache.
 
     The cache is returned for the sake of the donated one, in which it lives.
     """
 
     def unfinished(state):
-        made, _, ended, _, _ = state
+        made, _, ended, _, _, _ = state
         return (made < count) & ~ended.all()
 
-    def step(state):
-        made, token, ended, cache, tokens = state
-        following, cache = _step(model, token, cache, temperature, jax.random.fold_in(key, made))
-        token = jnp.where(ended, token, following)
+    def following(state):
+        made, token, ended, seen, cache, tokens = state
+        chosen, seen, cache = step(model, token, cache, sampler, jax.random.fold_in(key, made), seen)
+        token = jnp.where(ended, token, chosen)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, made))
-        return made + 1, token, ended | jnp.isin(token, ends), cache, tokens
+        return made + 1, token, ended | jnp.isin(token, ends), seen, cache, tokens
 
     tokens = jnp.zeros((len(token), room), jnp.int32).at[:, 0].set(token)
-    start = (jnp.int32(1), token, jnp.isin(token, ends), cache, tokens)
-    made, _, _, cache, tokens = jax.lax.while_loop(unfinished, step, start)
+    start = (jnp.int32(1), token, jnp.isin(token, ends), seen, cache, tokens)
+    made, _, _, _, cache, tokens = jax.lax.while_loop(unfinished, following, start)
     return tokens, made, cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _prefill(
-    model: Decoder, chunk: Int32[Array, "b t"], count: Int32[Array, ""], cache: KVCache, temperature, key
+    model: Decoder,
+    chunk: Int32[Array, "b t"],
+    count: Int32[Array, ""],
+    cache: KVCache,
+    until: Int32[Array, ""],
+    sampler: Sampler,
+    seen: Bool[Array, "b vocab"] | None,
+    key,
 ) -> tuple[Int32[Array, " b"], KVCache]:
     """Write the next `count` tokens of a prompt, padded on the right, into the cache; return the token that follows.
 
     What the filling left in the cache lies past its `length` and is overwritten before it is read.
     """
-    h, filled = model.decode(chunk, cache)
+    h, filled = model.decode(chunk, cache, until=until)
     last = jax.lax.dynamic_index_in_dim(h, count - 1, axis=1, keepdims=False)
     cache = dataclasses.replace(filled, length=cache.length + count)
-    return _sample(model.logits(last), temperature, key), cache
+    return choose(model.logits(last), sampler, seen, key), cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _step(
-    model: Decoder, token: Int32[Array, " b"], cache: KVCache, temperature, key
-) -> tuple[Int32[Array, " b"], KVCache]:
+def step(
+    model: Decoder,
+    token: Int32[Array, " b"],
+    cache: KVCache,
+    sampler: Sampler,
+    key,
+    seen: Bool[Array, "b vocab"] | None = None,
+) -> tuple[Int32[Array, " b"], Bool[Array, "b vocab"] | None, KVCache]:
+    """Return the token after `token` in every row, the tokens seen with it, and the cache with `token` in it."""
     h, cache = model.decode(token[:, None], cache)
-    return _sample(model.logits(h[:, 0]), temperature, key), cache
-
-
-def _sample(logits: Float[Array, "b vocab"], temperature: Float[Array, ""], key) -> Int32[Array, " b"]:
-    sampled = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, sampled, logits.argmax(-1)).astype(jnp.int32)
+    following = choose(model.logits(h[:, 0]), sampler, seen, key)
+    return following, add_seen(seen, following), cache
 
 
 def cache_size(length: int) -> int:
@@ -191,73 +263,3 @@ def bucket(length: int) -> int:
     while size < length:
         size *= 2
     return size
-
-
-def stream_text(
-    model: Decoder,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    cache_dtype: Any = None,
-) -> Iterator[tuple[int, str]]:
-    """Continue a prompt; yields each new token with the text it adds, which is empty inside a character.
-
-    Args:
-      model: quantised or not, packed or not.
-      tokenizer: the model's.
-      prompt: text to continue.
-      max_new_tokens: the most tokens that are added.
-      temperature: 0 takes the most likely token, 1 samples from the model's own distribution.
-      seed: of the sampling.
-      cache_dtype: as `generation.stream` takes it.
-
-    Raises:
-      TwlaError: what `generate.stream` refuses.
-    """
-    check_number("seed", seed)
-    ids = list(tokenizer(prompt)["input_ids"])
-    shown = len(tokenizer.decode(ids, skip_special_tokens=True))
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "key": jax.random.key(seed)}
-    for step in stream(model, np.asarray([ids], np.int32), cache_dtype=cache_dtype, **settings):
-        ids.append(int(step[0]))
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        piece = "" if text.endswith("\ufffd") else text[shown:]
-        shown += len(piece)
-        yield ids[-1], piece
-
-
-def sample_texts(
-    model: Decoder,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int = 0,
-    cache_dtype: Any = None,
-) -> tuple[list[str], list[list[int]]]:
-    """Return several continuations of a prompt, made side by side: their texts and tokens, each up to where it ended.
-
-    Raises:
-      TwlaError: what `generation.stream` refuses, or fewer than one sample.
-    """
-    check_number("samples", samples)
-    check_number("seed", seed)
-    ids = np.asarray(tokenizer(prompt)["input_ids"], np.int32)
-    tokens = generate(
-        model,
-        np.tile(ids, (samples, 1)),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        key=jax.random.key(seed),
-        cache_dtype=cache_dtype,
-    )
-    rows = []
-    for row in tokens.tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in model.config.eos_token_ids), len(row))
-        rows.append(row[:end])
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows], rows

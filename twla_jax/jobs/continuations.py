@@ -4,7 +4,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twla_jax.inference import generation
+from twla_jax.inference import text_generation
+from twla_jax.inference.sampling import Sampling
 from twla_jax.models import Decoder
 
 _WIDTH = 100
@@ -35,8 +36,10 @@ def continue_prompt(
     rows = []
     for each in (0.0, temperature):
         for name, model in models.items():
-            settings = {"max_new_tokens": max_new_tokens, "temperature": each, "seed": seed}
-            pieces = generation.stream_text(model, tokenizer, prompt, **settings)
+            sampling = Sampling(temperature=each, seed=seed)
+            pieces = text_generation.stream_text(
+                model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling
+            )
             rows.append({"model": name, "temperature": each, "text": "".join(piece for _, piece in pieces)})
     return rows
 

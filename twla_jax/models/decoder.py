@@ -70,12 +70,20 @@ class Decoder(nnx.Module):
         context = self.context(tokens.shape[1])
         return self.norm(self.through_blocks(step, self.embed_tokens(tokens), context))
 
-    def decode(self, tokens: Int[Array, "b t"], cache: KVCache) -> tuple[Float[Array, "b t d"], KVCache]:
+    def decode(
+        self, tokens: Int[Array, "b t"], cache: KVCache, *, until: Int32[Array, ""] | None = None
+    ) -> tuple[Float[Array, "b t d"], KVCache]:
         """Return `hidden` for tokens that follow those in the cache, and the cache with them added.
 
         The caller sees to it that `cache.length + t` stays within the cache. Entries past `length` are never read.
+
+        Args:
+          tokens: ids of the next tokens.
+          cache: keys and values of those before.
+          until: positions of the whole text, where these tokens are a part of it: LongRoPE chooses by them; those up to
+            the last of `tokens` if None.
         """
-        context = self.context(tokens.shape[1], start=cache.length, keys=cache.size)
+        context = self.context(tokens.shape[1], start=cache.length, keys=cache.size, until=until)
 
         def step(
             carry: tuple[jax.Array, KVCache], block: ChainBlock, context: Context, index: jax.Array | int
@@ -153,11 +161,19 @@ class Decoder(nnx.Module):
         return y if cap is None else cap * jnp.tanh(y / cap)
 
     def positions(
-        self, length: int, *, start: Int32[Array, ""] | int = 0, keys: int | None = None
+        self,
+        length: int,
+        *,
+        start: Int32[Array, ""] | int = 0,
+        keys: int | None = None,
+        until: Int32[Array, ""] | None = None,
     ) -> Positions:
-        """Return positions of `length` tokens from `start` on, seeing `keys` slots (by default: themselves)."""
+        """Return positions of `length` tokens from `start` on, seeing `keys` slots (by default: themselves).
+
+        `until` is as `decode` takes it.
+        """
         query = start + jnp.arange(length, dtype=jnp.int32)
-        cos, sin = angles(self.config, query)
+        cos, sin = angles(self.config, query, until)
         key = query if keys is None else jnp.arange(keys, dtype=jnp.int32)
         return Positions(query=query, key=key, cos=cos, sin=sin)
 
@@ -168,9 +184,16 @@ class Decoder(nnx.Module):
             reach[list(self.config.sliding_layers)] = self.config.sliding_window
         return jnp.asarray(reach)
 
-    def context(self, length: int, *, start: Int32[Array, ""] | int = 0, keys: int | None = None) -> Context:
+    def context(
+        self,
+        length: int,
+        *,
+        start: Int32[Array, ""] | int = 0,
+        keys: int | None = None,
+        until: Int32[Array, ""] | None = None,
+    ) -> Context:
         """Return what all blocks read beside their state, for `length` tokens from `start` on; see `positions`."""
-        positions = self.positions(length, start=start, keys=keys)
+        positions = self.positions(length, start=start, keys=keys, until=until)
         kinds = rotary_kinds(self.config)
         rotary = None if kinds is None else jnp.asarray(kinds)
         return Context(positions=positions, reach=self.attention_reach(), rotary=rotary, fused=self.fused)

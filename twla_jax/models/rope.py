@@ -66,16 +66,23 @@ def _yarn_ramp(config: DecoderConfig, scaling: RopeScaling) -> np.ndarray:
 
 
 def angles(
-    config: DecoderConfig, positions: Int[Array, " t"]
+    config: DecoderConfig, positions: Int[Array, " t"], until: Int[Array, ""] | None = None
 ) -> tuple[Float[Array, "*kinds t half"], Float[Array, "*kinds t half"]]:
     """Return `(cos, sin)` of every position, float32, times the scaling's attention factor.
 
     Where not all layers have the same, there is a leading axis of three kinds, which `rotary_kinds` chooses from: the
     scaled ones, those of the sliding layers, and those that rotate nothing.
+
+    Args:
+      config: settings of the decoder.
+      positions: of the tokens.
+      until: positions of the text that they are a part of, by which LongRoPE chooses its factors; those up to the last
+        of them if None.
     """
     frequencies, scaling = inverse_frequencies(config), config.rope_scaling
     if scaling is not None and scaling.kind == "longrope":
-        beyond = positions.max() >= scaling.original_max_position_embeddings
+        until = positions.max() + 1 if until is None else until
+        beyond = until > scaling.original_max_position_embeddings
         frequencies = jnp.where(beyond, inverse_frequencies(config, long=True), frequencies)
     angle = positions.astype(jnp.float32)[:, None] * frequencies
     factor = 1.0 if scaling is None else scaling.attention_factor

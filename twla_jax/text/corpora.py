@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from twla_jax.errors import TwlaError
-from twla_jax.text import files, machine, mix, named
+from twla_jax.text import chat, files, machine, mix, named
 from twla_jax.text.files import Messages, Text
 from twla_jax.text.named import Split
 from twla_jax.text.token_ids import added_bos, cut, text_length, token_ids
@@ -221,10 +221,11 @@ def tokenize(
     Raises:
       TwlaError: an id that the model's vocabulary lacks: this is another model's tokenizer.
     """
-    text = corpus.text
     if corpus.chats and getattr(tokenizer, "chat_template", None):
-        text = _rendered(corpus.chats, tokenizer, letters)
-    ids = np.asarray(tokenizer(text[:letters], verbose=False)["input_ids"], np.int32)
+        held = chat.encode_rendered(tokenizer, _rendered(corpus.chats, tokenizer, letters)[:letters])
+    else:
+        held = tokenizer(corpus.text[:letters], verbose=False)["input_ids"]
+    ids = np.asarray(held, np.int32)
     tokens = token_ids(ids, added_bos(tokenizer))
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         raise TwlaError(
@@ -236,7 +237,7 @@ def tokenize(
 def _rendered(chats: Sequence[Messages], tokenizer: Any, letters: int | None) -> str:
     rendered, length = [], 0
     for messages in chats:
-        rendered.append(tokenizer.apply_chat_template(list(messages), tokenize=False))
+        rendered.append(chat.render_chat(tokenizer, messages, answer=False))
         length += len(rendered[-1])
         if letters is not None and length >= letters:
             break
