@@ -55,6 +55,19 @@ def heard() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Raise KeyboardInterrupt at Ctrl-C and think no more of it, for code that goes on after one."""
+    if not _listens():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _listens() -> bool:
     """Return whether a handler can be set here, and the process was not started with Ctrl-C switched off."""
     main = threading.current_thread() is threading.main_thread()

@@ -16,6 +16,7 @@ import tyro
 from twla_jax import xla_flags
 from twla_jax.cli import interrupts
 from twla_jax.cli.bench import bench
+from twla_jax.cli.chat import chat
 from twla_jax.cli.export import export
 from twla_jax.cli.make import allocate, compare, demo, quantize
 from twla_jax.cli.use import evaluate, generate, inspect
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "allocate": allocate,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
     "inspect": inspect,
     "export": export,
     "compare": compare,

