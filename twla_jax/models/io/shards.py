@@ -108,6 +108,25 @@ def _listed(folder: Path) -> tuple[Path, dict[str, Path]]:
         if not single.exists():
             raise TwlaError(_nothing_to_read(folder))
         return single, {}
+    promised = {name: folder / file for name, file in _weight_map(index).items()}
+    if single.exists() and single not in promised.values():
+        raise TwlaError(
+            f"{folder}: holds both {SINGLE} and {INDEX}, which does not name it; keep one of them"
+        )
+    return index, promised
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """Return the names of the files that the folder's index lists.
+
+    Raises:
+      TwlaError: the index cannot be read, or names files elsewhere.
+    """
+    return sorted(set(_weight_map(folder / INDEX).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, by name."""
     content = read_json(index)
     if not content.get("weight_map"):
         raise TwlaError(f"{index}: 'weight_map' is missing")
@@ -115,12 +134,7 @@ def _listed(folder: Path) -> tuple[Path, dict[str, Path]]:
     for file in content["weight_map"].values():
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise TwlaError(f"{index}: {file!r} is not the name of a file in this folder")
-    promised = {name: folder / file for name, file in content["weight_map"].items()}
-    if single.exists() and single not in promised.values():
-        raise TwlaError(
-            f"{folder}: holds both {SINGLE} and {INDEX}, which does not name it; keep one of them"
-        )
-    return index, promised
+    return content["weight_map"]
 
 
 def _nothing_to_read(folder: Path) -> str:
