@@ -4,10 +4,13 @@ import csv
 import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from twla_jax.errors import TwlaError
-from twla_jax.text import corpora
+from twla_jax.text import corpora, packed_files
 
 BOM = b"\xef\xbb\xbf"
 SEPARATORS = "one\u2028two\u0085three\x0cfour\x1cfive"  # at all of these str.splitlines splits
@@ -54,9 +57,59 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, content):
     assert read(tmp_path / name, BOM + content) == "a"
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.txt.gz", b"a"), ("a.JSONL.GZ", lines({"text": "a"}))])
-def test_packed_files_are_unpacked(tmp_path, name, content):
-    assert read(tmp_path / name, gzip.compress(content)) == "a"
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("a.{}.gz", gzip.compress), ("a.{}.GZ", gzip.compress), ("a.{}.zst", zstandard.compress)],
+)
+def test_packed_files_are_unpacked(tmp_path, name, pack):
+    assert read(tmp_path / name.format("txt"), pack(b"a")) == "a"
+    assert read(tmp_path / name.format("jsonl"), pack(lines({"text": "b"}))) == "b"
+    assert read(tmp_path / name.format("txt"), pack(b"a") + pack(b"b")) == "ab"  # as `cat` joins them
+
+
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_a_record_is_read_by_the_first_field_that_it_has(tmp_path, field):
+    other = {"content": "no"} if field == "text" else {}
+    assert read(tmp_path / "a.jsonl", lines({"id": 1, field: "yes", **other})) == "yes"
+
+
+def test_chats_in_any_kind_of_table_are_chats(tmp_path):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": [1, 2], "messages": [said, said[:1]]}), tmp_path / "a.parquet"
+    )
+    (tmp_path / "a.jsonl").write_bytes(lines({"messages": said}, {"messages": said[:1], "content": "no"}))
+    for name in ("a.parquet", "a.jsonl"):
+        corpus = corpora.load_corpus(tmp_path / name, "calibration")
+        assert corpus.chats == (tuple(said), tuple(said[:1]))
+        assert corpus.text == "User: a\nAssistant: b\n\nUser: a"
+
+
+def test_a_parquet_file_is_a_column_of_texts(tmp_path):
+    texts = [f"text {i}" for i in range(2000)]
+    table = pyarrow.table({"url": ["x"] * 2000, "text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
+    assert corpora.load_corpus(tmp_path / "a.parquet", "calibration").text == "\n\n".join(texts)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "b.parquet")
+    with pytest.raises(TwlaError, match=r'b\.parquet, row 2: the field "text" is null'):
+        corpora.load_corpus(tmp_path / "b.parquet", "calibration")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(TwlaError, match=r"no column .*; it has 'body'"):
+        corpora.load_corpus(tmp_path / "c.parquet", "calibration")
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "extra"), [("zstandard", "a.zst", "zstd"), ("pyarrow", "a.parquet", "datasets")]
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch, package, name, extra):
+    monkeypatch.setattr(packed_files.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(TwlaError, match=rf"needs {package}: pip install 'twla-jax\[{extra}\]'"):
+        read(tmp_path / name, b"")
+
+
+@pytest.mark.parametrize("name", ["content", "messages"])
+def test_published_fields_are_read_without_being_named(cases, name):
+    assert corpora.load_corpus(cases / "text" / f"{name}.jsonl", "calibration").text.strip()
 
 
 def test_a_folder_reads_its_texts_whatever_their_capitals(tmp_path):
@@ -74,18 +127,30 @@ def test_a_folder_reads_its_texts_whatever_their_capitals(tmp_path):
         ("a.jsonl", lines({"text": 5}), "line 1: .* is a number, not text"),
         ("a.jsonl", lines({"text": True}), "line 1: .* is true or false, not text"),
         ("a.jsonl", lines({"text": {}}), "line 1: .* is an object, not text"),
-        ("a.jsonl", lines({"messages": [], "source": "x"}), "no field \"text\"; it has 'messages', 'source'"),
-        ("a.jsonl", lines({"content": "a"}), "line 1: no field \"text\"; it has 'content'"),
+        (
+            "a.jsonl",
+            lines({"messages": [], "source": "x"}),
+            'line 1: the field "messages" is no list of objects',
+        ),
+        (
+            "a.jsonl",
+            lines({"body": "a", "id": 1}),
+            'line 1: no field "text", "messages" or "content"; it has \'body\', \'id\'',
+        ),
+        ("a.jsonl", lines({"content": None}), 'line 1: the field "content" is null, not text'),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .* half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON .nested too deeply"),
         ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", "line 1: "),
         ("a.json", b'[{"text": "a"}, "b"]', "record 2: not a JSON object"),
         ("a.json", b'{"data": {', "line 1: not JSON"),
-        ("a.csv", b"body,id\na,1\n", "no column \"text\"; it has 'body', 'id'"),
+        ("a.csv", b"body,id\na,1\n", 'no column "text", "messages" or "content"; it has \'body\', \'id\''),
         ("a.csv", b"id,text\n1\n", "line 2: .* is null, not text"),
         ("a.csv", b"", 'no column "text"'),
         ("a.csv", b'text\n"a', "not a table"),
-        ("a.parquet", b"PAR1", "parquet files are not read; write it as .jsonl first"),
+        ("a.parquet", b"PAR1", "not a readable Parquet file"),
+        ("a.arrow", b"ARROW1", "arrow files are not read; write it as .jsonl first"),
+        ("a.txt.zst", b"text", "not a zstd file, or cut short"),
+        ("a.txt.zst", zstandard.compress(b"text" * 99)[:-5], "not a zstd file, or cut short"),
         ("a.txt.xz", b"", "xz files are not read; unpack it first"),
         ("a.txt.gz", b"text", "not a gzip file, or cut short"),
         ("a.txt.gz", gzip.compress(b"text", mtime=0)[:-9], "not a gzip file, or cut short"),

@@ -1,4 +1,4 @@
-"""Read documents from files of a user's own: plain text, JSON Lines, JSON and CSV."""
+"""Read documents from files of a user's own: plain text, JSON Lines, JSON, CSV and Parquet, packed or not."""
 
 import csv
 import dataclasses
@@ -6,20 +6,25 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from twla_jax.errors import TwlaError
+from twla_jax.text import packed_files
 
-FIELD = "text"  # of a JSON object, or a column: what is read of a record
-_CHAT = "messages"  # of a JSON object that has no such field
-_LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
+_CHAT = "messages"
+FIELDS = (
+    "text",
+    _CHAT,
+    "content",
+)  # of a JSON object, or columns: the first that is there is read of a record
+_LINES, _TABLES, _PARQUET = (".jsonl", ".ndjson"), (".csv", ".tsv"), ".parquet"
 _OF_FOLDERS = (".txt", *_LINES)
 # Suffixes whose files are no text, with what to do about it.
 _REFUSED = {
-    **dict.fromkeys((".parquet", ".arrow", ".feather", ".pkl", ".pickle"), "write it as .jsonl first"),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".7z"), "unpack it first"),
+    **dict.fromkeys((".arrow", ".feather", ".pkl", ".pickle"), "write it as .jsonl first"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".xz", ".bz2", ".7z"), "unpack it first"),
     **dict.fromkeys((".pdf", ".docx", ".doc", ".epub"), "save it as .txt first"),
 }
 
@@ -48,10 +53,11 @@ class Text:
 def read(path: Path) -> Text:
     """Return the text of a file or folder, its documents joined by an empty line.
 
-    A file ending in `.jsonl` or `.ndjson` has an object a line, `.json` a list of objects, `.csv` and `.tsv` a table:
-    of each the field `text` is read, or of an object without one the chat in its field `messages`. Anything else is one
-    document as it is. Capitals make no difference, a byte-order mark is no part of the text, and `.gz` behind these
-    names is unpacked. Of a folder, `.txt`, `.jsonl` and `.ndjson` files are read, in the order of their names.
+    A file ending in `.jsonl` or `.ndjson` has an object a line, `.json` a list of objects, `.csv`, `.tsv` and
+    `.parquet` a table: of each record the field `text` is read, else the chat in its field `messages`, else its field
+    `content`. Anything else is one document as it is. Capitals make no difference, a byte-order mark is no part of the
+    text, and `.gz` or `.zst` behind these names is unpacked. Of a folder, `.txt`, `.jsonl` and `.ndjson` files are
+    read, in the order of their names.
 
     Raises:
       TwlaError: a file that is no text, or a record without a text; names the file and the line.
@@ -115,6 +121,8 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
+        elif path.suffix.lower() == ".zst":
+            content = packed_files.unpack_zstandard(content, path)
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise TwlaError(f"{path}: not UTF-8 text") from None
@@ -125,8 +133,8 @@ def read_text(path: Path) -> str:
 
 
 def _kind(path: Path) -> str:
-    """Return the suffix in lower case, without `.gz`."""
-    name = path.name.lower().removesuffix(".gz")
+    """Return the suffix in lower case, without `.gz` or `.zst`."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     return Path(name).suffix
 
 
@@ -141,6 +149,8 @@ def _records(path: Path) -> Iterable[tuple[str, Any]] | None:
         return _list(path)
     if kind in _TABLES:
         return _table(path, "," if kind == ".csv" else "\t")
+    if kind == _PARQUET:
+        return packed_files.parquet_records(path, lambda names: _field(names, str(path), "column"))
     return None
 
 
@@ -162,8 +172,7 @@ def _list(path: Path) -> Iterator[tuple[str, Any]]:
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
-        if FIELD not in (columns := reader.fieldnames or []):
-            raise TwlaError(f'{path}: no column "{FIELD}"{_known(columns)}')
+        _field(reader.fieldnames or [], str(path), "column")
         for row in reader:
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
@@ -181,18 +190,26 @@ def _json(text: str, place: str) -> Any:
 
 def _document(record: Any, place: str) -> Document:
     if not isinstance(record, dict):
-        raise TwlaError(f'{place}: not a JSON object with a field "{FIELD}"')
-    if FIELD not in record and (messages := record.get(_CHAT)):
-        return _chat(messages, place)
-    if FIELD not in record:
-        raise TwlaError(f'{place}: no field "{FIELD}"{_known(record)}')
-    return _checked(record[FIELD], FIELD, place)
+        raise TwlaError(f'{place}: not a JSON object with a field "{FIELDS[0]}"')
+    field = _field(record, place, "field")
+    return _chat(record[field], place) if field == _CHAT else _checked(record[field], field, place)
+
+
+def _field(names: Collection[Any], place: str, kind: str) -> str:
+    """Return which of the names is read."""
+    for field in FIELDS:
+        if field in names:
+            return field
+    wanted = ", ".join(f'"{field}"' for field in FIELDS[:-1])
+    raise TwlaError(f'{place}: no {kind} {wanted} or "{FIELDS[-1]}"{_known(names)}')
 
 
 def _chat(messages: Any, place: str) -> Messages:
     keys = ("role", "content")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and m.keys() >= set(keys) for m in messages
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and m.keys() >= set(keys) for m in messages)
     ):
         raise TwlaError(f'{place}: the field "{_CHAT}" is no list of objects with "role" and "content"')
     return tuple({key: _checked(message[key], key, place) for key in keys} for message in messages)
