@@ -1,7 +1,7 @@
 """What a model family consists of: its block, how its settings are read and how its tensors are called."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from twla_jax.errors import TwlaError
@@ -42,8 +42,13 @@ class Family:
       rope: reads `rope_theta`, the scaling and, where they have their own, the sliding layers' theta.
       rotated: how many features of a head are rotated, from the file's contents and a head's size.
       hf_source: gives the tensors of safetensors files the decoder's form, where they are stored in another.
+      hf_fused: by the name of a tensor in safetensors files, the names of those that it holds, one above the other.
+      hf_norms_less_one: whether norms are stored there as what they differ from 1 by.
       gguf_settings: the fields of `DecoderConfig` that this family's GGUF files decide in another way, from a function
         that looks up metadata and the fields read so far.
+      gguf_keys: metadata that `gguf_settings` reads, of what would else be refused.
+      gguf_fused: as `hf_fused`, of GGUF files.
+      gguf_source: gives the tensors of GGUF files the decoder's form, where they are stored in another.
       gguf_architecture: the name in GGUF files; None where they call it by another family's.
       gguf_tensors: from a decoder's parameter path to the tensor's name in GGUF files.
       gguf_interleaved: whether these order query and key rows for rotations of neighbouring pairs.
@@ -57,7 +62,12 @@ class Family:
     rotated: Callable[[HfConfig, int], int | None] = _all
     hf_tensors: Mapping[str, str]
     hf_source: Callable[[TensorSource, DecoderConfig], TensorSource] = _as_stored
+    hf_fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    hf_norms_less_one: bool = False
     gguf_settings: Callable[[Callable[..., Any], Mapping[str, Any]], dict[str, Any]] = _nothing_more
+    gguf_keys: Collection[str] = ()
+    gguf_fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    gguf_source: Callable[[TensorSource, DecoderConfig], TensorSource] = _as_stored
     gguf_architecture: str | None = None
     gguf_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf_interleaved: bool = False

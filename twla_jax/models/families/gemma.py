@@ -99,6 +99,21 @@ def _plus_one(source: TensorSource, config: DecoderConfig) -> TensorSource:
     return PlusOne(source)
 
 
+def _gguf_settings2(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what llama.cpp takes for granted of this architecture; its norms are stored as they are."""
+    layers, hidden, head_dim = settings["num_layers"], settings["hidden_size"], settings["head_dim"]
+    of_27b = layers == 46  # the one size whose scores are scaled by another number than the head's
+    caps = (get("attn_logit_softcapping", 50.0), get("final_logit_softcapping", 30.0))
+    return {
+        "embed_scale": hidden**0.5,
+        "query_scale": (head_dim * settings["num_heads"] / hidden) ** 0.5 if of_27b else 1.0,
+        "attention_softcap": caps[0] or None,
+        "logit_softcap": caps[1] or None,
+        "sliding_window": settings["sliding_window"] or 4096,
+        "sliding_layers": tuple(range(0, layers, 2)),
+    }
+
+
 def _gguf_settings3(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what llama.cpp takes for granted of this architecture; its norms are stored as they are."""
     layers, hidden, head_dim = settings["num_layers"], settings["hidden_size"], settings["head_dim"]
@@ -155,6 +170,11 @@ FAMILIES = {
         keys={**_KEYS, "attn_logit_softcapping": _cap},
         hf_tensors=_HF_TENSORS,
         hf_source=_plus_one,
+        hf_norms_less_one=True,
+        gguf_architecture="gemma2",
+        gguf_tensors=_GGUF_TENSORS,
+        gguf_settings=_gguf_settings2,
+        gguf_keys=("attn_logit_softcapping", "final_logit_softcapping"),
     ),
     "gemma3_text": Family(
         block=GemmaBlock,
@@ -165,6 +185,7 @@ FAMILIES = {
         rope=functools.partial(read_layered_rope, theta=1e6, sliding_theta=1e4),
         hf_tensors=_HF_TENSORS,
         hf_source=_plus_one,
+        hf_norms_less_one=True,
         gguf_architecture="gemma3",
         gguf_tensors=_GGUF_TENSORS,
         gguf_settings=_gguf_settings3,

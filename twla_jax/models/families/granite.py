@@ -1,15 +1,17 @@
 """Granite, dense: Llama with four multipliers, of embeddings, attention scores, sublayer outputs and logits."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from twla_jax.errors import TwlaError
 from twla_jax.models.blocks import Site
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families.family import Family, HfConfig
-from twla_jax.models.families.llama import HF_TENSORS, LlamaBlock
+from twla_jax.models.families.llama import GGUF_TENSORS, HF_TENSORS, LlamaBlock
 from twla_jax.ops.attention.reference import Positions
 from twla_jax.schema import number
 
@@ -49,6 +51,18 @@ def _settings(config: HfConfig, source: str) -> dict[str, Any]:
     }
 
 
+def _gguf_settings(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    if not get("rope.scaling.finetuned", True):  # this family's way to say so
+        raise TwlaError("granite without rotary positions is not supported")
+    usual = settings["head_dim"] ** -0.5
+    return {
+        "embed_scale": get("embedding_scale", 1.0),
+        "logit_scale": 1.0 / get("logit_scale", 1.0),
+        "residual_scale": get("residual_scale", 1.0),
+        "query_scale": get("attention.scale", usual) / usual,
+    }
+
+
 _MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
 
 FAMILIES = {
@@ -58,5 +72,10 @@ FAMILIES = {
         defaults=dict.fromkeys(_MULTIPLIERS, 1.0),
         keys=dict.fromkeys(_MULTIPLIERS, _multiplier),
         hf_tensors=HF_TENSORS,
+        gguf_architecture="granite",
+        gguf_tensors=GGUF_TENSORS,
+        gguf_settings=_gguf_settings,
+        gguf_keys=("embedding_scale", "logit_scale", "residual_scale", "attention.scale"),
+        gguf_interleaved=True,
     )
 }

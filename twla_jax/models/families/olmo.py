@@ -4,16 +4,18 @@ OLMo 3 adds sliding windows in three of four layers, whose rotary positions are 
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from twla_jax.errors import TwlaError
 from twla_jax.models.blocks import Site
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families.family import Family, HfConfig, layer_kinds, sliding_settings
-from twla_jax.models.families.llama import HF_TENSORS, LlamaBlock
+from twla_jax.models.families.llama import GGUF_TENSORS, HF_TENSORS, LlamaBlock
 from twla_jax.models.layers import RMSNorm
 from twla_jax.models.rope_settings import read_layered_rope
 from twla_jax.ops.attention import rope
@@ -71,19 +73,56 @@ def _settings3(config: HfConfig, source: str) -> dict[str, Any]:
     }
 
 
+def _gguf_settings(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells OLMo 2 from OLMo 3, whose files have the same architecture: sliding windows.
+
+    Raises:
+      TwlaError: OLMo 3 with YaRN; its files state an attention factor that readers take in different ways.
+    """
+    if settings["sliding_window"] is None:
+        return {"qk_norm": False}
+    if settings["rope_scaling"] is not None:
+        raise TwlaError("OLMo 3 with a rotary scaling is not read from GGUF; give the Hugging Face folder")
+    layers, pattern = range(settings["num_layers"]), get("attention.sliding_window_pattern", 4)
+    if isinstance(pattern, list):
+        slide = [index for index in layers if index < len(pattern) and pattern[index]]
+    else:
+        slide = [index for index in layers if (index + 1) % pattern]
+    theta = get("rope.freq_base_swa", settings["rope_theta"])
+    return {
+        "model_type": "olmo3",
+        "qk_norm": False,
+        "sliding_layers": tuple(slide),
+        "sliding_rope_theta": theta,
+    }
+
+
+def _without_norms_before(tensors: Mapping[str, str]) -> dict[str, str]:
+    absent = ("blocks.input_norm.scale", "blocks.post_norm.scale")
+    return {name: tensor for name, tensor in tensors.items() if name not in absent}
+
+
 _HF_TENSORS = {
-    **{
-        name: tensor
-        for name, tensor in HF_TENSORS.items()
-        if "input_norm" not in name and "post_norm" not in name
-    },
+    **_without_norms_before(HF_TENSORS),
     "blocks.o_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
     "blocks.down_norm.scale": "model.layers.{}.post_feedforward_layernorm.weight",
 }
 
+_GGUF_TENSORS = {
+    **_without_norms_before(GGUF_TENSORS),
+    "blocks.o_norm.scale": "blk.{}.post_attention_norm.weight",
+    "blocks.down_norm.scale": "blk.{}.post_ffw_norm.weight",
+}
+
 FAMILIES = {
     "olmo2": Family(
-        block=OlmoBlock, settings=_settings2, defaults={"rms_norm_eps": 1e-5}, hf_tensors=_HF_TENSORS
+        block=OlmoBlock,
+        settings=_settings2,
+        defaults={"rms_norm_eps": 1e-5},
+        hf_tensors=_HF_TENSORS,
+        gguf_architecture="olmo2",
+        gguf_tensors=_GGUF_TENSORS,
+        gguf_settings=_gguf_settings,
     ),
     "olmo3": Family(
         block=OlmoBlock,
@@ -91,5 +130,6 @@ FAMILIES = {
         defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
         rope=functools.partial(read_layered_rope, theta=5e5, sliding_theta=5e5),
         hf_tensors=_HF_TENSORS,
+        gguf_tensors=_GGUF_TENSORS,
     ),
 }

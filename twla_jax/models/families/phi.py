@@ -3,12 +3,13 @@
 Phi-4-mini rotates a part of each head, with LongRoPE.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families.family import Family, HfConfig, sliding_settings
-from twla_jax.models.families.llama import HF_TENSORS, LlamaBlock
+from twla_jax.models.families.llama import GGUF_TENSORS, HF_TENSORS, LlamaBlock
 from twla_jax.models.rope_settings import RopeScaling, read_rope
 from twla_jax.models.stored_tensors import Split, TensorSource
 from twla_jax.ops.attention.reference import Positions
@@ -47,21 +48,27 @@ def _rope(config: HfConfig, *, pairs: int, source: str) -> tuple[float, RopeScal
     return read_rope({**config, "rope_parameters": stated, "rope_scaling": None}, pairs=pairs, source=source)
 
 
-def _split(source: TensorSource, config: DecoderConfig) -> TensorSource:
+def _split(
+    source: TensorSource, config: DecoderConfig, *, qkv: tuple[str, ...], gate_up: tuple[str, ...]
+) -> TensorSource:
+    """Return the source with its fused tensors split; each tuple names the fused one, then its parts."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden = config.intermediate_size
+    spans = {qkv: ((0, q), (q, q + kv), (q + kv, q + 2 * kv)), gate_up: ((0, hidden), (hidden, 2 * hidden))}
 
     def parts(name: str) -> Mapping[str, tuple[int, int]] | None:
-        if name.endswith("self_attn.qkv_proj.weight"):
-            rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
-            return {name.replace("qkv_proj", part): span for part, span in rows.items()}
-        if name.endswith("mlp.gate_up_proj.weight"):
-            rows = {"gate_proj": (0, hidden), "up_proj": (hidden, 2 * hidden)}
-            return {name.replace("gate_up_proj", part): span for part, span in rows.items()}
+        for (fused, *into), rows in spans.items():
+            if name.endswith(f".{fused}.weight"):
+                return {name.replace(fused, part): span for part, span in zip(into, rows, strict=True)}
         return None
 
     return Split(source, parts)
 
+
+_HF_QKV = ("qkv_proj", "q_proj", "k_proj", "v_proj")
+_HF_GATE_UP = ("gate_up_proj", "gate_proj", "up_proj")
+_GGUF_QKV = ("attn_qkv", "attn_q", "attn_k", "attn_v")
+_GGUF_GATE_UP = ("ffn_up", "ffn_gate", "ffn_up")
 
 FAMILIES = {
     "phi3": Family(
@@ -76,6 +83,12 @@ FAMILIES = {
         rope=_rope,
         rotated=_rotated,
         hf_tensors=HF_TENSORS,
-        hf_source=_split,
+        hf_source=functools.partial(_split, qkv=_HF_QKV, gate_up=_HF_GATE_UP),
+        hf_fused={fused: tuple(parts) for fused, *parts in (_HF_QKV, _HF_GATE_UP)},
+        gguf_architecture="phi3",
+        gguf_tensors=GGUF_TENSORS,
+        gguf_keys=("rope.dimension_count",),
+        gguf_fused={fused: tuple(parts) for fused, *parts in (_GGUF_QKV, _GGUF_GATE_UP)},
+        gguf_source=functools.partial(_split, qkv=_GGUF_QKV, gate_up=_GGUF_GATE_UP),
     )
 }

@@ -1,12 +1,13 @@
 """SmolLM3: Llama in which some layers, every fourth by default, have no rotary positions."""
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.config_keys import MOST_LAYERS
 from twla_jax.models.families.family import Family, HfConfig, layer_kinds, sliding_settings
-from twla_jax.models.families.llama import HF_TENSORS, LlamaBlock
+from twla_jax.models.families.llama import GGUF_TENSORS, HF_TENSORS, LlamaBlock
 from twla_jax.models.rope_settings import read_rope
 from twla_jax.schema import integer, optional, sequence
 
@@ -32,6 +33,11 @@ def _settings(config: HfConfig, source: str) -> dict[str, Any]:
     }
 
 
+def _gguf_settings(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what llama.cpp takes for granted of this architecture: every fourth layer has no rotary positions."""
+    return {"no_rope_layers": tuple(range(3, settings["num_layers"], 4))}
+
+
 FAMILIES = {
     "smollm3": Family(
         block=LlamaBlock,
@@ -51,5 +57,9 @@ FAMILIES = {
         },
         rope=functools.partial(read_rope, theta=2e6),
         hf_tensors=HF_TENSORS,
+        gguf_architecture="smollm3",
+        gguf_tensors=GGUF_TENSORS,
+        gguf_settings=_gguf_settings,
+        gguf_interleaved=True,
     )
 }

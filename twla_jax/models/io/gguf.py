@@ -18,9 +18,10 @@ from twla_jax.models.families import FAMILIES, by_gguf_architecture, family_of
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.loading import fill_decoder
 from twla_jax.models.rope_settings import RopeScaling
-from twla_jax.schema import check_values, integer, number, shown, text
+from twla_jax.schema import boolean, check_values, either, integer, number, sequence, shown, text
 
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"  # of LongRoPE
 _FLOATS: dict[Any, np.dtype] = {
     gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -40,10 +41,20 @@ _CHECKS = {
     "attention.value_length": integer(2, 2**16),
     "attention.layer_norm_rms_epsilon": number(0, 1, above=True),
     "attention.sliding_window": integer(0, 2**31 - 1),
+    "attention.sliding_window_pattern": either(
+        integer(1, MOST_LAYERS), sequence(boolean(), longest=MOST_LAYERS)
+    ),
+    "attention.scale": _positive,
+    "attn_logit_softcapping": number(0, 1e6),
+    "final_logit_softcapping": number(0, 1e6),
+    "embedding_scale": _positive,
+    "residual_scale": _positive,
+    "logit_scale": _positive,
     "context_length": integer(1, 2**31 - 1),
     "expert_count": integer(0, 2**16),
     "rope.dimension_count": integer(1, 2**16),
     "rope.freq_base": _positive,
+    "rope.freq_base_swa": _positive,
     "rope.scale_linear": number(0, 1e6),  # the older name of rope.scaling.factor
     "rope.scaling.type": text(),
     "rope.scaling.factor": number(0, 1e6),
@@ -93,7 +104,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
     bos = "tokenizer.ggml.bos_token_id"
     check_values(file.metadata, dict.fromkeys([bos, *ends], integer(0, 2**32 - 1)), source)
     for key, harmless in _REFUSED.items():
-        if get(key) is not None and get(key) not in harmless:
+        if key not in family.gguf_keys and get(key) is not None and get(key) not in harmless:
             raise TwlaError(f"{source}: {architecture}.{key} {shown(get(key))} is not supported")
     if get("expert_count", 0):
         raise TwlaError(
@@ -106,7 +117,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
     head_dim = get("attention.key_length", hidden // heads)
     if get("attention.value_length", head_dim) != head_dim:
         raise TwlaError(f"{source}: keys and values of different sizes are not supported")
-    if get("rope.dimension_count", head_dim) != head_dim:
+    rotated = get("rope.dimension_count", head_dim)
+    if rotated != head_dim and ("rope.dimension_count" not in family.gguf_keys or rotated > head_dim):
         raise TwlaError(f"{source}: rotary positions on a part of the head are not supported")
     window = get("attention.sliding_window", 0) or None
 
@@ -124,7 +136,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
         "head_dim": head_dim,
         "rms_norm_eps": require("attention.layer_norm_rms_epsilon"),
         "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(file, get, head_dim // 2),
+        "rope_scaling": _rope_scaling(file, get, rotated // 2),
+        "rotary_dim": None if rotated == head_dim else rotated,
         "max_position_embeddings": require("context_length"),
         "tie_word_embeddings": not has("head.kernel"),
         "qkv_bias": has("blocks.q.bias"),
@@ -136,7 +149,11 @@ def read_config(file: GgufFile) -> DecoderConfig:
         "bos_token_id": file.get(bos),
         "eos_token_ids": tuple(sorted({file.get(key) for key in ends} - {None})),
     }
-    return DecoderConfig(**{**settings, **family.gguf_settings(get, settings)}).checked(source)
+    try:
+        own = family.gguf_settings(get, settings)
+    except TwlaError as error:
+        raise TwlaError(f"{source}: {error}") from None
+    return DecoderConfig(**{**settings, **own}).checked(source)
 
 
 def load_model(file: GgufFile, *, dtype=None, in_files: bool = False) -> Decoder:
@@ -156,9 +173,9 @@ def load_model(file: GgufFile, *, dtype=None, in_files: bool = False) -> Decoder
     config = read_config(file)
     return fill_decoder(
         config,
-        _Tensors(file, config, dtype),
+        family_of(config).gguf_source(_Tensors(file, config, dtype), config),
         family_of(config).gguf_tensors,
-        ignored={_ROPE_FACTORS},
+        ignored={ROPE_FACTORS, SHORT, LONG},
         dtype=dtype,
         in_files=in_files,
     )
@@ -202,21 +219,27 @@ def _prefixed(getter, architecture: str, key: str, *default):
 def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeScaling | None:
     """Return the scaling of rotary frequencies, with llama.cpp's defaults: a factor alone means linear."""
     kind = get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn"):
+    tables = [name for name in (ROPE_FACTORS, SHORT, LONG) if name in file.tensors]
+    if kind not in ("none", "linear", "yarn") and not (kind == "longrope" and tables):
         raise TwlaError(
             f"{file.path}: rope scaling {shown(kind)} is not supported;"
-            f" supported are none, linear, yarn and {_ROPE_FACTORS}"
+            f" supported are none, linear, yarn and {ROPE_FACTORS}"
         )
     factor = get("rope.scaling.factor", get("rope.scale_linear", 0)) or 1.0
-    if _ROPE_FACTORS in file.tensors:
-        if kind != "none" and factor != 1.0:
-            raise TwlaError(f"{file.path}: holds both {_ROPE_FACTORS} and a scaling by {factor:g}")
-        if file.tensors[_ROPE_FACTORS].shape != (pairs,):
-            raise TwlaError(f"{file.path}: tensor {_ROPE_FACTORS!r} is not a row of {pairs} factors")
-        factors = file.read(_ROPE_FACTORS)
-        if not (np.isfinite(factors) & (factors > 0)).all():
-            raise TwlaError(f"{file.path}: tensor {_ROPE_FACTORS!r} has factors that are not positive")
-        return RopeScaling(kind="factors", factors=tuple(float(factor) for factor in factors))
+    if tables and kind not in ("none", "longrope") and factor != 1.0:
+        raise TwlaError(f"{file.path}: holds both {tables[0]} and a scaling by {factor:g}")
+    if ROPE_FACTORS in file.tensors:
+        return RopeScaling(kind="factors", factors=_factors(file, ROPE_FACTORS, pairs))
+    original = get("rope.scaling.original_context_length", get("context_length"))
+    if tables:
+        return RopeScaling(
+            kind="longrope",
+            factors=_factors(file, SHORT, pairs),
+            long_factors=_factors(file, LONG, pairs),
+            original_max_position_embeddings=original,
+            factor=get("context_length") / original,
+            attention_factor=get("rope.scaling.attn_factor", 1.0),
+        )
     if kind == "none" or factor == 1.0:
         return None
     if kind == "linear":
@@ -224,8 +247,24 @@ def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeSc
     return RopeScaling(
         kind="yarn",
         factor=factor,
-        original_max_position_embeddings=get("rope.scaling.original_context_length", get("context_length")),
+        original_max_position_embeddings=original,
         attention_factor=get("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor)),
         beta_fast=get("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=get("rope.scaling.yarn_beta_slow", 1.0),
     )
+
+
+def _factors(file: GgufFile, name: str, pairs: int) -> tuple[float, ...]:
+    """Return a tensor of factors that rotary frequencies are divided by.
+
+    Raises:
+      TwlaError: it is missing, of another shape, or has a factor that is not positive.
+    """
+    if name not in file.tensors:
+        raise TwlaError(f"{file.path}: tensor {name!r} is missing")
+    if file.tensors[name].shape != (pairs,):
+        raise TwlaError(f"{file.path}: tensor {name!r} is not a row of {pairs} factors")
+    factors = file.read(name)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise TwlaError(f"{file.path}: tensor {name!r} has factors that are not positive")
+    return tuple(float(factor) for factor in factors)

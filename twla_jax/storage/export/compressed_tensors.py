@@ -12,6 +12,7 @@ from jaxtyping import Int8, Int32
 from twla_jax.core.tensors import TernaryTensor
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.families import family_of
 from twla_jax.storage.export import safetensors_file
 from twla_jax.storage.export.folding import Parameter, parameters
 from twla_jax.storage.export.hf_config import hf_config
@@ -32,6 +33,11 @@ def write(model: Decoder, tokenizer: Any, folder: Path, *, files: Mapping[str, b
       TwlaError: the linears have offsets, a second plane or rotated inputs, or groups that the format cannot hold.
     """
     tensors = require_plain(model, "compressed-tensors")
+    family = family_of(model.config)
+    if family.hf_fused or family.hf_norms_less_one:
+        raise TwlaError(
+            f"models of type {model.config.model_type} are not written as compressed-tensors; give --format hf"
+        )
     group_size = common_group(tensors)
     config = hf_config(model.config, _DTYPE) | {"quantization_config": _scheme(tensors, group_size)}
     written: list[Tensor] = []

@@ -1,7 +1,9 @@
 """A GGUF file for llama.cpp: dequantised to float16, or in its own ternary types where these hold the model exactly."""
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,21 @@ import numpy as np
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.families import FAMILIES, by_gguf_architecture
+from twla_jax.models.families import FAMILIES
 from twla_jax.models.families.family import Family
+from twla_jax.models.io.gguf import read_config
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.rope import inverse_frequencies
+from twla_jax.storage.export import hf_families
 from twla_jax.storage.export.folding import Parameter, parameters
+from twla_jax.storage.export.gguf_settings import add_settings, rope_tables
 from twla_jax.storage.export.gguf_ternary import TYPES, TernaryType
 from twla_jax.storage.export.gguf_vocabulary import add_vocabulary, check_vocabulary
 from twla_jax.storage.export.plain_planes import Plane, is_linear, plane, require_plain
 
-_ROPE_FACTORS = "rope_freqs.weight"
 _FILE_TYPE_F16 = 1
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # whose settings are those written here
+# Families whose files call them by another's name.
+_AS = {"mistral": "llama", "olmo3": "olmo2"}
 
 
 def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> None:
@@ -41,77 +46,80 @@ def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> N
     if ternary is not None:
         ternary.require(require_plain(model, ternary.name))
     config = model.config
-    architecture = "llama" if config.model_type == "mistral" else config.model_type
-    if architecture not in _ARCHITECTURES:
-        raise TwlaError(f"models of type {config.model_type} cannot be written as GGUF; give --format hf")
-    family = FAMILIES[by_gguf_architecture()[architecture]]
-    writer = gguf.GGUFWriter(path, architecture)
-    _add_settings(writer, config)
+    if config.model_type not in hf_families.FAMILIES:
+        raise TwlaError(f"models of type {config.model_type} cannot be written as GGUF")
+    family = FAMILIES[_AS.get(config.model_type, config.model_type)]
+    writer = gguf.GGUFWriter(path, str(family.gguf_architecture))
+    add_settings(writer, config)
     writer.add_file_type(ternary.file_type if ternary else _FILE_TYPE_F16)
     add_vocabulary(writer, tokenizer, config.vocab_size, config.eos_token_ids)
-    makers: list[Callable[[], np.ndarray]] = []
-    if (factors := _rope_factors(config)) is not None:
-        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-        makers.append(lambda: factors)
-    for each in parameters(model):
-        name = family.gguf_tensors[each.name].format(each.layer)
-        if ternary is not None and is_linear(each):
+    tables = rope_tables(config)
+    for name, table in tables.items():
+        writer.add_tensor_info(name, table.shape, table.dtype, table.nbytes)
+    makers: list[Callable[[], np.ndarray]] = [lambda table=table: table for table in tables.values()]
+    for name, parts in _stored(model, family):
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        if ternary is not None and is_linear(parts[0]):
             # Under a number, since the gguf package need not know the type; the type of the array is not looked at.
             number: Any = ternary.number
-            writer.add_tensor_info(name, each.shape, np.dtype(np.float16), ternary.nbytes(each.shape), number)
-            makers.append(lambda each=each: _ternary_rows(each, ternary, config, family))
-            continue
-        dtype = np.dtype(np.float16 if len(each.shape) == 2 else np.float32)
-        writer.add_tensor_info(name, each.shape, dtype, math.prod(each.shape) * dtype.itemsize)
-        makers.append(lambda each=each, dtype=dtype: _cast(each, dtype, config, family))
+            writer.add_tensor_info(name, shape, np.dtype(np.float16), ternary.nbytes(shape), number)
+            make = functools.partial(_ternary_rows, kind=ternary, config=config, family=family)
+        else:
+            dtype = np.dtype(np.float16 if len(shape) == 2 else np.float32)
+            writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize)
+            make = functools.partial(_cast, dtype=dtype, config=config, family=family)
+        makers.append(lambda make=make, parts=parts: np.concatenate([make(part) for part in parts]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for make in makers:
         writer.write_tensor_data(np.ascontiguousarray(make()))
     writer.close()
+    written = GgufFile(path)
+    _check_settings(read_config(written), config)
     if tokenizer is not None:
-        check_vocabulary(GgufFile(path), tokenizer)
+        check_vocabulary(written, tokenizer)
 
 
-def _add_settings(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
-    sliding = config.sliding_layers if config.sliding_window is not None else ()
-    if sliding and len(sliding) != config.num_layers:
-        raise TwlaError("llama.cpp has no form for windows in only some layers; give --format hf")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
-    if sliding and config.sliding_window is not None:
-        writer.add_sliding_window(config.sliding_window)
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind in ("llama3", "factors"):  # those are a tensor
-        return
-    if scaling.kind not in ("linear", "yarn") or not scaling.truncate:
-        raise TwlaError(f"llama.cpp has no form for rope scaling {scaling.kind!r} here; give --format hf")
-    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
-    writer.add_rope_scaling_factor(scaling.factor)
-    if scaling.kind == "yarn":
-        writer.add_rope_scaling_attn_factors(scaling.attention_factor / (1 + 0.1 * math.log(scaling.factor)))
-        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
-        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
-        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
+def _stored(model: Decoder, family: Family) -> Iterator[tuple[str, list[Parameter]]]:
+    """Yield the name of every tensor of the file with the parameters that it holds, one above the other."""
+    fused = {part: (whole, parts) for whole, parts in family.gguf_fused.items() for part in parts}
+    waiting: dict[str, dict[str, Parameter]] = {}
+    for each in parameters(model):
+        name = family.gguf_tensors[each.name].format(each.layer)
+        stem, _, kind = name.rpartition(".")
+        front, _, part = stem.rpartition(".")
+        if part not in fused or not front:
+            yield name, [each]
+            continue
+        whole, parts = fused[part]
+        held = waiting.setdefault(f"{front}.{whole}.{kind}", {})
+        held[part] = each
+        if len(held) == len(parts):
+            yield f"{front}.{whole}.{kind}", [held[part] for part in parts]
 
 
-def _rope_factors(config: DecoderConfig) -> np.ndarray | None:
-    """Return what frequencies are divided by, where the rule is not linear."""
-    if config.rope_scaling is None or config.rope_scaling.kind not in ("llama3", "factors"):
-        return None
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    return (config.rope_theta**-exponents / inverse_frequencies(config)).astype(np.float32)
+def _check_settings(found: DecoderConfig, config: DecoderConfig) -> None:
+    """Refuse a file that llama.cpp would compute something else from.
+
+    Raises:
+      TwlaError: settings that decide the forward pass were read back as others.
+    """
+    if config.model_type == "mistral":
+        found = dataclasses.replace(found, model_type="mistral")
+    same = {"rope_scaling": config.rope_scaling, "bos_token_id": None, "eos_token_ids": ()}
+    held, again = (
+        dataclasses.replace(each, rotary_dim=each.rotary_dim or each.head_dim, **same).to_dict()
+        for each in (config, found)
+    )
+    for key, value in held.items():
+        close = isinstance(value, float) and math.isclose(value, again[key] or 0.0, rel_tol=1e-6)
+        if not close and value != again[key]:
+            raise TwlaError(
+                f"llama.cpp takes {again[key]} for {key} of {config.model_type}, not {value}; give --format hf"
+            )
+    if not np.allclose(inverse_frequencies(found), inverse_frequencies(config), rtol=1e-5):
+        raise TwlaError("llama.cpp has no form for these rotary positions; give --format hf")
 
 
 def _ternary_rows(parameter: Parameter, kind: TernaryType, config: DecoderConfig, family: Family) -> Any:

@@ -1,17 +1,12 @@
 """The `config.json` of a decoder: what `config_from_hf` reads, the other way round."""
 
+import dataclasses
 from typing import Any
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.rope_settings import RopeScaling
-
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+from twla_jax.storage.export.hf_families import FAMILIES
 
 
 def hf_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -23,16 +18,16 @@ def hf_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     Raises:
       TwlaError: transformers has no class for these settings.
     """
-    family = config.model_type
     # GGUF files of Mistral say llama, whose class in transformers has no window.
-    if family == "llama" and config.sliding_window is not None:
-        family = "mistral"
-    if family not in _CLASSES:
+    if config.model_type == "llama" and config.sliding_window is not None:
+        config = dataclasses.replace(config, model_type="mistral")
+    if config.model_type not in FAMILIES:
         raise TwlaError(f"models of type {config.model_type} cannot be written as a Hugging Face folder")
+    family = FAMILIES[config.model_type]
     eos = list(config.eos_token_ids)
     return {
-        "architectures": [_CLASSES[family]],
-        "model_type": family,
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -40,52 +35,32 @@ def hf_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": family.activation,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "use_cache": True,
         "torch_dtype": dtype,
-        **_rope(config.rope_scaling, config),
-        **_biases(config, family),
-        **_windows(config, family),
+        **_rope_keys(config, layered=family.layered),
+        **family.keys(config),
     }
 
 
-def _biases(config: DecoderConfig, family: str) -> dict[str, Any]:
-    qkv, o, mlp = config.qkv_bias, config.o_bias, config.mlp_bias
-    expressible = {
-        "llama": qkv == o,
-        "mistral": not (qkv or o or mlp),
-        "qwen2": qkv and not (o or mlp),
-        "qwen3": qkv == o and not mlp,
-    }[family]
-    if not expressible or config.qk_norm != (family == "qwen3"):
-        raise TwlaError(f"transformers has no {family} with the biases or norms of this model; export gguf")
-    settings = {"attention_bias": qkv} if family in ("llama", "qwen3") else {}
-    return settings | ({"mlp_bias": mlp} if family == "llama" else {})
-
-
-def _windows(config: DecoderConfig, family: str) -> dict[str, Any]:
-    if family == "llama":
-        return {}
-    if family == "mistral":
-        if config.sliding_window is not None and len(config.sliding_layers) != config.num_layers:
-            raise TwlaError(
-                "transformers has no mistral in which only some layers have a window; export gguf"
-            )
-        return {"sliding_window": config.sliding_window}
-    sliding = set(config.sliding_layers if config.sliding_window is not None else ())
-    kinds = ("full_attention", "sliding_attention")
-    return {
-        "use_sliding_window": bool(sliding),
-        "sliding_window": config.sliding_window,
-        "max_window_layers": min(sliding, default=config.num_layers),
-        "layer_types": [kinds[layer in sliding] for layer in range(config.num_layers)],
-    }
+def _rope_keys(config: DecoderConfig, *, layered: bool) -> dict[str, Any]:
+    """Return the rotary settings as transformers 4 and 5 read them, for all layers or by kind of layer."""
+    common = {"rope_theta": config.rope_theta}
+    if config.rotary_dim is not None:
+        common["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    stated = _rope(config.rope_scaling, config)
+    if not layered:
+        if stated["rope_scaling"] is not None:
+            stated["rope_scaling"] |= common
+        return {**common, **stated}
+    full = {"rope_type": "default", **(stated.pop("rope_scaling") or {}), **common}
+    sliding = {"rope_type": "default", "rope_theta": config.sliding_rope_theta or config.rope_theta}
+    return {**stated, "rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
 
 
 def _rope(scaling: RopeScaling | None, config: DecoderConfig) -> dict[str, Any]:

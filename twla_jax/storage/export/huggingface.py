@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,38 @@ def write(
       TwlaError: transformers has no class for the model's settings, or a weight is too large for float16.
     """
     config = hf_config(model.config, dtype)
-    tensors = [
-        Tensor(name, DTYPES[dtype], each.shape, functools.partial(cast, each, dtype, name))
-        for name, each in ((published_name(each, model.config), each) for each in parameters(model))
-    ]
-    safetensors_file.write_model(folder, tensors)
+    safetensors_file.write_model(folder, _tensors(model, dtype))
     write_settings(folder, config, tokenizer, files)
+
+
+def _tensors(model: Decoder, dtype: str) -> list[Tensor]:
+    """Return the tensors as the family publishes them: some fused, norms of some as what they differ from 1 by."""
+    family = family_of(model.config)
+    fused = {part: (whole, len(parts)) for whole, parts in family.hf_fused.items() for part in parts}
+    tensors: list[Tensor] = []
+    waiting: dict[str, list[Tensor]] = {}
+    for each in parameters(model):
+        name = published_name(each, model.config)
+        less_one = family.hf_norms_less_one and name.endswith("norm.weight")
+        make = functools.partial(cast, each, dtype, name, less=1.0 if less_one else 0.0)
+        tensor = Tensor(name, DTYPES[dtype], each.shape, make)
+        part = name.split(".")[-2]
+        if part not in fused:
+            tensors.append(tensor)
+            continue
+        whole, count = fused[part]
+        parts = waiting.setdefault(name.replace(part, whole), [])
+        parts.append(tensor)
+        if len(parts) == count:
+            tensors.append(_stacked(name.replace(part, whole), parts, family.hf_fused[whole]))
+    return tensors
+
+
+def _stacked(name: str, parts: Sequence[Tensor], order: Sequence[str]) -> Tensor:
+    """Return one tensor of the rows of several, in the order of their names."""
+    parts = sorted(parts, key=lambda part: order.index(part.name.split(".")[-2]))
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return Tensor(name, parts[0].dtype, shape, lambda: np.concatenate([part.make() for part in parts]))
 
 
 def write_settings(
@@ -62,13 +88,14 @@ def published_name(parameter: Parameter, config: DecoderConfig) -> str:
     return family_of(config).hf_tensors[parameter.name].format(parameter.layer)
 
 
-def cast(parameter: Parameter, dtype: str, name: str) -> np.ndarray:
-    """Return the dense parameter in `dtype`.
+def cast(parameter: Parameter, dtype: str, name: str, *, less: float = 0.0) -> np.ndarray:
+    """Return the dense parameter, less a number, in `dtype`.
 
     Raises:
       TwlaError: a value is out of its range.
     """
     dense = parameter.dense()
+    dense = dense - np.float32(less) if less else dense
     with np.errstate(over="ignore"):
         narrow = dense.astype(DTYPES[dtype])
     if not np.isfinite(narrow).all():
