@@ -14,6 +14,7 @@ from twla_jax.cli import main
 from twla_jax.recipe import Recipe
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES = [README, README.with_name("CONTRIBUTING.md"), *sorted(README.parent.glob("docs/**/*.md"))]
 
 
@@ -35,7 +36,7 @@ def test_the_commands_run(stories_model, tmp_path, monkeypatch, capsys):
         ["twla", name] for name in ("quantize", "eval", "generate", "inspect")
     ]
     for _, *arguments in commands:
-        main.main([str(stories_model) if argument == "smollm2" else argument for argument in arguments])
+        main.main([str(stories_model) if argument == HUB_ID else argument for argument in arguments])
     printed = capsys.readouterr().out
     assert "perplexity" in printed
     assert "bits per weight, linears" in printed
@@ -45,8 +46,8 @@ def test_the_commands_run(stories_model, tmp_path, monkeypatch, capsys):
 def test_the_python_runs(stories_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = block("python")
-    assert code.count('"smollm2"') == 1
-    exec(compile(code.replace('"smollm2"', repr(str(stories_model))), str(README), "exec"), {})
+    assert code.count(f'"{HUB_ID}"') == 1
+    exec(compile(code.replace(f'"{HUB_ID}"', repr(str(stories_model))), str(README), "exec"), {})
     assert capsys.readouterr().out.strip()
     assert (tmp_path / "smollm2-w1.58-python" / "twla.json").is_file()
 
