@@ -158,10 +158,10 @@ def _evaluate_tasks(
 ) -> None:
     from twla_jax.evaluation import harness, tasks
 
-    decoder, tokenizer, path = _load(model, **form)
+    decoder, tokenizer, path = load_for_use(model, **form)
     answering = [harness.HarnessModel(decoder, tokenizer, batch_tokens=batch_tokens)]
     if against is not None:
-        full, spelling, _ = _load(against, **(form | {"activation_bits": None, "kernels": "off"}))
+        full, spelling, _ = load_for_use(against, **(form | {"activation_bits": None, "kernels": "off"}))
         answering.append(harness.HarnessModel(full, spelling, batch_tokens=batch_tokens))
     wanted = [name.strip() for name in names.split(",")]
     result = tasks.evaluate_tasks(answering[0], wanted, original=(*answering, None)[1], limit=limit)
