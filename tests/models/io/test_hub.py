@@ -4,6 +4,7 @@ import json
 import os
 
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -12,6 +13,8 @@ from twla_jax.errors import TwlaError
 from twla_jax.jobs import loading
 from twla_jax.models.io import hub
 from twla_jax.models.io.readers import load_model, read_config
+from twla_jax.recipe import Recipe
+from twla_jax.storage import checkpoint
 
 from helpers.chat_tokenizer import chat_tokenizer
 from helpers.fake_hub import COMMIT, FakeHub
@@ -125,6 +128,20 @@ def test_of_a_model_in_shards_those_of_the_index_are_fetched(online, files, gold
         "model.safetensors.index.json": json.dumps(single).encode(),
     }
     assert load_model(loading.resolve_model("org/one")).config.num_layers == 2
+
+
+def test_a_quantised_model_is_fetched_with_the_files_that_it_lists(online, tiny_ternary, tmp_path):
+    folder = tmp_path / "quantised"
+    checkpoint.save(tiny_ternary, chat_tokenizer(), folder, Recipe(), {})
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    online.models["org/quantised"] = {**files, "README.md": b"x", "model.safetensors": b"x"}
+    model, tokenizer = loading.load("org/quantised")
+    assert set(online.fetched) <= set(files)  # of equal files, one is enough
+    assert tokenizer.chat_template
+    for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(tiny_ternary), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_gguf_files_are_named_unless_there_is_but_one(online):

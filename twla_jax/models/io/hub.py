@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from twla_jax.errors import TwlaError
+from twla_jax.json_files import read_json
 from twla_jax.models.io import huggingface
 from twla_jax.models.io.shards import INDEX, SINGLE, indexed_files
+from twla_jax.schema import check_values, mapping
 
+_QUANTIZED = "twla.json"  # of a folder that this library wrote
 _SETTINGS = (
+    _QUANTIZED,
     "config.json",
     "generation_config.json",
     INDEX,
@@ -56,7 +60,8 @@ def fetch(name: HubName, *, weights: bool = True) -> Path:
 
     Args:
       name: of the model.
-      weights: whether weights are needed, or settings and tokenizer alone. A GGUF file is always fetched whole.
+      weights: whether weights are needed, or settings and tokenizer alone. A GGUF file and a quantised folder are
+        always fetched whole.
 
     Raises:
       TwlaError: there is no such model, revision or file, or no access or no way to it; or its architecture is not
@@ -65,6 +70,11 @@ def fetch(name: HubName, *, weights: bool = True) -> Path:
     if name.file is not None:
         return _gguf(name, name.file)
     folder = _snapshot(name, _SETTINGS)
+    if (folder / _QUANTIZED).exists():
+        manifest = read_json(folder / _QUANTIZED)
+        check_values(manifest, {"files": mapping()}, str(folder / _QUANTIZED))
+        _snapshot(name._replace(revision=folder.name), list(manifest.get("files", ())))
+        return folder
     if not (folder / "config.json").exists():
         return _gguf(name, _only_gguf(name))
     huggingface.read_config(folder)  # refuses what would be fetched in vain
