@@ -10,6 +10,7 @@ from flax import nnx
 
 from twla_jax.errors import TwlaError
 from twla_jax.inference.generation import generate, stream
+from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.inference.sampling import Sampling, choose, keep_likely, penalize
 from twla_jax.models.decoder import Decoder
 
@@ -80,7 +81,9 @@ def test_a_penalty_counts_the_prompt_and_what_was_generated(model):
         assert len(set(row.tolist())) == len(row)
 
 
-def test_all_settings_give_the_same_at_once_and_one_by_one(model):
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_settings_give_the_same_at_once_and_one_by_one(model, packed):
+    model = prepare_for_inference(model) if packed else model
     sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=7)
     found = generate(model, PROMPT, max_new_tokens=10, sampling=sampling)
     steps = stream(model, PROMPT, max_new_tokens=10, sampling=sampling)

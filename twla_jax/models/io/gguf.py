@@ -100,7 +100,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
         if isinstance(get(key), list):
             raise TwlaError(f"{source}: a number of heads that differs between layers is not supported")
     check_values(file.metadata, {f"{architecture}.{key}": check for key, check in _CHECKS.items()}, source)
-    ends = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot")]
+    ends = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
     bos = "tokenizer.ggml.bos_token_id"
     check_values(file.metadata, dict.fromkeys([bos, *ends], integer(0, 2**32 - 1)), source)
     for key, harmless in _REFUSED.items():
