@@ -107,8 +107,8 @@ def test_the_default_text_is_of_every_domain_at_hand(stories_model, texts, tmp_p
 
 
 def test_tokens_of_the_refinement_are_steps_of_whole_batches():
-    recipe = make._refined_on(load_recipe("demo-refined"), 4096 + 100)
-    assert recipe.refine.end_to_end.steps == 4096 // (4 * 128)
+    recipe = make._refined_on(load_recipe("w1.58-g128-refined"), 3 * 4 * 2048 + 100)
+    assert recipe.refine.end_to_end.steps == 3
     assert make._refined_on(recipe, 1).refine.end_to_end.steps == 1
     assert make._refined_on(recipe, None) == recipe
 

@@ -259,44 +259,27 @@ def demo(
     out: Annotated[str, argument("OUT")] = "smollm2-w1.58",
     windows: OptionalWindows = None,
     seq_len: OptionalSeqLen = None,
-    refine_tokens: OptionalRefineTokens = None,
+    two_planes: bool = True,
     check_windows: CheckWindows = 4,
     json: bool = False,
 ) -> None:
     """Quantise SmolLM2-135M on this machine in a few minutes, then evaluate it and generate text.
 
     Args:
-        out: folder to write; an earlier demo there is replaced
+        out: folder to write; OUT-two-planes gets the model with twice the bits; earlier demos there are replaced
         windows: number of calibration windows; fewer are faster and worse
         seq_len: tokens per window
-        refine_tokens: tokens of text that the refinement of the scales sees
+        two_planes: quantise in two planes, too
         check_windows: number of evaluation windows for each perplexity
-        json: print the report as JSON
+        json: print the reports as JSON
     """
     from twla_jax import recipe as recipe_module
-    from twla_jax.jobs import continuations, loading, quantize_model
+    from twla_jax.jobs import demonstrate
 
-    settings = with_options(recipe_module.load_recipe("demo-refined"), None, windows, seq_len, None, None)
-    settings = _refined_on(settings, refine_tokens)
-    report = quantize_model.quantize_to_folder(
-        loading.SMOLLM2,
-        out,
-        settings,
-        overwrite=True,
-        check_windows=check_windows,
-        check_bits=(16, 4),
-    )
-    quantised, tokenizer = loading.load(out)
-    original, _ = loading.load(loading.SMOLLM2)
-    bits = report["size"]["bits_per_weight_linear"]
-    models = {"original, 16 bits a weight": original, f"quantised, {bits:.2f} bits a weight": quantised}
-    prompt = "The most important thing about a programming language is"
-    rows = continuations.continue_prompt(models, tokenizer, prompt)
-    report["prompt"], report["continuations"] = prompt, rows
-
-    def text() -> str:
-        return "\n\n".join(
-            [quantize_model.format_report(report, out), continuations.format_continuations(prompt, rows)]
-        )
-
-    show(report, json, text)
+    names = {Path(out): "demo"} | ({Path(f"{out}-two-planes"): "demo-two-planes"} if two_planes else {})
+    recipes = {
+        folder: with_options(recipe_module.load_recipe(name), None, windows, seq_len, None, None)
+        for folder, name in names.items()
+    }
+    result = demonstrate.demonstrate(recipes, check_windows=check_windows)
+    show(result, json, lambda: demonstrate.format_demonstration(result))
