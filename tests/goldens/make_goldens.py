@@ -7,10 +7,12 @@ Small random models keep their weights in the file; of SmolLM2 a sample of the l
 
 import json
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
@@ -52,6 +54,7 @@ LONGROPE = {
 }
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GEMMA = {**SPECIAL, "head_dim": 16, "sliding_window": 7, "tie_word_embeddings": True}
+EXPERTS = {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 CASES = {
     "llama": ("llama", {}),
     "llama_tied_llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -120,6 +123,9 @@ CASES = {
             },
         },
     ),
+    "mixtral": ("mixtral", {**SPECIAL, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe_plain": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
     "phi3": ("phi3", {**SPECIAL, "sliding_window": 7}),
     "phi4_mini": (
         "phi3",
@@ -159,7 +165,7 @@ def small_model(name: str, seed: int) -> None:
         logits = model.eval()(tokens).logits
     stored = {
         key: value
-        for key, value in model.state_dict().items()
+        for key, value in published_tensors(model).items()
         if not (config.tie_word_embeddings and "lm_head" in key)
     }
     np.savez_compressed(
@@ -191,6 +197,15 @@ def generated_longrope() -> None:
         tokens=made.sequences.numpy().astype(np.int32),
         logits=torch.stack(made.logits, 1).numpy(),
     )
+
+
+def published_tensors(model) -> dict[str, torch.Tensor]:
+    """Tensors under the names of published files: in memory, transformers has all experts of a layer in one."""
+    if not any(".experts." in key for key in model.state_dict()):
+        return model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return safetensors.torch.load_file(Path(folder) / "model.safetensors")
 
 
 def smollm2(path: Path) -> None:

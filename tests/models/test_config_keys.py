@@ -46,6 +46,8 @@ CLASSES = {
     "olmo2": "Olmo2Config",
     "olmo3": "Olmo3Config",
     "phi3": "Phi3Config",
+    "mixtral": "MixtralConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
 }
 
 

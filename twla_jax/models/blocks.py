@@ -30,6 +30,7 @@ class Site(NamedTuple):
       norm: the norm that the linears' input comes out of, if one stands right before it: kernels take it along.
       writes: whether the linears' outputs are added to the residual stream.
       recomputed: whether calibration computes its input anew from the site before rather than keep it: it is wide.
+      experts: whether its linears are `ExpertLinear`s; the block then has `route(state)`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Site(NamedTuple):
     norm: str | None = None
     writes: bool = False
     recomputed: bool = False
+    experts: bool = False
 
 
 @jax.tree_util.register_dataclass

@@ -28,6 +28,8 @@ _RANGES = {
     "max_position_embeddings": integer(1, 2**31 - 1),
     "sliding_window": optional(integer(1, 2**31 - 1)),
     "sliding_rope_theta": optional(number(0, 1e30, above=True)),
+    "num_experts": integer(0, 2**16),
+    "experts_per_token": integer(0, 2**16),
     "rotary_dim": optional(integer(2, 2**16)),
     **dict.fromkeys(
         ("query_scale", "embed_scale", "residual_scale", "logit_scale"), number(0, 1e9, above=True)
@@ -48,6 +50,9 @@ class DecoderConfig:
       rotary_dim: features of a head that are rotated, the first ones; all if None.
       query_scale: what queries are multiplied by beside the usual `head_dim^(−1/2)`.
       attention_softcap: c of `c · tanh(scores / c)`, None for none; `logit_softcap` likewise of the logits.
+      num_experts: of a mixture's layers, each with an MLP of `intermediate_size`; 0 where there are none.
+      experts_per_token: those that a token goes to.
+      normalize_routing: whether the weights of a token's experts add up to 1.
       embed_scale, residual_scale, logit_scale: what embeddings, a sublayer's output and logits are multiplied by.
     """
 
@@ -81,6 +86,9 @@ class DecoderConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalize_routing: bool = False
 
     def checked(self, source: str) -> "DecoderConfig":
         """Return these settings, if their sizes are in range and fit together.
@@ -96,6 +104,8 @@ class DecoderConfig:
             raise TwlaError(
                 f"{source}: {self.rotary_dim} of {self.head_dim} features of a head cannot be rotated"
             )
+        if self.experts_per_token > self.num_experts:
+            raise TwlaError(f"{source}: {self.experts_per_token} experts a token of {self.num_experts}")
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise TwlaError(
                 f"{source}: {self.num_heads} heads of {self.head_dim} cannot share {self.num_kv_heads} key/value heads"

@@ -79,10 +79,12 @@ WITHOUT_EFFECT = frozenset(
         "label2id",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "pad_token_id",
         "pretraining_tp",  # transformers 5 computes with whole matrices whatever it says
         "problem_type",
         "return_dict",
+        "router_aux_loss_coef",
         "torch_dtype",
         "transformers_version",
         "use_cache",

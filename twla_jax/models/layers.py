@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from twla_jax.core.quantizers import PackedTensor
 from twla_jax.core.tensors import packed_matmul
+from twla_jax.ops.expert_matmul import block_products, block_size, expert_blocks
 from twla_jax.ops.rotate_quantize import rms_norm
 
 
@@ -79,6 +80,45 @@ class Linear(nnx.Module):
         else:
             y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+class ExpertLinear(Linear):
+    """A linear for each of several experts, without biases: `kernel` has an axis of experts after those of layers."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        experts: int,
+        leading: tuple[int, ...],
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+    ):
+        leading = (*leading, experts)
+        super().__init__(in_features, out_features, bias=False, leading=leading, rngs=rngs, dtype=dtype)
+
+    @property
+    def num_experts(self) -> int:
+        """Returns how many experts there are."""
+        return self.kernel.get_value().shape[-3]
+
+    def of_experts(
+        self, x: Float[Array, "*tokens m"] | Float[Array, "*tokens k m"], experts: Int32[Array, "*tokens k"]
+    ) -> Float[Array, "*tokens k n"]:
+        """Return the outputs of each token's k experts, in `x.dtype`.
+
+        Args:
+          x: one input a token, or one for each of its experts.
+          experts: of each token.
+        """
+        kernel = self.kernel.get_value()
+        blocks = expert_blocks(
+            experts.reshape(-1), self.num_experts, block_size(experts.size, self.num_experts)
+        )
+        rows = x.reshape(-1, x.shape[-1])
+        y = block_products(blocks.gather(rows, experts.size // len(rows)), kernel, blocks.experts)
+        return blocks.scatter(y).reshape(*experts.shape, -1)
 
 
 class RMSNorm(nnx.Module):

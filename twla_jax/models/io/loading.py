@@ -1,6 +1,7 @@
 """Fills a decoder from named tensors, whatever file they come from."""
 
 import functools
+import itertools
 from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def fill_decoder(
     """
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype or jnp.float32))
     parameters = dict(nnx.to_flat_state(nnx.state(decoder)))
-    stored = {path: _stored_names(path, table, config.num_layers) for path in parameters}
+    stored = {path: _stored_names(path, table, config) for path in parameters}
     wanted = [name for names in stored.values() for name in names]
     if missing := sorted(set(wanted) - set(source.names())):
         raise TwlaError(
@@ -53,7 +54,7 @@ def fill_decoder(
             f"{source.where(unknown[0])}: tensor {unknown[0]!r} has no place in a {config.model_type} decoder"
         )
     for path, parameter in parameters.items():  # before anything is allocated
-        shape = parameter.get_value().shape[1 if path[0] == "blocks" else 0 :]
+        shape = parameter.get_value().shape[_stacked(path, table) :]
         for name in stored[path]:
             _check_shape(source, name, shape[::-1] if path[-1] == "kernel" else shape)
     for path, parameter in parameters.items():
@@ -63,8 +64,8 @@ def fill_decoder(
             parameter.set_value(StoredLayers(read, parameter.get_value().shape, leaf_dtype))
             continue
         value = np.empty(parameter.get_value().shape, leaf_dtype)
-        # A view with a leading axis of layers, also where there is only the one tensor.
-        slots = value if path[0] == "blocks" else value[None]
+        # A view with one leading axis: of layers, of layers and experts, or of the only tensor.
+        slots = value.reshape(-1, *value.shape[_stacked(path, table) :])
         for slot, name in zip(slots, stored[path], strict=True):
             _copy_checked(source, name, slot, transposed=path[-1] == "kernel")
         parameter.set_value(value)
@@ -72,9 +73,15 @@ def fill_decoder(
     return decoder
 
 
-def _stored_names(path: tuple, table: Mapping[str, str], num_layers: int) -> list[str]:
+def _stacked(path: tuple, table: Mapping[str, str]) -> int:
+    """Return how many leading axes of a parameter its tensors are stacked along."""
+    return table[".".join(map(str, path))].count("{}")
+
+
+def _stored_names(path: tuple, table: Mapping[str, str], config: DecoderConfig) -> list[str]:
+    sizes = (config.num_layers, config.num_experts)[: _stacked(path, table)]
     pattern = table[".".join(map(str, path))]
-    return [pattern.format(layer) for layer in range(num_layers)] if path[0] == "blocks" else [pattern]
+    return [pattern.format(*index) for index in itertools.product(*map(range, sizes))]
 
 
 def _check_shape(source: TensorSource, name: str, expected: tuple[int, ...]) -> None:
