@@ -123,7 +123,10 @@ CASES = {
             },
         },
     ),
-    "mixtral": ("mixtral", {**SPECIAL, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}),
+    "mixtral": (
+        "mixtral",
+        {**SPECIAL, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
+    ),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     "qwen3_moe_plain": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
     "phi3": ("phi3", {**SPECIAL, "sliding_window": 7}),

@@ -67,7 +67,10 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mixtral"}, "'mixtral' is not supported; supported are llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "deepseek_v3"},
+            "'deepseek_v3' is not supported; supported are llama, mistral, qwen2, qwen3",
+        ),
         ({"model_type": None}, "architecture null"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu' or 'swish'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),

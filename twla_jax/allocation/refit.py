@@ -76,7 +76,10 @@ def _refit(
 ) -> Float16[Array, " 4"]:
     if rotation is not None:
         sample = rotation(sample)
-    rows = jnp.concatenate([tensors.dequantize(kernel) for kernel in kernels])
+    dense = (tensors.dequantize(kernel) for kernel in kernels)
+    rows = jnp.concatenate(
+        [each.reshape(-1, each.shape[-1]) for each in dense]
+    )  # of all experts, if there are any
     metric = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
     chosen = jnp.asarray(BIT_CHOICES) == quantizer.bits
     return jnp.where(chosen, fit_clips(sample, metric, candidates), quantizer.clips)

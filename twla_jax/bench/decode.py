@@ -61,7 +61,7 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
         held = _block_bytes(model, before)
         for batch in settings.batches:
             for name, model_at in _at_bits(model, [bits] if bits in (None, OFF) else low):
-                taken = _step_seconds(model_at, batch, settings)
+                taken = step_seconds(model_at, batch, settings)
                 if bits is None:
                     bf16[batch] = taken
                 name += f", head of {embedding} bits" if embedding < OFF else ""
@@ -81,7 +81,7 @@ def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, 
         yield "bf16" if each is None else f"W1.58A{each}", model
 
 
-def _step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float:
+def step_seconds(model: Decoder, batch: int, settings: DecodeSettings) -> float:
     """Return the median wall-clock seconds of a step, over calls of the loop that `generate` runs."""
     room = generation.bucket(settings.steps + 1)
     cache = _random_cache(model, batch, settings)

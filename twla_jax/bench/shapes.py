@@ -55,7 +55,8 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 def quantized_weights(config: DecoderConfig) -> int:
     """Return the number of weights in the matrices of all blocks."""
-    return config.num_layers * sum(n * m for n, m in matrices(config).values())
+    experts: dict[str, int] = dict.fromkeys(("gate,up", "down"), config.num_experts or 1)
+    return config.num_layers * sum(n * m * experts.get(name, 1) for name, (n, m) in matrices(config).items())
 
 
 def ternary_tensor(key: Array, n: int, m: int, lead: tuple[int, ...] = ()) -> TernaryTensor:
@@ -175,8 +176,8 @@ def _quantize_randomly(model: Decoder, bits: int, key: Array) -> None:
         for name in site.linears:
             key, part = jax.random.split(key)
             linear = getattr(model.blocks, name)
-            _, m, n = linear.kernel.shape
-            linear.kernel = nnx.Param(ternary_tensor(part, n, m, (layers,)))
+            *lead, m, n = linear.kernel.shape
+            linear.kernel = nnx.Param(ternary_tensor(part, n, m, tuple(lead)))
         transform = model.blocks.transform(site)
         rotations = jax.vmap(lambda key, m=m, n=n: rotation(key, m, n))(jax.random.split(key, layers))
         transform.rotation = nnx.data(nnx.Param(rotations))

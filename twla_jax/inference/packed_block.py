@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from twla_jax.inference.packed_cache import PackedLayer
+from twla_jax.inference.packed_experts import PackedExperts
 from twla_jax.inference.packed_linear import FewTokens, KernelInput, KernelLinear, Ungated
 from twla_jax.models.blocks import ChainBlock, Context, Site, State, run
 from twla_jax.models.families.llama import LlamaBlock
 from twla_jax.models.layers import RMSNorm
+from twla_jax.models.routing import Routing
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.decode_attention import AttentionSplits, decode_attention
 from twla_jax.ops.dispatch import Implementation
@@ -65,13 +67,15 @@ class PackedBlock(ChainBlock):
         packed = {name for site in block.sites for name in (f"{site.name}_input", *site.linears)}
         for site in block.sites:
             norm = None if site.norm is None else getattr(block, site.norm)
+            norm = None if site.experts else norm  # which a router reads, too
             if isinstance(norm, RMSNorm):
                 setattr(self, str(site.norm), _nothing)
                 packed.add(str(site.norm))
             options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "implementation": implementation}
             taken = norm if isinstance(norm, RMSNorm) else None
             setattr(self, f"{site.name}_input", KernelInput(block, site, norm=taken, **options))
-            setattr(self, f"{site.name}_linear", KernelLinear(block, site, **options))
+            linear = PackedExperts if site.experts else KernelLinear
+            setattr(self, f"{site.name}_linear", linear(block, site, **options))
         for name, value in vars(block).items():
             if name not in packed and not name.startswith("_"):
                 setattr(self, name, value)
@@ -89,6 +93,10 @@ class PackedBlock(ChainBlock):
     def outputs(self, site: Site, h: Any) -> tuple[Float[Array, "b t _"], ...]:
         """Return what each linear of `site` makes of h, from its packed input."""
         return self.linear(site).parts(h)
+
+    def expert_outputs(self, site: Site, h: Any, routing: Routing) -> tuple[Float[Array, "b t k _"], ...]:
+        """Return what each linear of `site`, of each expert of a token, makes of h, from its packed input."""
+        return getattr(self, f"{site.name}_linear")(h, routing.experts)
 
     def add_output(self, site: Site, h: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Return the residual stream x with the output of the one linear of `site` added, where that ends if it can."""
@@ -174,7 +182,8 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
     def takes_splits(self) -> bool:
         """Returns whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
         gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
-        standard = self.shared.issuperset({"sites", "before", "attend", "project", "to_stream"})
+        standard = self.shared.issuperset({"before", "attend", "project", "to_stream"})
+        standard &= self.sites[:2] == LlamaBlock.sites[:2]
         site = self.sites[1]
         one_plane = self.input(site).makes_codes and self.linear(site).plane is not None
         return gpu and standard and self.mesh is None and one_plane

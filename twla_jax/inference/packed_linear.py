@@ -82,7 +82,9 @@ class KernelInput(nnx.Module):
         self.mesh, self.implementation = mesh, implementation
         kernels = (linear.kernel.get_value() for linear in block.linears(site))
         ternary = all(isinstance(kernel, TernaryTensor) for kernel in kernels)
-        self.wide = settings is None and ternary and mesh is None and jnp.dtype(dtype) == jnp.bfloat16
+        narrow = jnp.dtype(dtype) == jnp.bfloat16
+        self.wide = settings is None and ternary and mesh is None and narrow and not site.experts
+        self.of_experts = site.experts
 
     @property
     def makes_codes(self) -> bool:
@@ -125,7 +127,7 @@ class KernelInput(nnx.Module):
         settings = self._options()
         if isinstance(x, AttentionSplits):
             return FewTokens(x=x, settings=settings)
-        if self.mesh is None and tokens <= MOST_TOKENS:
+        if self.mesh is None and tokens <= MOST_TOKENS and not self.of_experts:
             return FewTokens(x=gate(x) if gated else x, settings=settings)
         op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
         return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)

@@ -20,6 +20,7 @@ _SIZES = (
     "num_heads",
     "num_kv_heads",
     "head_dim",
+    "num_experts",
 )
 
 

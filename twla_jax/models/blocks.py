@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.layers import InputTransform, Linear
+from twla_jax.models.routing import Routing
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.attention.reference import Positions
 
@@ -66,12 +67,14 @@ class Context:
       positions: of queries and keys, with the rotary angles.
       reach: how many positions attention reaches back: of one layer, or `[layers]` of all.
       rotary: which of several rotary angles each layer has, `[layers]`; None where all have the same, and of one layer.
+      experts: those that each token takes, `[b, t, k]`, instead of its router's choice; None lets the router choose.
       fused: whether attention over whole sequences is one kernel; see `decoder.can_fuse`.
     """
 
     positions: Positions
     reach: Int32[Array, "*layers"]
     rotary: Int32[Array, " layers"] | None = None
+    experts: Int32[Array, "b t k"] | None = None
     fused: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def span(self, first: int, count: int) -> "Context":
@@ -118,6 +121,10 @@ class ChainBlock(nnx.Module):
 
     def after(self, site: Site, state: State, h: Any, context: Context) -> State:
         """Return the state once the linears of `site` have run on h, which went through its transform."""
+        raise NotImplementedError
+
+    def route(self, state: State, context: Context) -> Routing:
+        """Return the experts of each token, from the state before or between sites of experts."""
         raise NotImplementedError
 
     def transform(self, site: Site) -> InputTransform:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from twla_jax.core.quantizers import PackedTensor
 from twla_jax.core.tensors import packed_matmul
-from twla_jax.ops.expert_matmul import block_products, block_size, expert_blocks
+from twla_jax.ops.expert_matmul import expert_products
 from twla_jax.ops.rotate_quantize import rms_norm
 
 
@@ -98,11 +98,6 @@ class ExpertLinear(Linear):
         leading = (*leading, experts)
         super().__init__(in_features, out_features, bias=False, leading=leading, rngs=rngs, dtype=dtype)
 
-    @property
-    def num_experts(self) -> int:
-        """Returns how many experts there are."""
-        return self.kernel.get_value().shape[-3]
-
     def of_experts(
         self, x: Float[Array, "*tokens m"] | Float[Array, "*tokens k m"], experts: Int32[Array, "*tokens k"]
     ) -> Float[Array, "*tokens k n"]:
@@ -112,13 +107,7 @@ class ExpertLinear(Linear):
           x: one input a token, or one for each of its experts.
           experts: of each token.
         """
-        kernel = self.kernel.get_value()
-        blocks = expert_blocks(
-            experts.reshape(-1), self.num_experts, block_size(experts.size, self.num_experts)
-        )
-        rows = x.reshape(-1, x.shape[-1])
-        y = block_products(blocks.gather(rows, experts.size // len(rows)), kernel, blocks.experts)
-        return blocks.scatter(y).reshape(*experts.shape, -1)
+        return expert_products(x, self.kernel.get_value(), experts)
 
 
 class RMSNorm(nnx.Module):

@@ -30,12 +30,17 @@ def site_spans(model: Decoder, kind: SiteKind) -> list[tuple[int, int]]:
 
 
 def site_weights(model: Decoder, kind: SiteKind, weighting: Weighting) -> Int[np.ndarray, " l"]:
-    """Return what one bit of each site counts for: elements of its inputs, or multiply-adds of their linears."""
+    """Return what one bit of each site counts for: elements of its inputs, or multiply-adds of their linears.
+
+    Of experts, those count that a token goes to: each multiplies, and has an input of its own where no other reads it.
+    """
     inputs = []
     for site in model.sites:
         features = [linear.features for linear in model.blocks.linears(site)]
-        elements = features[0][0]
-        inputs.append(elements if weighting == "elements" else elements * sum(n for _, n in features))
+        taken = model.config.experts_per_token if site.experts else 1
+        elements = features[0][0] * (taken if site.writes else 1)
+        macs = taken * features[0][0] * sum(n for _, n in features)
+        inputs.append(elements if weighting == "elements" else macs)
     block = [sum(inputs[first:last]) for first, last in site_spans(model, kind)]
     return np.tile(np.asarray(block, np.int64), model.config.num_layers)
 

@@ -16,6 +16,7 @@ from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.attention.splits import AttentionSplits
 from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.dispatch import Implementation
+from twla_jax.ops.expert_matmul import expert_matmul
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight
 from twla_jax.ops.linear_pair import LinearOperands, linear_pair, new_pair_exchange
 from twla_jax.ops.qkv_attention import new_qkv_exchange, qkv_attention
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizedTokens",
     "decode_attention",
     "empty_layer",
+    "expert_matmul",
     "integer_matmul",
     "integer_rows",
     "integer_weight",

@@ -1,5 +1,6 @@
 """Quantises one block, input by input, as the residual stream passes through it."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, cast
@@ -7,7 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from twla_jax.core import gptq, grouped, kotms, quantizers
 from twla_jax.core.activation import OFF, ActivationQuantizer, fit_clips
@@ -16,7 +17,8 @@ from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import GroupedSettings, QuantizationSettings, WeightSettings
 from twla_jax.core.tensors import dequantize
 from twla_jax.models.blocks import ChainBlock, Context, Site, State, run
-from twla_jax.models.layers import replace
+from twla_jax.models.layers import Linear, replace
+from twla_jax.quantization.experts import ExpertMoments, quantize_experts
 from twla_jax.quantization.stream import ResidualStream
 
 
@@ -68,9 +70,8 @@ def quantize_block(
     original = block
     for index, site in enumerate(block.sites):
         linears = block.linears(site)
-        m, _ = linears[0].features
-        moment, samples = jnp.zeros((m, m), jnp.float32), []
-        error_moment = jnp.zeros((m, m), jnp.float32) if reference else None
+        moment, samples = _no_moment(site, linears), []
+        error_moment = _no_moment(site, linears) if reference else None
         spans = {"first": _kept_before(block, index), "last": index}
         pairs = zip(stream.batches(), reference.batches(), strict=True) if reference else None
         for batch, exact in pairs or ((batch, None) for batch in stream.batches()):
@@ -88,18 +89,19 @@ def quantize_block(
             samples.append(sample)
             if exact is not None:
                 x, inner, error_moment = advance_reference(
-                    original, *_leaves(exact.state), h, error_moment, context, **spans
+                    original, *_leaves(exact.state), h, batch.real, error_moment, context, **spans
                 )
                 exact.state = State(x, inner)
-        tensors, clips, figures = _quantize_site(
-            tuple(linear.kernel.get_value() for linear in linears),
-            rotations.get(site.name),
-            moment,
-            jnp.concatenate(samples),
-            stream.tokens,
-            error_moment,
-            settings=settings,
-        )
+        kernels = tuple(linear.kernel.get_value() for linear in linears)
+        rotation, sample = rotations.get(site.name), jnp.concatenate(samples)
+        if isinstance(moment, ExpertMoments):
+            tensors, clips, figures = quantize_experts(
+                kernels, rotation, moment, sample, error_moment, settings=settings
+            )
+        else:
+            tensors, clips, figures = _quantize_site(
+                kernels, rotation, moment, sample, stream.tokens, error_moment, settings=settings
+            )
         for name, tensor in zip(site.linears, tensors, strict=True):
             result |= {f"{name}.kernel.{part}": array for part, array in quantizers.arrays(tensor).items()}
         kernels = {f"{name}.kernel": tensor for name, tensor in zip(site.linears, tensors, strict=True)}
@@ -145,7 +147,7 @@ def advance(
     x: Float[Array, "b s d"],
     inner: Float[Array, "b s _"] | None,
     real: Float[Array, " b"],
-    moment: Float[Array, "m m"] | None,
+    moment: Float[Array, "m m"] | ExpertMoments | None,
     context: Context,
     *,
     first: int,
@@ -155,9 +157,9 @@ def advance(
 ) -> tuple[
     Float[Array, "b s d"],
     Float[Array, "b s _"] | None,
-    Float[Array, "m m"] | None,
+    Float[Array, "m m"] | ExpertMoments | None,
     Float[Array, "c m"],
-    Float[Array, "b s m"] | None,
+    tuple[Float[Array, "b s *k m"], Int32[Array, "b s k"] | None] | None,
 ]:
     """Move one batch from site `first` to the input of site `last`.
 
@@ -174,17 +176,26 @@ def advance(
       keep: whether all of the input is returned.
 
     Returns:
-      The stream and inner state to go on from, the moments, a sample of the input, float32, and with `keep` all of it.
+      The stream and inner state to go on from, the moments, a sample of the input, float32, and with `keep` all of it
+      and each token's experts, where the site has any.
     """
     site, before = block.sites[last], State(x, inner)
     state = run(block, before, context, first, last)
     h = block.before(site, state, context)
-    h = h * real[:, None, None].astype(h.dtype)
+    h = h * real.reshape(-1, *[1] * (h.ndim - 1)).astype(h.dtype)
+    experts = block.route(state, context).experts if site.experts else None
+    if (
+        h.ndim > 3
+    ):  # a row for each expert of a token; one more, so that not all of the sample are of one rank
+        stride = stride * h.shape[2] + 1
     sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
-    if moment is not None:
+    if isinstance(moment, ExpertMoments):
+        assert experts is not None
+        moment = moment.add(h, h, experts, real)
+    elif moment is not None:
         moment = gptq.accumulate_moment(moment, h)
     kept = before if site.recomputed else state
-    return kept.x, kept.inner, moment, sample, h if keep else None
+    return kept.x, kept.inner, moment, sample, (h, experts) if keep else None
 
 
 @functools.partial(jax.jit, static_argnames=("first", "last"), donate_argnames=("x", "error_moment"))
@@ -192,22 +203,25 @@ def advance_reference(
     original: ChainBlock,
     x: Float[Array, "b s d"],
     inner: Float[Array, "b s _"] | None,
-    h: Float[Array, "b s m"],
-    error_moment: Float[Array, "m m"],
+    quantized: tuple[Float[Array, "b s *k m"], Int32[Array, "b s k"] | None],
+    real: Float[Array, " b"],
+    error_moment: Float[Array, "m m"] | ExpertMoments,
     context: Context,
     *,
     first: int,
     last: int,
-) -> tuple[Float[Array, "b s d"], Float[Array, "b s _"] | None, Float[Array, "m m"]]:
+) -> tuple[Float[Array, "b s d"], Float[Array, "b s _"] | None, Float[Array, "m m"] | ExpertMoments]:
     """Move the full-precision stream to the input of site `last`; add what h, its quantised twin, lacks to the moment.
 
-    Where h is zero, as in windows that only fill up a batch, nothing is added.
+    Where h is zero, as in windows that only fill up a batch, nothing is added. Of experts, inputs are compared of those
+    that the quantised model chooses; what goes on in the stream is the original's own choice.
 
     Args:
       original: the block in full precision.
       x: its residual stream.
       inner: what site `first` reads instead of it, if it does.
-      h: the same input in the quantised model.
+      quantized: h, the same input in the quantised model, and each token's experts, where the site has any.
+      real: 0 for windows that only fill up a batch.
       error_moment: `Σ (h₀ − h)ᵀ h` so far, of the full-precision input h₀.
       context: of the block's layer.
       first: the site that the state has come to.
@@ -217,11 +231,16 @@ def advance_reference(
       The stream and inner state to go on from, and the error_moment.
     """
     site, before = original.sites[last], State(x, inner)
+    h, experts = quantized
+    context = dataclasses.replace(context, experts=experts)
     state = run(original, before, context, first, last)
     exact = original.before(site, state, context)
-    h = h.reshape(-1, h.shape[-1]).astype(jnp.float32)
-    difference = exact.reshape(h.shape).astype(jnp.float32) - h
+    difference = exact.astype(jnp.float32) - h.astype(jnp.float32)
     kept = before if site.recomputed else state
+    if isinstance(error_moment, ExpertMoments):
+        assert experts is not None
+        return kept.x, kept.inner, error_moment.add(difference, h, experts, real)
+    h, difference = (each.reshape(-1, h.shape[-1]).astype(jnp.float32) for each in (h, difference))
     error_moment = error_moment + jnp.matmul(difference.T, h, precision=jax.lax.Precision.HIGHEST)
     return kept.x, kept.inner, error_moment
 
@@ -237,6 +256,14 @@ def finish(
 ) -> Float[Array, "b s d"]:
     """Return the block's output from the state at site `first`."""
     return run(block, State(x, inner), context, first).x
+
+
+def _no_moment(site: Site, linears: tuple[Linear, ...]) -> Float[Array, "m m"] | ExpertMoments:
+    """Return the second moments of no token at the input of a site."""
+    m, _ = linears[0].features
+    if site.experts:
+        return ExpertMoments.zeros(linears[0].kernel.get_value().shape[0], m)
+    return jnp.zeros((m, m), jnp.float32)
 
 
 def _kept_before(block: ChainBlock, index: int) -> int:

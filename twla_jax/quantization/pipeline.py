@@ -7,6 +7,7 @@ is kept is the residual stream, on the device where it fits and on the host wher
 
 import dataclasses
 import functools
+import logging
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +27,15 @@ from twla_jax.models import sharding, stored_layers
 from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.layers import replace
+from twla_jax.models.layers import Linear, replace
 from twla_jax.models.stored_layers import StoredLayers
 from twla_jax.quantization import rotation_fitting
 from twla_jax.quantization.block import finish_block, input_changes, quantize_block, sample_site
 from twla_jax.quantization.snapshots import Snapshots
 from twla_jax.quantization.stream import ResidualStream
 from twla_jax.storage import resume
+
+_log = logging.getLogger(__name__)
 
 _RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotated input is measured on
 _RANGE_TOKENS = 256  # of these
@@ -61,7 +64,9 @@ def quantize_blocks(
 
     Returns:
       The quantised model, and JSON-ready figures: `sites` (for each block and input `output_error`, `weight_error`,
-      `damping`, `rotation_loss` before and after, `clips`) and `seconds` by stage.
+      `damping`, `rotation_loss` before and after, `clips`; of experts also `fewest_tokens` that one of them saw, and
+      `pooled_experts`, which saw fewer than the input has features and were quantised by the moments of all together)
+      and `seconds` by stage.
 
     Raises:
       TwlaError: the model is quantised already, what `checked_tokens` refuses, a working folder of other work, or a
@@ -71,6 +76,8 @@ def quantize_blocks(
     require_full_precision(model)
     require_settings(settings, QuantizationSettings, "settings")
     windows = checked_tokens(windows, model.config, "windows")
+    if model.config.num_experts and isinstance(settings.weights.quantizer, GroupedSettings):
+        raise TwlaError("settings: the published layout has no form for experts; take another quantizer")
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, settings)
     start = time.perf_counter()
     looks_at_inputs = settings.rotation is not None and settings.rotation.range_weight > 0
@@ -85,10 +92,12 @@ def quantize_blocks(
             **{name: float(layers[index][f"{site.name}.{name}"]) for name in _FIGURES},
             "rotation_loss": losses[site.name][index].tolist() if site.name in losses else None,
             "clips": layers[index][f"{site.name}.clips"].tolist(),
+            **_expert_figures(layers[index].get(f"{site.name}.tokens"), model.blocks.linears(site)[0]),
         }
         for index in range(model.config.num_layers)
         for site in model.sites
     ]
+    _say_how_many_are_pooled(figures, model.config.num_experts)
     seconds = {"rotations": fitted - start, "blocks": time.perf_counter() - fitted}
     return _assemble(model, rotations, layers, settings, store), {"sites": figures, "seconds": seconds}
 
@@ -113,6 +122,25 @@ class Absent(NamedTuple):
 
 _PACKED = ".kernel."  # in the names of packed weights
 _FIGURES = ("output_error", "weight_error", "damping")
+
+
+def _expert_figures(tokens: np.ndarray | None, linear: Linear) -> dict[str, Any]:
+    """Return the tokens of the expert that saw the fewest, and which saw too few for moments of their own."""
+    if tokens is None:
+        return {}
+    pooled = np.flatnonzero(tokens < linear.features[0])
+    return {"fewest_tokens": int(tokens.min()), "pooled_experts": pooled.tolist()}
+
+
+def _say_how_many_are_pooled(figures: list[dict[str, Any]], experts: int) -> None:
+    counts = [len(site["pooled_experts"]) for site in figures if "pooled_experts" in site]
+    if sum(counts):
+        _log.warning(
+            "%d of %d experts' inputs saw fewer tokens than they have features and were quantised by their layer's"
+            " moments; more calibration text helps, and the report names them",
+            sum(counts),
+            experts * len(counts),
+        )
 
 
 def _sample_inputs(

@@ -66,8 +66,8 @@ def _fit_site(
     bar: tqdm,
 ) -> dict[str, np.ndarray]:
     kernels = [getattr(model.blocks, name).kernel.get_value() for name in names]
-    layers, m, _ = kernels[0].shape
-    n = sum(kernel.shape[-1] for kernel in kernels)
+    layers, m = kernels[0].shape[0], kernels[0].shape[-2]
+    n = sum(kernel.size for kernel in kernels) // (layers * m)  # of all experts, where there are any
     sizes = kotms.factor_sizes(m, n, settings.factors)
     keys = jax.random.split(key, layers)
     n = -(-n // kotms.stride(n, settings.rows))
@@ -97,7 +97,8 @@ def _fit_site(
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _fit_chunk(kernels, keys, samples, settings, sizes):
-    rows = jnp.concatenate([jnp.swapaxes(kernel, -1, -2) for kernel in kernels], axis=-2)
+    turned = [jnp.swapaxes(kernel, -1, -2) for kernel in kernels]
+    rows = jnp.concatenate([rows.reshape(len(rows), -1, rows.shape[-1]) for rows in turned], axis=-2)
     return jax.vmap(functools.partial(kotms.fit_rotation, settings=settings, sizes=sizes))(
         rows, keys, samples
     )

@@ -86,7 +86,9 @@ def apply(block: ChainBlock, latents: Latents, bits: int) -> ChainBlock:
     """Return the block with the weights, norms and inputs that `latents` stand for, its inputs at `bits`."""
     changes: dict[str, Any] = {}
     for name in _linears(block, latents):
-        changes[f"{name}.kernel"] = _dense(getattr(block, name).kernel.get_value(), latents[name]).T
+        changes[f"{name}.kernel"] = jnp.swapaxes(
+            _dense(getattr(block, name).kernel.get_value(), latents[name]), -1, -2
+        )
     for site in block.sites:
         path, parts = f"{site.name}_input", latents.get(f"{site.name}_input", {})
         if "left" in parts:
@@ -151,7 +153,7 @@ def _starts(kernels, tensors, rotations) -> Float[Array, "layers n m"]:
 
 def _start(layer) -> Float[Array, "n m"]:
     kernel, tensor, rotation = layer
-    rows = kernel.T.astype(jnp.float32)
+    rows = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32)
     if rotation is not None:
         rows = kotms.rotate(rows, rotation.left, rotation.right)
     if tensor.residual_alpha is not None:

@@ -6,12 +6,15 @@ set beside the bytes that lie on the disk.
 
 import collections
 import math
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from twla_jax.core import packing
+from twla_jax.models.families import FAMILIES
 from twla_jax.storage import checkpoint
 
 CATEGORIES = (
@@ -40,6 +43,9 @@ def account(folder: str | Path) -> dict[str, Any]:
       `bits_per_weight_linear_in_memory`: as the first, with ternary codes at 2 bits and integers at a byte;
       `bytes_on_disk`: sum of the sizes of the folder's files, and `bytes_accounted`: sum of `breakdown`;
       `breakdown`: bytes for each of `CATEGORIES`; `per_layer`: the same for each block (a list);
+      `num_experts` of a layer, 0 where there are none;
+      `activated_weights`, `activated_bytes`: those that one token reads: of experts only its own, of the embedding one
+      row, else all that is stored;
       `linears`: for each linear its shape and its bits per weight, codes and scales only;
       `plain_int4_g128`, `plain_int3_g128`: bits per weight of the linears and size of the file, were the linears
       asymmetric integers with one fp16 scale and one integer zero point for each row and 128 columns.
@@ -49,11 +55,13 @@ def account(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     manifest = checkpoint.read_manifest(folder)
-    num_layers = manifest["config"]["num_layers"]
+    num_layers, share = manifest["config"]["num_layers"], _activated(manifest["config"])
+    activated_weights = activated_bytes = Fraction(0)
     totals, layer, linears = collections.Counter(), collections.Counter(), {}
     weights = quantized_weights = memory_codes = 0
     plain_bits = dict.fromkeys((4, 3), 0)
     for name, entry in manifest["tensors"].items():
+        before = weights
         sizes = {part: math.prod(a["shape"]) for part, a in entry["arrays"].items()}
         stored = {part: sizes[part] * jnp.dtype(a["dtype"]).itemsize for part, a in entry["arrays"].items()}
         if entry["kind"] == "integer" and not name.startswith("blocks."):
@@ -84,6 +92,9 @@ def account(folder: str | Path) -> dict[str, Any]:
             split = {_CATEGORY[entry["kind"]]: sum(stored.values())}
             weights += sizes[""] if entry["kind"] == "array" else 0
         totals.update(split)
+        of_token = share(name)
+        activated_weights += (weights - before) * of_token
+        activated_bytes += sum(split.values()) * of_token
         if name.startswith("blocks."):
             layer.update({category: size / num_layers for category, size in split.items()})
 
@@ -113,11 +124,29 @@ def account(folder: str | Path) -> dict[str, Any]:
         "bytes_accounted": sum(totals.values()),
         "weights": weights,
         "quantized_weights": quantized_weights,
+        "num_experts": manifest["config"].get("num_experts", 0),
+        "activated_weights": round(activated_weights),
+        "activated_bytes": round(activated_bytes),
         "breakdown": {category: totals[category] for category in CATEGORIES},
         "per_layer": [{category: round(layer[category]) for category in CATEGORIES[:-1]}] * num_layers,
         "linears": linears,
         **plain,
     }
+
+
+def _activated(config: dict[str, Any]) -> Callable[[str], Fraction]:
+    """Return what gives the share of a tensor that one token reads, from its name."""
+    family = FAMILIES.get(config["model_type"])
+    sites = [site for site in family.block.sites if site.experts] if family else []
+    of_experts = {f"blocks.{name}.kernel" for site in sites for name in site.linears}
+
+    def share(name: str) -> Fraction:
+        if name in of_experts:
+            return Fraction(config["experts_per_token"], config["num_experts"])
+        row_alone = name == "embed" and not config["tie_word_embeddings"]
+        return Fraction(1, config["vocab_size"]) if row_alone else Fraction(1)
+
+    return share
 
 
 def format_account(account: dict[str, Any]) -> str:
@@ -128,6 +157,7 @@ def format_account(account: dict[str, Any]) -> str:
         f"   ({account['bits_per_weight_linear_in_memory']:.3f} in memory)",
         f"bits per weight, model     {account['bits_per_weight_model']:8.3f}",
         f"bytes on disk        {on_disk:14,}",
+        *_of_token(account),
         "",
         f"{'':24}{'bytes':>14}{'share':>9}{'bits/weight':>13}{'a layer':>14}",
     ]
@@ -143,6 +173,16 @@ def format_account(account: dict[str, Any]) -> str:
             f" ({plain['bits_per_weight_linear']:.3f} bits a weight in the linears)"
         )
     return "\n".join(lines)
+
+
+def _of_token(account: dict[str, Any]) -> list[str]:
+    """Return a line on what one token reads, where it reads some experts of many."""
+    if not account["num_experts"]:
+        return []
+    return [
+        f"a token activates    {account['activated_bytes']:14,} bytes, {account['activated_weights']:,} of"
+        f" {account['weights']:,} weights"
+    ]
 
 
 def _is_chunk(name: str) -> bool:

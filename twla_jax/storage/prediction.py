@@ -26,10 +26,11 @@ def predict(config: DecoderConfig, recipe: Recipe) -> dict[str, Any]:
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     sizes: collections.Counter[str] = collections.Counter()
     weights, quantised, known = 0, 0, True
+    linears = {name for site in model.blocks.sites for name in site.linears}
     for site in model.blocks.sites:
         kernels = [getattr(model.blocks, name).kernel.get_value() for name in site.linears]
         layers, m = kernels[0].shape[0], kernels[0].shape[-2]
-        n = sum(kernel.shape[-1] for kernel in kernels)
+        n = sum(kernel.size for kernel in kernels) // (layers * m)  # of all experts, where there are any
         quantised += layers * n * m
         row = _row_bytes(recipe, m)
         known &= row is not None
@@ -48,7 +49,7 @@ def predict(config: DecoderConfig, recipe: Recipe) -> dict[str, Any]:
             sizes["embeddings"] += rows * (
                 _integer_row(m, settings.bits, settings.group_size) if settings else m * _FLOAT
             )
-        elif not (path[0] == "blocks" and path[-1] == "kernel"):
+        elif not (path[0] == "blocks" and path[-1] == "kernel" and path[1] in linears):
             sizes["unquantised"] += value.size * _FLOAT
     of_linears = sizes["linears"] + sizes["rotations"] + sizes["clips"]
     return {

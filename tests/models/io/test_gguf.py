@@ -30,6 +30,8 @@ BLOCK_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    **{f"mlp.experts.{name}_proj": f"ffn_{name}_exps" for name in ("gate", "up", "down")},
 }
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 NAMES |= {f"model.layers.{i}.{k}": f"blk.{i}.{v}" for i in range(2) for k, v in BLOCK_NAMES.items()}
@@ -121,6 +123,23 @@ def test_a_family_in_gguf_gives_the_logits_of_the_pytorch_model(name, architectu
     case.assert_logits(forward(model, case.tokens))
     assert model.blocks.q.kernel.get_value().dtype == np.float16
     assert model.norm.scale.get_value().dtype == np.float32
+
+
+def test_experts_in_gguf_are_stacked_tensors(golden, tmp_path):
+    case = golden("qwen3_moe")
+    for layer in range(2):
+        for name in ("gate", "up", "down"):
+            stem = f"model.layers.{layer}.mlp.experts"
+            each = [case.weights.pop(f"{stem}.{expert}.{name}_proj.weight") for expert in range(8)]
+            case.weights[f"{stem}.{name}_proj.weight"] = np.stack(each)
+    metadata = [
+        ("add_uint32", f"qwen3moe.{key}", value)
+        for key, value in (("expert_count", 8), ("expert_used_count", 3), ("expert_feed_forward_length", 24))
+    ]
+    model = load_model(write(case, tmp_path / "model.gguf", "qwen3moe", metadata=metadata))
+    case.assert_logits(forward(model, case.tokens))
+    file = write(case, tmp_path / "model.gguf", "qwen3moe", metadata=metadata[1:])
+    assert "num_experts is null" in refusal(file, read_config)
 
 
 def test_gemma_3_in_gguf_is_the_model_in_safetensors(golden, tmp_path):

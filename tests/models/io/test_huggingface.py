@@ -67,6 +67,17 @@ def test_layers_in_files_are_those_of_the_model_in_memory(case, tmp_path):
     np.testing.assert_array_equal(ahead[1].up.kernel.get_value(), kernel[-1])
 
 
+def test_experts_in_files_are_those_of_the_model_in_memory(golden, tmp_path):
+    case = golden("qwen3_moe")
+    write_shards(case, tmp_path)
+    held, stored = load_model(tmp_path), huggingface.load_model(tmp_path, in_files=True)
+    for left, right in zip(jax.tree.leaves(held), jax.tree.leaves(stored), strict=True):
+        assert (left.shape, left.dtype) == (right.shape, right.dtype)
+        np.testing.assert_array_equal(left, np.asarray(right))
+    expert = case.weights["model.layers.1.mlp.experts.5.down_proj.weight"]
+    np.testing.assert_array_equal(stored.blocks.down.kernel.get_value()[1][5], expert.T)
+
+
 def test_a_layer_in_a_file_is_checked_when_it_is_read(case, tmp_path):
     case.weights[NAME][3, 5] = np.nan
     stored = huggingface.load_model(case.write(tmp_path), in_files=True).blocks.up.kernel.get_value()

@@ -2,7 +2,18 @@
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.families import gemma, granite, llama, mistral, mixtral, olmo, phi, qwen, qwen_moe, smollm3
+from twla_jax.models.families import (
+    gemma,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    phi,
+    qwen,
+    qwen_moe,
+    smollm3,
+)
 from twla_jax.models.families.family import Family, HfConfig
 from twla_jax.schema import shown
 

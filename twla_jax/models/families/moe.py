@@ -27,7 +27,7 @@ class MoeBlock(LlamaBlock):
 
     sites = (
         *LlamaBlock.sites[:2],
-        Site("mlp", ("gate", "up"), experts=True),
+        Site("mlp", ("gate", "up"), norm="post_norm", experts=True),
         Site("down", ("down",), writes=True, recomputed=True, experts=True),
     )
 
@@ -43,15 +43,11 @@ class MoeBlock(LlamaBlock):
         self.experts_per_token = config.experts_per_token
         self.normalize_routing = config.normalize_routing
 
-    def before(self, site: Site, state: State, context: Context) -> Any:
-        """Return what the linears of `site` read: of `down`, a row for each expert of a token, `[b, t, k, hidden]`."""
-        return self.post_norm(state.x) if site.name == "mlp" else super().before(site, state, context)
-
     def after(self, site: Site, state: State, h: Any, context: Context) -> State:
         """Return the state once the linears of `site` have run on h, which went through its transform."""
         if not site.experts:
             return super().after(site, state, h, context)
-        routing = self.route(state)
+        routing = self.route(state, context)
         outputs = self.expert_outputs(site, h, routing)
         if site.name == "mlp":
             gate, up = outputs
@@ -60,11 +56,14 @@ class MoeBlock(LlamaBlock):
         mixed = jnp.einsum("btkd,btk->btd", y, routing.weights, precision=precision(y.dtype))
         return State(state.x + mixed.astype(state.x.dtype), None, state.cache)
 
-    def route(self, state: State) -> Routing:
+    def route(self, state: State, context: Context) -> Routing:
         """Return each token's experts and their weights, from the stream as it is before the MLP."""
         logits = self.router(self.post_norm(state.x))
         probabilities = jax.nn.softmax(logits.astype(jnp.float32))
         weights, experts = jax.lax.top_k(probabilities, self.experts_per_token)
+        if context.experts is not None:
+            experts = context.experts
+            weights = jnp.take_along_axis(probabilities, experts, axis=-1)
         if self.normalize_routing:
             weights = weights / weights.sum(-1, keepdims=True)
         return Routing(experts=experts, weights=weights.astype(logits.dtype))

@@ -1,11 +1,13 @@
 """Qwen 3 mixtures of experts (30B-A3B, 235B-A22B): Qwen 3 with experts in every layer."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.config_keys import MOST_LAYERS
 from twla_jax.models.families import qwen
 from twla_jax.models.families.family import Family, HfConfig
+from twla_jax.models.families.llama import GGUF_TENSORS
 from twla_jax.models.families.moe import EXPERT_KEYS, MoeBlock, expert_settings, expert_tensors
 from twla_jax.schema import boolean, integer, optional, sequence
 
@@ -14,7 +16,9 @@ def _settings(config: HfConfig, source: str) -> dict[str, Any]:
     step, dense = config["decoder_sparse_step"], config.get("mlp_only_layers") or []
     if step != 1 or dense:
         key, value = ("decoder_sparse_step", step) if step != 1 else ("mlp_only_layers", dense)
-        raise TwlaError(f"{source}: {key} {value}: layers without experts are not supported beside those with")
+        raise TwlaError(
+            f"{source}: {key} {value}: layers without experts are not supported beside those with"
+        )
     attention = qwen.FAMILIES["qwen3"].settings(config, source)
     return {
         **attention,
@@ -23,6 +27,22 @@ def _settings(config: HfConfig, source: str) -> dict[str, Any]:
         "normalize_routing": config["norm_topk_prob"],
     }
 
+
+def _gguf_settings(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": get("expert_count"),
+        "experts_per_token": get("expert_used_count"),
+        "intermediate_size": get("expert_feed_forward_length", settings["intermediate_size"]),
+        "normalize_routing": True,  # as llama.cpp computes this architecture, whatever the original does
+    }
+
+
+_DENSE = {f"blocks.{name}.{leaf}" for name in ("gate", "up", "down") for leaf in ("kernel", "bias")}
+_GGUF_TENSORS = {path: name for path, name in GGUF_TENSORS.items() if path not in _DENSE}
+_GGUF_TENSORS |= {
+    f"blocks.{name}.kernel": f"blk.{{}}.ffn_{name}_exps.weight" for name in ("gate", "up", "down")
+}
+_GGUF_TENSORS["blocks.router.kernel"] = "blk.{}.ffn_gate_inp.weight"
 
 FAMILIES = {
     "qwen3_moe": Family(
@@ -50,5 +70,8 @@ FAMILIES = {
             "mlp.gate.weight",
             {name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")},
         ),
+        gguf_settings=_gguf_settings,
+        gguf_architecture="qwen3moe",
+        gguf_tensors=_GGUF_TENSORS,
     )
 }

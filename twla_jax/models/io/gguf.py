@@ -52,6 +52,8 @@ _CHECKS = {
     "logit_scale": _positive,
     "context_length": integer(1, 2**31 - 1),
     "expert_count": integer(0, 2**16),
+    "expert_used_count": integer(0, 2**16),
+    "expert_feed_forward_length": _size,
     "rope.dimension_count": integer(1, 2**16),
     "rope.freq_base": _positive,
     "rope.freq_base_swa": _positive,
@@ -106,7 +108,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
     for key, harmless in _REFUSED.items():
         if key not in family.gguf_keys and get(key) is not None and get(key) not in harmless:
             raise TwlaError(f"{source}: {architecture}.{key} {shown(get(key))} is not supported")
-    if get("expert_count", 0):
+    if get("expert_count", 0) and not any(site.experts for site in family.block.sites):
         raise TwlaError(
             f"{source}: {architecture} with {get('expert_count')} experts is not supported, only dense models"
         )
@@ -123,7 +125,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
     window = get("attention.sliding_window", 0) or None
 
     def has(parameter):
-        return names[parameter].format(0) in file.tensors
+        return names.get(parameter, "").format(0) in file.tensors
 
     settings: dict[str, Any] = {
         "model_type": families[architecture],

@@ -56,11 +56,11 @@ def fill_decoder(
     for path, parameter in parameters.items():  # before anything is allocated
         shape = parameter.get_value().shape[_stacked(path, table) :]
         for name in stored[path]:
-            _check_shape(source, name, shape[::-1] if path[-1] == "kernel" else shape)
+            _check_shape(source, name, (*shape[:-2], *shape[:-3:-1]) if path[-1] == "kernel" else shape)
     for path, parameter in parameters.items():
         leaf_dtype = functools.reduce(jnp.promote_types, map(source.dtype, stored[path]))
         if in_files and path[0] == "blocks" and path[-1] == "kernel":
-            read = functools.partial(_read_matrix, source, stored[path], leaf_dtype)
+            read = functools.partial(_read_layer, source, stored[path], config.num_layers, leaf_dtype)
             parameter.set_value(StoredLayers(read, parameter.get_value().shape, leaf_dtype))
             continue
         value = np.empty(parameter.get_value().shape, leaf_dtype)
@@ -74,7 +74,7 @@ def fill_decoder(
 
 
 def _stacked(path: tuple, table: Mapping[str, str]) -> int:
-    """Return how many leading axes of a parameter its tensors are stacked along."""
+    """Return how many leading axes of a parameter have a tensor an index: layers, and experts if stored so."""
     return table[".".join(map(str, path))].count("{}")
 
 
@@ -91,18 +91,33 @@ def _check_shape(source: TensorSource, name: str, expected: tuple[int, ...]) -> 
         )
 
 
-def _read_matrix(source: TensorSource, names: list[str], dtype: np.dtype, layer: int) -> np.ndarray:
-    """Return the matrix of one layer, `[in, out]`: a view of the tensor, which lies the other way round."""
+def _read_layer(
+    source: TensorSource, names: list[str], layers: int, dtype: np.dtype, layer: int
+) -> np.ndarray:
+    """Return the matrix of one layer, `[in, out]`, or those of its experts, `[experts, in, out]`.
+
+    What a single tensor holds is a view of it, which lies the other way round.
+    """
+    matrices = [_read_matrix(source, name, dtype) for name in _of_layer(names, layers, layer)]
+    return matrices[0] if len(names) == layers else np.stack(matrices)
+
+
+def _of_layer(names: list[str], layers: int, layer: int) -> list[str]:
+    each = len(names) // layers
+    return names[layer * each : (layer + 1) * each]
+
+
+def _read_matrix(source: TensorSource, name: str, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
-        matrix = source.read(names[layer]).astype(dtype, copy=False).T
-    _require_finite(source, names[layer], matrix)
+        matrix = source.read(name).astype(dtype, copy=False).swapaxes(-1, -2)
+    _require_finite(source, name, matrix)
     return matrix
 
 
 def _copy_checked(source: TensorSource, name: str, slot: np.ndarray, *, transposed: bool) -> None:
     tensor = source.read(name)
     with np.errstate(over="ignore"):  # what overflows a narrower type is infinite, and found next
-        slot[...] = tensor.T if transposed else tensor
+        slot[...] = tensor.swapaxes(-1, -2) if transposed else tensor
     _require_finite(source, name, slot)
 
 

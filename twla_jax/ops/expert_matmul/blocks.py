@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-_MOST_SINGLE = 64  # choices up to which each is a block of its own: sorting them would take longer than it saves
+_MOST_SINGLE = (
+    64  # choices up to which each is a block of its own: sorting them would take longer than it saves
+)
 _SIZES = (8, 16, 32, 64, 128)
 
 
@@ -42,17 +44,19 @@ class ExpertBlocks:
         return y.reshape(-1, y.shape[-1])[self.places]
 
 
-def block_size(choices: int, experts: int, least: int = 1) -> int:
+def block_size(choices: int, experts: int, least: int = 1, most: int | None = None) -> int:
     """Return the rows of a block: about the choices of an expert, so that few rows only fill up.
 
     Args:
       choices: of all tokens together.
       experts: how many there are.
       least: rows that a kernel takes at once.
+      most: rows that it can.
     """
     if choices <= _MOST_SINGLE:
         return least
-    return max(least, next((size for size in _SIZES if size * experts >= choices), _SIZES[-1]))
+    size = max(least, next((size for size in _SIZES if size * experts >= choices), _SIZES[-1]))
+    return size if most is None else min(size, most)
 
 
 def expert_blocks(chosen: Int32[Array, " choices"], experts: int, size: int) -> ExpertBlocks:

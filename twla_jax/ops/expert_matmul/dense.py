@@ -9,8 +9,27 @@ from jaxtyping import Array, Float, Int32
 
 from twla_jax.core.quantizers import PackedTensor
 from twla_jax.core.tensors import packed_matmul
+from twla_jax.ops.expert_matmul.blocks import block_size, expert_blocks
 
 _SIDE_BY_SIDE = 16  # blocks up to which all are computed at once, each with a copy of its expert's matrix
+
+
+def expert_products(
+    x: Float[Array, "*tokens m"],
+    kernel: Float[Array, "experts m n"] | PackedTensor,
+    experts: Int32[Array, "*tokens k"],
+) -> Float[Array, "*tokens k n"]:
+    """Return the outputs of each token's k experts, in `x.dtype`.
+
+    Args:
+      x: one input a token, or, with an axis k, one for each of its experts.
+      kernel: of all experts; of packed ones, rows are outputs.
+      experts: of each token.
+    """
+    rows, choices, count = x.reshape(-1, x.shape[-1]), experts.size, kernel.shape[0]
+    blocks = expert_blocks(experts.reshape(-1), count, block_size(choices, count))
+    y = block_products(blocks.gather(rows, choices // len(rows)), kernel, blocks.experts)
+    return blocks.scatter(y).reshape(*experts.shape, -1)
 
 
 def block_products(
@@ -44,6 +63,25 @@ def over_blocks(function: Any, x: Any, kernel: Any, experts: Int32[Array, " coun
     return jax.lax.map(one, (x, experts))
 
 
+def add_outer_products(
+    total: Float[Array, "experts m n"],
+    left: Float[Array, "count size m"],
+    right: Float[Array, "count size n"],
+    experts: Int32[Array, " count"],
+) -> Float[Array, "experts m n"]:
+    """Return the total with `left_bᵀ right_b` of every block b added to its expert's.
+
+    It is added to in place, a block at a time: as the gradient of a gather it would be one of all experts for each.
+    """
+
+    def add(total, block):
+        rows, others, expert = block
+        own = total[expert] + _matmul(rows.T, others).astype(total.dtype)
+        return jax.lax.dynamic_update_index_in_dim(total, own, expert, 0), None
+
+    return jax.lax.scan(add, total, (left, right, experts))[0]
+
+
 @jax.custom_vjp
 def _products(x, kernel, experts):
     return over_blocks(_matmul, x, kernel, experts)
@@ -55,13 +93,7 @@ def _forward(x, kernel, experts):
 
 def _backward(operands, slope):
     x, kernel, experts = operands
-
-    # The gradient of all experts is carried and added to in place: a scan's own would be of all of them at each block.
-    def add(total, block):
-        rows, slope, expert = block
-        return total.at[expert].add(_matmul(rows.T, slope).astype(total.dtype)), None
-
-    total, _ = jax.lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), (x, slope, experts))
+    total = add_outer_products(jnp.zeros(kernel.shape, jnp.float32), x, slope, experts)
     back = over_blocks(_matmul, slope, kernel.swapaxes(-1, -2), experts)
     return back, total.astype(kernel.dtype), np.zeros(experts.shape, jax.dtypes.float0)
 

@@ -14,13 +14,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from twla_jax.core.packing import PLANE
 from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, gpu_mma, tile_configs
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
-from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight, fields_of_pair
+from twla_jax.ops.ternary_matmul.weight import (
+    KernelWeight,
+    PackedWeight,
+    as_type,
+    fields_of_pair,
+    shapes_of_one,
+)
 from twla_jax.ops.tokens import group_sums, pad_columns
 
 _COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
@@ -56,8 +62,16 @@ def product(
     *,
     out_dtype,
     config: tile_configs.GpuTileConfig | None = None,
+    experts: Int32[Array, " blocks"] | None = None,
 ) -> Float[Array, "t rows"]:
-    """Return what `reference.product` computes, for bf16 x; with steps and biases `by_row`, what `matmul` does."""
+    """Return what `reference.product` computes, for bf16 x; with steps and biases `by_row`, what `matmul` does.
+
+    With `experts`, arrays of the weight have a leading axis of experts, and each block of `config.tokens` has its own.
+    """
+    codes, scales, of_block = weight.codes, weight.scales, [] if experts is None else [experts]
+    if experts is not None:
+        weight = shapes_of_one(weight)
+    scales = scales if weight.paired else as_type(scales, jnp.float16)
     t, planes = len(x), weight.planes
     config = config or tile_configs.gpu_tile_config(t, weight.rows, weight.column_tiles, planes)
     n, block, groups, stages = config.rows, config.tokens, config.warpgroups, config.stages
@@ -68,7 +82,7 @@ def product(
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8 if t > 8 else 0), (0, 0)))
     x = unpacked_order(x)
-    kernel = functools.partial(_kernel, config=config, weight=weight)
+    kernel = functools.partial(_kernel, config=config, weight=weight, of_experts=experts is not None)
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
@@ -80,7 +94,7 @@ def product(
         kernel_name="packed_matmul",
         scratch_types={
             "codes_smem": plgpu.SMEM((groups, stages, n, PLANE), jnp.uint8, transforms=swizzle_transforms(1)),
-            "scales_smem": plgpu.SMEM((groups, stages, weight.parameters, n), weight.gpu_scales.dtype),
+            "scales_smem": plgpu.SMEM((groups, stages, weight.parameters, n), scales.dtype),
             "x_smem": plgpu.SMEM(
                 (groups, stages, block, planes * PLANE),
                 x.dtype,
@@ -95,7 +109,7 @@ def product(
             "added": plgpu.Barrier(num_arrivals=groups),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(weight.codes, weight.gpu_scales, x, totals, *by_row)
+    )(codes, scales, x, totals, *by_row, *of_block)
     return y[:t]
 
 
@@ -104,7 +118,7 @@ def _kernel(
     scales_gmem,
     x_gmem,
     totals_gmem,
-    *by_row_and_out_gmem,
+    *more_gmem,
     codes_smem,
     scales_smem,
     x_smem,
@@ -115,8 +129,12 @@ def _kernel(
     added,
     config: tile_configs.GpuTileConfig,
     weight: PackedWeight,
+    of_experts: bool,
 ):
-    *by_row_gmem, out_gmem = by_row_and_out_gmem
+    *by_row_gmem, out_gmem = more_gmem
+    if of_experts:
+        expert = by_row_gmem.pop()[lax.axis_index("tokens")]
+        codes_gmem, scales_gmem = codes_gmem.at[expert], scales_gmem.at[expert]
     n, block, planes = config.rows, config.tokens, weight.planes
     group = lax.axis_index("warpgroup")
     tokens = pl.ds(lax.axis_index("tokens") * block, block)

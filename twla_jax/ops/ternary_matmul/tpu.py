@@ -56,7 +56,7 @@ def product(
     row = pl.BlockSpec((1, config.rows), lambda i, j, k: (0, j))
     exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     y = pl.pallas_call(
-        functools.partial(_kernel, weight=weight, operand=_operand(x.dtype)),
+        functools.partial(accumulate, weight=weight, operand=operand(x.dtype)),
         grid=grid,
         in_specs=[
             pl.BlockSpec((config.tokens, planes * PLANE), lambda i, j, k: (i, k)),
@@ -88,7 +88,8 @@ def product(
     return y[:t]
 
 
-def _kernel(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeight, operand):
+def accumulate(x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeight, operand) -> None:
+    """Add a tile's products to those of the block, and write them after the last: the kernel's body."""
     *affine_refs, out_ref, acc_ref, sum_ref = refs
     k = pl.program_id(2)
 
@@ -148,7 +149,7 @@ def _scales(scales_ref, plane: int, weight: PackedWeight) -> tuple[jax.Array, ja
     return _float16_bits(first), _float16_bits(scales_ref[0, other : other + 1])
 
 
-def _operand(dtype):
+def operand(dtype):
     """Return what the matrix unit multiplies: int8 where it can, else bf16, which holds codes and sums exactly."""
     if dtype == jnp.int8 and pltpu.is_tpu_device():
         return jnp.int8 if pltpu.get_tpu_info().is_matmul_supported(jnp.int8, jnp.int8) else jnp.bfloat16

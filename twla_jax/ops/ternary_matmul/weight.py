@@ -145,6 +145,11 @@ class KernelWeight(PackedWeight):
         return y if residual is None else residual + y
 
 
+def shapes_of_one[W: PackedWeight](weight: W) -> W:
+    """Return the shapes of one matrix of several, whose arrays have a leading axis."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weight)
+
+
 def as_type(scales: jax.Array, dtype) -> jax.Array:
     """Return the same bits as float16 or int16."""
     return scales if scales.dtype == dtype else jax.lax.bitcast_convert_type(scales, dtype)

@@ -1,0 +1,213 @@
+"""A mixture of experts goes all the way: quantised, refined, saved, counted, packed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import twla_jax
+from twla_jax.core import gptq, kotms
+from twla_jax.core.settings import (
+    ActivationSettings,
+    CompensationSettings,
+    GroupedSettings,
+    QuantizationSettings,
+    RotationSettings,
+    TernarySettings,
+    WeightSettings,
+)
+from twla_jax.core.tensors import TernaryTensor
+from twla_jax.errors import TwlaError
+from twla_jax.models import sites
+from twla_jax.models.blocks import State, run
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.decoder import Decoder
+from twla_jax.quantization.experts import ExpertMoments, quantize_experts
+from twla_jax.recipe import BlockRefinementSettings, CalibrationSettings, Recipe
+from twla_jax.refinement import blockwise
+from twla_jax.storage import accounting, checkpoint, prediction
+
+CONFIG = DecoderConfig(
+    model_type="qwen3_moe",
+    vocab_size=95,
+    hidden_size=24,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=8,
+    qk_norm=True,
+    num_experts=6,
+    experts_per_token=2,
+    normalize_routing=True,
+)
+SETTINGS = QuantizationSettings(
+    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=3, rounds=1)),
+    rotation=RotationSettings(steps=2),
+    activations=ActivationSettings(bits=8, clips=(1.0, 0.8), clip_tokens=32),
+)
+RECIPE = Recipe(
+    name="experts",
+    weights=SETTINGS.weights,
+    rotation=SETTINGS.rotation,
+    activations=SETTINGS.activations,
+    calibration=CalibrationSettings(windows=4, seq_len=16),
+)
+WINDOWS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 16)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jax.tree.map(np.asarray, Decoder(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def quantized(model):
+    return twla_jax.quantize_blocks(model, WINDOWS, SETTINGS, progress=False)
+
+
+@pytest.fixture(scope="module")
+def loaded(quantized, tmp_path_factory):
+    """The model after a way through its folder, the folder, and the model before."""
+    folder = tmp_path_factory.mktemp("models") / "out"
+    checkpoint.save(quantized[0], None, folder, RECIPE, {})
+    return checkpoint.load(folder)[0], folder
+
+
+def chosen_experts(model):
+    """The experts of every token in the first layer of a model, `[tokens, k]`."""
+
+    @jax.jit
+    def route(model):
+        block = jax.tree.map(lambda leaf: leaf[0], model.blocks)
+        context = model.context(WINDOWS.shape[1]).layer(0)
+        state = run(block, State(model.embed_tokens(WINDOWS)), context, 0, 2)
+        return block.route(state, context).experts
+
+    return np.asarray(route(model)).reshape(-1, CONFIG.experts_per_token)
+
+
+@pytest.mark.parametrize("rows_for_each", [False, True])
+def test_moments_are_those_of_each_expert_s_tokens(rows_for_each):
+    rng = np.random.default_rng(1)
+    experts = np.stack([rng.permutation(5)[:2] for _ in range(3 * 15)]).reshape(3, 15, 2).astype(np.int32)
+    real = np.array([1.0, 1.0, 0.0], np.float32)
+    x = rng.normal(size=(3, 15, 2, 7) if rows_for_each else (3, 15, 7)).astype(np.float32)
+    x *= real.reshape(-1, *[1] * (x.ndim - 1))
+    left = rng.normal(size=x.shape).astype(np.float32)
+    found = jax.jit(ExpertMoments.add)(ExpertMoments.zeros(5, 7), left, x, experts, real)
+    for expert in range(5):
+        there = np.argwhere((experts == expert) & (real[:, None, None] > 0))
+        rows = [tuple(at) if rows_for_each else tuple(at[:2]) for at in there]
+        expected = sum(np.outer(left[at], x[at]) for at in rows)
+        np.testing.assert_allclose(found.sums[expert], expected, atol=1e-5)
+        assert found.tokens[expert] == len(rows)
+
+
+def test_one_sweep_quantises_every_expert_as_it_would_be_alone():
+    rng = np.random.default_rng(2)
+    m, counts = 12, np.array([40.0, 5.0, 30.0])
+    inputs = [rng.normal(size=(int(count), m)).astype(np.float32) for count in counts]
+    kernels = tuple(jnp.asarray(rng.normal(size=(3, m, n)), jnp.float32) for n in (8, 4))
+    sums = jnp.stack([x.T @ x for x in inputs])
+    moments = ExpertMoments(sums=sums, tokens=jnp.asarray(counts, jnp.float32))
+    rotation = kotms.KroneckerRotation(
+        *(jnp.asarray(np.linalg.qr(rng.normal(size=(n, n)))[0], jnp.float16) for n in (3, 4))
+    )
+    settings = dataclasses.replace(SETTINGS, rotation=None)
+    tensors, clips, figures = quantize_experts(
+        kernels, rotation, moments, jnp.asarray(np.concatenate(inputs)), settings=settings
+    )
+    factors = [factor.astype(jnp.float32) for factor in (rotation.left, rotation.right)]
+    for expert in range(3):
+        rows = jnp.concatenate([kernel[expert].T for kernel in kernels])
+        # The second saw fewer tokens than there are features: the moments of all stand in for its own.
+        used, tokens = (sums.sum(0), counts.sum()) if expert == 1 else (sums[expert], counts[expert])
+        alone, _ = gptq.quantize_matrix(
+            kotms.rotate(rows, *factors),
+            kotms.rotate_moment(used, rotation),
+            tokens,
+            settings=settings.weights,
+        )
+        for part in ("codes", "alpha", "mu"):
+            together = np.concatenate([getattr(tensor, part)[expert] for tensor in tensors])
+            np.testing.assert_array_equal(together, getattr(alone, part), err_msg=part)
+    assert clips.shape == (4,)
+    np.testing.assert_array_equal(figures["tokens"], counts)
+    assert 0 < figures["output_error"] < 1
+
+
+def test_the_report_names_experts_that_saw_too_few_tokens(model, quantized):
+    _, report = quantized
+    first = {site["site"]: site for site in report["sites"] if site["layer"] == 0}
+    assert "pooled_experts" not in first["qkv"]
+    # Of the first layer's router, only rounding by the quantised attention before it comes between the two.
+    student = jax.tree.map(jnp.asarray, quantized[0])
+    counts = np.bincount(chosen_experts(student).reshape(-1), minlength=CONFIG.num_experts)
+    for name, features in (("mlp", 24), ("down", 16)):
+        assert first[name]["fewest_tokens"] == counts.min()
+        assert first[name]["pooled_experts"] == np.flatnonzero(counts < features).tolist()
+
+
+def test_experts_are_stacked_leaves_and_the_router_stays(model, quantized):
+    blocks = quantized[0].blocks
+    for name, rows in (("gate", 16), ("up", 16), ("down", 24)):
+        kernel = getattr(blocks, name).kernel.get_value()
+        assert isinstance(kernel, TernaryTensor)
+        assert kernel.shape[:3] == (2, 6, rows)
+    np.testing.assert_array_equal(blocks.router.kernel.get_value(), model.blocks.router.kernel.get_value())
+    assert blocks.mlp_input.rotation.get_value().left.shape[:1] == (2,)  # of a layer, not of an expert
+
+
+def test_a_folder_gives_it_back_and_counts_what_a_token_activates(quantized, loaded):
+    again, folder = loaded
+    for saved, read in zip(jax.tree.leaves(quantized[0]), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(saved, read)
+    account = accounting.account(folder)
+    experts = 2 * 6 * 3 * 24 * 16
+    assert account["quantized_weights"] == experts + 2 * (24 * (24 + 8 + 8) + 24 * 24)
+    assert account["activated_weights"] == account["weights"] - experts * 4 // 6 - 94 * 24
+    stored = sum(account["breakdown"][kind] for kind in ("codes", "scales_and_offsets"))
+    assert account["activated_bytes"] < account["bytes_accounted"] - stored * 0.4
+    assert "a token activates" in accounting.format_account(account)
+    predicted = prediction.predict(CONFIG, RECIPE)
+    assert predicted["quantized_weights"] == account["quantized_weights"]
+    assert predicted["weights"] == account["weights"]
+    assert predicted["bits_per_weight_linear"] == pytest.approx(account["bits_per_weight_linear"])
+
+
+def test_bits_count_for_the_experts_that_a_token_goes_to(quantized):
+    elements = sites.site_weights(quantized[0], "input", "elements")[:4]
+    macs = sites.site_weights(quantized[0], "input", "macs")[:4]
+    np.testing.assert_array_equal(elements, [24, 24, 24, 2 * 16])
+    np.testing.assert_array_equal(macs, [24 * 40, 24 * 24, 2 * 24 * 32, 2 * 16 * 24])
+
+
+@pytest.mark.slow
+def test_refinement_moves_it_towards_its_teacher(model, quantized):
+    settings = BlockRefinementSettings(steps=8, batch=4, mix=0.0, dtype="float32", rotation_rate=1e-3)
+    refined, figures = blockwise.refine_blocks(quantized[0], model, WINDOWS, settings, progress=False)
+    assert all(after < before for before, after in figures["loss"])
+    before, after = (each.blocks.gate.kernel.get_value() for each in (quantized[0], refined))
+    assert (np.asarray(before.alpha) != np.asarray(after.alpha)).any((-1, -2)).all()  # of every expert
+    assert before.shape == after.shape
+
+
+def test_packed_it_computes_and_generates_the_same(loaded):
+    sixteen = twla_jax.set_activation_bits(loaded[0], bits=16)
+    packed = twla_jax.prepare_for_inference(sixteen)
+    logits = [jax.jit(lambda model, tokens: model(tokens))(each, WINDOWS) for each in (sixteen, packed)]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
+    # With a cache, and a few tokens at a time, it continues the text as the whole of it says.
+    found = twla_jax.generate(packed, WINDOWS[:, :15], max_new_tokens=1, eos_token_ids=())
+    np.testing.assert_array_equal(np.asarray(found)[:, -1], np.asarray(logits[0])[:, 14].argmax(-1))
+
+
+def test_the_published_layout_is_refused(model):
+    published = WeightSettings(quantizer=GroupedSettings(), compensation=CompensationSettings(propagation=0))
+    settings = dataclasses.replace(SETTINGS, weights=published)
+    with pytest.raises(TwlaError, match="published layout has no form for experts"):
+        twla_jax.quantize_blocks(model, WINDOWS, settings, progress=False)
