@@ -83,6 +83,12 @@ def test_options_that_are_out_of_range_are_named(folder, capsys):
         assert option.lstrip("-") in printed
 
 
+def test_bytes_that_are_no_text_end_nothing(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"w1 \xff w2\n/exit\n"), encoding="utf-8"))
+    main.main(["chat", str(folder), *GREEDY])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_an_interrupt_stops_an_answer_or_a_line_and_not_the_session(capsys):
     class Answering:
         """Answers with one word, then waits for Ctrl-C."""

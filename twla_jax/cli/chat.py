@@ -1,8 +1,11 @@
 """The command that talks with a model: `chat`."""
 
+import contextlib
+import importlib
+import io
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from twla_jax.cli import interrupts
 from twla_jax.cli.options import (
@@ -102,6 +105,8 @@ def chat(
         cache_dtype=kv_cache,
     )
     print(f"twla: {path}, {decoder.dtype}, temperature {sampling.temperature:g}; {_HELP}", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is no text is seen as such by the model, too
     with interrupts.raised():
         talk(conversation, _read_line)
 
@@ -146,7 +151,14 @@ def _answer(conversation: "Conversation", line: str) -> None:
 
 
 def _read_line() -> str | None:
-    if sys.stdin.isatty():
-        print(_PROMPT, end="", file=sys.stderr, flush=True)
-    line: Any = sys.stdin.readline()
+    """Return the next line, with the keys of a terminal for editing and earlier lines; None at the end of the input."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # from now on, `input` knows these keys
+        try:
+            return input(_PROMPT)
+        except EOFError:
+            print()
+            return None
+    line = sys.stdin.readline()
     return line.rstrip("\n") if line else None
