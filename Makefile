@@ -15,7 +15,7 @@ TESTS ?=
 # mostly run once or twice; what one process or an earlier run compiled is found in the cache. Files in order: else those
 # of few tests and much time come last, and a process has none left.
 PYTEST = XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
-  JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2 \
+  JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
   $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Those that neither emulate kernels nor quantise models.
 FAST = tests/core tests/models tests/storage tests/text $(wildcard tests/test_*.py)

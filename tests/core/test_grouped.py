@@ -26,14 +26,14 @@ def quantized():
 def test_the_first_block_is_the_fit_of_each_group(quantized):
     w, moment, _, tensor, _ = quantized
     exists = jnp.ones(200, bool)
-    _, inverse, _ = gptq.factor(jnp.asarray(moment) / 600, exists, 0.1)
+    _, inverse, _ = jax.jit(gptq.factor)(jnp.asarray(moment) / 600, exists, 0.1)
     block, metric = w[:, :128], (moment / 600)[:128, :128]
-    masks = saliency.group_masks(block, np.diagonal(inverse)[:128], metric, exists[:128])
+    masks = jax.jit(saliency.group_masks)(block, np.diagonal(inverse)[:128], metric, exists[:128])
     expected = np.zeros_like(block)
     for index, mask in enumerate(masks):
         fit = masked_fit.euclidean_two_planes if index < 2 else masked_fit.euclidean_one_plane
-        scales, codes = fit(block, mask)
-        scales = masked_fit.relocate(block, mask, scales, codes, metric)
+        scales, codes = jax.jit(fit)(block, mask)
+        scales = jax.jit(masked_fit.relocate)(block, mask, scales, codes, metric)
         expected += np.asarray(masked_fit.values(scales, codes, mask))
     np.testing.assert_allclose(tensor.dequantize()[:, :128], expected, atol=2e-2)
 
@@ -48,7 +48,7 @@ def test_its_error_is_less_than_one_plane_alone_and_compensation_lowers_it(quant
     assert float(figures["output_error"]) == pytest.approx(relative, rel=1e-3)
     alone, _ = grouped.quantize_in_groups(w, np.eye(200, dtype=np.float32) * 600, np.float32(600))
     assert energy(tensor.dequantize()) < energy(alone.dequantize())
-    alpha, mu, codes = e2m_atq.euclidean_fit(jnp.asarray(w[:, :128]), jnp.ones(128, bool))
+    alpha, mu, codes = jax.jit(e2m_atq.euclidean_fit)(jnp.asarray(w[:, :128]), jnp.ones(128, bool))
     plane = alpha[:, None] * codes + mu[:, None]
     assert np.square(w[:, :128] - tensor.dequantize()[:, :128]).sum() < np.square(w[:, :128] - plane).sum()
 
@@ -66,4 +66,4 @@ def test_a_stack_of_layers_is_dequantized_as_each_alone(quantized):
     tensor = quantized[3]
     stack = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), tensor)
     assert stack.shape == (2, 10, 200)
-    np.testing.assert_array_equal(stack.dequantize()[1], tensor.dequantize())
+    np.testing.assert_array_equal(jax.jit(lambda stack: stack.dequantize())(stack)[1], tensor.dequantize())

@@ -41,21 +41,27 @@ def quantize_in_groups(
     exists = jnp.arange(padded) < m
     root, inverse, used = gptq.factor(mean_moment, exists, damping)
 
+    def fit_groups(fit, block, groups, metric):
+        """Return scales, codes and values of two groups that have as many planes, each with the groups in front."""
+
+        def fitted(group):
+            scales, codes = fit(block, group)
+            scales = masked_fit.relocate(block, group, scales, codes, metric)
+            scales = tuple(p.astype(jnp.float16).astype(jnp.float32) for p in scales)
+            return scales, codes, masked_fit.values(scales, codes, group)
+
+        return jax.vmap(fitted)(groups)
+
     def quantize_block(w, start):
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=BLOCK)
         block, mask = columns(w, axis=1), columns(exists)
         rows, metric = columns(inverse), columns(columns(mean_moment), axis=1)
         masks = saliency.group_masks(block, jnp.diagonal(columns(rows, axis=1)), metric, mask)
-        zero = jnp.zeros_like(block)
-        scales, first, second, fitted = [], zero, zero, zero
-        for index, group in enumerate(masks):
-            fit = masked_fit.euclidean_two_planes if index < 2 else masked_fit.euclidean_one_plane
-            found, codes = fit(block, group)
-            found = masked_fit.relocate(block, group, found, codes, metric)
-            found = tuple(p.astype(jnp.float16).astype(jnp.float32) for p in found)
-            fitted += masked_fit.values(found, codes, group)
-            first, second = first + codes[0], second + (codes[1] if index < 2 else 0.0)
-            scales.extend(found)
+        two, two_codes, salient_fit = fit_groups(masked_fit.euclidean_two_planes, block, masks[:2], metric)
+        one, one_codes, other_fit = fit_groups(masked_fit.euclidean_one_plane, block, masks[2:], metric)
+        scales = [part[group] for found in (two, one) for group in range(2) for part in found]
+        first, second = two_codes[0].sum(0) + one_codes[0].sum(0), two_codes[1].sum(0)
+        fitted = salient_fit.sum(0) + other_fit.sum(0)
         error = jnp.where(mask, block - fitted, 0)
         root_block = columns(columns(root), axis=1)
         pushed = jnp.matmul(jnp.matmul(error, root_block, precision=_HIGHEST), rows, precision=_HIGHEST)
