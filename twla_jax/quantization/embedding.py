@@ -1,4 +1,4 @@
-"""The embedding and the LM head as integers: of a small model, most of the bytes once its linears are ternary."""
+"""Stores the embedding and the LM head as integers: most bytes of a small model once its linears are ternary."""
 
 import functools
 
@@ -34,7 +34,7 @@ def _quantize(rows: Float[Array, "vocab d"], *, settings: EmbeddingSettings) -> 
     columns = rows.shape[1]
     group = settings.group_size or columns
     groups = -(-columns // group)
-    levels = Integers(settings.bits)
+    levels = Integers(bits=settings.bits)
     padded = jnp.pad(jnp.asarray(rows, jnp.float32), ((0, 0), (0, groups * group - columns)))
     exists = jnp.arange(groups * group) < columns
 
