@@ -1,6 +1,7 @@
-"""Nothing imports upwards or in a cycle; the mathematics imports no Flax, no files and no models."""
+"""Nothing imports upwards or in a cycle; the mathematics imports no Flax, no files, no models; files are short."""
 
 import ast
+import statistics
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "twla_jax"
@@ -122,3 +123,17 @@ def test_no_module_imports_itself_through_others():
 
     for name in INSIDE:
         visit(name)
+
+
+def test_files_and_functions_are_short():
+    """The median file has at most 108 lines, the median function at most 5, its docstring not counted."""
+    functions = []
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0] if ast.get_docstring(node) else None
+                documented = first.end_lineno - first.lineno + 1 if first else 0
+                functions.append(node.end_lineno - node.lineno + 1 - documented)
+    files = [len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()]
+    assert statistics.median(files) <= 108
+    assert statistics.median(functions) <= 5
