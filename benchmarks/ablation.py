@@ -1,4 +1,4 @@
-"""What each part of the refined recipe is worth: one change a row, over seeds, on one GPU.
+"""Measures what each part of the refined recipe is worth: one change a row, over seeds, on one GPU.
 
     python benchmarks/ablation.py smollm2 --results ablation.jsonl
 

@@ -1,4 +1,4 @@
-"""A quantised model's perplexity through the kernels against the reference: `check_perplexity.py OUT`.
+"""Compares a quantised model's perplexity through the kernels with the reference's: `check_perplexity.py OUT`.
 
 OUT is a folder that twla wrote. Everything computes in bf16, as the kernels do: the quantiser's own arithmetic, packed
 weights through the XLA reference, and packed weights through this device's kernels. Exits with 1 if the last two differ

@@ -1,4 +1,4 @@
-"""What calibration text is worth: every recipe on every text, and the worst domain of each.
+"""Measures what calibration text is worth: every recipe on every text, and the worst domain of each.
 
     TWLA_DATA=… python benchmarks/domains.py smollm2
 

@@ -1,4 +1,4 @@
-"""Refinements side by side: one quantised model, refined by every variant, and the worst domain of each.
+"""Compares refinements: one quantised model, refined by every variant, and the worst domain of each.
 
     TWLA_DATA=… python benchmarks/refine_trials.py smollm2 --steps 240 \\
         --variants base cooldown:cooldown=0.5 "hot:code_rate=1e-2,batch=8" own:self=0.25

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness's own transformers model scores, to compare `twla eval --tasks` with.
+"""Scores lm-evaluation-harness's own transformers model, to compare `twla eval --tasks` with.
 
     TWLA_DATA=… python benchmarks/tasks_reference.py MODEL --limit 50
 

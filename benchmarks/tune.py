@@ -1,4 +1,4 @@
-"""Times of kernels with other tiles than they take: `python benchmarks/tune.py --shape llama-2-7b`.
+"""Times kernels with other tiles than they take: `python benchmarks/tune.py --shape llama-2-7b`.
 
 For each matrix of the shapes, at one token, what the one-kernel linear takes by
 `ops/quantized_linear/linear_tiles.py`, and the fastest of the tiles around it; with `--few`, `ternary_matmul` at one

@@ -1,4 +1,4 @@
-"""Ternary weights and low-bit activations for language models in JAX."""
+"""Gives language models in JAX ternary weights and low-bit activations."""
 
 import ast
 import importlib

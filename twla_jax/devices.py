@@ -1,4 +1,4 @@
-"""The default device: its kind, its size, and whether the kernels run on it."""
+"""Describes the default device: its kind, its size, and whether the kernels run on it."""
 
 import contextlib
 import functools

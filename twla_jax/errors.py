@@ -1,4 +1,4 @@
-"""The one exception type that stands for a mistake of the user's or an input that cannot be used."""
+"""Defines the one exception type that stands for a user's mistake or an input that cannot be used."""
 
 
 class TwlaError(Exception):

@@ -1,4 +1,4 @@
-"""Recipes as version 0.1.0 wrote them into quantised folders: one flat table a part, unread settings among them."""
+"""Reads recipes as version 0.1.0 wrote them into quantised folders: one flat table a part."""
 
 from typing import Any
 

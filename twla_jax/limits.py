@@ -1,4 +1,4 @@
-"""Ranges of the numbers that commands and public functions take, in one place."""
+"""Gives the ranges of the numbers that commands and public functions take, in one place."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ class Limit:
 
     @property
     def words(self) -> str:
-        """What a message says is wanted."""
+        """Return what a message says is wanted."""
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         return (

@@ -1,4 +1,4 @@
-"""Recipes: the settings of every stage of a quantisation, read from `configs/*.toml`."""
+"""Defines recipes: the settings of every stage of a quantisation, read from `configs/*.toml`."""
 
 import dataclasses
 import re

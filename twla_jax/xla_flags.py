@@ -1,4 +1,4 @@
-"""Flags that XLA needs before JAX first uses a device."""
+"""Sets flags that XLA needs before JAX first uses a device."""
 
 import os
 

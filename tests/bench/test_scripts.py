@@ -31,14 +31,14 @@ def ablation():
 
 
 def test_check_tells_right_from_wrong(monkeypatch):
-    check_gpu = script("check_gpu")
+    check_gpu, check_gpu_attention = map(script, ("check_gpu", "check_gpu_attention"))
     products = check_gpu.PRODUCTS[3:5]
     check_gpu.check("xla", products)
     check_gpu.check_rotations("xla", check_gpu.ROTATIONS[1:2])
     check_gpu.check_linears("xla", check_gpu.LINEARS[-2:])
     check_gpu.check_linear_pairs("xla", [((16, 64), (32, 64), 64)], repetitions=2)
     check_gpu.check_integers("xla", check_gpu.INTEGERS[:1])
-    check_gpu.check_attention("xla", check_gpu.ATTENTION[1:2])
+    check_gpu.check_attention("xla", check_gpu_attention.ATTENTION[1:2])
     check_gpu.check_qkv_attention("xla", [((16, 64), 4, 2, 320, 3, 100)], d=64, repetitions=2)
     from twla_jax.ops.ternary_matmul import tpu
 

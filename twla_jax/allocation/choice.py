@@ -1,4 +1,4 @@
-"""ILA-AMP on a model: measure the table, choose bits under a budget, check them on held-out text, save.
+"""Runs ILA-AMP on a model: measures the table, chooses bits under a budget, checks them on held-out text.
 
 Held-out text is calibration text that the model was not calibrated on, as far as there is enough of it. Every choice is
 made on it and none on text for evaluation.
@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import Recipe
 from twla_jax.text import recipe_windows
 from twla_jax.text.recipe_windows import DrawnText, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The ways to spend a budget that are compared; of equal ones the first is taken.
 METHODS = ("joint", "independent", "uniform")
@@ -61,7 +64,7 @@ def allocate_bits(
     text: Text,
     recipe: Recipe,
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     tables: Mapping[str, Any] | None = None,
     work_dir: str | Path | None = None,
     progress: bool = True,

@@ -1,4 +1,4 @@
-"""Clips fitted anew once the bits are chosen.
+"""Fits clips anew once the bits are chosen.
 
 A clip is first fitted on tokens that earlier inputs left unquantised. Once those have their bits, each input is fitted
 again, in execution order, on what reaches it then.

@@ -1,4 +1,4 @@
-"""The losses that ILA-AMP chooses by: of every site, and of every two neighbours, at fewer bits than the rest.
+"""Measures what ILA-AMP chooses by: the loss with one site, or two neighbours, at fewer bits than the rest.
 
 All other sites stay at the highest choice, the base. What an evaluation shares with others up to its changed sites is
 computed once: the state before a site at the base, and the states after its left neighbour at each of the other bits.

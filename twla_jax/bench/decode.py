@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from twla_jax.bench import shapes, timing
 from twla_jax.core.activation import OFF
@@ -41,7 +42,7 @@ class DecodeSettings:
     batches: tuple[int, ...] = (1,)
     context: int = 512
     steps: int = 64
-    cache_dtype: Any = None
+    cache_dtype: DTypeLike | None = None
     activation_bits: tuple[int, ...] = (16, 8, 4)
     embedding_bits: int = OFF
 
@@ -67,7 +68,8 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
                 name += f", head of {embedding} bits" if embedding < OFF else ""
                 row = _row(name, model, batch, taken, settings) | held
                 yield row | ({"speedup_bf16": bf16[batch] / taken} if bits and batch in bf16 else {})
-        del model, model_at
+                del model_at
+        del model  # before the next one is made
 
 
 def _at_bits(model: Decoder, bits: Sequence[int | None]) -> Iterator[tuple[str, Decoder]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+from jax.typing import DTypeLike
 
 from twla_jax.bench import decode, kernels, shapes, timing
 from twla_jax.core.activation import BIT_CHOICES, OFF
@@ -29,7 +30,7 @@ def measure(
     context: int = 512,
     steps: int = 64,
     layers: int | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
     activation_bits: Sequence[int] = (16, 8, 4),
     embedding_bits: int = OFF,
     on_row: Callable[[str, Mapping[str, Any]], None] = lambda part, row: None,

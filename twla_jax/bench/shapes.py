@@ -173,9 +173,9 @@ def _quantize_embeddings_randomly(model: Decoder, bits: int, key: Array) -> None
 def _quantize_randomly(model: Decoder, bits: int, key: Array) -> None:
     layers = model.config.num_layers
     for site in model.sites:
-        for name in site.linears:
+        *_, (m, n) = (linear.features for linear in model.blocks.linears(site))
+        for linear in model.blocks.linears(site):
             key, part = jax.random.split(key)
-            linear = getattr(model.blocks, name)
             *lead, m, n = linear.kernel.shape
             linear.kernel = nnx.Param(ternary_tensor(part, n, m, tuple(lead)))
         transform = model.blocks.transform(site)

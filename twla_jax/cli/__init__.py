@@ -1,1 +1,1 @@
-"""The command line `twla`."""
+"""Holds the command line `twla`."""

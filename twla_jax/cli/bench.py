@@ -1,4 +1,4 @@
-"""The command `twla bench`: measures speed on this device and prints each row when it is done."""
+"""Defines the command `twla bench`: it measures speed on this device and prints each row when it is done."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal

@@ -1,4 +1,4 @@
-"""The command that talks with a model: `chat`."""
+"""Defines the command that talks with a model: `chat`."""
 
 import contextlib
 import importlib

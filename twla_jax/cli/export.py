@@ -1,4 +1,4 @@
-"""The command that writes a quantised model for other tools: `export`."""
+"""Defines the command that writes a quantised model for other tools: `export`."""
 
 from typing import Annotated, Literal
 

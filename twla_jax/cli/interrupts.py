@@ -1,4 +1,4 @@
-"""Ctrl-C at any time: it always stops a command, and never with a traceback."""
+"""Makes Ctrl-C stop a command at any time, and never with a traceback."""
 
 import _thread
 import contextlib

@@ -1,4 +1,4 @@
-"""The entry point of `twla`: figures go to stdout, progress to stderr, and a user's mistake is one line.
+"""Runs `twla`: figures go to stdout, progress to stderr, and a user's mistake is one line.
 
 Heavy packages are imported only when a command runs, so that `--help` answers at once.
 """
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         with interrupts.heard():
             _run(sys.argv[1:] if arguments is None else arguments)
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # the reader of the output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt as stop:

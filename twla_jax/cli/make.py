@@ -1,4 +1,4 @@
-"""The commands that make or change quantised models: `quantize`, `allocate`, `compare`, `demo`."""
+"""Defines the commands that make or change quantised models: `quantize`, `allocate`, `compare`, `demo`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal

@@ -1,4 +1,4 @@
-"""Option types, recipe overrides and printing that the commands share."""
+"""Defines option types, recipe overrides and printing that the commands share."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Options of the commands that generate text: how tokens are chosen, and where a text ends."""
+"""Defines options of the commands that generate text: how tokens are chosen, and where a text ends."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

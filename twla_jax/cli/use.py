@@ -1,4 +1,4 @@
-"""The commands that use a model, quantised or not: `eval`, `generate`, `inspect`."""
+"""Defines the commands that use a model, quantised or not: `eval`, `generate`, `inspect`."""
 
 import math
 import sys
@@ -260,7 +260,7 @@ def inspect(
 ) -> None:
     """Print the bits and bytes of a quantised model, counted from the stored files.
 
-    Of a model that is not quantised, say whether it can be, and how many bits and bytes a recipe would take.
+    If the model is not quantised, say whether it can be, and how many bits and bytes a recipe would take.
 
     Args:
         out: folder written by twla, or a model to quantise

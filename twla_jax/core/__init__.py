@@ -1,4 +1,4 @@
-"""The method below the whole model: arrays in, arrays out, every function usable under `jax.jit`.
+"""Holds the method below the whole model: arrays in, arrays out, every function usable under `jax.jit`.
 
 One matrix, from calibration inputs `x [t, m]` and weights `w [n, m]`, rows being outputs:
 

@@ -1,4 +1,4 @@
-"""Per-token activation quantisation: dynamic, asymmetric, with a clip fitted per input and bit-width."""
+"""Quantises activations per token: dynamic, asymmetric, with a clip fitted for each input and bit-width."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

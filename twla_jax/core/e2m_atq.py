@@ -1,4 +1,4 @@
-"""E2M-ATQ, the asymmetric ternary quantiser.
+"""Fits ternary codes and their scales by E2M-ATQ, the asymmetric ternary quantiser.
 
 A weight row is cut into groups of columns; each group is represented as `Ŵ = α·T + μ` with `T ∈ {-1, 0, 1}` (TWLA,
 arXiv 2606.13054, section 3: Euclidean fit, then relocation on the manifold of the layer's outputs).

@@ -1,4 +1,4 @@
-"""The error-compensated column sweep: later columns make up for the errors of earlier ones (GPTQ).
+"""Sweeps the columns of a matrix so that later columns make up for the errors of earlier ones (GPTQ).
 
 Notation: `H = S/t + λI` is the damped mean second moment of the inputs. With `H = R Rᵀ`, R upper triangular, and `U
 = R⁻¹`, an error e on columns b is made up for by adding `−e R_bb U_b,rest` to the columns that follow (GPTQ, arXiv

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from twla_jax.core import gptq, masked_fit, packing, saliency
 from twla_jax.core.grouped_tensor import BLOCK, GroupedTensor, salient_room
@@ -16,7 +16,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def quantize_in_groups(
     weight: Float[Array, "n m"],
     moment: Float[Array, "m m"],
-    tokens: Float[Array, ""],
+    tokens: Num[Array, ""] | float,
     *,
     damping: float = 0.1,
 ) -> tuple[GroupedTensor, dict[str, Float[Array, ""]]]:

@@ -1,4 +1,4 @@
-"""A weight matrix in the published layout: four groups in every 128 columns, ten scales a row and block.
+"""Holds a weight matrix in the published layout: four groups in every 128 columns, ten scales a row and block.
 
 Salient columns have two planes and one mean, other columns one plane and one mean, each split by magnitude (public
 TWLA code, arXiv 2606.13054). What is stored is what the layout needs: codes of one plane everywhere and of a second

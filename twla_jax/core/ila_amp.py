@@ -1,4 +1,4 @@
-"""ILA-AMP: the bits of every activation site under a budget, knowing what neighbours cost each other.
+"""Chooses the bits of every activation site under a budget, knowing what neighbours cost each other (ILA-AMP).
 
 TWLA, arXiv 2606.13054, section 3. A site is whatever gets bits of its own; sites stand in execution order.
 """

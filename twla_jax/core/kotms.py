@@ -1,4 +1,4 @@
-"""KOTMS: Kronecker-structured orthogonal rotations that shape weights into three modes.
+"""Fits Kronecker-structured orthogonal rotations that shape weights into three modes (KOTMS).
 
 TWLA, arXiv 2606.13054, section 3.
 """

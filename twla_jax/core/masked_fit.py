@@ -1,4 +1,4 @@
-"""Ternary fits to some elements of each row, as the published layout's groups need them.
+"""Fits ternary codes to some elements of each row, as the published layout's groups need them.
 
 `Ŵ = μ + α·T` with one plane, `Ŵ = μ + α₀·T₀ + α₁·T₁` with two, where a mask holds and 0 elsewhere. The steps are those
 of the public TWLA code (arXiv 2606.13054): a Euclidean fit of the codes, then scales relocated under the inputs'

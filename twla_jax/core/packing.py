@@ -1,4 +1,4 @@
-"""Ternary codes as bytes: 2 bits a weight in memory, base 3 on disk.
+"""Packs ternary codes into bytes: 2 bits a weight in memory, base 3 on disk.
 
 `U = T + 1 ∈ {0, 1, 2}` is what is stored, so that neither unpacking nor an integer matmul on the codes needs a
 subtraction.

@@ -1,4 +1,4 @@
-"""The published layout's four groups: salient columns, and two magnitude groups inside and outside them.
+"""Finds the published layout's four groups: salient columns, and two magnitude groups inside and outside them.
 
 The public TWLA code (arXiv 2606.13054, GitHub `Kishon-zzx/TWLA`) splits every 128 columns of a rotated weight before
 it fits a scale. All splits are searched on the saliency `A = W² / d²`, not on W. Here every search evaluates its

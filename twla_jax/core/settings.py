@@ -1,4 +1,4 @@
-"""Settings of the method: the weights' quantiser, error compensation, rotations and activations.
+"""Defines the settings of the method: the weights' quantiser, error compensation, rotations and activations.
 
 Each is a frozen dataclass that names everything its stage reads, and nothing else. Quantisers exclude each other, so
 `WeightSettings.quantizer` is a union: what one of them does not read cannot be said to it.

@@ -1,4 +1,4 @@
-"""Optimisation on the Stiefel manifold of square orthogonal matrices, as an optax transformation.
+"""Optimises on the Stiefel manifold of square orthogonal matrices, as an optax transformation.
 
 A point is `X` with `XᵀX = I` (`[..., n, n]`, leading axes are independent points); the tangent space at X is `{XΩ :
 Ω = −Ωᵀ}`.

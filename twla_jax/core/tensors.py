@@ -1,10 +1,11 @@
-"""Packed weight matrices: ternary planes and plain integers, and what multiplies by them."""
+"""Holds packed weight matrices, ternary planes and plain integers, and multiplies by them."""
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float16, Float32, Int, Int8, UInt8
 
 from twla_jax.core import packing
@@ -18,7 +19,7 @@ _SMALLEST_STEP = 2.0**-21  # float16 holds eight times less, and so every multip
 class Dequantizable(Protocol):
     """A packed weight matrix that knows its own way back."""
 
-    def dequantize(self, dtype: Any) -> Float[Array, "*batch n m"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*batch n m"]:
         """Return the matrix `Ŵ` in `dtype`."""
         ...
 

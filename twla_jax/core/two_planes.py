@@ -1,4 +1,4 @@
-"""Two ternary planes: `Ŵ = α₁·T₁ + α₂·T₂ + μ`, nine levels a group, as PTQTP has it.
+"""Fits two ternary planes: `Ŵ = α₁·T₁ + α₂·T₂ + μ`, nine levels a group, as PTQTP has it.
 
 The pair of codes is kept as one digit `T = 3·T₁ + T₂ ∈ {-4, …, 4}` until it is packed.
 """
@@ -140,7 +140,10 @@ def relocate(
 
 
 def _solve(gram: Float[Array, "n 3 3"], target: Float[Array, "n 3"]) -> Float[Array, "n 3"]:
-    """`(G + 1e-5·I)⁻¹ t` of unit diagonals, written out: a library's solver takes a launch for each of its steps."""
+    """Return `(G + 1e-5·I)⁻¹ t`, `[n, 3]`, of unit diagonals, written out.
+
+    A library's solver takes a launch for each of its steps.
+    """
     d = 1 + 1e-5
     a, b, c = gram[:, 0, 1], gram[:, 0, 2], gram[:, 1, 2]
     adjugate = (

@@ -1,4 +1,4 @@
-"""Plain asymmetric integers, what ternary weights are compared with: the levels of round-to-nearest and GPTQ."""
+"""Fits plain asymmetric integers, the levels of round-to-nearest and GPTQ, to compare ternary weights with."""
 
 import jax
 import jax.numpy as jnp

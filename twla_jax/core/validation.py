@@ -1,4 +1,4 @@
-"""Frozen settings that check themselves, and their form as plain values for TOML and JSON."""
+"""Checks frozen settings when they are made, and turns them into plain values for TOML and JSON and back."""
 
 import dataclasses
 import functools

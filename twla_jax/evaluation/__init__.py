@@ -1,1 +1,1 @@
-"""How well a model predicts text."""
+"""Measures how well a model predicts text."""

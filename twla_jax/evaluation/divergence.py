@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's: both are run over the same windows in one pass."""
+"""Measures how far one model's predictions are from another's: both run over the same windows in one pass."""
 
 import functools
 

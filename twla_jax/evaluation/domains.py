@@ -1,4 +1,4 @@
-"""A model on several texts, beside the model that it was made from: quality is that of the worst."""
+"""Scores a model on several texts, beside the model that it was made from: its quality is that of the worst."""
 
 import math
 from collections.abc import Mapping

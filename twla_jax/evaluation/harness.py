@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness wants it: texts in, log-likelihoods and texts out."""
+"""Serves a model to lm-evaluation-harness: texts in, log-likelihoods and texts out."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

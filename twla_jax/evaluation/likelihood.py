@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: what multiple-choice tasks compare."""
+"""Computes log-likelihoods of continuations, which multiple-choice tasks compare."""
 
 import functools
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of windows, without all of their logits at the same time."""
+"""Computes the negative log-likelihood of windows, without all of their logits at the same time."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Perplexity on a text: windows that do not overlap, each scored from its own beginning."""
+"""Measures perplexity on a text: windows that do not overlap, each scored from its own beginning."""
 
 import math
 
@@ -22,7 +22,7 @@ from twla_jax.text.token_ids import cut, text_length
 def cut_windows(tokens: Int[np.ndarray, " t"], seq_len: int) -> Int32[np.ndarray, "w seq_len"]:
     """Return consecutive windows of `seq_len` tokens; the remainder is dropped.
 
-    Of a text whose tokenizer puts BOS in front, each window is BOS and `seq_len − 1` tokens of the text.
+    Where the tokenizer puts BOS before a text, each window is BOS and `seq_len − 1` tokens of the text.
 
     Raises:
       TwlaError: the text is shorter than one window, or `seq_len` leaves nothing to predict.

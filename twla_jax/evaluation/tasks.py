@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: how many questions a model answers right, beside the model it was made from."""
+"""Runs tasks of lm-evaluation-harness, on a model and on the model it was made from."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""A conversation with a model: messages, and the keys and values of what was said so far.
+"""Holds a conversation with a model: messages, and the keys and values of what was said so far.
 
 Each answer reads only what is new since the last one.
 """

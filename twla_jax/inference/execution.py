@@ -1,4 +1,4 @@
-"""Which form of a model answers: as the quantiser left it, or packed for the kernels."""
+"""Decides which form of a model answers: as the quantiser left it, or packed for the kernels."""
 
 from typing import Literal
 

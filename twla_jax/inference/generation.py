@@ -1,4 +1,4 @@
-"""Text generation with a key/value cache."""
+"""Generates text with a key/value cache."""
 
 import dataclasses
 import functools
@@ -126,12 +126,13 @@ def fill(
     length = request.prompt.shape[1]
     chunk, key = _chunk(length - held), jax.random.fold_in(request.key, made)
     padded = np.pad(request.prompt, ((0, 0), (0, chunk)))
-    cache = dataclasses.replace(cache, length=jnp.int32(held))
+    cache, token = dataclasses.replace(cache, length=jnp.int32(held)), None
     for start in range(held, length, chunk):
         part, count = padded[:, start : start + chunk], jnp.int32(min(chunk, length - start))
         token, cache = _prefill(
             request.model, part, count, cache, jnp.int32(length), request.sampler, request.seen, key
         )
+    assert token is not None  # not all of the prompt is held
     return token, add_seen(None if request.seen is None else jnp.asarray(request.seen), token), cache
 
 

@@ -1,4 +1,4 @@
-"""A block in the form that runs fast: each input one op, the linears that read it one matrix.
+"""Runs a block fast: each input is one op, the linears that read it are one matrix.
 
 Any family's block is packed: its own chain runs on packed inputs and linears. Attention, gate and the residual's way
 from attention to the MLP go through fused kernels where a family computes them as `LlamaBlock` does.

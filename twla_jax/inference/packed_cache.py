@@ -1,4 +1,4 @@
-"""The key/value cache of a packed decoder, and the scratch memory of its kernels beside it."""
+"""Holds the key/value cache of a packed decoder, and the scratch memory of its kernels beside it."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""A decoder in the form that runs fast: kernel-ready weights, one product an input, integers where it can.
+"""Runs a decoder fast: kernel-ready weights, one product an input, integers where it can.
 
 Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`; for a
 token or a few both are one `quantized_linear`. Where an input's activations are not quantised, they are only rotated,
@@ -8,12 +8,12 @@ input. An embedding and an LM head of integers stay packed, too: `integer_matmul
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from twla_jax.core.grouped_tensor import GroupedTensor
@@ -61,7 +61,7 @@ def prepare_for_inference(
 
 
 class PackedDecoder(Decoder):
-    """`Decoder` with a list of `PackedBlock`s, run one after the other: a scan would copy each layer's weights."""
+    """A `Decoder` with a list of `PackedBlock`s, run one after the other: a scan would copy each layer's weights."""
 
     def __init__(self, model: Decoder, *, mesh: Mesh | None, implementation: Implementation | None):
         self.config, self.mesh = model.config, mesh
@@ -113,7 +113,7 @@ class PackedDecoder(Decoder):
             carry = step(carry, block, context.layer(index), index)
         return carry
 
-    def init_cache(self, batch: int, size: int, dtype: Any = None) -> KVCache:
+    def init_cache(self, batch: int, size: int, dtype: DTypeLike | None = None) -> KVCache:
         """Return an empty cache for `size` positions, layer by layer, in `dtype`: see `Decoder.init_cache`."""
         shape = self._cache_shape(batch, size)
         layers = tuple(block.with_scratch(empty_layer(shape, dtype or self.dtype)) for block in self.layers)

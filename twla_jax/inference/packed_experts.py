@@ -1,4 +1,4 @@
-"""The linears of a layer's experts that read one input, in the form that kernels take."""
+"""Holds the linears of a layer's experts that read one input, in the form that kernels take."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""One input of a block and the linears that read it, in the form that kernels take."""
+"""Holds one input of a block and the linears that read it, in the form that kernels take."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.core.activation import OFF, ActivationQuantizer, select_clip
@@ -213,7 +214,7 @@ class KernelLinear(nnx.Module):
         y = jnp.matmul(x, weight, precision=precision(self.dtype))
         return y if self.bias is None else y + self.bias.get_value()
 
-    def _product(self, x: Any, weight: KernelWeight, dtype: Any) -> jax.Array:
+    def _product(self, x: Any, weight: KernelWeight, dtype: DTypeLike) -> jax.Array:
         op = functools.partial(ternary_matmul, out_dtype=dtype, implementation=self.implementation)
         return op(x, weight) if self.mesh is None else tensor_parallel.matmul(op, x, weight, self.mesh)
 

@@ -1,4 +1,4 @@
-"""What is asked of generation, checked before anything is computed."""
+"""Checks what is asked of generation, before anything is computed."""
 
 import operator
 from collections.abc import Collection
@@ -21,7 +21,7 @@ class Request(NamedTuple):
 
     model: Decoder
     prompt: Int32[np.ndarray, "b t"]
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     sampler: Sampler
     seen: Bool[np.ndarray, "b vocab"] | None
     key: jax.Array

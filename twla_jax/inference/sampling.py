@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: temperature, top-k, top-p, min-p and a penalty on repetition.
+"""Chooses the next token from logits: temperature, top-k, top-p, min-p and a penalty on repetition.
 
 The rules and their order are those of transformers' `generate`: the penalty first, then the temperature, then the
 filters. Settings that change nothing are not compiled in; the values of the others are data, so that another

@@ -1,4 +1,4 @@
-"""Calibration text sampled from the model itself, for users who have none (LLM-QAT, Liu et al., arXiv 2305.17888).
+"""Samples calibration text from the model itself, for users who have none (LLM-QAT, arXiv 2305.17888).
 
 Every row begins with the model's BOS token, or a random one where it has none, and goes on at temperature 1, past the
 ends of its texts. Rows are windows as they are: calibration, refinement and held-out text each take rows of their own.

@@ -1,4 +1,4 @@
-"""Kernels on a mesh: each device multiplies its own rows of a weight by an input that every device has whole.
+"""Runs kernels on a mesh: each device multiplies its own rows of a weight by an input that every device has whole.
 
 The partitioner cannot look into a kernel, so kernels run under `jax.shard_map`, over the mesh that
 `twla_jax.shardings` is for: weights over its axis `model`, batches over `data`. Every linear is split by its outputs,

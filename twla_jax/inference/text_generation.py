@@ -1,4 +1,4 @@
-"""Text from tokens: continuations of prompts and chats, as they are made or several at once."""
+"""Generates text from prompts and chats, token by token or several texts at once."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any

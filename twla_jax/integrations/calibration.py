@@ -1,4 +1,4 @@
-"""One pass over batches, then every matched kernel packed: what Linen and NNX models have in common."""
+"""Collects moments in one pass over batches, then packs every matched kernel, for Linen and NNX alike."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A packed kernel in the place of a Flax module's own, and what multiplies by it."""
+"""Puts a packed kernel in the place of a Flax module's own, and multiplies by it."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from twla_jax.core import activation, gptq, kotms
@@ -31,11 +32,11 @@ class PackedKernel:
     activation: ActivationQuantizer
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     contracted: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})  # of the array it stands for
+    dtype: DTypeLike = dataclasses.field(metadata={"static": True})  # of the array it stands for
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the array it stands for."""
+        """Return the number of axes of the array it stands for."""
         return len(self.shape)
 
     def __getitem__(self, index: Any) -> "PackedKernel":

@@ -1,4 +1,4 @@
-"""Two qwix providers: one that collects what the column sweep needs, one that multiplies by packed kernels."""
+"""Provides two qwix providers: one collects what the column sweep needs, one multiplies by packed kernels."""
 
 import dataclasses
 import math

@@ -1,1 +1,1 @@
-"""One command each, from files to a folder."""
+"""Runs one command each, from files to a folder."""

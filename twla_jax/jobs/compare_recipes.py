@@ -1,4 +1,4 @@
-"""Recipes side by side: perplexity against the bytes that are really stored.
+"""Compares recipes: perplexity against the bytes that are really stored.
 
 Every row is a folder that `workflow.quantize_to_folder` wrote, counted by `accounting.account` and scored by
 `evaluation.evaluate`; baselines are recipes like any other.

@@ -2,11 +2,14 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twla_jax.inference import text_generation
 from twla_jax.inference.sampling import Sampling
 from twla_jax.models import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WIDTH = 100
 _INDENT = 4
@@ -14,7 +17,7 @@ _INDENT = 4
 
 def continue_prompt(
     models: Mapping[str, Decoder],
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
     *,
     max_new_tokens: int = 40,

@@ -1,4 +1,4 @@
-"""The demonstration: SmolLM2 quantised in one plane and in two, each beside the original."""
+"""Runs the demonstration: SmolLM2 quantised in one plane and in two, each beside the original."""
 
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ def demonstrate(recipes: dict[Path, Recipe], *, check_windows: int = 4) -> dict[
         bits = report["size"]["bits_per_weight_linear"]
         models[f"quantised, {bits:.2f} bits a weight"], tokenizer = loading.load(out)
     original, _ = loading.load(loading.SMOLLM2)
+    assert tokenizer is not None  # `quantize_to_folder` saves the original's
     models = {"original, 16 bits a weight": original, **models}
     rows = continuations.continue_prompt(models, tokenizer, _PROMPT)
     return {"reports": reports, "prompt": _PROMPT, "continuations": rows}

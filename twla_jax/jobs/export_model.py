@@ -1,4 +1,4 @@
-"""From a quantised folder to a folder or file of another format."""
+"""Turns a quantised folder into a folder or file of another format."""
 
 import contextlib
 import os

@@ -3,9 +3,10 @@
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.typing import DTypeLike
 
 from twla_jax.errors import TwlaError
 from twla_jax.json_files import read_json
@@ -16,6 +17,9 @@ from twla_jax.models.io.huggingface import GENERATION
 from twla_jax.storage import checkpoint
 from twla_jax.storage.locks import replaced_folder
 from twla_jax.storage.places import expand
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
 
@@ -63,8 +67,8 @@ def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
 
 
 def load(
-    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
-) -> tuple[Decoder, Any]:
+    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: DTypeLike | None = None
+) -> "tuple[Decoder, PreTrainedTokenizerBase | None]":
     """Load any model that this library knows, quantised or not; return it with its tokenizer.
 
     Args:

@@ -1,4 +1,4 @@
-"""The whole job: read a model, calibrate, quantise, check the result, save it with its report."""
+"""Runs the whole job: read a model, calibrate, quantise, check the result, save it with its report."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,15 @@ from twla_jax.models import Decoder
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import computing_in
 from twla_jax.models.io import readers
+from twla_jax.models.io.tokenizer import as_json
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.recipe import Recipe
 from twla_jax.reports.run import Phases, environment, peak_memory
 from twla_jax.storage import accounting, checkpoint
 from twla_jax.text import corpora, recipe_windows, sampled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WORK = ".partial"  # ending of the folder beside OUT that keeps what is finished
 _CHECK_TOKENS = 32
@@ -226,10 +230,10 @@ def _evaluation_name(corpus: str) -> str:
     return corpus if corpus in corpora.corpus_names() else "pydoc"
 
 
-def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+def _describe_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Return what decides how text becomes tokens: the tokenizer by its hash, and whether it puts BOS in front."""
     first = tokenizer("a")["input_ids"][0]
     return {
-        "sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "sha256": hashlib.sha256(as_json(tokenizer).encode()).hexdigest(),
         "adds_bos": first == tokenizer.bos_token_id,
     }

@@ -1,9 +1,9 @@
-"""The stages of a quantisation, in order: what the Python API, the command line and the ablation all run."""
+"""Runs the stages of a quantisation in order: the Python API, the command line and the ablation share them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -19,6 +19,9 @@ from twla_jax.text import recipe_windows
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.recipe_windows import DrawnText, Text
 from twla_jax.text.sampled import SampledText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ def quantize(
     text: Text,
     recipe: Recipe,
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     work_dir: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,

@@ -1,4 +1,4 @@
-"""Models: one decoder for several families, and readers for the files they come in."""
+"""Defines one decoder for several families, and reads the files that models come in."""
 
 from twla_jax.models.blocks import ChainBlock, Site
 from twla_jax.models.config import DecoderConfig

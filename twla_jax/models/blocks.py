@@ -1,4 +1,4 @@
-"""A transformer block as a chain of sites: what is rotated and quantised, in which order, and what lies between.
+"""Defines a transformer block as a chain of sites: what is rotated and quantised, in order, and what lies between.
 
 A family declares its sites as data and says in two methods what a site's linears read and what follows from their
 outputs. Everything that goes through a block walks that chain with `run`: the forward pass, decoding with a cache,

@@ -1,4 +1,4 @@
-"""The settings of a decoder; `models.families` reads them from a Hugging Face `config.json`."""
+"""Defines the settings of a decoder; `models.families` reads them from a Hugging Face `config.json`."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Keys of a Hugging Face `config.json`: which are read, which are refused, and which change nothing.
+"""Lists the keys of a Hugging Face `config.json`: which are read, which are refused, and which change nothing.
 
 Every key of the configuration classes of the supported families is in one of the three tables, so that none is passed
 over unseen. Values of the first two are checked before anything is computed from them.

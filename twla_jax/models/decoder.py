@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks of the configuration's family, final norm and head.
+"""Defines the decoder: embedding, blocks of the configuration's family, final norm and head.
 
 All blocks are one `ChainBlock` whose arrays have a leading axis of layers, run by a scan: compilation and the memory
 for unpacked weights are those of a single block. Weights may be arrays or `TernaryTensor`s, and each input of a block's

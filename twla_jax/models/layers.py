@@ -1,4 +1,4 @@
-"""The layers that blocks are made of, and how a module is changed: by a copy that shares its arrays."""
+"""Defines the layers that blocks are made of, and changes modules by copies that share their arrays."""
 
 import functools
 from collections.abc import Mapping
@@ -118,7 +118,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
-        """Normalise the last axis."""
+        """Return x with its last axis normalised, in its shape and dtype."""
         return rms_norm(x, self.scale.get_value(), self.epsilon)
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864), on the two halves of a head."""
+"""Computes rotary position embeddings (arXiv 2104.09864), on the two halves of a head."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The settings of rotary positions, and how they follow from a Hugging Face `config.json`."""
+"""Defines the settings of rotary positions, and how they follow from a Hugging Face `config.json`."""
 
 import dataclasses
 import math

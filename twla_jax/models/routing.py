@@ -1,4 +1,4 @@
-"""Which experts each token goes to."""
+"""Decides which experts each token goes to."""
 
 import dataclasses
 

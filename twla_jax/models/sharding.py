@@ -1,4 +1,4 @@
-"""Where each array of a model lives on a mesh with axes `data` and `model`.
+"""Says where each array of a model lives on a mesh with axes `data` and `model`.
 
 Linears that read the residual stream (as q, k, v, gate, up) are split by outputs, those that write it (as o, down) by
 inputs: one sum over `model` after each pair. Which do what is the sites' to say (`Site.writes`). An array whose axis

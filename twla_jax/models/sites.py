@@ -1,4 +1,4 @@
-"""Activation sites of a decoder: what gets bits of its own, in execution order.
+"""Names the activation sites of a decoder: what gets bits of its own, in execution order.
 
 A site is a whole block (`block`, the paper) or each of the inputs of a block's linears (`input`).
 """

@@ -1,4 +1,4 @@
-"""Parameters of all blocks that stay in files: one layer is read when its turn comes, and nothing holds the model."""
+"""Leaves the parameters of all blocks in files: one layer is read when its turn comes."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

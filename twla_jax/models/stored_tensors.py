@@ -1,4 +1,4 @@
-"""Changes to tensors on their way from a file into a decoder: some families store them in another form."""
+"""Changes tensors on their way from a file into a decoder: some families store them in another form."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol

@@ -101,14 +101,16 @@ def quantize_experts(
     """
     count, m = len(moments.tokens), kernels[0].shape[1]
     few = moments.few
-    if rotation is not None:
-        left, right = (factor.astype(jnp.float32) for factor in (rotation.left, rotation.right))
-        sample = kotms.rotate(sample, left, right)
+    sides = (
+        None if rotation is None else [side.astype(jnp.float32) for side in (rotation.left, rotation.right)]
+    )
+    if sides is not None:
+        sample = kotms.rotate(sample, *sides)
 
     def turned(matrix: Float[Array, "n m"], both: bool) -> Float[Array, "n m"]:
-        if rotation is None:
+        if rotation is None or sides is None:
             return matrix
-        return kotms.rotate_moment(matrix, rotation) if both else kotms.rotate(matrix, left, right)
+        return kotms.rotate_moment(matrix, rotation) if both else kotms.rotate(matrix, *sides)
 
     def one(kernels, moment, tokens, own, error):
         rows = turned(jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels]), False)

@@ -1,4 +1,4 @@
-"""The whole-model transform: block by block, each part calibrated on inputs that passed through the quantised ones.
+"""Quantises the blocks of a model in order, each part calibrated on inputs that passed through the quantised ones.
 
 Every kernel of a block becomes a packed tensor, every input of its linears gets a `KroneckerRotation` and an
 `ActivationQuantizer`. Second moments are summed over batches of windows, so the inputs themselves are never kept; what
@@ -170,7 +170,7 @@ def _quantize_blocks(
 ) -> list[dict[str, Any]]:
     """Return what `quantize_block` finds for every block, on the host.
 
-    Of a model whose layers are in files, packed weights are left out: they stay in the working folder.
+    Where the layers of a model are in files, packed weights are left out: they stay in the working folder.
     """
     count = model.config.num_layers
     folder = store.folder if store else None
@@ -187,15 +187,14 @@ def _quantize_blocks(
         }
 
     layers: list[dict[str, Any]] = []
-    first = 0
     with Snapshots(store) as snapshots:
-        if saved := snapshots.load():
-            first, kept = saved
+        first, kept = snapshots.load() or (0, None)
+        if kept is not None:
             assert store is not None
             layers = [held(store.require(f"block-{index}")) for index in range(first)]
         for name, each in streams.items():
             if each is not None and first < count:
-                each.restore(kept[name]) if saved else each.start()
+                each.start() if kept is None else each.restore(kept[name])
         bar = tqdm(total=count, initial=first, desc="blocks", unit="block", disable=not progress)
         with bar:
             for index, block in enumerate(stored_layers.in_turn(model.blocks, first, count), first):

@@ -1,4 +1,4 @@
-"""Rotations of all blocks, fitted side by side: what `kotms` does for one input, over the layers of a model."""
+"""Fits the rotations of all blocks side by side: what `kotms` does for one input, over the layers of a model."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Keeps finished blocks and the residual streams between them on the disk, while the next block is under way."""
+"""Keeps finished blocks and the residual streams between them on the disk, while the next block is quantised."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The residual stream of all calibration windows, between two blocks, in batches of one shape."""
+"""Holds the residual stream of all calibration windows, between two blocks, in batches of one shape."""
 
 import dataclasses
 import tempfile
@@ -35,7 +35,9 @@ class Batch:
 
 
 class ResidualStream:
-    """Kept on the device where it fits; else on the host or in a file, from where batches go to the device in turn.
+    """Holds the streams of all windows, on the device where they fit.
+
+    Else they lie on the host or in a file, from where batches go to the device in turn.
 
     Attributes:
       tokens: how many there are in all windows.

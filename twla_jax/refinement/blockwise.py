@@ -1,4 +1,4 @@
-"""Block-wise refinement: each block, or sliding window of blocks, learns the full-precision model's residual stream.
+"""Refines each block, or sliding window of blocks, towards the full-precision model's residual stream.
 
 A window of blocks takes what the already refined blocks before it give (`x`) and learns to give what the full-precision
 model has after the same blocks (`y₀`), by Adam on the mean over tokens of `‖y − y₀‖² / ‖y₀‖²` (BRECQ, arXiv 2102.05426,

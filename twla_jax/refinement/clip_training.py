@@ -1,4 +1,4 @@
-"""Clips that learn: the ranges of the activation quantisers, end to end, with all else as it is.
+"""Trains clips, the ranges of the activation quantisers, end to end, with all else as it is.
 
 The layer-wise fit judges a clip by its own layer's output error. Here all clips for one bit-width learn together from
 the KL divergence to the full-precision model's predictions, as step sizes do in LSQ (Esser et al., arXiv 1902.08153):

@@ -1,4 +1,4 @@
-"""End-to-end refinement: a ternary model learns the full-precision model's predictions, in the same packed format.
+"""Refines a ternary model towards the full-precision model's predictions, in the same packed format.
 
 No labels are used: the loss is the KL divergence `Σ_v p_v (log p_v − log q_v)` from the full-precision model's
 predictions p to the ternary model's q on calibration text. What learns is what inference stores anyway: codes, α, μ,

@@ -1,4 +1,4 @@
-"""What learns in refinement: float latents behind codes and scales, and the way back to packed tensors."""
+"""Defines what learns in refinement: float latents behind codes and scales, and the way back to packed tensors."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The optimiser of refinement and its learning rates."""
+"""Defines the optimiser of refinement and its learning rates."""
 
 import math
 from collections.abc import Hashable

@@ -1,4 +1,4 @@
-"""What refinement learns of two planes: one latent a weight, in units of the mean step between the nine levels.
+"""Defines what refinement learns of two planes: one latent a weight, in units of the mean step between nine levels.
 
     T = nearest digit to u among the levels as they were at the start,    Ŵ = values(T; α₁, α₂, μ),    ∂Ŵ/∂u := unit
 

@@ -1,1 +1,1 @@
-"""What a run reports: times, memory, figures and pictures."""
+"""Reports what a run took and found: times, memory, figures and pictures."""

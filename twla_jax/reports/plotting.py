@@ -1,4 +1,4 @@
-"""Plots of what was measured; they need the extra `plot`."""
+"""Plots what was measured; this needs the extra `plot`."""
 
 import importlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a report holds beside the results: phases with their times, versions, the device, peak memory."""
+"""Records what a report holds beside the results: phases with their times, versions, the device, peak memory."""
 
 import contextlib
 import importlib.metadata

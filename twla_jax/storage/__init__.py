@@ -1,1 +1,1 @@
-"""What lies on the disk: checkpoints, unfinished work, and how many bytes."""
+"""Reads and writes what lies on the disk: checkpoints and unfinished work; counts their bytes."""

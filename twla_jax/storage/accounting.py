@@ -1,4 +1,4 @@
-"""Bytes and bits of a saved model, from what is stored.
+"""Counts bytes and bits of a saved model, from what is stored.
 
 A label is not a size: every figure here follows from the arrays that the checkpoint lists, and their total is
 set beside the bytes that lie on the disk.

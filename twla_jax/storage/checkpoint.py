@@ -1,4 +1,4 @@
-"""A quantised model as a folder that works alone: written whole or not at all, checked when it is read.
+"""Saves a quantised model as a folder that works alone: written whole or not at all, checked when it is read.
 
 OUT/params/       orbax checkpoint: one uncompressed array a folder, codes at five trits a byte (integers without gaps)
 OUT/tokenizer/    the tokenizer's own files
@@ -12,10 +12,11 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from twla_jax import json_text
 from twla_jax.core.activation import ActivationQuantizer
@@ -41,6 +42,9 @@ from twla_jax.storage.manifest import (
     verify,
 )
 from twla_jax.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # With what is read of a folder without its model, so that a reader needs one module.
 __all__ = [
@@ -74,7 +78,7 @@ class CheckpointInfo:
 
 def save(
     model: Decoder,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase | None",
     folder: str | Path,
     recipe: Recipe,
     report: dict[str, Any],
@@ -157,8 +161,8 @@ def _revise(folder: Path, model: Decoder, recipe: Recipe, written: Mapping[str, 
 
 
 def load(
-    folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
-) -> tuple[Decoder, Any, CheckpointInfo]:
+    folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: DTypeLike | None = None
+) -> "tuple[Decoder, PreTrainedTokenizerBase | None, CheckpointInfo]":
     """Read what `save` wrote, straight onto one device or onto a mesh.
 
     Args:

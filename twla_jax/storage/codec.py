@@ -1,4 +1,4 @@
-"""How codes lie on the disk: five trits in a byte, integers without gaps."""
+"""Packs codes for the disk: five trits in a byte, integers without gaps."""
 
 import dataclasses
 import functools

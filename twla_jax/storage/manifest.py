@@ -1,4 +1,4 @@
-"""The file that describes a quantised folder: written last, and checked in all its parts before it is believed."""
+"""Reads the file that describes a quantised folder: written last, and checked in all its parts before it is used."""
 
 import hashlib
 import json

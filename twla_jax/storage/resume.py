@@ -1,4 +1,4 @@
-"""A working folder in which long work leaves what it has finished, so that an interrupted run goes on where it was."""
+"""Keeps finished parts of long work in a folder, so that an interrupted run goes on where it was."""
 
 import hashlib
 import json

@@ -1,1 +1,1 @@
-"""Calibration and evaluation text, as windows of tokens."""
+"""Turns calibration and evaluation text into windows of tokens."""

@@ -1,4 +1,4 @@
-"""Prompts and chats as token ids, by the tokenizer's chat template; BOS is there once or not at all."""
+"""Turns prompts and chats into token ids, by the tokenizer's chat template; BOS is there once or not at all."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

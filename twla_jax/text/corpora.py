@@ -1,10 +1,10 @@
-"""Text to token windows: corpora by name or path, each marked for calibration or for evaluation."""
+"""Finds corpora by name or path, each marked for calibration or for evaluation, and turns them into tokens."""
 
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -14,6 +14,9 @@ from twla_jax.text import chat, files, machine, mix, named
 from twla_jax.text.files import Messages, Text
 from twla_jax.text.named import Split
 from twla_jax.text.token_ids import added_bos, cut, text_length, token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The public wiki.test.raw: recognised by content, so that no path to it passes for calibration text.
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -172,7 +175,7 @@ def _join(name: str, corpora: Sequence[Corpus], parts: tuple[Corpus, ...]) -> Co
 
 
 def first_windows(
-    corpus: Corpus, tokenizer: Any, vocab_size: int, count: int, seq_len: int
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, count: int, seq_len: int
 ) -> Int32[np.ndarray, "w seq_len"]:
     """Return the first windows of a text, cut one after another; of a mix those of its domains in turn.
 
@@ -206,7 +209,7 @@ def require_calibration(corpus: Corpus) -> Corpus:
 
 
 def tokenize(
-    corpus: Corpus, tokenizer: Any, vocab_size: int, letters: int | None = None
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int, letters: int | None = None
 ) -> Int32[np.ndarray, " t"]:
     """Return the token ids of the whole text at once.
 
@@ -219,8 +222,10 @@ def tokenize(
       vocab_size: of the model.
       letters: only so many of the text's first characters, which saves time where that is text enough.
     Raises:
-      TwlaError: an id that the model's vocabulary lacks: this is another model's tokenizer.
+      TwlaError: no tokenizer, or an id that the model's vocabulary lacks: this is another model's tokenizer.
     """
+    if tokenizer is None:
+        raise TwlaError(f"corpus '{corpus.name}' needs the model's tokenizer, and its folder has none")
     if corpus.chats and getattr(tokenizer, "chat_template", None):
         held = chat.encode_rendered(tokenizer, _rendered(corpus.chats, tokenizer, letters)[:letters])
     else:
@@ -234,7 +239,7 @@ def tokenize(
     return tokens
 
 
-def _rendered(chats: Sequence[Messages], tokenizer: Any, letters: int | None) -> str:
+def _rendered(chats: Sequence[Messages], tokenizer: "PreTrainedTokenizerBase", letters: int | None) -> str:
     rendered, length = [], 0
     for messages in chats:
         rendered.append(chat.render_chat(tokenizer, messages, answer=False))

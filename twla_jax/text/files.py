@@ -1,4 +1,4 @@
-"""Read documents from files of a user's own: plain text, JSON Lines, JSON, CSV and Parquet, packed or not."""
+"""Reads documents from files of a user's own: plain text, JSON Lines, JSON and CSV."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""Texts that Python and the machine carry, for those who have neither network nor data: code, notes and languages.
+"""Finds texts that Python and the machine carry, for those without network or data: code, notes and languages.
 
 Each is split by a hash of its documents' names, so that what calibrates never evaluates.
 """

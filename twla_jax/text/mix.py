@@ -1,4 +1,4 @@
-"""The default text: a mix of domains, each kept apart, so that windows can be drawn from every one in equal parts.
+"""Draws the default text, a mix of domains, each kept apart so that windows come from all in equal parts.
 
 A model keeps what its calibration text contains. The domains come from the folder `TWLA_DATA` where it has them, else
 from what Python and the machine carry. Every domain is cut into pieces of a few thousand characters in an order of

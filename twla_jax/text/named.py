@@ -1,4 +1,4 @@
-"""Texts by name: in every Python, in the folder `TWLA_DATA`, or online through the package `datasets`.
+"""Finds texts by name: in every Python, in the folder `TWLA_DATA`, or online through the package `datasets`.
 
 What calibrates and what evaluates are disjoint for every name.
 """

@@ -1,4 +1,4 @@
-"""Files that other packages read: text packed by Zstandard, and tables in Parquet."""
+"""Reads files of other packages: text packed by Zstandard, and tables in Parquet."""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence

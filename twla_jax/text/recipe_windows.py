@@ -1,7 +1,7 @@
-"""The windows that a quantisation calibrates on, refines on, and allocates bits on."""
+"""Draws the windows that a quantisation calibrates on, refines on, and allocates bits on."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -12,6 +12,9 @@ from twla_jax.text import windows
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.sampled import SampledText
 from twla_jax.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What stages read: marked text, which wants a tokenizer; tokens `[t]`; windows `[w, s]`, in the order of `DrawnText`.
 Text = Corpus | SampledText | Int[np.ndarray, " t"] | Int[np.ndarray, "w s"]
@@ -36,7 +39,14 @@ class DrawnText:
     description: dict[str, Any]
 
 
-def draw(text: Text, recipe: Recipe, tokenizer: Any, vocab_size: int, *, held_out: bool = True) -> DrawnText:
+def draw(
+    text: Text,
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    vocab_size: int,
+    *,
+    held_out: bool = True,
+) -> DrawnText:
     """Return the windows of every stage that a recipe names.
 
     Args:
@@ -101,7 +111,9 @@ def count(recipe: Recipe) -> int:
 Tokens = windows.Tokens | SampledText
 
 
-def tokens_of(text: Corpus | SampledText, tokenizer: Any, vocab_size: int, recipe: Recipe) -> Tokens:
+def tokens_of(
+    text: Corpus | SampledText, tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int, recipe: Recipe
+) -> Tokens:
     """Return the tokens of a corpus, of each domain where it is a mix, as many as the recipe needs.
 
     Sampled text is returned as it is.

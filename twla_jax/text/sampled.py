@@ -1,4 +1,4 @@
-"""Text that a model sampled itself, and its file in a quantised folder."""
+"""Holds text that a model sampled itself, and its file in a quantised folder."""
 
 import dataclasses
 import hashlib

@@ -1,13 +1,16 @@
-"""Token ids of a text that know whether windows of it begin with BOS.
+"""Holds token ids of a text that know whether windows of it begin with BOS.
 
 A model whose tokenizer puts BOS before every text has seen it before every text: without it, it is another and worse
 model. So a window of such a text is BOS and one token less of the text, in calibration, refinement and evaluation.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, Int32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TokenIds(np.ndarray):
@@ -27,7 +30,7 @@ def token_ids(ids: Int[np.ndarray, " t"], bos: int | None) -> TokenIds:
     return result
 
 
-def added_bos(tokenizer: Any) -> int | None:
+def added_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Return the id that a tokenizer puts before every text by itself, if that is its BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos] else None

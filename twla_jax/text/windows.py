@@ -1,8 +1,8 @@
-"""Windows of tokens, drawn from a text or in equal numbers from the domains of a mix."""
+"""Draws windows of tokens from a text, or in equal numbers from the domains of a mix."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int32
@@ -12,13 +12,18 @@ from twla_jax.recipe import CalibrationSettings
 from twla_jax.text.corpora import Corpus, require_calibration, tokenize
 from twla_jax.text.token_ids import cut, text_length
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Tokens = Int32[np.ndarray, " t"] | tuple[Int32[np.ndarray, " _"], ...]  # of a text, or of a mix's domains
 
 _LETTERS_PER_TOKEN = 9  # of a domain's text that are read: twice the tokens that are drawn, or more
 _LEAST_LETTERS = 400_000
 
 
-def domain_tokens(corpus: Corpus, tokenizer: Any, vocab_size: int, wanted: int) -> Tokens:
+def domain_tokens(
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, wanted: int
+) -> Tokens:
     """Return the tokens of a calibration text: of each domain, so many as `wanted` need, where it is a mix.
 
     Args:
@@ -57,7 +62,7 @@ def sample_windows(
 
 
 def calibration_windows(
-    corpus: Corpus, tokenizer: Any, vocab_size: int, settings: CalibrationSettings
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, settings: CalibrationSettings
 ) -> Int32[np.ndarray, "windows seq_len"]:
     """Draw the windows that a recipe calibrates on.
 

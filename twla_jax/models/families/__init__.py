@@ -1,4 +1,4 @@
-"""The supported model families: one module each, which holds its block, its settings and its tensors' names as data."""
+"""Lists the supported model families: each module holds a family's block, settings and tensor names as data."""
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig

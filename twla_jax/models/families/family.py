@@ -1,4 +1,4 @@
-"""What a model family consists of: its block, how its settings are read and how its tensors are called."""
+"""Defines what a model family consists of: its block, how its settings are read and how its tensors are called."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, text: norms before and after each sublayer, scaled embeddings, a tanh-GELU gate, sliding windows.
+"""Defines Gemma 2 and 3, text: norms before and after each sublayer, scaled embeddings, a tanh-GELU gate, windows.
 
 Norms are stored as what they differ from 1 by. Gemma 2 caps scores and logits; Gemma 3 norms queries and keys, and its
 sliding layers have a rotary base of their own.

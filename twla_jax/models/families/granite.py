@@ -1,4 +1,4 @@
-"""Granite, dense: Llama with four multipliers, of embeddings, attention scores, sublayer outputs and logits."""
+"""Defines Granite, dense: Llama with four multipliers, of embeddings, attention scores, sublayer outputs and logits."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

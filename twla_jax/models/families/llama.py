@@ -1,4 +1,4 @@
-"""Llama (also SmolLM, TinyLlama and others): RMSNorm before each sublayer, rotary attention, SwiGLU."""
+"""Defines Llama (also SmolLM, TinyLlama and others): RMSNorm before each sublayer, rotary attention, SwiGLU."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window in every layer; GGUF files call it llama."""
+"""Defines Mistral: Llama with a sliding window in every layer; GGUF files call it llama."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with experts in every layer, whose weights add up to 1."""
+"""Defines Mixtral: Mistral with experts in every layer, whose weights add up to 1."""
 
 import functools
 from typing import Any

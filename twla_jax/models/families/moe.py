@@ -1,4 +1,4 @@
-"""Mixtures of experts: a Llama block whose MLP each token takes from a few of many experts."""
+"""Defines mixtures of experts: a Llama block whose MLP each token takes from a few of many experts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after each sublayer instead of before, and norms over all queries and all keys of a token.
+"""Defines OLMo 2 and 3: norms after each sublayer, not before, and norms over all queries and keys of a token.
 
 OLMo 3 adds sliding windows in three of four layers, whose rotary positions are not scaled.
 """

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-4 and Phi-4-mini: Llama whose queries, keys and values are stored as one tensor, gate and up as another.
+"""Defines Phi-3, Phi-4 and Phi-4-mini: Llama whose queries, keys and values are stored as one tensor.
 
 Phi-4-mini rotates a part of each head, with LongRoPE.
 """

@@ -1,4 +1,4 @@
-"""Qwen 2 and 3: Llama with biases before attention (2) or norms of queries and keys (3), and windows in some layers."""
+"""Defines Qwen 2 and 3: Llama with biases (2) or norms of queries and keys (3), and windows in some layers."""
 
 from typing import Any
 

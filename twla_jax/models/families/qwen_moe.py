@@ -1,4 +1,4 @@
-"""Qwen 3 mixtures of experts (30B-A3B, 235B-A22B): Qwen 3 with experts in every layer."""
+"""Defines Qwen 3 mixtures of experts (30B-A3B, 235B-A22B): Qwen 3 with experts in every layer."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama in which some layers, every fourth by default, have no rotary positions."""
+"""Defines SmolLM3: Llama in which some layers, every fourth by default, have no rotary positions."""
 
 import functools
 from collections.abc import Callable, Mapping

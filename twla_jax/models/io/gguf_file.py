@@ -1,4 +1,4 @@
-"""The container of GGUF files: metadata, and tensors as they are stored.
+"""Reads the container of GGUF files: metadata, and tensors as they are stored.
 
 Reads a vocabulary of many thousand entries in a fraction of the time that `gguf.GGUFReader` takes, and names the tensor
 at which a file was cut short. A model split over several files is read as one.
@@ -95,17 +95,16 @@ class GgufFile:
         paths = [
             self.path.with_name(f"{named[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)
         ]
+        found: dict[str, StoredTensor] = {}
         for number, path in enumerate(paths):
             metadata, tensors = (self.metadata, self.tensors) if path == self.path else self._open(path)
             if (metadata.get("split.no"), metadata.get("split.count")) != (number, count):
                 raise TwlaError(f"{path}: does not say that it is part {number + 1} of {count}")
             if number == 0:
-                self.path, self.metadata, first = path, metadata, tensors
-                found: dict[str, StoredTensor] = dict(first)
-            elif twice := found.keys() & tensors.keys():
+                self.path, self.metadata = path, metadata
+            if twice := found.keys() & tensors.keys():
                 raise TwlaError(f"{path}: tensor {min(twice)!r} is in another part, too")
-            else:
-                found |= tensors
+            found |= tensors
         if (promised := self.get("split.tensors.count", len(found))) != len(found):
             raise TwlaError(f"{self.path}: the parts have {len(found)} tensors together, not {promised}")
         self.tensors = found

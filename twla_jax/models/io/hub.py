@@ -1,4 +1,4 @@
-"""Models by their id on the Hugging Face hub: `org/name`, `org/name@revision`, `org/name:file.gguf`.
+"""Finds models by their id on the Hugging Face hub: `org/name`, `org/name@revision`, `org/name:file.gguf`.
 
 What is fetched lies in the hub client's own cache; its token, its endpoint and HF_HUB_OFFLINE are respected. Settings
 and tokenizer come first, so that a model that is not supported is refused before its weights are fetched.

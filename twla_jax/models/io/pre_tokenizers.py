@@ -1,4 +1,4 @@
-"""How a GGUF file's byte-level vocabulary wants text split into words, by the name in `tokenizer.ggml.pre`.
+"""Lists how GGUF's byte-level vocabularies want text split into words, by the name in `tokenizer.ggml.pre`.
 
 The patterns are those of the published tokenizers, and the names those of llama.cpp, which also decides by the name
 whether a text begins with BOS and whether a word that is in the vocabulary is taken whole.

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder as one source of named tensors."""
+"""Reads the safetensors files of a model folder as one source of named tensors."""
 
 from collections.abc import Collection
 from pathlib import Path

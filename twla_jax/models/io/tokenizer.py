@@ -1,11 +1,11 @@
-"""Tokenizers: from a Hugging Face folder or a GGUF file, and into a folder that works offline."""
+"""Loads tokenizers from a Hugging Face folder or a GGUF file, and saves them into a folder that works offline."""
 
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from twla_jax.errors import TwlaError
 from twla_jax.json_files import read_json, require_file
@@ -15,7 +15,7 @@ from twla_jax.schema import boolean, check_values, integer, number, sequence, sh
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # transformers takes seconds to import, hence inside the functions; that PyTorch is absent needs no warning.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -210,6 +210,11 @@ def _join_words(backend: "Tokenizer", *, prefixed: bool) -> None:
     strip = [decoders.Strip(content=" ", left=1)] if prefixed else []
     parts: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     backend.decoder = decoders.Sequence(parts)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def as_json(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return all that decides how a tokenizer splits text, as the package tokenizers writes it."""
+    return cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.to_str()
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:

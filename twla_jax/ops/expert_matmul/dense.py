@@ -1,4 +1,4 @@
-"""Products of blocks of rows with their experts' matrices, floats or packed: what XLA runs everywhere."""
+"""Multiplies blocks of rows by their experts' matrices, floats or packed, in XLA, which runs everywhere."""
 
 from typing import Any
 

@@ -50,7 +50,7 @@ def rotated(
     return x if rotation is None else kotms.rotate(x, *rotation.factors)
 
 
-def gate(x: Float[Array, "*tokens 2m"]) -> Float[Array, "*tokens m"]:
+def gate(x: Float[Array, "*tokens width"]) -> Float[Array, "*tokens m"]:
     """Return `silu` of the first half of each token, times the second."""
     first, second = jnp.split(x, 2, axis=-1)
     return jax.nn.silu(first) * second

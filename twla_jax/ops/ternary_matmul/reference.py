@@ -2,15 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Num
 
 from twla_jax.core import packing
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
 
 
 def matmul(
-    x: Float[Array, "t m"],
-    sums: Float[Array, "t groups"],
+    x: Num[Array, "t m"],
+    sums: Num[Array, "t groups"],
     scale: Float32[Array, " t"],
     zero_point: Float32[Array, " t"],
     weight: KernelWeight,
@@ -35,7 +35,7 @@ def matmul(
 
 
 def product(
-    x: Float[Array, "t m"], sums: Float[Array, "t groups"], weight: PackedWeight
+    x: Num[Array, "t m"], sums: Num[Array, "t groups"], weight: PackedWeight
 ) -> Float32[Array, "t rows"]:
     """Return `x Ŵᵀ = Σ_g α_g·acc_g + μ_g·Q_g`, or `Σ_g α_g·(acc_g + μ_g·Q_g)`, with `acc_g = Σ_{k∈g} C_k·x_k`.
 

@@ -1,1 +1,1 @@
-"""Write a quantised model in formats of other tools: exact, or refused."""
+"""Writes a quantised model in formats of other tools: exact, or refused."""

@@ -1,10 +1,10 @@
-"""A folder in the format `pack-quantized` of compressed-tensors, 2 bits a weight, which vLLM and transformers read."""
+"""Writes a folder in the format `pack-quantized` of compressed-tensors, 2 bits a weight, for vLLM and transformers."""
 
 import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int8, Int32
@@ -20,13 +20,18 @@ from twla_jax.storage.export.huggingface import DTYPES, cast, published_name, wr
 from twla_jax.storage.export.plain_planes import RECIPE, is_linear, plane, require_plain
 from twla_jax.storage.export.safetensors_file import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _BITS = 2
 _PER_WORD = 32 // _BITS
 _LEAST_GROUP = 32  # the smallest that kernels of vLLM take
 _DTYPE = "float16"  # that of the scales, so that they stay exact
 
 
-def write(model: Decoder, tokenizer: Any, folder: Path, *, files: Mapping[str, bytes]) -> None:
+def write(
+    model: Decoder, tokenizer: "PreTrainedTokenizerBase | None", folder: Path, *, files: Mapping[str, bytes]
+) -> None:
     """Fill `folder` with packed linears and all else in float16; what it says of the linears is exact.
 
     Raises:

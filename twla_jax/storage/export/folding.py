@@ -1,4 +1,4 @@
-"""A quantised model's parameters one by one, as dense matrices in the basis of the original model."""
+"""Gives a quantised model's parameters one by one, as dense matrices in the basis of the original model."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,19 +36,19 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape as published, `[out, in]` for matrices."""
+        """Return the shape as published, `[out, in]` for matrices."""
         shape = self.held.shape if self.layer is None else self.held.shape[1:]
         packed = isinstance(self.held, PackedTensor)
         return shape[::-1] if self.name.endswith(".kernel") and not packed else shape
 
     @property
     def value(self) -> Any:
-        """The array or packed tensor of this layer."""
+        """Return the array or packed tensor of this layer."""
         return self._of_layer(self.held)
 
     @property
     def rotation(self) -> KroneckerRotation | None:
-        """The rotation of this layer."""
+        """Return the rotation of this layer."""
         return self._of_layer(self.held_rotation)
 
     def dense(self) -> Float[np.ndarray, "*shape"]:

@@ -1,4 +1,4 @@
-"""A GGUF file for llama.cpp: dequantised to float16, or in its own ternary types where these hold the model exactly."""
+"""Writes a GGUF file for llama.cpp: dequantised to float16, or in its ternary types where they hold it exactly."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""A decoder's settings as GGUF metadata, family by family: what `models.io.gguf` reads, the other way round."""
+"""Writes a decoder's settings as GGUF metadata, family by family: what `models.io.gguf` reads, the other way round."""
 
 import math
 from collections.abc import Callable

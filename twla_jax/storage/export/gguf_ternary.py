@@ -1,4 +1,4 @@
-"""llama.cpp's ternary types: one float16 scale over 64 or 256 columns, two bits a weight."""
+"""Packs planes into llama.cpp's ternary types: one float16 scale over 64 or 256 columns, two bits a weight."""
 
 import dataclasses
 from collections.abc import Callable

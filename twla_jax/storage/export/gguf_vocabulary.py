@@ -1,13 +1,17 @@
-"""A tokenizer as GGUF metadata: byte-level BPE, or sentencepiece's BPE with bytes to fall back on."""
+"""Writes a tokenizer as GGUF metadata: byte-level BPE, or sentencepiece's BPE with bytes to fall back on."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 
 from twla_jax.errors import TwlaError
+from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.pre_tokenizers import PRE_TOKENIZERS
-from twla_jax.models.io.tokenizer import tokenizer_from_gguf
+from twla_jax.models.io.tokenizer import as_json, tokenizer_from_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Kind = gguf.TokenType
 _GPT2 = PRE_TOKENIZERS["gpt-2"].patterns[0]
@@ -20,7 +24,12 @@ PROBES = (
 )
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, ends: tuple[int, ...]) -> None:
+def add_vocabulary(
+    writer: gguf.GGUFWriter,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    vocab_size: int,
+    ends: tuple[int, ...],
+) -> None:
     """Write the vocabulary, special tokens and chat template of a tokenizer; None writes that there is none.
 
     Args:
@@ -34,7 +43,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end
     if tokenizer is None:
         writer.add_tokenizer_model("none")
         return
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described = json.loads(as_json(tokenizer))
     model = described["model"]
     pieces: list[Any] = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [Kind.UNUSED] * vocab_size
@@ -62,7 +71,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end
     _add_special(writer, tokenizer, ends)
 
 
-def check_vocabulary(file: Any, tokenizer: Any) -> None:
+def check_vocabulary(file: GgufFile, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a file whose tokenizer, read back, splits texts otherwise than the original.
 
     Raises:
@@ -91,14 +100,16 @@ def _add_sentencepiece(writer, described, pieces, kinds, merges) -> None:
     writer.add_add_space_prefix(_adds_space(described))
 
 
-def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, ends: tuple[int, ...]) -> None:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+def _add_special(
+    writer: gguf.GGUFWriter, tokenizer: "PreTrainedTokenizerBase", ends: tuple[int, ...]
+) -> None:
+    bos, eos = cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)
     for index, add in (
         (bos, writer.add_bos_token_id),
         (ends[0] if ends else eos, writer.add_eos_token_id),
         (ends[1] if len(ends) > 1 else None, writer.add_eot_token_id),
-        (tokenizer.unk_token_id, writer.add_unk_token_id),
-        (tokenizer.pad_token_id, writer.add_pad_token_id),
+        (cast(int | None, tokenizer.unk_token_id), writer.add_unk_token_id),
+        (cast(int | None, tokenizer.pad_token_id), writer.add_pad_token_id),
     ):
         if index is not None:
             add(index)

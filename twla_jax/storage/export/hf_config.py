@@ -1,4 +1,4 @@
-"""The `config.json` of a decoder: what `config_from_hf` reads, the other way round."""
+"""Writes the `config.json` of a decoder: what `config_from_hf` reads, the other way round."""
 
 import dataclasses
 from typing import Any

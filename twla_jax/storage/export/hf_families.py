@@ -1,4 +1,4 @@
-"""What each family's `config.json` says beside the common keys: the inverse of `Family.settings`.
+"""Gives what each family's `config.json` says beside the common keys: the inverse of `Family.settings`.
 
 Each function returns a family's own keys for a decoder's settings, and refuses those that its class in transformers
 cannot have.

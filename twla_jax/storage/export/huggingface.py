@@ -1,10 +1,10 @@
-"""A Hugging Face folder of the quantised model, dequantised: rotations folded back into the weights."""
+"""Writes a Hugging Face folder of the quantised model, dequantised: rotations folded back into the weights."""
 
 import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,9 @@ from twla_jax.storage.export.folding import Parameter, parameters
 from twla_jax.storage.export.hf_config import hf_config
 from twla_jax.storage.export.safetensors_file import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -27,7 +30,12 @@ DTYPES = {
 
 
 def write(
-    model: Decoder, tokenizer: Any, folder: Path, *, dtype: str = "bfloat16", files: Mapping[str, bytes]
+    model: Decoder,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    folder: Path,
+    *,
+    dtype: str = "bfloat16",
+    files: Mapping[str, bytes],
 ) -> None:
     """Fill `folder` with weights in `dtype`, `config.json`, the tokenizer and `files`.
 
@@ -72,7 +80,10 @@ def _stacked(name: str, parts: Sequence[Tensor], order: Sequence[str]) -> Tensor
 
 
 def write_settings(
-    folder: Path, config: Mapping[str, Any] | None, tokenizer: Any, files: Mapping[str, bytes]
+    folder: Path,
+    config: Mapping[str, Any] | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    files: Mapping[str, bytes],
 ) -> None:
     """Write `config.json` (where there is a `config`), the tokenizer's files and `files`."""
     if config is not None:

@@ -1,4 +1,4 @@
-"""The packed model as one safetensors file: every array as it lies in the folder, the manifest in the header."""
+"""Writes the packed model as one safetensors file: every array as it lies in the folder, the manifest in the header."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What formats of one scale a group can hold: single ternary planes with μ = 0, of inputs that are not rotated."""
+"""Finds what formats of one scale a group can hold: single ternary planes with μ = 0, of inputs without rotations."""
 
 from typing import NamedTuple
 

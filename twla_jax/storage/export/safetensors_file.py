@@ -1,4 +1,4 @@
-"""Write safetensors files tensor by tensor, so that no more than one of them is held beside the model."""
+"""Writes safetensors files tensor by tensor, so that no more than one of them is held beside the model."""
 
 import json
 import math
