@@ -37,17 +37,26 @@ def check_attention(implementation: str, cases=ATTENTION) -> None:
         keys = jax.random.split(jax.random.key(6), 3)
         angle = jax.random.normal(keys[0], (1, d // 2))
         qkv = jax.random.normal(keys[1], (b, heads + 2 * kv_heads, d), jnp.bfloat16)
-        positions = Positions(
+        shared = Positions(
             query=jnp.full(1, length, jnp.int32),
             key=jnp.arange(size),
             cos=jnp.cos(angle),
             sin=jnp.sin(angle),
         )
+        # Sequences at positions of their own, as a server has them.
+        angles = jnp.arange(1, b + 1)[:, None, None] * angle
+        own = Positions(
+            query=jnp.maximum(length - 7 * jnp.arange(b, dtype=jnp.int32), 0)[:, None],
+            key=shared.key,
+            cos=jnp.cos(angles),
+            sin=jnp.sin(angles),
+        )
         entries = jax.random.normal(keys[2], (2, b, kv_heads, size, d), jnp.bfloat16)
         integers = empty_layer(entries.shape, jnp.int8)
         layers = LayerKV(entries=entries), write(integers, *entries.swapaxes(2, 3), jnp.int32(0))
         norm_scales = (jnp.linspace(0.5, 1.5, d), jnp.linspace(1.5, 0.5, d))
-        for layer, scales in itertools.product(layers, (None, norm_scales)):
+        kinds = (shared, own) if b > 1 else (shared,)
+        for layer, scales, positions in itertools.product(layers, (None, norm_scales), kinds):
             (found, cache), (expected, written) = (
                 jax.jit(
                     functools.partial(decode_attention, norm_scales=scales, epsilon=1e-5, implementation=name)

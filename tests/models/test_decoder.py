@@ -56,6 +56,18 @@ def test_decoding_with_a_cache_equals_the_whole_forward(model, tokens):
     np.testing.assert_allclose(logits, forward(model, tokens), atol=1e-5)
 
 
+def test_rows_may_be_at_positions_of_their_own(model, tokens):
+    _, cache = decode(model, tokens[:, :7], model.init_cache(2, 16))
+    cache = dataclasses.replace(cache, length=jnp.array([7, 4]))
+    expected = np.asarray(forward(model, tokens))
+    for step in range(3):
+        following = jnp.array([tokens[0, 7 + step], tokens[1, 4 + step]])
+        hidden, cache = decode(model, following[:, None], cache)
+        found = model.logits(hidden[:, 0])
+        np.testing.assert_allclose(found, [expected[0, 7 + step], expected[1, 4 + step]], atol=1e-5)
+    np.testing.assert_array_equal(cache.length, [10, 7])
+
+
 def test_a_chunk_of_queries_at_a_time_changes_nothing(model, tokens, monkeypatch):
     whole = model(tokens)
     monkeypatch.setattr(reference, "_QUERY_CHUNK", 5)  # which does not divide 12

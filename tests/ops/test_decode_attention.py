@@ -99,16 +99,17 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, config):
     heads, (_, b, kv_heads, _, d) = qkv.shape[1] - 2 * layer.entries.shape[2], layer.entries.shape
     quantized = layer.scales is not None
     shape = gpu.HeadShape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, config=config)
-    cache, filled = jax.tree.map(np.array, layer), int(positions.query[0])
+    cache, lengths = jax.tree.map(np.array, layer), np.broadcast_to(positions.start, b)
     for each in jax.tree.leaves(cache):  # entries past the filled ones must not enter the mix
-        each[:, :, :, filled:] = -128 if each.dtype == np.int8 else np.nan
+        for row, filled in enumerate(lengths):
+            each[:, row, :, filled:] = -128 if each.dtype == np.int8 else np.nan
     splits = (config.splits,) if config.apart else ()
     out = np.zeros((b, *splits, heads, d), qkv.dtype)
     softmax = np.full((b, *splits, heads, 2), np.nan, np.float32)
     inputs = (
         qkv,
-        jnp.stack([positions.cos[0], positions.sin[0]]),
-        positions.query[:1],
+        jnp.stack([positions.cos.reshape(-1, d // 2), positions.sin.reshape(-1, d // 2)]),
+        positions.query.reshape(-1),
         window.reshape(1),
         *(norm_scales or ()),
     )
@@ -126,7 +127,8 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, config):
         outputs = map(emulated_machine.Global, (out, softmax) if splits else (out,))
         gpu._kernel(*of_cache, *refs, *outputs, **memory, shape=shape, epsilon=epsilon)
     for each, before in zip(jax.tree.leaves(cache), jax.tree.leaves(layer), strict=True):
-        each[:, :, :, filled + 1 :] = before[:, :, :, filled + 1 :]
+        for row, filled in enumerate(lengths):
+            each[:, row, :, filled + 1 :] = before[:, row, :, filled + 1 :]
     if splits:
         parts = AttentionSplits(mixed=out.reshape(b, *splits, heads * d), softmax=softmax)
         return parts.merged(), cache
@@ -188,6 +190,49 @@ def test_gpu_kernel_on_an_int8_cache_thread_by_thread(case, norm, queries, warps
     assert np.abs(codes - same).max() <= 1
     assert (codes != same).mean() < 1e-3
     np.testing.assert_allclose(cache.scales, written.scales, rtol=2**-7)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_every_sequence_may_be_at_a_position_of_its_own(kernel, monkeypatch):
+    lengths, (qkv, layer, positions, window, scales) = (200, 0, 71), operands(3, 4, 2, 64, 256, 0, 90)
+    angle = jax.random.normal(jax.random.key(9), (3, 1, 32))
+    own = dataclasses.replace(
+        positions, query=jnp.asarray(lengths)[:, None], cos=jnp.cos(angle), sin=jnp.sin(angle)
+    )
+    op = reference.decode_attention
+    if kernel:
+        emulated_threads.emulate(monkeypatch)
+        op = functools.partial(
+            emulated, config=split_sizes.SplitConfig(queries=2, warps=4, splits=2, apart=True)
+        )
+    found, cache = op(qkv, layer, own, window, scales, epsilon=EPSILON)
+    for row in range(3):
+        alone = dataclasses.replace(own, query=own.query[row], cos=own.cos[row], sin=own.sin[row])
+        one = LayerKV(entries=layer.entries[:, row : row + 1])
+        mixed, entries = expected(qkv[row : row + 1], one, alone, window, scales, norm=True)
+        np.testing.assert_allclose(np.asarray(found[row], float), mixed[0], atol=6e-3 * np.abs(mixed).max())
+        written = np.asarray(cache.entries[:, row], float)
+        np.testing.assert_allclose(written, entries[:, 0], rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_sequences_beyond_the_first_keep_their_entries(dtype):
+    qkv, floats, positions, window, _ = operands(2, 4, 2, 64, 128, 0, ALL, dtype=jnp.float32)
+    empty = empty_layer((2, 5, 2, 128, 64), dtype)
+    key, value = jnp.tile(floats.entries[:, :1], (1, 5, 1, 1, 1)).swapaxes(2, 3)
+    layer = kv_cache.write(empty, key, value, jnp.int32(0))
+    own = dataclasses.replace(
+        positions,
+        query=jnp.asarray([[3], [100]]),
+        cos=jnp.tile(positions.cos, (2, 1, 1)),
+        sin=jnp.tile(positions.sin, (2, 1, 1)),
+    )
+    mixed, written = reference.decode_attention(qkv, layer, own, window)
+    few, _ = reference.decode_attention(qkv, layer.first_rows(2), own, window)
+    np.testing.assert_array_equal(mixed, few)
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new[:, 2:], old[:, 2:]), written, layer)
+    changed = (np.asarray(written.entries != layer.entries)).any((0, 2, 4))
+    assert [tuple(np.flatnonzero(row)) for row in changed] == [(3,), (100,), (), (), ()]
 
 
 @pytest.mark.parametrize("shared", [1, 3, 4, 8])

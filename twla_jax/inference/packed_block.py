@@ -124,7 +124,7 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
         """Return what `ChainBlock.decode` does; of one token, output linear and the MLP's first may be one op."""
         pair = self.pair()
         scratch = cache.scratch.pair if isinstance(cache, PackedLayer) else None
-        if len(context.positions.query) > 1 or scratch is None or pair is None:
+        if context.positions.tokens > 1 or scratch is None or pair is None:
             return super().decode(x, cache, context)
         state = run(self, State(x, cache=cache), context, 0, 1)
         assert isinstance(state.cache, PackedLayer)
@@ -147,7 +147,7 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
     ) -> tuple[Any, LayerKV | None]:
         """Return the attention's mix and the cache; of one token they are one op, which may leave the mix in parts."""
         kernels = self.mesh is None and self.shared.issuperset({"attend", "project"})
-        if cache is None or len(context.positions.query) > 1 or not kernels:
+        if cache is None or context.positions.tokens > 1 or not kernels:
             return super().attend(site, h, cache, context)
         scales, epsilon, linear = None, 0.0, self.linear(site)
         if self.q_norm is not None and self.k_norm is not None:

@@ -75,7 +75,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], KVCache]:
         """Return `hidden` for tokens that follow those in the cache, and the cache with them added.
 
-        The caller sees to it that `cache.length + t` stays within the cache. Entries past `length` are never read.
+        The caller sees to it that `cache.length + t` stays within the cache. Entries past `length` are never read. A
+        cache with a length for each row may have room for more rows than there are tokens of; the first are used.
 
         Args:
           tokens: ids of the next tokens.
@@ -164,15 +165,15 @@ class Decoder(nnx.Module):
         self,
         length: int,
         *,
-        start: Int32[Array, ""] | int = 0,
+        start: Int32[Array, "*b"] | int = 0,
         keys: int | None = None,
         until: Int32[Array, ""] | None = None,
     ) -> Positions:
         """Return positions of `length` tokens from `start` on, seeing `keys` slots (by default: themselves).
 
-        `until` is as `decode` takes it.
+        The start is that of all rows, or has an entry for each. `until` is as `decode` takes it.
         """
-        query = start + jnp.arange(length, dtype=jnp.int32)
+        query = jnp.asarray(start)[..., None] + jnp.arange(length, dtype=jnp.int32)
         cos, sin = angles(self.config, query, until)
         key = query if keys is None else jnp.arange(keys, dtype=jnp.int32)
         return Positions(query=query, key=key, cos=cos, sin=sin)
@@ -188,7 +189,7 @@ class Decoder(nnx.Module):
         self,
         length: int,
         *,
-        start: Int32[Array, ""] | int = 0,
+        start: Int32[Array, "*b"] | int = 0,
         keys: int | None = None,
         until: Int32[Array, ""] | None = None,
     ) -> Context:

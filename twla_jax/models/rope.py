@@ -66,12 +66,13 @@ def _yarn_ramp(config: DecoderConfig, scaling: RopeScaling) -> np.ndarray:
 
 
 def angles(
-    config: DecoderConfig, positions: Int[Array, " t"], until: Int[Array, ""] | None = None
-) -> tuple[Float[Array, "*kinds t half"], Float[Array, "*kinds t half"]]:
+    config: DecoderConfig, positions: Int[Array, "*b t"], until: Int[Array, ""] | None = None
+) -> tuple[Float[Array, "*kinds_b t half"], Float[Array, "*kinds_b t half"]]:
     """Return `(cos, sin)` of every position, float32, times the scaling's attention factor.
 
-    Where not all layers have the same, there is a leading axis of three kinds, which `rotary_kinds` chooses from: the
-    scaled ones, those of the sliding layers, and those that rotate nothing.
+    Positions may have a leading axis of rows. Where not all layers have the same angles, there is a leading axis of
+    three kinds, which `rotary_kinds` chooses from: the scaled ones, those of the sliding layers, and those that rotate
+    nothing.
 
     Args:
       config: settings of the decoder.
@@ -81,16 +82,16 @@ def angles(
     """
     frequencies, scaling = inverse_frequencies(config), config.rope_scaling
     if scaling is not None and scaling.kind == "longrope":
-        until = positions.max() + 1 if until is None else until
+        until = positions.max(-1)[..., None, None] + 1 if until is None else until
         beyond = until > scaling.original_max_position_embeddings
         frequencies = jnp.where(beyond, inverse_frequencies(config, long=True), frequencies)
-    angle = positions.astype(jnp.float32)[:, None] * frequencies
+    angle = positions.astype(jnp.float32)[..., None] * frequencies
     factor = 1.0 if scaling is None else scaling.attention_factor
     cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
     if rotary_kinds(config) is None:
         return cos, sin
     local = _plain(config.sliding_rope_theta or config.rope_theta, config.rotary_dim or config.head_dim)
-    local_angle = positions.astype(jnp.float32)[:, None] * local
+    local_angle = positions.astype(jnp.float32)[..., None] * local
     return (
         jnp.stack([cos, jnp.cos(local_angle), jnp.ones_like(cos)]),
         jnp.stack([sin, jnp.sin(local_angle), jnp.zeros_like(sin)]),

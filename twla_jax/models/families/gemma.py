@@ -55,7 +55,7 @@ class GemmaBlock(LlamaBlock):
         positions = context.positions
         q, k, v = self.project(self.outputs(site, h), positions)
         if cache is not None:
-            cache = write(cache, k, v, positions.query[0])
+            cache = write(cache, k, v, positions.start)
         layer = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)) if cache is None else cache
         return attention(q, layer, positions, context.reach, self.softcap), cache
 

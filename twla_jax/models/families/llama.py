@@ -74,7 +74,7 @@ class LlamaBlock(ChainBlock):
         positions = context.positions
         q, k, v = self.project(self.outputs(site, h), positions)
         if cache is not None:
-            cache = write(cache, k, v, positions.query[0])
+            cache = write(cache, k, v, positions.start)
             return attention(q, cache, positions, context.reach), cache
         if context.fused and q.shape[1] == k.shape[1]:
             return fused_attention(q, k, v), None

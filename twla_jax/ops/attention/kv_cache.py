@@ -26,6 +26,14 @@ class LayerKV:
         """Return a `LayerKV` of the entries and their scales alone, without what a subclass adds."""
         return LayerKV(entries=self.entries, scales=self.scales)
 
+    def first_rows(self, count: int) -> "LayerKV":
+        """Return the entries of the first rows of the batch; the same object if it has no more."""
+        if self.entries.shape[1] == count:
+            return self
+        return LayerKV(
+            entries=self.entries[:, :count], scales=None if self.scales is None else self.scales[:, :count]
+        )
+
     def with_stores(self, stores: "LayerKV") -> "LayerKV":
         """Return the same object with the entries and scales of `stores`."""
         return dataclasses.replace(self, entries=stores.entries, scales=stores.scales)
@@ -37,11 +45,11 @@ class KVCache:
     """Holds the keys and values of every layer so far, and how many positions are filled.
 
     `layers` is one stack for a model that scans over its blocks, and a tuple for one that runs them one by one: a slice
-    of a stack would be copied before it is read.
+    of a stack would be copied before it is read. `length` is that of all rows, or has an entry for each.
     """
 
     layers: LayerKV | tuple[LayerKV, ...]
-    length: Int32[Array, ""]
+    length: Int32[Array, "*b"]
 
     @property
     def size(self) -> int:
@@ -75,21 +83,34 @@ def empty_layer(shape: tuple[int, ...], dtype) -> LayerKV:
 
 
 def write(
-    layer: LayerKV, k: Float[Array, "b t kv d"], v: Float[Array, "b t kv d"], position: Int32[Array, ""]
+    layer: LayerKV, k: Float[Array, "b t kv d"], v: Float[Array, "b t kv d"], position: Int32[Array, "*b"]
 ) -> LayerKV:
-    """Return the layer with the keys and values of `t` tokens written from `position` on, quantised if it is int8."""
+    """Return the layer with the keys and values of `t` tokens written from `position` on, quantised if it is int8.
+
+    The position is that of all rows, or has an entry for each. A layer of more rows keeps the others.
+    """
     entries, scales = jnp.stack([k, v]).swapaxes(2, 3), None
     if layer.scales is not None:
         entries, scales = _quantize(entries)
     new = LayerKV(entries=entries.astype(layer.entries.dtype), scales=scales)
 
     def put(store, entry):
-        store = jax.lax.dynamic_update_slice(store, entry, (0, 0, 0, position, 0)[: store.ndim])
+        if position.ndim:
+            store = _put_rows(store, entry, position)
+        else:
+            store = jax.lax.dynamic_update_slice(store, entry, (0, 0, 0, position, 0)[: store.ndim])
         return jax.lax.platform_dependent(
             store, cuda=_row_major, tpu=_without_padding, default=lambda store: store
         )
 
     return layer.with_stores(jax.tree.map(put, layer.stores, new))
+
+
+def _put_rows(store: jax.Array, entry: jax.Array, position: Int32[Array, " b"]) -> jax.Array:
+    """Return the store with the entries of each row from that row's position on; what lies outside is left out."""
+    rows, positions = jnp.arange(len(position))[:, None], position[:, None] + jnp.arange(entry.shape[3])
+    # Indexed axes come first where a slice lies between them.
+    return store.at[:, rows, :, positions].set(jnp.moveaxis(entry, (1, 3), (0, 1)), mode="drop")
 
 
 def dequantize(layer: LayerKV, dtype) -> Float[Array, "2 b kv s d"]:

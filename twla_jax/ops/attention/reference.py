@@ -16,12 +16,25 @@ _QUERY_CHUNK = 256  # queries whose scores against all keys exist at the same ti
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Positions:
-    """Holds the positions of queries and keys, and the rotary angles of the queries (those of new keys, too)."""
+    """Holds the positions of queries and keys, and the rotary angles of the queries (those of new keys, too).
 
-    query: Int32[Array, " t"]
+    Queries and angles have a leading axis where every row of the batch is at positions of its own.
+    """
+
+    query: Int32[Array, "*b t"]
     key: Int32[Array, " s"]
-    cos: Float[Array, "t half"]
-    sin: Float[Array, "t half"]
+    cos: Float[Array, "*b t half"]
+    sin: Float[Array, "*b t half"]
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of queries of a row."""
+        return self.query.shape[-1]
+
+    @property
+    def start(self) -> Int32[Array, "*b"]:
+        """Return the position of the first query: of all rows, or of each."""
+        return self.query[..., 0]
 
 
 def attention(
@@ -35,11 +48,12 @@ def attention(
 
     Args:
       q: queries of t positions.
-      kv: keys and values, with scales where they are int8.
+      kv: keys and values, with scales where they are int8; of more rows than q has, the first are read.
       positions: of queries and keys.
       window: how far back a query sees, itself included.
       softcap: c of `c · tanh(scores / c)`, which keeps scores in `(−c, c)`; None leaves them.
     """
+    kv = kv.first_rows(len(q))
     one_query = functools.partial(_one_query, softcap=softcap)
     if q.shape[1] == 1 and kv.scales is not None:
         operands = q, kv, positions, window
@@ -78,7 +92,9 @@ def _one_query(q, kv: LayerKV, positions: Positions, window, softcap: float | No
     scores = (queries * k).sum(-1)
     if kv.scales is not None:
         scores = scores * kv.scales[0, :, :, None]
-    weights, total = _softmax(_capped(scores, softcap), _visible(positions.query, positions.key, window))
+    weights, total = _softmax(
+        _capped(scores, softcap), _visible(positions.query[..., None, None, :], positions.key, window)
+    )
     if kv.scales is not None:
         weights = weights * kv.scales[1, :, :, None]
     mixed = (weights[..., None] * v).sum(-2) / total
@@ -102,7 +118,10 @@ def _many_queries(
     # [chunks, b, kv, group, chunk, d]: a query group shares its key head's one matrix product.
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     q = q.reshape(b, -1, chunk, kv_heads, heads // kv_heads, d).transpose(1, 0, 3, 4, 2, 5)
-    query = jnp.pad(positions.query, (0, padding), mode="edge").reshape(-1, chunk)
+    # [chunks, b or 1, 1, 1, chunk, 1], beside scores of [b, kv, group, chunk, s].
+    query = jnp.atleast_2d(positions.query)
+    query = jnp.pad(query, ((0, 0), (0, padding)), mode="edge").reshape(len(query), -1, chunk)
+    query = query.swapaxes(0, 1)[:, :, None, None, :, None]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     matmul = functools.partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
 
@@ -112,7 +131,7 @@ def _many_queries(
         if scales is not None:
             scores *= scales[0][:, :, None, None]
         scores = _capped(scores * d**-0.5, softcap)
-        weights, total = _softmax(scores, _visible(query[:, None], positions.key, window))
+        weights, total = _softmax(scores, _visible(query, positions.key, window))
         if scales is not None:
             weights *= scales[1][:, :, None, None]
         flat = weights.reshape(b, kv_heads, -1, weights.shape[-1]).astype(v.dtype)

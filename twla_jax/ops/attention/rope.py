@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 
 def rotate(
-    x: Float[Array, "b t heads d"], cos: Float[Array, "t half"], sin: Float[Array, "t half"]
+    x: Float[Array, "b t heads d"], cos: Float[Array, "*b t half"], sin: Float[Array, "*b t half"]
 ) -> Float[Array, "b t heads d"]:
     """Rotate each pair `(x_i, x_{i + half})` by its angle, in float32, and return it in `x.dtype`.
 
@@ -14,7 +14,7 @@ def rotate(
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)
     first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(
         x.dtype
     )

@@ -75,8 +75,9 @@ def decode_attention(
     mixed, *softmax = kernel(
         *jax.tree.leaves(cache),
         qkv,
-        jnp.stack([positions.cos[0], positions.sin[0]]),  # two arrays would be two XLA kernels
-        positions.query[:1],
+        # Two arrays would be two XLA kernels. A row a sequence, or one for all.
+        jnp.stack([angle.reshape(-1, angle.shape[-1]) for angle in (positions.cos, positions.sin)]),
+        positions.query.reshape(-1),
         window.reshape(1),
         *map(threads.readable, norm_scales or ()),
     )
@@ -101,8 +102,9 @@ def _kernel(*refs, partials_smem, of_blocks_smem, shape: HeadShape, epsilon: flo
     entries = gpu_entries.fetch(cache, jnp.int32(0), split, shape=shape)
     if config.splits > 1 and not config.apart:
         _arrive()
-    limit = length_gmem[0], window_gmem[0]
-    angles = gpu_heads.fetch_angles(angles_gmem.at[0], angles_gmem.at[1], norm_scales, shape=shape)
+    row = sequence if length_gmem.shape[0] > 1 else 0
+    limit = length_gmem[row], window_gmem[0]
+    angles = gpu_heads.fetch_angles(angles_gmem.at[0, row], angles_gmem.at[1, row], norm_scales, shape=shape)
     q, new = gpu_heads.rotate_heads(
         [qkv_gmem.at[sequence, first_head + i] for i in range(config.queries)],
         [qkv_gmem.at[sequence, row + kv_head] for row in (heads, heads + kv_heads)],

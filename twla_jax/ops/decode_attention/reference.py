@@ -24,5 +24,5 @@ def decode_attention(
     if norm_scales is not None:
         q, k = (rms_norm(x, scale, epsilon) for x, scale in zip((q, k), norm_scales, strict=True))
     q, k = (rope.rotate(x, positions.cos, positions.sin) for x in (q, k))
-    layer = write(layer, k, v, positions.query[0])
+    layer = write(layer, k, v, positions.start)
     return attention(q, layer, positions, window)[:, 0], layer

@@ -158,8 +158,8 @@ def qkv_attention(
     mixed, softmax = kernel(
         words,
         *of_cache,
-        jnp.stack([positions.cos[0], positions.sin[0]]),
-        positions.query[:1],
+        jnp.stack([positions.cos.reshape(-1), positions.sin.reshape(-1)]),
+        positions.query.reshape(1),
         window.reshape(1),
         *map(threads.readable, head_norm_scales or ()),
         *gpu_linear.global_operands((x,), rotation, settings, weight, norm),
