@@ -45,6 +45,16 @@ def test_bytes_that_are_no_text_do_not_hold_up_what_follows(byte_tokenizer):
     assert text.endswith("b")
 
 
+@given(st.lists(st.binary(max_size=6) | st.text(max_size=3).map(str.encode), max_size=6), st.integers(1, 7))
+def test_tokens_together_give_the_text_that_they_give_one_by_one(byte_tokenizer, parts, size):
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    ids = [byte % len(letters) for part in parts for byte in part]
+    one_by_one, together = Detokenizer(byte_tokenizer), Detokenizer(byte_tokenizer)
+    expected = "".join(map(one_by_one.push, ids))
+    found = "".join(together.push_all(ids[i : i + size]) for i in range(0, len(ids), size))
+    assert found == expected
+
+
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
 def test_a_text_ends_before_the_first_stop_text(text, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
