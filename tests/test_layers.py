@@ -18,7 +18,7 @@ LAYERS = (
     ("quantization", "inference"),
     ("refinement", "evaluation"),
     ("allocation",),
-    ("bench", "integrations"),
+    ("bench", "integrations", "serving"),
     ("jobs",),
     ("cli",),
 )

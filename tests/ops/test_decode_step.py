@@ -17,6 +17,7 @@ from twla_jax.ops.attention.kv_cache import empty_layer
 from twla_jax.ops.attention.reference import Positions, attention
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
+from twla_jax.serving import slots
 
 GREEDY = Sampling().sampler()
 
@@ -75,6 +76,24 @@ def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compi
     of_head = 1
     assert within.count('custom_call_target="mosaic') == kernels * model.config.num_layers + of_head
     assert not re.search(r"= (bf16\[2,1,8,640,64\]|s32\[1,\d+\])\S* copy", within)
+
+
+@pytest.mark.hlo
+@pytest.mark.aot
+@pytest.mark.parametrize(("rows", "kernels"), [(1, 4), (8, 9)])
+def test_a_step_of_some_slots_works_in_the_cache_of_all(rows, kernels, compile_for, monkeypatch):
+    monkeypatch.setattr(PackedLlamaBlock, "takes_splits", rows == 1)
+    model = decoder(8, 4, tied=False, hidden_size=1024, num_heads=16)
+    state = slots.empty_slots(model, 8, 640)
+
+    def steps(model, state, keep):
+        return slots.steps(model, state, keep, jnp.int32(3), rows=rows, room=4)
+
+    compiled = compile_for("h100", steps, model, state, jnp.ones(8, bool))
+    within = compiled.as_text()[: compiled.as_text().index("ENTRY")]
+    assert within.count('custom_call_target="mosaic') == kernels * model.config.num_layers + 1
+    assert not re.search(r"= bf16\[2,\d,8,640,64\]\S* (copy|slice|fusion)", within)
+    assert not re.search(r"= s32\[1,\d{4,}\]\S* copy", within)
 
 
 @pytest.mark.hlo

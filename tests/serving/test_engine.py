@@ -1,0 +1,217 @@
+"""The engine: every answer is the one that its prompt gets alone; what ends, waits, is cancelled and is refused."""
+
+import dataclasses
+import queue
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from twla_jax.core.tensors import TernaryTensor
+from twla_jax.errors import TwlaError
+from twla_jax.inference.generation import generate
+from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.inference.sampling import Sampling
+from twla_jax.models.decoder import Decoder
+from twla_jax.models.rope_settings import RopeScaling
+from twla_jax.models.sites import set_activation_bits
+from twla_jax.serving.engine import Engine
+from twla_jax.serving.requests import Busy, Generation, check
+from twla_jax.serving.settings import EngineSettings
+
+from helpers.compiled import compiled_programs
+
+FILTERS = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config):
+    return Decoder(tiny_config, rngs=nnx.Rngs(0))
+
+
+def started(model, **settings):
+    few = {"slots": 8, "max_length": 40, "steps": 3, "chunks": (4, 8)}
+    return Engine(model, EngineSettings(**few | settings))
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    engine = started(model)
+    yield engine
+    engine.close()
+
+
+def prompt(seed, length):
+    return tuple(np.random.default_rng(seed).integers(0, 97, length).tolist())
+
+
+def requests(count):
+    """Prompts of all lengths, greedy, sampled and filtered, each with a seed of its own."""
+    kinds = ({}, {"temperature": 1.0}, FILTERS)
+    return [
+        Generation(
+            prompt=prompt(i, 1 + 5 * i % 23),
+            max_new_tokens=1 + 7 * i % 16,
+            sampling=Sampling(seed=i, **kinds[i % 3]),
+        )
+        for i in range(count)
+    ]
+
+
+def offline(model, asked):
+    tokens = generate(
+        model,
+        np.asarray([asked.prompt]),
+        max_new_tokens=asked.max_new_tokens,
+        sampling=asked.sampling,
+        eos_token_ids=asked.ends,
+    )
+    return tokens[0].tolist()
+
+
+class Answer:
+    """Collects what a request is told."""
+
+    def __init__(self):
+        self.tokens, self.told, self.reason, self.over = [], [], None, threading.Event()
+        self.pieces = queue.Queue()
+
+    def __call__(self, delivery):
+        assert self.reason is None
+        self.tokens += delivery.tokens
+        self.told.append(delivery.told)
+        self.pieces.put(delivery)
+        if delivery.reason is not None:
+            self.reason = delivery.reason
+            self.over.set()
+
+    def wait(self):
+        assert self.over.wait(120)
+        return self.tokens
+
+
+def answers(engine, asked):
+    found = [Answer() for _ in asked]
+    for each, answer in zip(asked, found, strict=True):
+        engine.submit(each, answer)
+    for answer in found:
+        answer.wait()
+    return found
+
+
+def test_every_answer_is_the_one_that_its_prompt_gets_alone(engine, model):
+    compiled = {name: compiled_programs(each) for name, each in engine.programs.items()}
+    assert compiled == {"prefill": 2, "steps": 2, "admit": 1, "move": 1}
+    asked = requests(24)
+    for each, found in zip(asked, answers(engine, asked), strict=True):
+        assert found.tokens == offline(model, each)
+        assert found.reason == "length"
+    assert compiled == {name: compiled_programs(each) for name, each in engine.programs.items()}
+    assert engine.running == engine.waiting == 0
+
+
+def with_one_group_a_row(model):
+    """The kernels' layout has no place for the groups of 16 that the model has."""
+
+    def first(kernel):
+        one = {"alpha": kernel.alpha[..., :1], "mu": kernel.mu[..., :1], "group_size": kernel.in_features}
+        return dataclasses.replace(kernel, **one)
+
+    return jax.tree.map(
+        lambda leaf: first(leaf) if isinstance(leaf, TernaryTensor) else leaf,
+        model,
+        is_leaf=lambda leaf: isinstance(leaf, TernaryTensor),
+    )
+
+
+@pytest.mark.parametrize("form", ["ternary", "packed, int8 cache"])
+def test_quantised_and_packed_models_answer_as_they_do_offline(tiny_ternary, form):
+    # At 16 bits: codes of fewer may lie on the edge between two levels.
+    model = jax.tree.map(jax.numpy.asarray, set_activation_bits(with_one_group_a_row(tiny_ternary), 16))
+    model = model if form == "ternary" else prepare_for_inference(model)
+    cache = {"cache_dtype": None if form == "ternary" else "int8"}
+    engine = started(model, chunks=(8,), slots=2, max_length=8, rows=(2,), **cache)
+    asked = [Generation(prompt=prompt(i, 3), max_new_tokens=5) for i in range(3)]
+    found = answers(engine, asked)
+    engine.close()
+    rows = generate(
+        model, np.asarray([each.prompt for each in asked]), max_new_tokens=5, eos_token_ids=(), **cache
+    )
+    assert [each.tokens for each in found] == rows.tolist()
+
+
+def test_an_end_token_ends_the_answer_and_log_probabilities_are_of_the_whole_vocabulary(engine, model):
+    asked = Generation(prompt=prompt(1, 9), max_new_tokens=12)
+    whole = offline(model, asked)
+    end = whole[5]
+    first = whole.index(end) + 1
+    ended = Generation(prompt=asked.prompt, max_new_tokens=12, ends=(96, end), logprobs=True)
+    (found,) = answers(engine, [ended])
+    assert (found.tokens, found.reason) == (whole[:first], "stop")
+    text = np.asarray([[*asked.prompt, *whole]])
+    logits = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, text)[0], np.float64)
+    rows = logits[len(asked.prompt) - 1 :][:first]
+    expected = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+    chosen, tokens, top = (np.concatenate(parts) for parts in zip(*found.told, strict=True))
+    np.testing.assert_allclose(chosen, expected[np.arange(first), whole[:first]], atol=1e-4)
+    np.testing.assert_allclose(top, -np.sort(-expected, axis=-1)[:, :20], atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(expected, tokens, axis=1), top, atol=1e-4)
+
+
+def test_a_cancelled_request_frees_its_slot_and_the_others_do_not_notice(engine, model):
+    asked = [Generation(prompt=prompt(i, 4), max_new_tokens=36) for i in range(12)]
+    found = [Answer() for _ in asked]
+    tickets = [engine.submit(each, answer) for each, answer in zip(asked, found, strict=True)]
+    found[3].pieces.get(timeout=60)
+    for i in (3, 11):  # one that runs, one that waits
+        engine.cancel(tickets[i])
+    for i in set(range(12)) - {3, 11}:
+        assert found[i].wait() == offline(model, asked[i])
+    assert (found[3].reason, found[11].reason) == (None, None)
+    assert engine.running == engine.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ()}, "no token at all"),
+        ({"prompt": (97,)}, "token id 97"),
+        ({"prompt": (1,) * 39, "max_new_tokens": 2}, "41, above the limit 40"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"ends": tuple(range(9))}, "at most 8 tokens"),
+        ({"sampling": Sampling(repetition_penalty=1.1)}, "repetition_penalty"),
+    ],
+)
+def test_what_cannot_be_generated_is_named(engine, changes, message):
+    with pytest.raises(TwlaError, match=message):
+        engine.submit(Generation(**{"prompt": (1,), "max_new_tokens": 1, **changes}), Answer())
+
+
+def test_an_answer_lies_on_one_side_of_where_longrope_changes(tiny_config):
+    scaling = RopeScaling(kind="longrope", original_max_position_embeddings=10)
+    config = dataclasses.replace(tiny_config, rope_scaling=scaling)
+    for length, new in ((3, 8), (10, 1), (11, 20)):
+        check(Generation(prompt=(1,) * length, max_new_tokens=new), config, 40)
+    for length, new, most in ((3, 9, 8), (10, 2, 1)):
+        with pytest.raises(TwlaError, match=f"pass 10, where LongRoPE .* ask for {most} at most"):
+            check(Generation(prompt=(1,) * length, max_new_tokens=new), config, 40)
+
+
+def test_what_has_no_place_is_refused_and_closing_ends_all(engine):
+    long = Generation(prompt=(1, 2), max_new_tokens=38)
+    with pytest.raises(Busy) as refusal:
+        engine.submit_all([(long, Answer())] * 73)
+    assert refusal.value.retry_after >= 1
+    found = [Answer() for _ in range(72)]
+    engine.submit_all([(long, each) for each in found])
+    with pytest.raises(Busy):
+        engine.submit_all([(long, Answer())] * 9)
+    found[0].pieces.get(timeout=60)
+    engine.close()
+    assert {each.reason for each in found} <= {"length", "aborted"}
+    assert found[71].reason == "aborted"
+    with pytest.raises(Busy) as refusal:
+        engine.submit(long, Answer())
+    assert refusal.value.retry_after is None

@@ -1,0 +1,114 @@
+"""What is asked of the engine, and what it answers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+from twla_jax.errors import TwlaError
+from twla_jax.inference.sampling import Sampling
+from twla_jax.limits import check_number
+from twla_jax.models.arguments import checked_tokens
+from twla_jax.models.config import DecoderConfig
+from twla_jax.serving.slots import MOST_ENDS, Told
+
+Reason = Literal["stop", "length", "aborted"]
+
+
+class Busy(Exception):
+    """There is no place for another request now.
+
+    Attributes:
+      retry_after: seconds after which to ask again; None where it is of no use.
+    """
+
+    def __init__(self, message: str, retry_after: int | None):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A prompt to continue.
+
+    Attributes:
+      prompt: its token ids.
+      max_new_tokens: the most tokens that are added.
+      sampling: how they are chosen.
+      ends: tokens that end the answer; each is the last one of it.
+      logprobs: whether log-probabilities are wanted.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    ends: tuple[int, ...] = ()
+    logprobs: bool = False
+
+
+def check(generation: Generation, config: DecoderConfig, max_length: int) -> None:
+    """Refuse what an engine cannot generate.
+
+    Args:
+      generation: what is asked.
+      config: settings of the model.
+      max_length: tokens of prompt and answer at most.
+
+    Raises:
+      TwlaError: the prompt is empty or outside the vocabulary, it is too long with its answer, or a setting is out of
+        range or has no part here.
+    """
+    length = len(checked_tokens(list(generation.prompt), config, "prompt", ranks=(1,), fits=False))
+    new = generation.max_new_tokens
+    check_number("max_new_tokens", new)
+    if length + new > max_length:
+        raise TwlaError(
+            f"{length} prompt tokens and {new} new ones are {length + new}, above the limit {max_length}"
+        )
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        most = int(scaling.original_max_position_embeddings)
+        if length <= most < length + new - 1:
+            raise TwlaError(
+                f"{length} prompt tokens and {new} new ones pass {most}, where LongRoPE would compute all keys anew; "
+                f"ask for {most - length + 1} at most"
+            )
+    if len(generation.ends) > MOST_ENDS:
+        raise TwlaError(f"ends: at most {MOST_ENDS} tokens can end a request")
+    if generation.sampling.repetition_penalty != 1:
+        raise TwlaError("repetition_penalty: is not supported here")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """New tokens of a request.
+
+    Attributes:
+      tokens: in order.
+      told: their log-probabilities, as numpy arrays, if wanted.
+      reason: why the request ended; None where it goes on.
+    """
+
+    tokens: list[int]
+    told: Told | None
+    reason: Reason | None
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Ticket:
+    """A request on its way through the engine, which alone changes it.
+
+    Attributes:
+      generation: what is asked.
+      sink: takes the tokens.
+      done: whether it is over, by itself or cancelled.
+      made: new tokens that were delivered.
+      prefilled: tokens of the prompt that are in the cache.
+      began: when it left the queue, in seconds of the monotonic clock.
+    """
+
+    generation: Generation
+    sink: Callable[[Delivery], None]
+    done: bool = False
+    made: int = 0
+    prefilled: int = 0
+    began: float = 0.0

@@ -1,0 +1,43 @@
+"""How much an engine does at once."""
+
+import dataclasses
+from typing import Any
+
+from twla_jax.limits import check_number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Describes how much an engine does at once.
+
+    Attributes:
+      slots: requests that run together.
+      max_length: tokens of a request, prompt and answer together.
+      queue: requests that wait at most.
+      steps: decode steps of a call at most, fewer where they take long; tokens arrive that many at a time.
+      rows: how many slots a step may take along, the first ones; all of them, too. By default 1, 8 and its doubles.
+        With `slots` alone, not even the last bit of an answer depends on how many are in use.
+      chunks: tokens of a prompt that go in at a time, ascending; by default as `generate` takes them.
+      cache_dtype: of keys and values; None for the model's own.
+
+    Raises:
+      TwlaError: a number is out of its range.
+    """
+
+    slots: int = 16
+    max_length: int = 2048
+    queue: int = 64
+    steps: int = 16
+    rows: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = (64, 128, 256, 512)
+    cache_dtype: Any = None
+
+    def __post_init__(self):
+        for name in ("slots", "max_length", "queue", "steps"):
+            check_number(name, getattr(self, name))
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Returns how many slots a step may take along, ascending, all of them last."""
+        counts = self.rows or (1, *(8 * 2**i for i in range(20)))
+        return (*sorted(n for n in set(counts) if n < self.slots), self.slots)
