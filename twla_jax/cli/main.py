@@ -19,6 +19,7 @@ from twla_jax.cli.bench import bench
 from twla_jax.cli.chat import chat
 from twla_jax.cli.export import export
 from twla_jax.cli.make import allocate, compare, demo, quantize
+from twla_jax.cli.serve import serve
 from twla_jax.cli.use import evaluate, generate, inspect
 from twla_jax.errors import TwlaError
 from twla_jax.version import __version__
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "inspect": inspect,
     "export": export,
     "compare": compare,
