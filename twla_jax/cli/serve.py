@@ -1,4 +1,4 @@
-"""The command that answers requests over HTTP: `serve`."""
+"""Answers requests over HTTP: the command `serve`."""
 
 import importlib.util
 import os

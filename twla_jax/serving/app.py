@@ -1,4 +1,4 @@
-"""The routes: completions and chats in the form of OpenAI's API, the model's name, health and metrics.
+"""Routes requests: completions and chats in the form of OpenAI's API, the model's name, health and metrics.
 
 No route reads or writes a file. The engine's tokens come from its thread and are read on the event loop.
 """

@@ -1,4 +1,4 @@
-"""The scheduler: requests wait in a queue, take a slot, and leave it, between decode steps that all share.
+"""Schedules requests: they wait in a queue, take a slot, and leave it, between decode steps that all share.
 
 One thread owns the device. It hands it the next steps before it reads the last ones' tokens, so that the device never
 waits for the host.

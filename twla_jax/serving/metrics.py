@@ -1,4 +1,4 @@
-"""What a server tells Prometheus."""
+"""Counts what a server tells Prometheus."""
 
 from collections.abc import Callable
 from typing import Any

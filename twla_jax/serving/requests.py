@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""Defines what is asked of the engine, and what it answers."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the device does for an engine: the programs, and the arrays that they pass on.
+"""Runs on the device what an engine needs: holds the programs, and the arrays that they pass on.
 
 All are compiled at the start: a step for each number of rows, a chunk of a prompt for each length, and what puts a
 request into a slot or moves it to another.

@@ -1,4 +1,4 @@
-"""How much an engine does at once."""
+"""Describes how much an engine does at once."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Slots in one cache: what the device holds of every running request, and the programs that change it.
+"""Keeps slots in one cache: what the device holds of every running request, and the programs that change it.
 
 A request is prefilled in a cache of its own row, by chunks of few lengths, and then copied into a slot. One decode step
 takes the first `rows` slots along, each at its own position, with its own settings and random numbers; slots that are
