@@ -215,7 +215,7 @@ class Engine:
         """Tell every request its new tokens; waits for the device."""
         made, tickets = call.made, call.tickets
         told = any(ticket.generation.logprobs for ticket in tickets.values())
-        tokens, counts = np.asarray(made.tokens), np.asarray(made.count)
+        tokens, counts = np.asarray(made.tokens), np.asarray(made.counts)
         figures = jax.tree.map(np.asarray, made.told) if told else None
         now = time.monotonic()
         if call.steps and counts.any():

@@ -68,10 +68,10 @@ class Told(NamedTuple):
 
 
 class Made(NamedTuple):
-    """New tokens of some slots: the first `count` of each row, and what is told of them."""
+    """New tokens of some slots: the first `counts` of each row, and what is told of them."""
 
     tokens: Int32[Array, "rows steps"]
-    count: Int32[Array, " rows"]
+    counts: Int32[Array, " rows"]
     told: Told
 
 
@@ -209,7 +209,7 @@ def steps(
             (made.tokens, made.told),
             (token, told),
         )
-        made = Made(columns[0], made.count + first.active, columns[1])
+        made = Made(columns[0], made.counts + first.active, columns[1])
         return index + 1, _advanced(first, token), length + first.active, cache, made
 
     shape = (rows, room)
