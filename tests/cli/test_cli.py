@@ -127,6 +127,28 @@ def test_a_table_of_texts_ends_with_the_worst(out, stories_model, texts, capsys)
     assert printed[-1].split()[0] == worst["name"]
 
 
+def test_a_dry_run_knows_the_size_and_writes_nothing(out, stories_model, capsys, tmp_path):
+    recipe = out.parent / "quick.toml"
+    arguments = ["quantize", stories_model, tmp_path / "out", "--recipe", recipe, "--dry-run"]
+    figures = json.loads(run(capsys, *arguments, "--json").out)
+    stored = json.loads(run(capsys, "inspect", out, "--json").out)["breakdown"]
+    assert figures["output"]["bytes"]["total"] == sum(stored.values()) - stored["tokenizer_and_metadata"]
+    assert figures["host_bytes"]["total"] > figures["host_bytes"]["blocks"] > 0
+    assert "host" in run(capsys, *arguments).out
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_run_on_a_mesh_as_on_one_device(out, text, capsys):
+    score = ["eval", out, "--corpus", text, "--seq-len", 64, "--max-windows", 3, "--json"]
+    one, split = (json.loads(run(capsys, *score, *more).out) for more in ([], ["--mesh", "data=2,model=2"]))
+    assert split["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+    write = ["generate", out, "--prompt", "Once upon a time", "--max-new-tokens", 4, "--json"]
+    one, split = (json.loads(run(capsys, *write, *more).out) for more in ([], ["--mesh", "model=2"]))
+    assert split["tokens"] == one["tokens"]
+    line, _ = fails(capsys, *score, "--mesh", "model=16")
+    assert "--mesh model=16: needs 16 devices, but there are 8" in line
+
+
 def test_generation_streams_what_json_says(out, capsys):
     arguments = ["generate", out, "--prompt", "Once upon a time", "--max-new-tokens", 8]
     streamed = run(capsys, *arguments).out

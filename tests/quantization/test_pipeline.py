@@ -20,7 +20,7 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
 from twla_jax.models.layers import replace
 from twla_jax.models.stored_layers import StoredLayers, in_files
-from twla_jax.quantization import block, pipeline, rotation_fitting, stream
+from twla_jax.quantization import block, memory, pipeline, rotation_fitting, stream
 from twla_jax.quantization.snapshots import Snapshots
 from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint, folders
@@ -155,6 +155,7 @@ def test_no_more_than_three_blocks_of_a_model_in_files_are_in_memory(stored, tmp
     kernels = [leaf for leaf in jax.tree.leaves(stored.blocks) if isinstance(leaf, StoredLayers)]
     block = sum(kernel.nbytes for kernel in kernels) // stored.config.num_layers
     assert block <= max(most) <= 3 * block
+    assert block == memory.block_bytes(stored, 4)
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ def test_the_stream_begins_with_what_the_first_block_reads(tiny_config):
 
 
 def test_windows_that_fill_up_a_batch_count_for_nothing(model, quantised, monkeypatch):
-    monkeypatch.setattr(stream, "_BATCH_TOKENS", 3 * WINDOWS.shape[1])
+    monkeypatch.setattr(stream, "BATCH_TOKENS", 3 * WINDOWS.shape[1])
     _, figures = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)
     for one, other in zip(figures["sites"][:4], quantised[1]["sites"][:4], strict=True):
         np.testing.assert_allclose(one["output_error"], other["output_error"], rtol=0.02)

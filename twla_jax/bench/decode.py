@@ -37,6 +37,7 @@ class DecodeSettings:
       cache_dtype: of the cache; None for bf16.
       activation_bits: of the quantised models.
       embedding_bits: of their embedding and LM head; 16 for bf16.
+      mesh: with an axis `model` that every model is split over; None for one device.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -45,6 +46,7 @@ class DecodeSettings:
     cache_dtype: DTypeLike | None = None
     activation_bits: tuple[int, ...] = (16, 8, 4)
     embedding_bits: int = OFF
+    mesh: jax.sharding.Mesh | None = None
 
 
 def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dict[str, Any]]:
@@ -52,12 +54,14 @@ def decode_rows(config: DecoderConfig, settings: DecodeSettings) -> Iterator[dic
     bf16: dict[int, float] = {}
     low = [bits for bits in settings.activation_bits if bits < OFF]
     for bits in (None, *low[:1], *([OFF] if OFF in settings.activation_bits else [])):
-        if reason := _does_not_fit(config, bits):
+        if reason := _does_not_fit(config, bits, settings.mesh):
             yield {"name": "bf16", "note": reason}
             continue
         before = _bytes_in_use()
         embedding = OFF if bits is None else settings.embedding_bits
-        model = shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding)
+        model = shapes.random_decoder(
+            config, activation_bits=bits, embedding_bits=embedding, mesh=settings.mesh
+        )
         jax.block_until_ready(model)
         held = _block_bytes(model, before)
         for batch in settings.batches:
@@ -124,7 +128,8 @@ def _row(name: str, model: Decoder, batch: int, taken: float, settings: DecodeSe
     head = model.embed if model.head is None else model.head
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves((model.blocks, head)))
     entries = _cache_bytes(model, batch, settings)
-    limit = (weights + entries) / timing.copy_bandwidth(by_clock=True)
+    devices = settings.mesh.shape["model"] if settings.mesh else 1
+    limit = (weights + entries) / devices / timing.copy_bandwidth(by_clock=True)
     return {
         "name": name,
         "batch": batch,
@@ -160,11 +165,11 @@ def _bytes_in_use() -> int | None:
     return stats["bytes_in_use"] if stats else None
 
 
-def _does_not_fit(config: DecoderConfig, bits: int | None) -> str | None:
+def _does_not_fit(config: DecoderConfig, bits: int | None, mesh: jax.sharding.Mesh | None) -> str | None:
     stats = jax.devices()[0].memory_stats()
     if bits is not None or not stats or "bytes_limit" not in stats:
         return None
-    needed = 2 * shapes.quantized_weights(config)
+    needed = 2 * shapes.quantized_weights(config) / (mesh.shape["model"] if mesh else 1)
     if needed < 0.9 * stats["bytes_limit"]:
         return None
     return f"{needed / 1e9:.0f} GB do not fit this device; --layers takes fewer blocks"

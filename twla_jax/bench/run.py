@@ -33,6 +33,7 @@ def measure(
     cache_dtype: DTypeLike | None = None,
     activation_bits: Sequence[int] = (16, 8, 4),
     embedding_bits: int = OFF,
+    mesh: jax.sharding.Mesh | None = None,
     on_row: Callable[[str, Mapping[str, Any]], None] = lambda part, row: None,
 ) -> dict[str, Any]:
     """Return times on the device at hand, with random weights, all in one process.
@@ -49,6 +50,7 @@ def measure(
       activation_bits: of the decoding models; 16 also times the kernels' products with bf16 activations.
       embedding_bits: of the ternary decoding models' embedding and LM head: 16, or 2 to 8, which also times the head
         alone.
+      mesh: with an axis `model` that decoding models are split over; the other parts run on one device.
       on_row: called with the part and each row as soon as it is measured.
 
     Returns:
@@ -78,6 +80,7 @@ def measure(
         cache_dtype=cache_dtype,
         activation_bits=tuple(activation_bits),
         embedding_bits=embedding_bits,
+        mesh=mesh,
     )
     kinds = [
         kind

@@ -122,13 +122,19 @@ def _factors(m: int, n: int) -> tuple[int, int]:
 
 
 def random_decoder(
-    config: DecoderConfig, *, activation_bits: int | None, embedding_bits: int = OFF, seed: int = 0
+    config: DecoderConfig,
+    *,
+    activation_bits: int | None,
+    embedding_bits: int = OFF,
+    seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Decoder:
     """Return a random model prepared for inference in bf16: ternary, or float where `activation_bits` is None.
 
     Embedding and LM head are integers of `embedding_bits`, or floats where those are 16.
 
-    One block is made and copied for every layer, so that no model ever exists unpacked.
+    One block is made and copied for every layer, so that no model ever exists unpacked. On a mesh it is split as
+    `prepare_for_inference` says.
     """
     model = random_model(
         dataclasses.replace(config, num_layers=1),
@@ -136,7 +142,7 @@ def random_decoder(
         embedding_bits=embedding_bits,
         seed=seed,
     )
-    prepared = prepare_for_inference(model)
+    prepared = prepare_for_inference(model, mesh=mesh)
     copy = jax.jit(lambda block: jax.tree.map(jnp.copy, block))
     (block,) = prepared.blocks  # pyright: ignore[reportGeneralTypeIssues]
     blocks: Any = nnx.List([block, *(copy(block) for _ in range(config.num_layers - 1))])

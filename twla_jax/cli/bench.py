@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from twla_jax import json_text
-from twla_jax.cli.options import OptionalFile, OptionalLayers, argument, number, numbers
+from twla_jax.cli.options import (
+    OptionalFile,
+    OptionalLayers,
+    OptionalMesh,
+    argument,
+    mesh_of,
+    number,
+    numbers,
+)
 
 Shape = Literal["llama-2-7b", "llama-2-70b", "qwen3-8b", "smollm2-135m", "tiny"]
 
@@ -24,6 +32,7 @@ def bench(
     activation_bits: Annotated[str, argument("BITS,…")] = "16,8,4",
     embedding_bits: Annotated[int, number("embedding_bits", "BITS")] = 16,
     kv_cache: Literal["bfloat16", "int8"] = "bfloat16",
+    mesh: OptionalMesh = None,
     plot: OptionalFile = None,
     json: bool = False,
 ) -> None:
@@ -43,6 +52,7 @@ def bench(
         activation_bits: activation bits to decode with; 16 also times the kernels with bfloat16 activations
         embedding_bits: bits of the embedding and the LM head, 2 to 8, or 16; below 16, the head is also timed alone
         kv_cache: type of the key/value cache
+        mesh: devices to split the decoding models over, as model=2; kernels and prefill run on one
         plot: write a roofline plot to this image file
         json: print all figures as JSON at the end
     """
@@ -73,6 +83,7 @@ def bench(
         cache_dtype=kv_cache,
         activation_bits=numbers(activation_bits, int, "--activation-bits", "activation_bits"),
         embedding_bits=embedding_bits,
+        mesh=mesh_of(mesh),
         on_row=show,
     )
     if plot:

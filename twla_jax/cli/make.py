@@ -14,6 +14,7 @@ from twla_jax.cli.options import (
     OptionalEmbeddingBits,
     OptionalFile,
     OptionalMaxWindows,
+    OptionalMesh,
     OptionalRefineTokens,
     OptionalSeed,
     OptionalSeqLen,
@@ -24,6 +25,7 @@ from twla_jax.cli.options import (
     Site,
     argument,
     given,
+    mesh_of,
     number,
     numbers,
     show,
@@ -53,6 +55,8 @@ def quantize(
     dtype: Dtype = "float32",
     check_corpus: OptionalCorpus = None,
     check_windows: CheckWindows = 8,
+    mesh: OptionalMesh = None,
+    dry_run: bool = False,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -81,11 +85,14 @@ def quantize(
         check_corpus: text the result is evaluated on; default: the calibration corpus, if it has a test split, else
             pydoc
         check_windows: number of windows of that text
+        mesh: devices to split the work over: calibration text over data, matrices over model
+        dry_run: print the memory, time and bytes that it will take, and write nothing
         overwrite: replace the model in OUT
         json: print the report as JSON
     """
     from twla_jax import recipe as recipe_module
-    from twla_jax.jobs import quantize_model
+    from twla_jax.jobs import forecast, loading, quantize_model
+    from twla_jax.models.io import readers
 
     settings = with_options(
         recipe_module.load_recipe(recipe), calibration, windows, seq_len, activation_bits, seed
@@ -96,6 +103,10 @@ def quantize(
             {"embedding": {"bits": embedding_bits} if embedding_bits != 16 else False}
         )
     settings = _refined_on(settings, refine_tokens)
+    if dry_run:
+        figures = forecast.forecast(readers.read_config(loading.resolve_model(model)), settings, dtype=dtype)
+        show(figures, json, lambda: forecast.format_forecast(figures))
+        return
     report = quantize_model.quantize_to_folder(
         model,
         out,
@@ -104,6 +115,7 @@ def quantize(
         overwrite=overwrite,
         check_corpus=check_corpus,
         check_windows=check_windows,
+        mesh=mesh_of(mesh),
     )
     show(report, json, lambda: quantize_model.format_report(report, out))
 

@@ -12,6 +12,8 @@ from twla_jax.errors import TwlaError
 from twla_jax.limits import LIMITS, check_number
 
 if TYPE_CHECKING:  # which imports JAX
+    from jax.sharding import Mesh
+
     from twla_jax.recipe import Recipe
 
 Bits = Literal[16, 8, 6, 4, 2]
@@ -64,6 +66,7 @@ OptionalBits = Annotated[Bits | None, argument("{16,8,6,4,2}", optional=True)]
 OptionalSite = Annotated[Site | None, argument("{input,block}", optional=True)]
 OptionalDtype = Annotated[Dtype | None, argument("{float32,bfloat16,float16}", optional=True)]
 OptionalFile = Annotated[str | None, argument("FILE", optional=True)]
+OptionalMesh = Annotated[str | None, argument("data=N,model=N", optional=True)]
 OptionalCorpus = Annotated[str | None, argument("CORPUS", optional=True)]
 
 
@@ -115,6 +118,13 @@ def read_text(text: str, option: str) -> str:
         return os.fsencode(text).decode() if any("\udc80" <= letter <= "\udcff" for letter in text) else text
     except UnicodeError:
         raise TwlaError(f"{option}: not UTF-8 text") from None
+
+
+def mesh_of(text: str | None) -> "Mesh | None":
+    """Return the mesh that an option names, or None."""
+    from twla_jax.models import sharding
+
+    return None if text is None else sharding.make_mesh(text)
 
 
 def show(figures: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:

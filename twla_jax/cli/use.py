@@ -2,7 +2,7 @@
 
 import math
 import sys
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,9 +14,11 @@ from twla_jax.cli.options import (
     OptionalDtype,
     OptionalLimit,
     OptionalMaxWindows,
+    OptionalMesh,
     Seed,
     SeqLen,
     argument,
+    mesh_of,
     number,
     read_text,
     show,
@@ -34,6 +36,9 @@ from twla_jax.cli.sampling_options import (
 )
 from twla_jax.errors import TwlaError
 
+if TYPE_CHECKING:  # which imports JAX
+    from jax.sharding import Mesh
+
 
 def evaluate(
     model: Model,
@@ -49,6 +54,7 @@ def evaluate(
     activation_bits: OptionalBits = None,
     batch_size: BatchSize = 1,
     kernels: Kernels = "off",
+    mesh: OptionalMesh = None,
     dtype: OptionalDtype = None,
     json: bool = False,
 ) -> None:
@@ -76,6 +82,7 @@ def evaluate(
         batch_size: windows scored at a time; of tasks, as many tokens
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels
+        mesh: devices to split the work over: windows over data, matrices over model
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print the figures as JSON
     """
@@ -94,15 +101,17 @@ def evaluate(
             against,
             options={"seq_len": seq_len, "max_windows": max_windows, "batch_size": batch_size},
             form={"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels},
+            mesh=mesh_of(mesh),
             json=json,
         )
         return
     text = corpora.load_corpus(corpus, "evaluation")
-    decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels)
+    devices = mesh_of(mesh)
+    decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels, devices)
     tokens = corpora.tokenize(text, tokenizer, decoder.config.vocab_size)
     config.check_length(seq_len, decoder.config)
     result = scoring.evaluate(
-        decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size
+        decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size, mesh=devices
     )
     if math.isnan(result["perplexity"]):
         raise TwlaError(f"{model}: its predictions are not numbers (NaN), so there is no perplexity")
@@ -125,6 +134,7 @@ def _evaluate_domains(
     *,
     options: dict[str, Any],
     form: dict[str, Any],
+    mesh: "Mesh | None",
     json: bool,
 ) -> None:
     from twla_jax.evaluation import domains
@@ -133,14 +143,14 @@ def _evaluate_domains(
     from twla_jax.text import corpora
 
     corpora_by_name = corpora.load_domains(names)
-    decoder, tokenizer, path = load_for_use(model, **form)
+    decoder, tokenizer, path = load_for_use(model, **form, mesh=mesh)
     original = None
     if against is not None:
         original, _ = loading.load(against, dtype=decoder.dtype)
     config.check_length(options["seq_len"], decoder.config)
     size = decoder.config.vocab_size
     tokens = {name: corpora.tokenize(text, tokenizer, size) for name, text in corpora_by_name.items()}
-    result = domains.evaluate_domains(decoder, tokens, original=original, **options)
+    result = domains.evaluate_domains(decoder, tokens, original=original, mesh=mesh, **options)
     texts = {name: text.describe() for name, text in corpora_by_name.items()}
     figures = {**result, "texts": texts, "against": against, "dtype": str(decoder.dtype), "path": path}
     figures["activation_bits"] = form["activation_bits"]
@@ -189,6 +199,7 @@ def generate(
     activation_bits: OptionalBits = None,
     kernels: Kernels = "auto",
     kv_cache: Annotated[Literal["int8"] | None, argument("int8", optional=True)] = None,
+    mesh: OptionalMesh = None,
     dtype: OptionalDtype = None,
     json: bool = False,
 ) -> None:
@@ -214,6 +225,7 @@ def generate(
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels
         kv_cache: int8 halves the cache of keys and values; default: the type the model computes in
+        mesh: devices to split the work over: samples over data, matrices over model
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print prompt, text and token ids as JSON at the end
     """
@@ -229,7 +241,7 @@ def generate(
     sampling = sampling_of({}, temperature=temperature, seed=seed, **drawn)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     settings |= {"stop": stop_texts(stop), "cache_dtype": kv_cache}
-    decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels)
+    decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels, mesh_of(mesh))
     asked: Any = prompt
     if chat:
         first = [] if system is None else [{"role": "system", "content": read_text(system, "--system")}]
@@ -289,7 +301,11 @@ def inspect(
 
 
 def load_for_use(
-    model: str, dtype: str | None, activation_bits: int | None, kernels: Kernels
+    model: str,
+    dtype: str | None,
+    activation_bits: int | None,
+    kernels: Kernels,
+    mesh: "Mesh | None" = None,
 ) -> tuple[Any, Any, str]:
     """Return the model in the requested form, its tokenizer, and a description of what runs it."""
     import jax.numpy as jnp
@@ -298,10 +314,10 @@ def load_for_use(
     from twla_jax.jobs import loading
     from twla_jax.models import sites
 
-    decoder, tokenizer = loading.load(model, dtype=None if dtype is None else jnp.dtype(dtype))
+    decoder, tokenizer = loading.load(model, mesh=mesh, dtype=None if dtype is None else jnp.dtype(dtype))
     if tokenizer is None:
         raise TwlaError(f"{model}: has no tokenizer")
     if activation_bits is not None:
         decoder = sites.set_activation_bits(decoder, activation_bits)
-    decoder, path = execution.for_inference(decoder, kernels, dtype=dtype)
+    decoder, path = execution.for_inference(decoder, kernels, dtype=dtype, mesh=mesh)
     return decoder, tokenizer, path

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from twla_jax.evaluation import streamed
 from twla_jax.evaluation.divergence import window_divergence
 from twla_jax.evaluation.nll import window_nll
 from twla_jax.evaluation.scoring import cut_windows, perplexity
+from twla_jax.models import sharding
 from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import in_files
@@ -29,6 +29,7 @@ def evaluate_domains(
     max_windows: int | None = None,
     batch_size: int = 1,
     chunk: int = 512,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score a model on named texts, and with an `original` also how far its predictions are from that one's.
@@ -43,6 +44,7 @@ def evaluate_domains(
       max_windows: of each text, score only the first so many.
       batch_size: windows at a time.
       chunk: positions whose logits exist at the same time.
+      mesh: as `evaluate` takes it.
       progress: a bar on stderr.
     Returns:
       `domains`, a row a text, from the best to the worst: `name`, `perplexity`, `nll`, `windows`, `tokens`; with an
@@ -61,9 +63,9 @@ def evaluate_domains(
         )
     windows = {name: _windows(name, tokens, seq_len, max_windows, size) for name, tokens in texts.items()}
     if in_files((model, original)):
-        rows = _streamed_rows(model, original, windows, chunk, progress)
+        rows = _streamed_rows(model, original, windows, chunk, mesh, progress)
     else:
-        rows = _rows(model, original, windows, batch_size, chunk, progress)
+        rows = _rows(model, original, windows, batch_size, chunk, mesh, progress)
     key = "ratio" if original is not None else "perplexity"
     rows.sort(key=lambda row: math.inf if math.isnan(row[key]) else row[key])
     return {"domains": rows, "worst": rows[-1]["name"], "seq_len": next(iter(windows.values())).shape[1]}
@@ -102,16 +104,19 @@ def _rows(
     windows: Mapping[str, np.ndarray],
     batch_size: int,
     chunk: int,
+    mesh: jax.sharding.Mesh | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
     # Host parameters move to the device once, not at every call.
-    model, original = jax.tree.map(jnp.asarray, (model, original))
+    model = sharding.place(model, mesh)
+    original = None if original is None else sharding.place(original, mesh)
+    batch_size = sharding.batch_on(mesh, batch_size)
     total = sum(map(len, windows.values()))
     rows = []
     with tqdm(total=total, desc="evaluate", unit="window", disable=not progress) as bar:
         for name, here in windows.items():
             bar.set_postfix(text=name)
-            rows.append(_row(name, _means(model, original, here, batch_size, chunk, bar), here))
+            rows.append(_row(name, _means(model, original, here, batch_size, chunk, mesh, bar), here))
     return rows
 
 
@@ -120,11 +125,12 @@ def _streamed_rows(
     original: Decoder | None,
     windows: Mapping[str, np.ndarray],
     chunk: int,
+    mesh: jax.sharding.Mesh | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
     """Return the rows of models whose layers are in files, which all texts go through together."""
     together = np.concatenate(list(windows.values()))
-    found = streamed.window_figures(model, original, together, chunk=chunk, progress=progress)
+    found = streamed.window_figures(model, original, together, chunk=chunk, mesh=mesh, progress=progress)
     ends = np.cumsum([len(here) for here in windows.values()])[:-1]
     by_text = {name: np.split(values, ends) for name, values in found.items()}
     return [
@@ -139,6 +145,7 @@ def _means(
     windows: np.ndarray,
     batch_size: int,
     chunk: int,
+    mesh: jax.sharding.Mesh | None,
     bar: tqdm,
 ) -> dict[str, float]:
     totals: dict[str, float] = {}
@@ -146,6 +153,7 @@ def _means(
         batch = windows[start : start + batch_size]
         # A short last batch is filled up, so that nothing compiles twice.
         filled = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
+        filled = sharding.place_batch(filled, mesh)
         if original is None:
             found = {"nll": window_nll(model, filled, chunk=chunk)}
         else:

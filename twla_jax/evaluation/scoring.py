@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Int32
 from tqdm import tqdm
@@ -12,6 +11,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.evaluation import streamed
 from twla_jax.evaluation.nll import window_nll
 from twla_jax.limits import check_number
+from twla_jax.models import sharding
 from twla_jax.models.arguments import checked_tokens, require_model
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder
@@ -44,6 +44,7 @@ def evaluate(
     max_windows: int | None = None,
     batch_size: int = 1,
     chunk: int = 512,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> dict[str, float | int]:
     """Return the perplexity of `model`, `exp` of the mean negative log-likelihood of each window's predictions.
@@ -55,6 +56,7 @@ def evaluate(
       max_windows: score only the first so many.
       batch_size: windows at a time.
       chunk: positions whose logits exist at the same time, per batch; `[b, t, vocab]` never exists whole.
+      mesh: with axes `data` and `model`: windows are split over `data`, parameters as `sharding.shardings` says.
       progress: a bar with an estimate of the time left, on stderr.
     Returns:
       `perplexity`, `nll` (its logarithm, nats per token), `windows`, `tokens` (in these windows) and `seq_len`.
@@ -72,17 +74,18 @@ def evaluate(
     check_number("seq_len", windows.shape[1])
     check_length(windows.shape[1], model.config)
     if in_files(model):
-        found = streamed.window_figures(model, None, windows, chunk=chunk, progress=progress)
+        found = streamed.window_figures(model, None, windows, chunk=chunk, mesh=mesh, progress=progress)
         return _figures(float(found["nll"].sum()), windows)
-    batch_size = min(batch_size, len(windows))
+    batch_size = sharding.batch_on(mesh, min(batch_size, len(windows)))
     # Host parameters move to the device once, not at every call.
-    model = jax.tree.map(jnp.asarray, model)
+    model = sharding.place(model, mesh)
     total = 0.0
     with tqdm(total=len(windows), desc="evaluate", unit="window", disable=not progress) as bar:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
             # A short last batch is filled up, so that nothing compiles twice.
             filled = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
+            filled = sharding.place_batch(filled, mesh)
             total += float(window_nll(model, filled, chunk=chunk)[: len(batch)].sum())
             bar.update(len(batch))
             bar.set_postfix(perplexity=f"{perplexity(total / (start + len(batch))):.2f}")

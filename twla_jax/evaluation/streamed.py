@@ -3,13 +3,13 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
 from twla_jax.evaluation.divergence import hidden_divergence
 from twla_jax.evaluation.nll import hidden_nll
+from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import in_turn, without_blocks
 from twla_jax.quantization.block import finish_block
@@ -22,6 +22,7 @@ def window_figures(
     windows: Int32[np.ndarray, "w t"],
     *,
     chunk: int,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool,
 ) -> dict[str, Float[np.ndarray, " w"]]:
     """Return what `window_nll`, or with an original `window_divergence`, says of every window.
@@ -31,27 +32,30 @@ def window_figures(
       original: another, or None.
       windows: tokens.
       chunk: positions whose logits exist at the same time, per batch.
+      mesh: as `evaluate` takes it.
       progress: a bar on stderr, a step a block.
     """
     models = [each for each in (model, original) if each is not None]
     total = sum(each.config.num_layers for each in models)
     with tqdm(total=total, desc="evaluate", unit="block", disable=not progress) as bar:
-        streams = [_past_all_blocks(each, windows, bar) for each in models]
-    heads = [jax.tree.map(jnp.asarray, without_blocks(each)) for each in models]
+        streams = [_past_all_blocks(each, windows, mesh, bar) for each in models]
+    heads = [sharding.place(without_blocks(each), mesh) for each in models]
     found: dict[str, list[np.ndarray]] = {}
     for tokens, *batches in zip(streams[0].windows, *(stream.batches() for stream in streams), strict=True):
         hidden = tuple(batch.state.x for batch in batches)
-        figures = _figures(tuple(heads), hidden, jnp.asarray(tokens), chunk=chunk)
+        figures = _figures(tuple(heads), hidden, sharding.place_batch(tokens, mesh), chunk=chunk)
         for name, values in figures.items():
             found.setdefault(name, []).append(np.asarray(values))
     return {name: np.concatenate(values)[: len(windows)] for name, values in found.items()}
 
 
-def _past_all_blocks(model: Decoder, windows: np.ndarray, bar: tqdm) -> ResidualStream:
-    stream = ResidualStream(model, windows, None)
+def _past_all_blocks(
+    model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None, bar: tqdm
+) -> ResidualStream:
+    stream = ResidualStream(model, windows, mesh)
     stream.start()
     for index, block in enumerate(in_turn(model.blocks, 0, model.config.num_layers)):
-        finish_block(jax.tree.map(jnp.asarray, block), stream, stream.context.layer(index), first=0)
+        finish_block(sharding.place(block, mesh), stream, stream.context.layer(index), first=0)
         bar.update()
     return stream
 

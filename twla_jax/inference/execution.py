@@ -8,6 +8,7 @@ from twla_jax.core.tensors import TernaryTensor
 from twla_jax.devices import gpu_obstacle
 from twla_jax.errors import TwlaError
 from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder, computing_in
 
 Kernels = Literal["auto", "on", "off"]
@@ -27,7 +28,9 @@ def path() -> str:
     return f"XLA reference: {gpu_obstacle() or f'there are no kernels for {platform}'}"
 
 
-def for_inference(model: Decoder, kernels: Kernels, *, dtype=None) -> tuple[Decoder, str]:
+def for_inference(
+    model: Decoder, kernels: Kernels, *, dtype=None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Decoder, str]:
     """Return the model in the form asked for, and what will run it, in words.
 
     Args:
@@ -35,21 +38,26 @@ def for_inference(model: Decoder, kernels: Kernels, *, dtype=None) -> tuple[Deco
       kernels: `on` prepares it (see `prepare_for_inference`), `off` leaves it alone; `auto` prepares a quantised one
         where there are kernels for the device and for its group size.
       dtype: what it computes in; None leaves that as it is, but takes the kernels' bfloat16 where they run.
+      mesh: with axes `data` and `model` that the model is split over; None leaves it where it is.
 
     Raises:
       TwlaError: `on`, and the kernels have no place for its group size.
     """
     given = model if dtype is None else computing_in(model, dtype)
     if kernels == "off" or (kernels == "auto" and not (has_kernels() and _quantized(model))):
-        return given, REFERENCE
+        return _placed(given, mesh), REFERENCE
     narrow = computing_in(model, "bfloat16") if dtype is None and has_kernels() else given
     try:
-        prepared = prepare_for_inference(narrow)
+        prepared = prepare_for_inference(narrow, mesh=mesh)
         return prepared, path() + _outside_kernels(prepared)
     except TwlaError:
         if kernels == "on":
             raise
-        return given, REFERENCE
+        return _placed(given, mesh), REFERENCE
+
+
+def _placed(model: Decoder, mesh: jax.sharding.Mesh | None) -> Decoder:
+    return model if mesh is None else sharding.place(model, mesh)
 
 
 def _outside_kernels(model: Decoder) -> str:

@@ -65,7 +65,7 @@ def quantize_to_folder(
       check_windows: windows of that text, of the recipe's length.
       check_bits: activation bits to report the perplexity at; empty takes the recipe's.
       allow_broken: keep a model that fails its check, as a baseline of few bits may.
-      mesh: of the block-wise transform, see `quantize_blocks`.
+      mesh: with axes `data` and `model`, which the stages and the evaluations split their work over.
       progress: phases and bars on stderr.
     Returns:
       The report, as kept in `report.json`, with the folder's `accounting.account` under `size`.
@@ -94,7 +94,7 @@ def quantize_to_folder(
         allocates = recipe.allocation.budget > 0
         drawn = recipe_windows.draw(text, recipe, tokenizer, vocab_size, held_out=allocates)
         check_tokens = corpora.first_windows(check, tokenizer, vocab_size, check_windows, seq_len)
-    score = functools.partial(evaluate, tokens=check_tokens, progress=progress)
+    score = functools.partial(evaluate, tokens=check_tokens, mesh=mesh, progress=progress)
     with phases("evaluate in full precision"):
         full_precision = score(model)
     work = stages.Work(
@@ -109,7 +109,9 @@ def quantize_to_folder(
                 part.name: corpora.first_windows(part, tokenizer, vocab_size, each, seq_len)
                 for part in check.parts
             }
-            by_domain = {"by_domain": evaluate_domains(quantized, texts, original=model, progress=progress)}
+            by_domain = {
+                "by_domain": evaluate_domains(quantized, texts, original=model, mesh=mesh, progress=progress)
+            }
     del model
     with phases("evaluate the quantised model"):
         perplexity = {

@@ -33,7 +33,7 @@ class Work:
       text: the windows of each stage.
       recipe: the settings of each stage.
       work_dir: finished work is kept here, each stage's in a place of its own; None keeps none.
-      mesh: of the block-wise transform, see `quantize_blocks`.
+      mesh: with axes `data` and `model`, which every stage but the choice of bits splits its work over.
       progress: bars on stderr.
     """
 
@@ -86,7 +86,7 @@ def _refine(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
     settings = work.recipe.refine.end_to_end
     assert settings is not None
     model, figures = end_to_end.refine(
-        model, work.teacher, work.text.refinement, settings, **work.options("refine")
+        model, work.teacher, work.text.refinement, settings, mesh=work.mesh, **work.options("refine")
     )
     return model, {"refine": figures}
 
@@ -96,7 +96,7 @@ def _train_clips(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
     assert settings is not None
     windows = text.refinement if len(text.refinement) else text.calibration
     model, figures = clip_training.train_clips(
-        model, work.teacher, windows, settings, **work.options("clips")
+        model, work.teacher, windows, settings, mesh=work.mesh, **work.options("clips")
     )
     return model, {"train_clips": figures}
 

@@ -6,19 +6,76 @@ does not divide is kept whole on every device.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from twla_jax.core import packing
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
+from twla_jax.errors import TwlaError
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.families import FAMILIES
+from twla_jax.models.stored_layers import StoredLayers
+
+AXES = ("data", "model")
+
+
+def make_mesh(text: str) -> Mesh:
+    """Return the mesh that a text as `data=2,model=4` names, over the first devices; an axis that is left out is 1.
+
+    Raises:
+      TwlaError: another axis, no positive whole number, or more devices than there are.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.isdecimal() or not 1 <= int(size) <= 2**20:
+            raise TwlaError(f"--mesh {text[:80]}: must be like data=2,model=4, with whole numbers from 1 on")
+        sizes[axis] = int(size)
+    count, devices = math.prod(sizes.values()), jax.devices()
+    if count > len(devices):
+        raise TwlaError(f"--mesh {text[:80]}: needs {count} devices, but there are {len(devices)}")
+    shape = tuple(sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+
+
+def place(model: Any, mesh: Mesh | None) -> Any:
+    """Return a model on the default device, or each leaf on a mesh as `shardings` says; one that is there stays.
+
+    Args:
+      model: a decoder or a block; its leaves may be on the host, in files or on devices.
+      mesh: None for the default device.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, model)
+    devices = set(mesh.devices.flat)
+    if len(devices) > 1 and any(_devices(leaf) == devices for leaf in jax.tree.leaves(model)):
+        return model
+    model = jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, StoredLayers) else leaf, model)
+    return jax.device_put(model, shardings(model, mesh))
+
+
+def place_batch(array: Any, mesh: Mesh | None) -> jax.Array:
+    """Return an array on the default device, or on a mesh with its leading axis over `data`."""
+    return jnp.asarray(array) if mesh is None else jax.device_put(array, batch_sharding(mesh))
+
+
+def batch_on(mesh: Mesh | None, size: int) -> int:
+    """Return the least batch of at least `size` that the axis `data` divides."""
+    split = 1 if mesh is None else mesh.shape["data"]
+    return -(-size // split) * split
+
+
+def _devices(leaf: Any) -> set[Any]:
+    return leaf.sharding.device_set if isinstance(leaf, jax.Array) else set()
 
 
 def shardings(model: Any, mesh: Mesh) -> Any:

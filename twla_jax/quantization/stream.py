@@ -16,8 +16,8 @@ from twla_jax.models.blocks import State
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import without_blocks
 
-_BATCH_TOKENS = 8192  # tokens that go through a block at a time
-_DEVICE_SHARE = 0.4  # of the device's memory that the stream may take before it moves to the host
+BATCH_TOKENS = 8192  # tokens that go through a block at a time
+DEVICE_SHARE = 0.4  # of the device's memory that the stream may take before it moves to the host
 _HOST_SHARE = 0.4  # of the host's memory that it may take there before it moves to a file
 
 
@@ -63,7 +63,7 @@ class ResidualStream:
         """
         count, seq_len = windows.shape
         split = mesh.shape["data"] if mesh is not None else 1
-        size = -(-max(1, min(count, _BATCH_TOKENS // seq_len)) // split) * split
+        size = -(-max(1, min(count, BATCH_TOKENS // seq_len)) // split) * split
         self.tokens = windows.size
         self.context = model.context(seq_len)
         self._head = without_blocks(model)
@@ -75,9 +75,9 @@ class ResidualStream:
         self._real = (np.arange(len(filled)) < count).astype(np.float32).reshape(-1, size)
         self._dtype = model.dtype
         self._states: list[State | None] = []
-        needed = filled.size * self._dtype.itemsize * (model.config.hidden_size + _widest_kept(model))
+        needed = filled.size * self._dtype.itemsize * (model.config.hidden_size + widest_kept(model))
         limit = _device_bytes()
-        self._on_host = limit is not None and needed > _DEVICE_SHARE * limit * split
+        self._on_host = limit is not None and needed > DEVICE_SHARE * limit * split
         room = host_bytes()
         self._in_file = self._on_host and room is not None and needed > _HOST_SHARE * room
         self._folder = folder
@@ -136,7 +136,7 @@ def _to_file(array: np.ndarray, folder: Path | None) -> np.ndarray:
         return np.memmap(file, array.dtype, "r", shape=array.shape)
 
 
-def _widest_kept(model: Decoder) -> int:
+def widest_kept(model: Decoder) -> int:
     """Return the width of the widest input of a site that the stream holds beside itself."""
     kept = (site for site in model.sites if not site.recomputed)
     return max(model.blocks.linears(site)[0].features[0] for site in kept)

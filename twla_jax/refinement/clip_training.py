@@ -8,6 +8,7 @@ gradients pass the rounding of the codes straight, so a clip sees what is cut of
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
@@ -25,6 +26,7 @@ def train_clips(
     settings: ClipTrainingSettings,
     *,
     work_dir: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Train the clips for `settings.bits`, with every linear input at these bits, over `settings.steps` steps.
@@ -35,6 +37,7 @@ def train_clips(
       windows: calibration tokens, `settings.batch` a step, in order and from the start again where they run out.
       settings: of the clips' training.
       work_dir: as `refinement.refine` takes it.
+      mesh: as `refinement.refine` takes it.
       progress: a bar with an estimate of the time left, on stderr.
 
     Returns:
@@ -48,7 +51,7 @@ def train_clips(
     windows = checked_tokens(windows, teacher.config, "windows")
     batches = np.resize(windows, (settings.steps, settings.batch, windows.shape[1]))
     original, dtype = student, jnp.dtype(settings.dtype)
-    student, teacher = (end_to_end.training_form(model, dtype) for model in (student, teacher))
+    student, teacher = (end_to_end.training_form(model, dtype, mesh) for model in (student, teacher))
     store = None
     if work_dir is not None:
         store = end_to_end.open_work_dir(Path(work_dir), student, batches, settings)
@@ -64,6 +67,7 @@ def train_clips(
         settings,
         bits=settings.bits,
         store=store,
+        mesh=mesh,
         progress=progress,
         label="train clips",
     )

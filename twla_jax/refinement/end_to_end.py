@@ -28,11 +28,13 @@ from twla_jax.core.activation import (
     OFF,
 )
 from twla_jax.errors import TwlaError
+from twla_jax.models import sharding
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.layers import replace
 from twla_jax.recipe import EndToEndSettings, LearningSettings
+from twla_jax.refinement.latent_shardings import place_latents, place_state
 from twla_jax.refinement.latents import Latents, apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
 from twla_jax.storage import resume
@@ -50,6 +52,7 @@ def refine(
     settings: EndToEndSettings,
     *,
     work_dir: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Train what `student` stores of its blocks' linears, and its norms, towards the predictions of `teacher`.
@@ -60,6 +63,8 @@ def refine(
       windows: calibration tokens; each is seen once, `settings.batch` at a time, in order.
       settings: of the refinement end to end.
       work_dir: the state is kept here every few minutes; a later call with the same arguments goes on from it.
+      mesh: with axes `data` and `model`: the windows of a step are split over `data`, and both models, what learns and
+        its optimiser over `model` as `sharding.shardings` says; the gradient is that of the whole step.
       progress: a bar with an estimate of the time left, on stderr.
 
     Returns:
@@ -82,12 +87,21 @@ def refine(
     batches = windows[: steps * settings.batch].reshape(steps, settings.batch, -1)
     dtype = jnp.dtype(settings.dtype)
     original = student
-    student, teacher = (training_form(model, dtype) for model in (student, teacher))
+    student, teacher = (training_form(model, dtype, mesh) for model in (student, teacher))
     store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, settings)
     latents = init_latents(student, teacher, codes=settings.code_rate > 0)
     bits = settings.activation_bits
     return descend(
-        original, student, teacher, latents, batches, settings, bits=bits, store=store, progress=progress
+        original,
+        student,
+        teacher,
+        latents,
+        batches,
+        settings,
+        bits=bits,
+        store=store,
+        mesh=mesh,
+        progress=progress,
     )
 
 
@@ -101,21 +115,29 @@ def descend(
     *,
     bits: int,
     store: resume.WorkDir | None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool,
     label: str = "refine",
 ) -> tuple[Decoder, dict[str, Any]]:
     """Return what `refine` does, from any latents of the student, which are donated; what has none stays as it is."""
     steps, learns_rotations = len(batches), settings.peak_rates.get("rotations", 0) > 0
     step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
-    state = optimizer(rates_at(settings, 0, 1), learns_rotations).init(latents)
+    if mesh is not None and settings.batch % mesh.shape["data"]:
+        raise TwlaError(
+            f"--mesh: batches of {settings.batch} windows cannot be split over data={mesh.shape['data']}"
+        )
+    latents = place_latents(latents, student, mesh)
+    state = place_state(optimizer(rates_at(settings, 0, 1), learns_rotations).init(latents), student, mesh)
     losses: list[float] = []
     if store and (saved := store.load("state")):
         losses = saved.pop("losses").tolist()
         latents, state = resume.unflatten((latents, state), saved)
+        latents, state = place_latents(latents, student, mesh), place_state(state, student, mesh)
     saved_at = time.perf_counter()
     with tqdm(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
             rates = rates_at(settings, len(losses), steps)
+            batch = sharding.place_batch(batch, mesh)
             latents, state, loss = step(latents, state, student, teacher, batch, rates)
             losses.append(float(loss))
             bar.update()
@@ -125,7 +147,8 @@ def descend(
                 saved_at = time.perf_counter()
     refined = harden(student, latents, bits)
     refined = replace(refined, dtype=original.dtype, fused=original.fused)
-    _, _, loss = step(latents, state, student, teacher, batches[0], rates_at(settings, 0, 1))
+    first = sharding.place_batch(batches[0], mesh)
+    _, _, loss = step(latents, state, student, teacher, first, rates_at(settings, 0, 1))
     first_batch = [losses[0], float(loss)]
     kept = first_batch[1] <= first_batch[0]
     if not kept:
@@ -201,10 +224,10 @@ def _hidden(
     return x * (1 + latents["norm"]["g"]).astype(x.dtype) if "norm" in latents else x
 
 
-def training_form(model: Decoder, dtype: jnp.dtype) -> Decoder:
-    """Return a copy on the device that computes in `dtype`, with the attention that trains fastest there."""
+def training_form(model: Decoder, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """Return a copy on the device or mesh that computes in `dtype`, with the attention that trains fastest there."""
     # Most of a step's time went into reading and writing the scores.
-    return jax.tree.map(jnp.asarray, computing_in(model, dtype, fused=True))
+    return sharding.place(computing_in(model, dtype, fused=True), mesh)
 
 
 def open_work_dir(

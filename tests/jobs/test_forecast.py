@@ -1,0 +1,97 @@
+"""What a quantisation takes is known before it begins: what XLA then allocates is no more than a fifth above."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from twla_jax.core import kotms
+from twla_jax.jobs.forecast import forecast, format_forecast
+from twla_jax.models.config import DecoderConfig
+from twla_jax.models.decoder import Decoder
+from twla_jax.quantization import block, memory, stream
+from twla_jax.recipe import load_recipe
+
+RECIPE = load_recipe("w1.58-g128")
+CONFIG = DecoderConfig(
+    model_type="llama",
+    vocab_size=64,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+)
+ALLOWED = 1.2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+
+
+def temporary(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", ["mlp", "down"])
+def test_a_site_takes_no_more_than_predicted(model, name):
+    site = next(site for site in model.sites if site.name == name)
+    linears = model.blocks.linears(site)
+    m, n = linears[0].features[0], sum(linear.features[1] for linear in linears)
+    settings = RECIPE.quantization
+    left, right = kotms.factor_sizes(m, n, "balanced")
+
+    def shape(*size, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    compiled = block._quantize_site.lower(
+        tuple(shape(*linear.features, dtype=jnp.bfloat16) for linear in linears),
+        kotms.KroneckerRotation(shape(left, left, dtype=jnp.float16), shape(right, right, dtype=jnp.float16)),
+        shape(m, m),
+        shape(settings.activations.clip_tokens, m),
+        shape(),
+        shape(m, m),
+        settings=dataclasses.replace(settings, rotation=None),
+    ).compile()
+    assert temporary(compiled) <= ALLOWED * memory.site_bytes(model, site, settings)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_batch_takes_no_more_than_predicted(model, first):
+    """From the first site to the input of o, through attention, and from the third to the input of down."""
+    rows, seq_len = 2, 512
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), model.blocks)
+    context = Decoder(CONFIG, rngs=nnx.Rngs(0)).context(seq_len).layer(0)
+    m = CONFIG.hidden_size if first == 0 else CONFIG.intermediate_size
+    x, real = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((rows, seq_len, 256), (rows,)))
+    moment = jax.ShapeDtypeStruct((m, m), jnp.float32)
+    compiled = block.advance.lower(
+        one, x, None, real, moment, context, first=first, last=first + 1, stride=4
+    ).compile()
+    assert temporary(compiled) <= ALLOWED * memory.batch_bytes(model, seq_len, rows)
+
+
+def test_the_streams_are_those_that_are_held(model):
+    windows = np.zeros((3, 16), np.int32)
+    real = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model)
+    residual = stream.ResidualStream(real, windows, None)
+    residual.start()
+    held = sum(array.nbytes for array in residual.saved())
+    assert memory.snapshot_bytes(model, windows.size, RECIPE.quantization) == 2 * held  # with propagation
+
+
+def test_larger_models_take_more_and_the_text_says_so():
+    small = forecast(CONFIG, RECIPE, rate=1e12)
+    large = forecast(dataclasses.replace(CONFIG, num_layers=4), RECIPE, rate=1e12)
+    assert large["seconds"] == pytest.approx(2 * small["seconds"])
+    assert large["device_bytes"] == small["device_bytes"]  # a block at a time
+    assert large["host_bytes"]["blocks"] == small["host_bytes"]["blocks"]
+    assert large["output"]["bytes"]["linears"] == 2 * small["output"]["bytes"]["linears"]
+    text = format_forecast(small)
+    assert "device" in text
+    assert "min, roughly" in text

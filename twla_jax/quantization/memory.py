@@ -1,0 +1,70 @@
+"""Predicts the memory of the block-wise transform from shapes alone; tests compare it with what XLA allocates."""
+
+import math
+
+from twla_jax.core import kotms
+from twla_jax.core.settings import QuantizationSettings
+from twla_jax.models.blocks import Site
+from twla_jax.models.decoder import Decoder
+from twla_jax.quantization.stream import BATCH_TOKENS, widest_kept
+
+_FLOAT32 = 4
+_QUERIES = 256  # at most, whose scores exist at the same time
+# Copies of the matrices `[n, m]` and of the moments `[m, m]` that exist at the same time, all float32.
+_ROWS, _MOMENTS = 4.5, 5.5
+_ROTATED = 10  # of the rows while a rotation is fitted: the loss's parts and their gradients
+
+
+def block_bytes(model: Decoder, itemsize: int = 2) -> int:
+    """Return the bytes of one block's matrices as they are stored."""
+    return itemsize * sum(math.prod(linear) for site in model.sites for linear in _features(model, site))
+
+
+def stream_bytes(model: Decoder, tokens: int, settings: QuantizationSettings) -> int:
+    """Return the bytes of the residual streams of all calibration tokens, with what a site reads instead."""
+    width = model.config.hidden_size + widest_kept(model)
+    return tokens * model.dtype.itemsize * width * (2 if settings.weights.propagation else 1)
+
+
+def snapshot_bytes(model: Decoder, tokens: int, settings: QuantizationSettings) -> int:
+    """Return the bytes of the residual streams between two blocks."""
+    streams = 2 if settings.weights.propagation else 1
+    return tokens * model.dtype.itemsize * model.config.hidden_size * streams
+
+
+def site_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
+    """Return the temporary bytes of quantising the linears of one site."""
+    features = _features(model, site)
+    m, n = features[0][0], sum(outputs for _, outputs in features)
+    sample = settings.activations.clip_tokens * m
+    return int(_FLOAT32 * (_ROWS * n * m + _MOMENTS * m * m + sample))
+
+
+def moment_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
+    """Return the bytes of the second moments of one site's input, with those of errors that are made up for."""
+    m = _features(model, site)[0][0]
+    return _FLOAT32 * m * m * (2 if settings.weights.propagation else 1)
+
+
+def batch_bytes(model: Decoder, seq_len: int, windows: int) -> int:
+    """Return the temporary bytes of one batch of windows on its way through a block."""
+    config, itemsize = model.config, model.dtype.itemsize
+    rows = max(1, min(windows, BATCH_TOKENS // seq_len))
+    scores = _FLOAT32 * rows * config.num_heads * min(seq_len, _QUERIES) * seq_len
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    attention = 2 * scores + itemsize * rows * seq_len * (config.hidden_size + 2 * heads)
+    gated = 4 * itemsize * rows * seq_len * config.intermediate_size
+    return max(attention, gated)
+
+
+def rotation_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
+    """Return the bytes of fitting the rotation of one site in one block."""
+    if settings.rotation is None:
+        return 0
+    features = _features(model, site)
+    m, n = features[0][0], sum(outputs for _, outputs in features)
+    return _ROTATED * _FLOAT32 * m * (n // kotms.stride(n, settings.rotation.rows))
+
+
+def _features(model: Decoder, site: Site) -> list[tuple[int, int]]:
+    return [linear.features for linear in model.blocks.linears(site)]
