@@ -91,7 +91,7 @@ def evaluate(
     from twla_jax.text import corpora
 
     if tasks is not None:
-        form = {"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels}
+        form = {"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels, "mesh": mesh_of(mesh)}
         _evaluate_tasks(model, tasks, against, limit, batch_size * seq_len, form, json)
         return
     if domains is not None or against is not None:
