@@ -67,6 +67,7 @@ OptionalSite = Annotated[Site | None, argument("{input,block}", optional=True)]
 OptionalDtype = Annotated[Dtype | None, argument("{float32,bfloat16,float16}", optional=True)]
 OptionalFile = Annotated[str | None, argument("FILE", optional=True)]
 OptionalMesh = Annotated[str | None, argument("data=N,model=N", optional=True)]
+OptionalHosts = Annotated[str | None, argument("auto|HOST:PORT,N,I", optional=True)]
 OptionalCorpus = Annotated[str | None, argument("CORPUS", optional=True)]
 
 

@@ -12,6 +12,7 @@ from twla_jax.cli.options import (
     Model,
     OptionalBits,
     OptionalDtype,
+    OptionalHosts,
     OptionalLimit,
     OptionalMaxWindows,
     OptionalMesh,
@@ -55,6 +56,7 @@ def evaluate(
     batch_size: BatchSize = 1,
     kernels: Kernels = "off",
     mesh: OptionalMesh = None,
+    coordinator: OptionalHosts = None,
     dtype: OptionalDtype = None,
     json: bool = False,
 ) -> None:
@@ -83,13 +85,17 @@ def evaluate(
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels
         mesh: devices to split the work over: windows over data, matrices over model
+        coordinator: with --mesh over the devices of several hosts, each of which runs this command: auto on Cloud TPU
+            and SLURM, else the address of process 0, the number of processes and which one this is
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print the figures as JSON
     """
+    from twla_jax.devices import is_first
     from twla_jax.evaluation import scoring
     from twla_jax.models import config
     from twla_jax.text import corpora
 
+    _join(coordinator, mesh, beside={"--tasks": tasks, "--domains": domains, "--against": against})
     if tasks is not None:
         form = {"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels, "mesh": mesh_of(mesh)}
         _evaluate_tasks(model, tasks, against, limit, batch_size * seq_len, form, json)
@@ -111,8 +117,16 @@ def evaluate(
     tokens = corpora.tokenize(text, tokenizer, decoder.config.vocab_size)
     config.check_length(seq_len, decoder.config)
     result = scoring.evaluate(
-        decoder, tokens, seq_len=seq_len, max_windows=max_windows, batch_size=batch_size, mesh=devices
+        decoder,
+        tokens,
+        seq_len=seq_len,
+        max_windows=max_windows,
+        batch_size=batch_size,
+        mesh=devices,
+        progress=is_first(),
     )
+    if not is_first():
+        return
     if math.isnan(result["perplexity"]):
         raise TwlaError(f"{model}: its predictions are not numbers (NaN), so there is no perplexity")
     result = {**result, "corpus": text.describe(), "dtype": str(decoder.dtype), "path": path}
@@ -125,6 +139,20 @@ def evaluate(
             f"{path}, {result['dtype']})"
         ),
     )
+
+
+def _join(coordinator: str | None, mesh: str | None, beside: dict[str, str | None]) -> None:
+    """Join other hosts, if they are named, and nothing else is that one host alone can do."""
+    from twla_jax import devices
+
+    if coordinator is None:
+        return
+    if mesh is None:
+        raise TwlaError("--coordinator needs --mesh, which says how the devices of all hosts are used")
+    for option, value in beside.items():
+        if value is not None:
+            raise TwlaError(f"{option} runs on one host; leave out --coordinator")
+    devices.join_hosts(coordinator)
 
 
 def _evaluate_domains(

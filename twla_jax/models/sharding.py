@@ -43,6 +43,8 @@ def make_mesh(text: str) -> Mesh:
     count, devices = math.prod(sizes.values()), jax.devices()
     if count > len(devices):
         raise TwlaError(f"--mesh {text[:80]}: needs {count} devices, but there are {len(devices)}")
+    if jax.process_count() > 1 and count < len(devices):
+        raise TwlaError(f"--mesh {text[:80]}: must take the {len(devices)} devices of all hosts, not {count}")
     shape = tuple(sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
 
