@@ -221,13 +221,10 @@ def test_refinement_on_the_mesh_takes_the_steps_of_one_device(model, quantised):
                 for each in (one, split)
             )
             assert np.square(here - there).sum() < 1e-3 * np.square(here).sum()
-    latents = place_latents(
-        init_latents(sharding.place(quantised, mesh), model), sharding.place(quantised, mesh), mesh
-    )
-    assert latents["q"]["u"].sharding.spec == P(None, "model", None)
-    assert latents["down"]["u"].sharding.spec == P(None, None, "model") or latents["down"][
-        "u"
-    ].sharding.spec == P(None, "model", None)
+    student = sharding.place(quantised, mesh)
+    latents = place_latents(init_latents(student, sharding.place(model, mesh)), student, mesh)
+    for name in ("q", "down"):
+        assert latents[name]["u"].sharding.spec == P(None, "model", None) == latents[name]["s"].sharding.spec
 
 
 def test_a_step_that_the_mesh_does_not_divide_is_refused(model, quantised, mesh):

@@ -10,8 +10,8 @@ from twla_jax.quantization.stream import BATCH_TOKENS, widest_kept
 
 _FLOAT32 = 4
 _QUERIES = 256  # at most, whose scores exist at the same time
-# Copies of the matrices `[n, m]` and of the moments `[m, m]` that exist at the same time, all float32.
-_ROWS, _MOMENTS = 4.5, 5.5
+# Copies of the matrices `[n, m]`, of the moments `[m, m]` and of the sampled tokens that exist at the same time.
+_ROWS, _MOMENTS, _SAMPLES = 4.5, 5, 2
 _ROTATED = 10  # of the rows while a rotation is fitted: the loss's parts and their gradients
 
 
@@ -37,7 +37,7 @@ def site_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> in
     features = _features(model, site)
     m, n = features[0][0], sum(outputs for _, outputs in features)
     sample = settings.activations.clip_tokens * m
-    return int(_FLOAT32 * (_ROWS * n * m + _MOMENTS * m * m + sample))
+    return int(_FLOAT32 * (_ROWS * n * m + _MOMENTS * m * m + _SAMPLES * sample))
 
 
 def moment_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
