@@ -17,7 +17,6 @@ from twla_jax.core.settings import (
     WeightSettings,
 )
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation.scoring import evaluate
 from twla_jax.inference.generation import generate
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.models import sharding
@@ -26,10 +25,7 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import shallow_copy
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import block, pipeline
-from twla_jax.recipe import EndToEndSettings, Recipe
-from twla_jax.refinement.end_to_end import refine
-from twla_jax.refinement.latent_shardings import place_latents
-from twla_jax.refinement.latents import init_latents
+from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint
 
 RECIPE = Recipe(
@@ -195,39 +191,3 @@ def test_a_mesh_is_named_by_its_axes():
     ):
         with pytest.raises(TwlaError, match=message):
             sharding.make_mesh(text)
-
-
-def test_a_model_scores_on_the_mesh_what_it_does_on_one_device(quantised, mesh):
-    one, split = (evaluate(quantised, WINDOWS, mesh=each, progress=False) for each in (None, mesh))
-    assert split == pytest.approx(one, rel=1e-4)
-
-
-def test_refinement_on_the_mesh_takes_the_steps_of_one_device(model, quantised):
-    """Sums over windows are in another order on a mesh, which float32 rounds: losses agree, few latents turn over."""
-    mesh = sharding.make_mesh("data=2,model=4")
-    settings = EndToEndSettings(steps=2, batch=2, dtype="float32")
-    results = [
-        refine(quantised, model, WINDOWS[:4, :64], settings, mesh=each, progress=False)
-        for each in (None, mesh)
-    ]
-    (one, figures), (split, on_mesh) = results
-    for name in ("loss", "first_batch"):
-        np.testing.assert_allclose(on_mesh[name], figures[name], rtol=1e-4)
-    assert figures["loss"][1] != figures["loss"][0]
-    for site in one.sites:
-        for name in site.linears:
-            here, there = (
-                np.asarray(tensors.dequantize(getattr(each.blocks, name).kernel.get_value()))
-                for each in (one, split)
-            )
-            assert np.square(here - there).sum() < 1e-3 * np.square(here).sum()
-    student = sharding.place(quantised, mesh)
-    latents = place_latents(init_latents(student, sharding.place(model, mesh)), student, mesh)
-    for name in ("q", "down"):
-        assert latents[name]["u"].sharding.spec == P(None, "model", None) == latents[name]["s"].sharding.spec
-
-
-def test_a_step_that_the_mesh_does_not_divide_is_refused(model, quantised, mesh):
-    settings = EndToEndSettings(steps=1, batch=2, dtype="float32")
-    with pytest.raises(TwlaError, match="batches of 2 windows cannot be split over data=4"):
-        refine(quantised, model, WINDOWS[:2, :64], settings, mesh=mesh, progress=False)
