@@ -125,6 +125,9 @@ def test_an_interrupted_measurement_goes_on_to_the_same_table(tiny_ternary, kind
     np.testing.assert_array_equal(resumed.costs, whole.costs)
     np.testing.assert_array_equal(resumed.interactions, whole.interactions)
     assert resumed.base_loss == whole.base_loss
+    # What is run a second time does not count, so that the report is that of a run without an interrupt.
+    counts = ("loss_evaluations", "block_evaluations", "naive_block_evaluations")
+    assert [resumed.effort[each] for each in counts] == [whole.effort[each] for each in counts]
     # Three groups of candidates a site, but not those of the first again; and at the end the base.
     assert len(seen) == 2 * (3 * (len(whole.costs) - 1) + 1)
     seen.clear()

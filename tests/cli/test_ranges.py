@@ -9,6 +9,7 @@ import sys
 import typing
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from twla_jax import json_text
 from twla_jax.cli import interrupts, main, options
@@ -144,6 +145,40 @@ def test_letters_that_a_terminal_lacks_are_spelled():
     )
     ended = run(code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stdout) == (0, "\\u03b1 \\u2192 \\u03b2\n")
+
+
+def test_a_limit_of_the_address_space_that_jax_may_abort_under_is_told(tmp_path):
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9));"
+        "from twla_jax.__main__ import main; sys.argv[1:] = ['inspect', 'nothing']; main()"
+    )
+    ended = run(code, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        "twla: error: the address space is limited to 1.0 GB (ulimit -v), and JAX needs 2 GB; raise the limit\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("std::bad_alloc"), JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nAllocator: 9 GB")],
+)
+def test_memory_that_does_not_suffice_is_one_line(error, monkeypatch, capsys):
+    monkeypatch.setattr(main, "_run", lambda _: (_ for _ in ()).throw(error))
+    line, status = fails(capsys, "eval", "m")
+    assert status == 1
+    assert line.startswith("twla: error: the memory does not suffice (")
+    assert "Allocator" not in line
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for arguments in (["inspect", "model"], ["quantize", "model", "out"], ["eval", "."]):
+        line, status = fails(capsys, *arguments)
+        assert status == 1
+        assert "the current folder was removed" in line
 
 
 KILL = "os.kill(os.getpid(), signal.SIGINT)"

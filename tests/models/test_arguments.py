@@ -1,5 +1,7 @@
 """Public functions refuse what they would compute something else from, in one line, before they begin."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -43,6 +45,22 @@ def test_tokens_are_ids_of_the_vocabulary(model, function, index):
     }
     with pytest.raises(TwlaError, match=message):
         calls[function]()
+
+
+@pytest.mark.parametrize(
+    "index", [i for i in range(len(WRONG_TOKENS)) if "positions" not in WRONG_TOKENS[i][1]]
+)
+def test_a_model_that_is_called_itself_takes_ids_of_its_vocabulary(model, index):
+    tokens, message = WRONG_TOKENS[index]
+    for call in (model, model.hidden, lambda ids: model.decode(ids, model.init_cache(2, 8))):
+        with pytest.raises(TwlaError, match=message):
+            call(tokens)
+
+
+def test_a_model_takes_ids_on_the_host_on_the_device_as_lists_and_traced(model):
+    logits = np.asarray(jax.jit(lambda ids: model(ids))(jnp.asarray(IDS)))
+    for tokens in (IDS.tolist(), IDS.astype(np.uint16), jnp.asarray(IDS)):
+        np.testing.assert_allclose(model(tokens), logits, rtol=1e-5, atol=1e-6)
 
 
 def test_ids_of_any_whole_type_come_as_int32(tiny_config):

@@ -2,13 +2,22 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from twla_jax.allocation.choice import allocate_bits
+from twla_jax.allocation.sensitivity import measure
 from twla_jax.errors import TwlaError
-from twla_jax.storage.resume import WorkDir
+from twla_jax.inference.self_sampling import sample_text
+from twla_jax.jobs.stages import quantize
+from twla_jax.quantization.pipeline import quantize_blocks
+from twla_jax.refinement.blockwise import refine_blocks
+from twla_jax.refinement.clip_training import train_clips
+from twla_jax.refinement.end_to_end import refine
+from twla_jax.storage.resume import WorkDir, keeps_work_dir
 
 PARTS = {"codes": np.arange(6).reshape(2, 3), "x": np.arange(4).astype(ml_dtypes.bfloat16)}
 DEEP = b"[" * 100_000
@@ -105,3 +114,48 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(TwlaError, match="holds no unfinished work"):
         WorkDir(tmp_path / "thesis", "mine")
     assert (tmp_path / "thesis" / ".draft.tmp").read_text() == "one"
+
+
+def test_a_second_caller_of_one_folder_is_refused_and_a_nested_or_later_one_is_not(tmp_path):
+    @keeps_work_dir
+    def work(inner=None, *, work_dir=None):
+        if work_dir is not None:
+            WorkDir(work_dir, "mine").save("state", PARTS)
+        return inner and inner()
+
+    def refused():
+        with pytest.raises(TwlaError, match=r"w: another run is writing it"):
+            work(work_dir=tmp_path / "w")
+        return True
+
+    def elsewhere(call):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(call).result()
+
+    assert work(lambda: elsewhere(refused), work_dir=tmp_path / "w")
+    work(lambda: work(work_dir=tmp_path / "w"), work_dir=tmp_path / "w")
+    work(lambda: work(work_dir=tmp_path / "w" / "refine"), work_dir=tmp_path / "w")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        *("fingerprint.json", "fingerprint.json", "refine", "state.npz", "state.npz", "w")
+    ]
+    work()
+
+
+def test_the_lock_of_a_killed_call_inside_a_folder_is_no_foreign_file(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / ".refine.lock").touch()
+    WorkDir(tmp_path / "w", "mine").save("state", PARTS)
+
+
+def test_every_public_function_that_keeps_work_keeps_its_folder_to_itself():
+    functions = [
+        allocate_bits,
+        measure,
+        quantize,
+        quantize_blocks,
+        refine,
+        refine_blocks,
+        sample_text,
+        train_clips,
+    ]
+    assert all(hasattr(function, "__wrapped__") for function in functions)

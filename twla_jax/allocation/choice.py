@@ -26,6 +26,7 @@ from twla_jax.models.arguments import require_model, require_settings
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import Recipe
+from twla_jax.storage import resume
 from twla_jax.text import recipe_windows
 from twla_jax.text.recipe_windows import DrawnText, Text
 
@@ -59,6 +60,7 @@ class Measured:
     tables: dict[str, Any]
 
 
+@resume.keeps_work_dir
 def allocate_bits(
     model: Decoder,
     text: Text,

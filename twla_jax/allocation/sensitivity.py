@@ -38,6 +38,7 @@ _CALL_TOKENS = 49152
 _LOGIT_TOKENS = 8192  # of these, how many have their logits at the same time
 
 
+@resume.keeps_work_dir
 def measure(
     model: Decoder,
     windows: Int32[np.ndarray, "w s"],
@@ -110,8 +111,8 @@ def measure(
             if measured:
                 blocks += len(losses[0]) * len(lower) * remaining
             base = [_advance(model, state.x, state.inner, layer, first=first, last=last) for state in base]
-            blocks += shares[first:last].sum()
-            if measured:
+            if measured:  # what is only run again after an interrupt is no part of the measurement
+                blocks += shares[first:last].sum()
                 now = time.perf_counter()
                 results.append(
                     {

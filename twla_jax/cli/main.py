@@ -14,7 +14,7 @@ from collections.abc import Callable
 import tyro
 
 from twla_jax import xla_flags
-from twla_jax.cli import interrupts
+from twla_jax.cli import failures, interrupts
 from twla_jax.cli.bench import bench
 from twla_jax.cli.chat import chat
 from twla_jax.cli.export import export
@@ -57,7 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except MemoryError as error:
+        _fail(failures.of_memory(error), 1)
     except Exception as error:
+        if failures.is_of_memory(error):
+            _fail(failures.of_memory(error), 1)
         if os.environ.get("TWLA_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (TWLA_DEBUG=1 shows where)", 1)
@@ -108,6 +112,7 @@ def _run(arguments: list[str]) -> None:
         if stop.code:
             _fail(_one_line(message.getvalue()), 2)
         raise
+    failures.require_address_space()
     chosen[0]()
 
 
@@ -146,6 +151,7 @@ def _one_line(box: str) -> str:
 
 
 def _fail(message: str, status: int) -> None:
+    message += failures.of_the_current_folder() if status == 1 else ""
     line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(message.split()))
     print(f"twla: error: {line}", file=sys.stderr)
     sys.exit(status)

@@ -26,6 +26,7 @@ _MAX_BATCH = {"cpu": 8}
 _MAX_BATCH_ELSEWHERE = 64
 
 
+@resume.keeps_work_dir
 def sample_text(
     model: Decoder,
     rows: int,

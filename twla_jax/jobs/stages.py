@@ -15,6 +15,7 @@ from twla_jax.quantization.embedding import quantize_embeddings
 from twla_jax.recipe import Recipe
 from twla_jax.refinement import blockwise, clip_training, end_to_end
 from twla_jax.reports.run import Phases
+from twla_jax.storage import resume
 from twla_jax.text import recipe_windows
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.recipe_windows import DrawnText, Text
@@ -138,6 +139,7 @@ def run_stages(
     return model, figures
 
 
+@resume.keeps_work_dir
 def quantize(
     model: Decoder,
     text: Text,

@@ -4,8 +4,9 @@ from os import PathLike
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Array, Int, Int32
 
 from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
@@ -59,6 +60,23 @@ def checked_tokens(
     if fits and ids.ndim == 2:
         check_length(ids.shape[1], config)
     return ids.astype(np.int32)
+
+
+def checked_values(tokens: Any, config: DecoderConfig) -> Int[Array, "b t"]:
+    """Return the token ids `[b, t]` that a model is called with; those that have values by now are checked.
+
+    Args:
+      tokens: an array, on the device, on the host or traced. Of one that is spread over hosts, none has all values.
+      config: settings of the model.
+
+    Raises:
+      TwlaError: as `checked_tokens`; rows may be longer than what the model was made for.
+    """
+    traced = isinstance(tokens, jax.core.Tracer)
+    if not traced and not (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
+        checked = checked_tokens(tokens, config, "tokens", fits=False)
+        return tokens if isinstance(tokens, jax.Array) else jnp.asarray(checked)
+    return tokens
 
 
 def require_model(model: Any, name: str = "model") -> None:

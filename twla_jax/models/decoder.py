@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Int32
 from twla_jax.core.quantizers import PackedTensor
 from twla_jax.core.tensors import dequantize, take_rows
 from twla_jax.devices import compute_capability
+from twla_jax.models.arguments import checked_values
 from twla_jax.models.blocks import ChainBlock, Context, Site
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families import family_of
@@ -58,11 +59,19 @@ class Decoder(nnx.Module):
         )
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
-        """Return logits of the next token at every position, float32."""
+        """Return logits of the next token at every position, `[b, t, vocab]` float32.
+
+        Inside `jax.jit` and other transformations token ids have no values yet, and are not checked: an id outside the
+        vocabulary takes another token's row there.
+
+        Raises:
+          TwlaError: ids that are no integers `[b, t]`, or outside the vocabulary.
+        """
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Return the last block's output after the final norm, in `dtype`."""
+        """Return the last block's output after the final norm, `[b, t, d]` in `dtype`; ids as `__call__` takes them."""
+        tokens = checked_values(tokens, self.config)
 
         def step(x: jax.Array, block: ChainBlock, context: Context, index: jax.Array | int) -> jax.Array:
             return _apply_block(block, x, context)
@@ -84,6 +93,7 @@ class Decoder(nnx.Module):
           until: positions of the whole text, where these tokens are a part of it: LongRoPE chooses by them; those up to
             the last of `tokens` if None.
         """
+        tokens = checked_values(tokens, self.config)
         context = self.context(tokens.shape[1], start=cache.length, keys=cache.size, until=until)
 
         def step(

@@ -41,6 +41,7 @@ _RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotat
 _RANGE_TOKENS = 256  # of these
 
 
+@resume.keeps_work_dir
 def quantize_blocks(
     model: Decoder,
     windows: Int32[np.ndarray, "w s"],

@@ -27,6 +27,7 @@ from twla_jax.refinement.schedule import optimizer, rates_at
 from twla_jax.storage import resume
 
 
+@resume.keeps_work_dir
 def refine_blocks(
     student: Decoder,
     teacher: Decoder,

@@ -17,8 +17,10 @@ from twla_jax.models.arguments import checked_tokens, require_pair, require_sett
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import ClipTrainingSettings
 from twla_jax.refinement import end_to_end
+from twla_jax.storage import resume
 
 
+@resume.keeps_work_dir
 def train_clips(
     student: Decoder,
     teacher: Decoder,

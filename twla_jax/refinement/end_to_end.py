@@ -45,6 +45,7 @@ _SNAPSHOT_SECONDS = 300
 _log = logging.getLogger(__name__)
 
 
+@resume.keeps_work_dir
 def refine(
     student: Decoder,
     teacher: Decoder,

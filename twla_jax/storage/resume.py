@@ -1,6 +1,9 @@
 """Keeps finished parts of long work in a folder, so that an interrupted run goes on where it was."""
 
+import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -16,11 +19,13 @@ import numpy as np
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.stored_layers import StoredLayers
+from twla_jax.storage import locks
 
 _IDENTITY = "fingerprint.json"
 _GROUP = "belongs to"  # the name inside a group's file; no array of a caller is called so
 # A file that was being written; without the number, as earlier versions named it.
 _TEMPORARY = re.compile(r"\.(fingerprint\.json|.+\.npz)(\.[0-9a-f]{16})?\.tmp")
+_LOCK = re.compile(r"\..+\.lock")  # of a folder inside
 
 
 def fingerprint(settings: Any, arrays: Iterable[np.ndarray | StoredLayers]) -> str:
@@ -39,6 +44,25 @@ def fingerprint(settings: Any, arrays: Iterable[np.ndarray | StoredLayers]) -> s
 def leaves(model: Any) -> list[Any]:
     """Return the arrays of a model as `fingerprint` takes them: on the host, or in files."""
     return [leaf if isinstance(leaf, StoredLayers) else np.asarray(leaf) for leaf in jax.tree.leaves(model)]
+
+
+def keeps_work_dir[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that keeps the folder given as `work_dir`, if one is, to itself while it runs.
+
+    Two calls that write one folder would each take the other's parts for its own: the second is refused.
+
+    Args:
+      function: with an argument `work_dir`, a path or None.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        folder = signature.bind(*args, **kwargs).arguments.get("work_dir")
+        with contextlib.nullcontext() if folder is None else locks.hold(Path(folder)):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class WorkDir:
@@ -157,7 +181,10 @@ def _holds_only_work(folder: Path) -> bool:
     if not folder.is_dir() or folder.is_symlink():
         return False
     return all(
-        _TEMPORARY.fullmatch(entry.name) or (entry / _IDENTITY).is_file() or _holds_only_work(entry)
+        _TEMPORARY.fullmatch(entry.name)
+        or _LOCK.fullmatch(entry.name)
+        or (entry / _IDENTITY).is_file()
+        or _holds_only_work(entry)
         for entry in folder.iterdir()
     )
 
