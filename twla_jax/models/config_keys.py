@@ -65,6 +65,20 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None,),
 }
 
+# The `quantization_config` of weights in eight bits, which are read: what transformers takes where it is silent.
+FLOAT8: dict[str, Any] = {
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+    "scale_fmt": "float",
+}
+_side = integer(1, 2**24)
+_FLOAT8_CHECKS: dict[str, Check] = {
+    "weight_block_size": optional(sequence(_side, longest=2, shortest=2)),
+    "activation_scheme": one_of("dynamic", "static"),
+    "scale_fmt": one_of("float", "ue8m0"),
+    "fmt": one_of("e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2"),
+}
+
 # Read by nothing: training, caching, bookkeeping, and what transformers itself passes over for these families.
 WITHOUT_EFFECT = frozenset(
     {
@@ -110,10 +124,19 @@ def check_keys(config: Mapping[str, Any], source: str, of_family: Mapping[str, C
             continue
         value = config.get(key)
         if key in config and not any(value is item or value == item for item in harmless):
+            if key == "quantization_config" and float8_settings(config) is not None:
+                check_values(value, _FLOAT8_CHECKS, f"{source}: quantization_config")
+                continue
             if key in ("quantization_config", "compression_config"):
                 raise TwlaError(f"{source}: {already_quantized(value)}")
             wanted = " or ".join(map(shown, harmless[1:]))
             raise TwlaError(f"{source}: {key} {shown(value)} is not supported, only {wanted}")
+
+
+def float8_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the `quantization_config` of a `config.json` if it is that of weights in eight bits, else None."""
+    settings = config.get("quantization_config")
+    return settings if isinstance(settings, Mapping) and settings.get("quant_method") == "fp8" else None
 
 
 def already_quantized(settings: Any) -> str:

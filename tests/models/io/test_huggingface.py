@@ -136,7 +136,7 @@ def test_unusable_tensors_are_named(case, tmp_path):
     changes = {
         "has 2 NaN or infinite values": broken,
         "has shape [31, 32], not [48, 32]": original[:31],
-        "is I32; supported are F32, F16, BF16": original.astype(np.int32),
+        "is I32; supported are F32, F16, BF16, F64": original.astype(np.int32),
     }
     for message, value in changes.items():
         case.weights[NAME] = value

@@ -1,5 +1,7 @@
 """Reads the safetensors files of a model folder as one source of named tensors."""
 
+import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,7 +14,12 @@ from twla_jax.json_files import read_json, require_file
 from twla_jax.schema import check_values, mapping, text
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float32),  # rounded when it is read; no decoder computes in more
+}
 _ROWS = 4096  # of two tensors that are compared
 # How the tensors of weights that are quantised already are called, and by which tools.
 _QUANTIZED = {
@@ -34,8 +41,12 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.0
 class Shards:
     """Every tensor of every file; the files are mapped, and read tensor by tensor."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, scaled: bool = False):
         """Open the files that the index names, or the single one.
+
+        Args:
+          folder: of the model.
+          scaled: whether weights of eight bits may have scales beside them.
 
         Raises:
           TwlaError: a file is missing, unreadable, not safetensors, or lacks what the index places there; or there are
@@ -50,7 +61,7 @@ class Shards:
         # What a file holds beyond the index is not passed over: it has to have a place, too.
         held = {name: path for path, file in self._opened.items() for name in file.keys()}  # noqa: SIM118
         self._files = {**held, **promised}
-        _refuse_quantized(self._files)
+        _refuse_quantized(self._files, scaled=scaled)
         self._stored = _published_names(self._files)
 
     def names(self) -> Collection[str]:
@@ -66,8 +77,8 @@ class Shards:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        """Return the type `read` gives; TwlaError if it is no float of 16 or 32 bits."""
-        stored = self._slice(name).get_dtype()
+        """Return the type `read` gives; TwlaError if it is no float of 16, 32 or 64 bits."""
+        stored = self.stored_type(name)
         if stored not in _DTYPES:
             raise TwlaError(
                 f"{self.where(name)}: tensor {name!r} is {stored}; supported are {', '.join(_DTYPES)}"
@@ -75,14 +86,33 @@ class Shards:
         return _DTYPES[stored]
 
     def read(self, name: str) -> np.ndarray:
-        """Return the tensor."""
+        """Return the tensor; float64 as float32, where what is too large becomes infinite."""
         # A mapping of its own, closed at once: the pages that were read count as this process's memory until then.
         path = self._files[self._stored[name]]
         try:
-            with _open(path) as file:
-                return file.get_tensor(self._stored[name])
+            with _open(path) as file, np.errstate(over="ignore"):
+                tensor = file.get_tensor(self._stored[name])
+                return tensor.astype(np.float32) if tensor.dtype == np.float64 else tensor
         except safetensors.SafetensorError as error:
             raise TwlaError(f"{path}: changed while it was being read ({error})") from error
+
+    def stored_type(self, name: str) -> str:
+        """Return the type by the name that safetensors has for it, `BF16`."""
+        return self._slice(name).get_dtype()
+
+    def stored_bytes(self, name: str) -> np.ndarray:
+        """Return the bytes of a tensor as they are stored: numpy has no name for some types."""
+        path = self._files[self._stored[name]]
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                start, end = json.loads(file.read(length))[self._stored[name]]["data_offsets"]
+                stored = np.fromfile(file, np.uint8, end - start, offset=start)
+            if len(stored) == math.prod(self.shape(name)):
+                return stored
+        except (OSError, ValueError, KeyError):  # the header was right when the file was opened
+            pass
+        raise TwlaError(f"{path}: changed while it was being read")
 
     def equal(self, one: str, other: str) -> bool:
         """Return whether two matrices hold the same values; some rows of each are in memory at a time."""
@@ -147,10 +177,10 @@ def _nothing_to_read(folder: Path) -> str:
     return f"{folder}: neither {SINGLE} nor {INDEX} is there"
 
 
-def _refuse_quantized(files: dict[str, Path]) -> None:
+def _refuse_quantized(files: dict[str, Path], *, scaled: bool) -> None:
     for name, path in files.items():
         for ending, tool in _QUANTIZED.items():
-            if name.endswith(ending):
+            if name.endswith(ending) and not (scaled and ending == ".weight_scale_inv"):
                 raise TwlaError(
                     f"{path}: its weights are quantised already ({tool}, tensor {name!r});"
                     " bring the model in 16 or 32 bits"
