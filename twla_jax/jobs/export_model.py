@@ -12,7 +12,7 @@ import numpy as np
 from twla_jax.errors import TwlaError
 from twla_jax.jobs.loading import kept_files
 from twla_jax.models import sites
-from twla_jax.storage import checkpoint, folders, places
+from twla_jax.storage import checkpoint, folders, locks, places
 from twla_jax.storage.export import compressed_tensors, gguf_file, huggingface, packed
 
 Format = Literal["hf", "gguf", "compressed-tensors", "safetensors"]
@@ -49,30 +49,41 @@ def export_model(
         raise TwlaError(f"--type is for --format gguf, not {format}")
     out, place = Path(places.expand(out)), places.resolve_place(dest)
     checkpoint.read_manifest(out)
-    _require_free(place, dest, format)
-    model, tokenizer, info = checkpoint.load(out)
-    files = {name: _bytes(content) for name, content in kept_files(out).items()}
-    if format == "gguf":
-        with _file_beside(place) as temporary:
-            gguf_file.write(model, tokenizer, temporary, kind=gguf_type or "f16")
-        sizes = {place.name: place.stat().st_size}
-    else:
-        with folders.beside(place) as temporary:
-            if format == "hf":
-                huggingface.write(model, tokenizer, temporary, dtype=dtype or "bfloat16", files=files)
-            elif format == "compressed-tensors":
-                compressed_tensors.write(model, tokenizer, temporary, files=files)
-            else:
-                packed.write(out, info, temporary)
-                huggingface.write_settings(temporary, None, tokenizer, files)
-        sizes = {str(path.relative_to(place)): path.stat().st_size for path in folders.files(place)}
+    if place.absolute().resolve().is_relative_to(out.resolve()):
+        raise TwlaError(f"{dest}: lies in {out} itself; name a place outside")
+    # Kept from before the model is read until the new files are in place, so that what is free stays so.
+    with locks.hold(place):
+        _require_free(place, dest, format)
+        sizes, bits = _write(out, place, format, dtype or "bfloat16", gguf_type or "f16")
     return {
         "format": format,
         "dest": str(dest),
         "files": sizes,
         "bytes": sum(sizes.values()),
-        "activation_bits": float(np.mean(sites.input_bits(model))),
+        "activation_bits": bits,
     }
+
+
+def _write(
+    out: Path, place: Path, format: Format, dtype: Dtype, gguf_type: GgufType
+) -> tuple[dict[str, int], float]:
+    """Write the files, and return their bytes by name and the mean bits of activations."""
+    model, tokenizer, info = checkpoint.load(out)
+    bits = float(np.mean(sites.input_bits(model)))
+    if format == "gguf":
+        with _file_beside(place) as temporary:
+            gguf_file.write(model, tokenizer, temporary, kind=gguf_type)
+        return {place.name: place.stat().st_size}, bits
+    files = {name: _bytes(content) for name, content in kept_files(out).items()}
+    with folders.beside(place) as temporary:
+        if format == "hf":
+            huggingface.write(model, tokenizer, temporary, dtype=dtype, files=files)
+        elif format == "compressed-tensors":
+            compressed_tensors.write(model, tokenizer, temporary, files=files)
+        else:
+            packed.write(out, info, temporary)
+            huggingface.write_settings(temporary, None, tokenizer, files)
+    return {str(path.relative_to(place)): path.stat().st_size for path in folders.files(place)}, bits
 
 
 def _require_free(place: Path, dest: str | Path, format: Format) -> None:
@@ -89,7 +100,6 @@ def _require_free(place: Path, dest: str | Path, format: Format) -> None:
 def _file_beside(path: Path) -> Iterator[Path]:
     """Yield a name for a file that then takes its place; after an error nothing of it is left."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -56,7 +56,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return the temporary folders of `folder` that lie beside it, the newest last."""
+    """Return the temporary folders and files of `folder` that lie beside it, the newest last."""
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.(\d+|[0-9a-f]{{16}})\.(tmp|old)")
     try:
         found = [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]
@@ -81,7 +81,10 @@ def recover(folder: Path) -> None:
             file=sys.stderr,
         )
     for path in leftovers(folder):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # of an export, which may be a single file
+            path.unlink(missing_ok=True)
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -198,28 +198,57 @@ def test_code_of_a_model_folder_never_runs_not_even_when_asked_to(tmp_path):
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_sentencepiece_file_gives_its_own_ids_or_is_refused(kind, cases, tmp_path):
+NFKC = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+FOLDED = {"normalization_rule_name": "nfkc_cf", "remove_extra_whitespaces": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("bpe", {}),
+        ("unigram", {}),
+        ("unigram", FOLDED),
+        ("unigram", {**NFKC, "byte_fallback": False}),
+        ("unigram", {**NFKC, "add_dummy_prefix": False, "user_defined_symbols": "<|x|>,ab"}),
+        ("bpe", {"user_defined_symbols": "<|x|>,ab"}),
+        ("char", {}),
+    ],
+)
+def test_a_sentencepiece_file_gives_its_own_ids_or_is_refused(kind, settings, cases, tmp_path):
     import sentencepiece
 
+    corpus = cases / "eval-batch-size" / "ok.txt"
+    plain = {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        input=str(cases / "eval-batch-size" / "ok.txt"),
+        input=str(corpus),
         model_prefix=str(tmp_path / "tokenizer"),
         vocab_size=400,
+        hard_vocab_limit=False,
         model_type=kind,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         minloglevel=2,
+        **{**plain, **settings},
     )
-    if kind == "unigram":
-        with pytest.raises(TwlaError, match="only such are converted exactly"):
+    if kind == "char" or (kind == "bpe" and settings):
+        with pytest.raises(
+            TwlaError, match=r"not converted exactly|neither of the BPE nor of the unigram kind"
+        ):
             load_tokenizer(tmp_path)
         return
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tokenizer = load_tokenizer(tmp_path)
-    for text in TEXTS:
+    for text in (*TEXTS, "<|x|> abab", " \n = \n  y", corpus.read_text()[:3000]):
         assert tokenizer(text)["input_ids"] == [model.bos_id(), *model.encode(text)]
+
+
+def test_damaged_sentencepiece_files_are_one_line(cases, tmp_path):
+    for content in (b"", b"\x0a\xff\xff\xff\xff\x0f", bytes(100), b"\x0a\x04\x0a\x02ab" * 3):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(TwlaError, match="the tokenizer cannot be read"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_sentencepiece_file_asks_for_its_package(tmp_path, monkeypatch):

@@ -1,9 +1,6 @@
 """Loads tokenizers from a Hugging Face folder or a GGUF file, and saves them into a folder that works offline."""
 
-import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +8,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.json_files import read_json, require_file
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.pre_tokenizers import PRE_TOKENIZERS
+from twla_jax.models.io.sentencepiece_file import as_one_line, from_sentencepiece, join_words
 from twla_jax.schema import boolean, check_values, integer, number, sequence, shown, text
 
 if TYPE_CHECKING:
@@ -22,13 +20,6 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers → GGUF
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}  # where the file does not say
-_SAMPLES = (
-    "The year 2024 had 12,345 words.",
-    "  two  leading",
-    "naïve café 中文字 😀",
-    "tab\tx\n\nend ",
-    "ﬁne ①",
-)
 _MOST = 2**26  # entries of a vocabulary
 _GGUF_CHECKS = {
     "tokenizer.ggml.model": text(),
@@ -70,7 +61,7 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    with _as_one_line(folder):
+    with as_one_line(folder):
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -84,51 +75,13 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
 def _from_older_files(folder: Path) -> "PreTrainedTokenizerBase":
     """Return a tokenizer from sentencepiece's own file, or from lists of words and merges."""
     if (folder / "tokenizer.model").exists():
-        return _from_sentencepiece(folder)
+        return from_sentencepiece(folder)
     if not (folder / "tokenizer_config.json").exists():
         raise TwlaError(f"{folder}: no tokenizer is there (tokenizer.json)")
     from transformers import AutoTokenizer
 
-    with _as_one_line(folder):
+    with as_one_line(folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _from_sentencepiece(folder: Path) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer in `tokenizer.model`, once it gives the same pieces as sentencepiece itself."""
-    path = folder / "tokenizer.model"
-    if importlib.util.find_spec("sentencepiece") is None:
-        raise TwlaError(f"{path}: needs sentencepiece: pip install 'twla-jax[sentencepiece]'")
-    import sentencepiece
-    from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
-
-    stated = (
-        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    )
-    check_values(stated, {"add_bos_token": boolean(), "add_eos_token": boolean()}, str(folder))
-    with _as_one_line(path):
-        model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        ids = range(model.get_piece_size())
-        pieces = [model.id_to_piece(i) for i in ids]
-        control = [i for i in (model.unk_id(), *filter(model.is_control, ids)) if i >= 0]
-        described = {
-            "tokenizer_type": "llama",
-            "tokens": pieces,
-            "scores": [model.get_score(i) for i in ids],
-            "token_type": [3 if i in control else 1 for i in ids],
-        }
-        backend, _ = mapping.convert_gguf_tokenizer("llama", described)
-        _join_words(backend, prefixed=model.encode("a", out_type=str)[0].startswith("▁"))
-        special = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
-        if any(backend.encode(sample).ids != model.encode(sample) for sample in _SAMPLES):
-            raise ValueError("it is not of the BPE kind, and only such are converted exactly")
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            **{f"{name}_token": pieces[i] for name, i in special.items() if i >= 0},
-            add_bos_token=stated.get("add_bos_token", special["bos"] >= 0),
-            add_eos_token=stated.get("add_eos_token", False),
-            chat_template=stated.get("chat_template"),
-        )
 
 
 def tokenizer_from_gguf(file: GgufFile) -> "PreTrainedTokenizerBase":
@@ -156,13 +109,13 @@ def tokenizer_from_gguf(file: GgufFile) -> "PreTrainedTokenizerBase":
     described = {name: file.get(f"tokenizer.{key}") for key, name in keys.items()}
     described = {name: value for name, value in described.items() if value is not None}
     described.pop("pre_tokenizer_type", None)
-    with _as_one_line(file.path):
+    with as_one_line(file.path):
         backend, _ = mapping.convert_gguf_tokenizer(file.require("general.architecture"), described)
         if pre is not None and kind == "gpt2":
             _split_words(backend, pre.patterns)
             backend.model.ignore_merges = pre.ignores_merges
         else:
-            _join_words(backend, prefixed=file.get("tokenizer.ggml.add_space_prefix", True))
+            join_words(backend, prefixed=file.get("tokenizer.ggml.add_space_prefix", True))
         ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
         if kind == "llama":
             ids = {name: _SENTENCEPIECE_IDS.get(name) if i is None else i for name, i in ids.items()}
@@ -199,19 +152,6 @@ def _split_words(backend: "Tokenizer", patterns: tuple[str, ...]) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, into_bytes])  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _join_words(backend: "Tokenizer", *, prefixed: bool) -> None:
-    """Have sentencepiece's pieces cross words: a space is `▁`, and where asked for, another one begins each text."""
-    from tokenizers import decoders, normalizers
-
-    spaces = normalizers.Replace(" ", "▁")
-    begin = [normalizers.Prepend("▁")] if prefixed else []
-    backend.normalizer = normalizers.Sequence([*begin, spaces])  # pyright: ignore[reportAttributeAccessIssue]
-    backend.pre_tokenizer = None  # pyright: ignore[reportAttributeAccessIssue]
-    strip = [decoders.Strip(content=" ", left=1)] if prefixed else []
-    parts: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    backend.decoder = decoders.Sequence(parts)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def as_json(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return all that decides how a tokenizer splits text, as the package tokenizers writes it."""
     return cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.to_str()
@@ -220,18 +160,3 @@ def as_json(tokenizer: "PreTrainedTokenizerBase") -> str:
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:
     """Write what `load_tokenizer` needs into `folder`, chat template included."""
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _as_one_line(path: Path) -> Iterator[None]:
-    """Turn whatever transformers and tokenizers raise for a broken file, panics of their Rust included, into one."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, TwlaError):
-        raise
-    except BaseException as error:  # a panic is no Exception
-        raise TwlaError(f"{path}: the tokenizer cannot be read ({_one_line(error)})") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
