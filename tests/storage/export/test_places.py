@@ -40,6 +40,6 @@ def test_a_quantised_folder_is_not_written_into(quantised_folder, tmp_path):
     (tmp_path / "link").symlink_to(quantised_folder)
     before = names(quantised_folder)
     for dest in (quantised_folder / "hf", quantised_folder / "params" / "x", tmp_path / "link" / "hf"):
-        with pytest.raises(TwlaError, match="lies in .* itself; name a place outside"):
+        with pytest.raises(TwlaError, match=r"lies in .* itself; name a place outside"):
             job.export_model(quantised_folder, dest, format="hf")
     assert names(quantised_folder) == before
