@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from twla_jax.errors import TwlaError
+from twla_jax.json_files import require_file
 from twla_jax.text import packed_files
 
 _CHAT = "messages"
@@ -20,6 +21,8 @@ FIELDS = (
     "content",
 )  # of a JSON object, or columns: the first that is there is read of a record
 _LINES, _TABLES, _PARQUET = (".jsonl", ".ndjson"), (".csv", ".tsv"), ".parquet"
+_MOST = 4 << 30  # bytes that a packed file may unpack to: a few may stand for any number
+_PIECE = 1 << 20
 _OF_FOLDERS = (".txt", *_LINES)
 # Suffixes whose files are no text, with what to do about it.
 _REFUSED = {
@@ -118,11 +121,14 @@ def read_text(path: Path) -> str:
       TwlaError: it cannot be read, or is not UTF-8.
     """
     try:
-        content = path.read_bytes()
+        require_file(path)  # a device may have no end, and a pipe no beginning
         if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
+            with gzip.open(path) as packed:
+                content = _joined(iter(lambda: packed.read(_PIECE), b""), path)
         elif path.suffix.lower() == ".zst":
-            content = packed_files.unpack_zstandard(content, path)
+            content = _joined(packed_files.unpack_zstandard(path), path)
+        else:
+            content = path.read_bytes()
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise TwlaError(f"{path}: not UTF-8 text") from None
@@ -130,6 +136,18 @@ def read_text(path: Path) -> str:
         raise TwlaError(f"{path}: not a gzip file, or cut short") from None
     except OSError as error:
         raise TwlaError(f"{path}: {error.strerror}") from None
+
+
+def _joined(parts: Iterable[bytes], path: Path) -> bytes:
+    """Return what a file unpacks to, piece by piece, if that has an end."""
+    result = bytearray()
+    for part in parts:
+        result += part
+        if len(result) > _MOST:
+            raise TwlaError(
+                f"{path}: unpacks to more than {_MOST / 2**30:.0f} GiB; cut it into several files"
+            )
+    return bytes(result)
 
 
 def _kind(path: Path) -> str:

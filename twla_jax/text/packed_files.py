@@ -7,11 +7,12 @@ from typing import Any
 
 from twla_jax.errors import TwlaError
 
+_PIECE = 1 << 16  # bytes of a packed file at a time: each may stand for thousands
 _ROWS = 1024  # of a table at a time
 
 
-def unpack_zstandard(content: bytes, path: Path) -> bytes:
-    """Return the content of a `.zst` file, unpacked.
+def unpack_zstandard(path: Path) -> Iterator[bytes]:
+    """Yield the content of a `.zst` file, unpacked piece by piece.
 
     Raises:
       TwlaError: the package for it is missing, or it is no such file, or cut short.
@@ -20,17 +21,19 @@ def unpack_zstandard(content: bytes, path: Path) -> bytes:
         raise TwlaError(f"{path}: needs zstandard: pip install 'twla-jax[zstd]'")
     import zstandard
 
-    parts, rest = [], content
+    frame = None
     try:
-        while rest:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            parts.append(frame.decompress(rest))
-            if not frame.eof:
-                raise TwlaError(f"{path}: not a zstd file, or cut short")
-            rest = frame.unused_data
+        with path.open("rb") as file:
+            while rest := file.read(_PIECE):
+                while rest:
+                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                    yield frame.decompress(rest)
+                    rest = frame.unused_data
+                    frame = None if frame.eof else frame
     except zstandard.ZstdError:
         raise TwlaError(f"{path}: not a zstd file, or cut short") from None
-    return b"".join(parts)
+    if frame is not None:
+        raise TwlaError(f"{path}: not a zstd file, or cut short")
 
 
 def parquet_records(

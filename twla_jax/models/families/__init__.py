@@ -2,6 +2,7 @@
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
+from twla_jax.models.config_keys import REFUSED
 from twla_jax.models.families import (
     gemma,
     granite,
@@ -31,6 +32,8 @@ FAMILIES: dict[str, Family] = {
     **qwen_moe.FAMILIES,
 }
 
+_OUTSIDE = ("bos_token_id", "eos_token_id", "tie_word_embeddings", *REFUSED)
+
 
 def family_of(config: DecoderConfig) -> Family:
     """Return the family of a decoder's settings.
@@ -52,8 +55,9 @@ def config_from_hf(config: HfConfig, *, source: str = "config.json") -> DecoderC
       TwlaError: an architecture or a setting that no block here has a part for, or a missing key.
     """
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict):
-        # The text decoder of a model of several modalities.
-        config = {**config["text_config"], "model_type": "gemma3_text"}
+        # The text decoder of a model of several modalities; some of its settings stand outside.
+        outside = {key: config[key] for key in _OUTSIDE if key in config}
+        config = {**outside, **config["text_config"], "model_type": "gemma3_text"}
     return _family(config.get("model_type"), source).read_config(config, source)
 
 

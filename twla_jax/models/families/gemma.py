@@ -122,7 +122,8 @@ def _gguf_settings3(get: Callable[..., Any], settings: Mapping[str, Any]) -> dic
         "embed_scale": hidden**0.5,
         "query_scale": (head_dim * settings["num_heads"] / hidden) ** 0.5 if of_27b else 1.0,
         "sliding_layers": tuple(index for index in range(layers) if (index + 1) % 6),
-        "sliding_rope_theta": get("rope.freq_base_swa", 10000.0),
+        # Without a window there are no sliding layers, and all have the one base.
+        "sliding_rope_theta": get("rope.freq_base_swa", 10000.0) if settings["sliding_window"] else None,
     }
 
 
