@@ -1,5 +1,6 @@
 """Model folders that were once read wrongly, with what transformers 5.24 computes from them; and a fuzzer's inputs."""
 
+import re
 import shutil
 
 import jax
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from twla_jax import generate
+from twla_jax.cli import main
 from twla_jax.errors import TwlaError
 from twla_jax.models.io.readers import load_model, read_config
+from twla_jax.text import corpora
 
 forward = jax.jit(lambda model, tokens: model(tokens))
 
@@ -60,3 +63,48 @@ def test_a_gguf_scaling_of_the_older_name_is_read(cases):
 
 def test_a_gguf_window_of_zero_is_none(cases):
     assert read_config(cases / "gguf" / "window0-llama.gguf").sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("bom.jsonl", " = Homarus gammarus = \n\n"),
+        ("bom.txt", " \n = Homarus gammarus = "),
+        ("ok.JSONL", " = Homarus gammarus = \n\n"),
+        ("u2028.jsonl", " = Homarus gammarus = \u2028next line\x85more\n\n"),
+        ("messages.jsonl", "User:  = Homarus gammarus = "),
+        ("content.jsonl", "content.jsonl, line 1: no field \"text\"; it has 'content'"),
+        ("list.jsonl", 'list.jsonl, line 1: the field "text" is a list'),
+        ("null.jsonl", 'null.jsonl, line 1: the field "text" is null'),
+        ("surrogate.jsonl", 'surrogate.jsonl, line 1: the field "text" holds half a surrogate pair'),
+    ],
+)
+def test_texts_are_read_as_their_kind_means_them_or_refused(name, begin, cases):
+    path = cases / "text" / name
+    if begin.startswith(name):
+        with pytest.raises(TwlaError, match=re.escape(begin)):
+            corpora.load_corpus(path, "calibration")
+    else:
+        assert corpora.load_corpus(path, "calibration").text.startswith(begin)
+
+
+@pytest.mark.parametrize(
+    "option", [("--batch-size", "-1"), ("--batch-size", "0"), ("--max-windows", "-1"), ("--max-windows", "0")]
+)
+def test_no_perplexity_comes_from_nothing(option, cases, capsys):
+    folder = cases / "eval-batch-size"
+    arguments = [
+        "eval",
+        str(folder / "model"),
+        "--corpus",
+        str(folder / "ok.txt"),
+        "--seq-len",
+        "128",
+        *option,
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main.main(arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert option[0] in printed.err
