@@ -73,7 +73,7 @@ def test_a_gguf_window_of_zero_is_none(cases):
         ("ok.JSONL", " = Homarus gammarus = \n\n"),
         ("u2028.jsonl", " = Homarus gammarus = \u2028next line\x85more\n\n"),
         ("messages.jsonl", "User:  = Homarus gammarus = "),
-        ("content.jsonl", "content.jsonl, line 1: no field \"text\"; it has 'content'"),
+        ("content.jsonl", " = Homarus gammarus = "),
         ("list.jsonl", 'list.jsonl, line 1: the field "text" is a list'),
         ("null.jsonl", 'null.jsonl, line 1: the field "text" is null'),
         ("surrogate.jsonl", 'surrogate.jsonl, line 1: the field "text" holds half a surrogate pair'),
