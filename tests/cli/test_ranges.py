@@ -7,14 +7,19 @@ import os
 import subprocess
 import sys
 import typing
+from types import SimpleNamespace
 
 import pytest
 from jax.errors import JaxRuntimeError
 
 from twla_jax import json_text
-from twla_jax.cli import interrupts, main, options
+from twla_jax.cli import interrupts, main, options, use
 from twla_jax.errors import TwlaError
+from twla_jax.evaluation import domains
+from twla_jax.jobs import loading
 from twla_jax.limits import LIMITS, check_number
+from twla_jax.models import config
+from twla_jax.text import corpora
 from twla_jax.version import __version__
 
 REQUIRED = {
@@ -110,6 +115,25 @@ def test_json_has_no_numbers_that_json_does_not_know():
     assert loaded == {"nan": None, "rows": [None, [None, 1.5]], "count": 2, "text": "NaN"}
     with pytest.raises(TwlaError, match="JSON"):
         json_text.dumps({"a": object()})
+
+
+def test_a_perplexity_that_is_no_number_is_an_error_by_text_and_against_an_original_too(monkeypatch, capsys):
+    row = {"name": "prose", "perplexity": 3.0, "original_perplexity": 2.0}
+    for change, named in (({"perplexity": math.nan}, "m:"), ({"original_perplexity": math.nan}, "o:")):
+        monkeypatch.setattr(
+            domains, "evaluate_domains", lambda *_, rows=[{**row, **change}], **__: {"domains": rows}
+        )
+        monkeypatch.setattr(
+            use,
+            "load_for_use",
+            lambda *_, **__: (SimpleNamespace(config=SimpleNamespace(vocab_size=1), dtype=None), None, ""),
+        )
+        monkeypatch.setattr(loading, "load", lambda *_, **__: (None, None))
+        monkeypatch.setattr(config, "check_length", lambda *_: None)
+        monkeypatch.setattr(corpora, "load_domains", lambda _: {})
+        line, status = fails(capsys, "eval", "m", "--domains", "d", "--against", "o")
+        assert status == 1
+        assert f"{named} its predictions on text 'prose' are not numbers (NaN)" in line
 
 
 def test_text_of_another_locale_is_read_and_other_bytes_are_refused():

@@ -127,8 +127,7 @@ def evaluate(
     )
     if not is_first():
         return
-    if math.isnan(result["perplexity"]):
-        raise TwlaError(f"{model}: its predictions are not numbers (NaN), so there is no perplexity")
+    _require_number(model, result["perplexity"])
     result = {**result, "corpus": text.describe(), "dtype": str(decoder.dtype), "path": path}
     result["activation_bits"] = activation_bits
     show(
@@ -179,10 +178,20 @@ def _evaluate_domains(
     size = decoder.config.vocab_size
     tokens = {name: corpora.tokenize(text, tokenizer, size) for name, text in corpora_by_name.items()}
     result = domains.evaluate_domains(decoder, tokens, original=original, mesh=mesh, **options)
+    for row in result["domains"]:
+        _require_number(model, row["perplexity"], row["name"])
+        _require_number(str(against), row.get("original_perplexity", 1.0), row["name"])
     texts = {name: text.describe() for name, text in corpora_by_name.items()}
     figures = {**result, "texts": texts, "against": against, "dtype": str(decoder.dtype), "path": path}
     figures["activation_bits"] = form["activation_bits"]
     show(figures, json, lambda: domains.format_domains(result))
+
+
+def _require_number(model: str, perplexity: float, text: str | None = None) -> None:
+    """Refuse a perplexity that is none, as of a model whose numbers overflow the type that it computes in."""
+    if math.isnan(perplexity):
+        where = "" if text is None else f" on text '{text}'"
+        raise TwlaError(f"{model}: its predictions{where} are not numbers (NaN), so there is no perplexity")
 
 
 def _evaluate_tasks(
