@@ -118,19 +118,14 @@ def test_json_has_no_numbers_that_json_does_not_know():
 
 
 def test_a_perplexity_that_is_no_number_is_an_error_by_text_and_against_an_original_too(monkeypatch, capsys):
-    row = {"name": "prose", "perplexity": 3.0, "original_perplexity": 2.0}
-    for change, named in (({"perplexity": math.nan}, "m:"), ({"original_perplexity": math.nan}, "o:")):
-        monkeypatch.setattr(
-            domains, "evaluate_domains", lambda *_, rows=[{**row, **change}], **__: {"domains": rows}
-        )
-        monkeypatch.setattr(
-            use,
-            "load_for_use",
-            lambda *_, **__: (SimpleNamespace(config=SimpleNamespace(vocab_size=1), dtype=None), None, ""),
-        )
-        monkeypatch.setattr(loading, "load", lambda *_, **__: (None, None))
-        monkeypatch.setattr(config, "check_length", lambda *_: None)
-        monkeypatch.setattr(corpora, "load_domains", lambda _: {})
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=1), dtype=None)
+    monkeypatch.setattr(use, "load_for_use", lambda *_, **__: (model, None, ""))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: (None, None))
+    monkeypatch.setattr(config, "check_length", lambda *_: None)
+    monkeypatch.setattr(corpora, "load_domains", lambda _: {})
+    for key, named in (("perplexity", "m:"), ("original_perplexity", "o:")):
+        row = {"name": "prose", "perplexity": 3.0, "original_perplexity": 2.0, key: math.nan}
+        monkeypatch.setattr(domains, "evaluate_domains", lambda *_, row=row, **__: {"domains": [row]})
         line, status = fails(capsys, "eval", "m", "--domains", "d", "--against", "o")
         assert status == 1
         assert f"{named} its predictions on text 'prose' are not numbers (NaN)" in line
