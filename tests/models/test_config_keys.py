@@ -61,6 +61,68 @@ def test_no_key_of_a_family_is_passed_over_unseen(family):
     assert len({*READ, *REFUSED, *WITHOUT_EFFECT}) == len(READ) + len(REFUSED) + len(WITHOUT_EFFECT)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_a_file_is_silent_the_class_of_the_family_decides(family):
+    import transformers
+
+    sizes = {
+        key: value
+        for key, value in BASE.items()
+        if key not in ("max_position_embeddings", "num_key_value_heads")
+    }
+    sizes |= {"model_type": family, "num_attention_heads": 32, "hidden_size": 1024}
+    config = config_from_hf(sizes)
+    theirs = getattr(transformers, CLASSES[family])(**{k: v for k, v in sizes.items() if k != "model_type"})
+    ends = theirs.eos_token_id
+    assert config.eos_token_ids == (
+        () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    )
+    for ours, name in (
+        ("bos_token_id", "bos_token_id"),
+        ("max_position_embeddings", "max_position_embeddings"),
+        ("num_kv_heads", "num_key_value_heads"),
+        ("rms_norm_eps", "rms_norm_eps"),
+        ("tie_word_embeddings", "tie_word_embeddings"),
+    ):
+        assert getattr(config, ours) == getattr(theirs, name), name
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or 1024 // 32)
+    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * 4
+    window = getattr(theirs, "sliding_window", None)
+    if family == "mistral":  # a window in every layer
+        kinds = ["sliding_attention"] * 4
+    sliding = (
+        () if window is None else tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    )
+    assert (config.sliding_layers if config.sliding_window is not None else ()) == sliding
+    rotary = theirs.rope_parameters
+    full = rotary.get("full_attention", rotary)
+    assert (config.rope_theta, config.rope_scaling) == (full["rope_theta"], None)
+    assert full["rope_type"] == "default"
+
+
+def test_what_transformers_passes_over_in_a_family_is_refused_or_changes_nothing():
+    for family in ("gemma3_text", "olmo3"):
+        change = {
+            "model_type": family,
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "sliding_window": 8,
+        }
+        assert refusal(change) == "the rope scaling has a 'type' 'linear'; call it 'rope_type'"
+    assert "sliding_window_pattern is 6" in refusal({"model_type": "gemma2", "sliding_window_pattern": 6})
+    olmo = {**BASE, "model_type": "olmo3"}
+    assert config_from_hf({**olmo, "rope_local_base_freq": 7.0}) == config_from_hf(olmo)
+
+
+def test_settings_of_gemmas_text_may_stand_outside():
+    text = {key: value for key, value in BASE.items() if key != "model_type"}
+    outside = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": {**text, "head_dim": 16}}
+    assert config_from_hf(outside).eos_token_ids == (1, 106)
+    with pytest.raises(TwlaError, match="quantised already"):
+        config_from_hf({**outside, "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(TwlaError, match="head_dim is null"):
+        config_from_hf({**outside, "text_config": {**text, "head_dim": None}})
+
+
 def test_newer_and_older_files_of_layered_rotary_positions_mean_the_same():
     gemma = {**BASE, "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 8}
     new = {

@@ -76,7 +76,13 @@ class RopeScaling:
 
 
 def read_layered_rope(
-    config: Mapping[str, Any], *, pairs: int, source: str, theta: float, sliding_theta: float
+    config: Mapping[str, Any],
+    *,
+    pairs: int,
+    source: str,
+    theta: float,
+    sliding_theta: float,
+    older_key: str = "",
 ) -> tuple[float, RopeScaling | None, float]:
     """Return `read_rope` of the full layers, and the theta of the sliding ones, which have no scaling.
 
@@ -89,9 +95,11 @@ def read_layered_rope(
       source: the file's name, for messages.
       theta: of the full layers, where the file does not say.
       sliding_theta: of the sliding ones.
+      older_key: the family's name for the sliding layers' theta in files of transformers 4, if it has one.
 
     Raises:
-      TwlaError: as `read_rope`, or a scaling of the sliding layers.
+      TwlaError: as `read_rope`; a scaling of the sliding layers; or one under the name `type` alone, which transformers
+        passes over where layers differ.
     """
     stated = config.get("rope_parameters") or {}
     by_layer = {kind: stated.get(kind) or {} for kind in ("full_attention", "sliding_attention")}
@@ -105,9 +113,11 @@ def read_layered_rope(
         raise TwlaError(f"{source}: a rope scaling of sliding layers is not supported")
     check_values(sliding, _THETA, source)
     full = {**full, **(config.get("rope_scaling") or {})}
+    if "rope_type" not in full and full.get("type", "default") != "default":
+        raise TwlaError(f"{source}: the rope scaling has a 'type' {shown(full['type'])}; call it 'rope_type'")
     flat = {**config, "rope_parameters": {"rope_theta": config.get("rope_theta") or theta, **full}}
     flat["rope_scaling"] = None
-    local = sliding.get("rope_theta") or config.get("rope_local_base_freq") or sliding_theta
+    local = sliding.get("rope_theta") or config.get(older_key) or sliding_theta
     return *read_rope(flat, pairs=pairs, source=source), float(local)
 
 

@@ -13,14 +13,14 @@ from safetensors.numpy import save_file
 from twla_jax.errors import TwlaError
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import READ, REFUSED
-from twla_jax.models.families import config_from_hf
+from twla_jax.models.families import FAMILIES, config_from_hf
 from twla_jax.models.io import gguf
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.readers import load_model, read_config
 from twla_jax.models.io.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 quick = settings(
-    max_examples=100,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -74,14 +74,15 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
-configs = st.dictionaries(st.sampled_from([*READ, *REFUSED]), values | rope, max_size=4)
+OWN = sorted({key for family in FAMILIES.values() for key in family.keys})
+configs = st.dictionaries(st.sampled_from([*READ, *REFUSED, *OWN]), values | rope, max_size=4)
 
 
 @quick
-@given(configs, st.booleans())
-def test_any_config_is_read_or_refused_in_one_line(change, complete):
+@given(configs, st.sampled_from([*FAMILIES, None]))
+def test_any_config_is_read_or_refused_in_one_line(change, family):
     try:
-        config = config_from_hf({**PLAIN, **change} if complete else change)
+        config = config_from_hf({**PLAIN, "model_type": family, **change} if family else change)
     except TwlaError as error:
         message = str(error)
     else:

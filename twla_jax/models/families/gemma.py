@@ -149,6 +149,7 @@ _DEFAULTS = {
 }
 _KEYS = {
     "hidden_activation": optional(one_of("gelu_pytorch_tanh")),
+    "head_dim": integer(2, 2**16),
     "hidden_act": optional(text()),  # transformers reads hidden_activation alone
     "query_pre_attn_scalar": number(0, 1e6, above=True),
     "final_logit_softcapping": _cap,
@@ -168,7 +169,8 @@ FAMILIES = {
             "final_logit_softcapping": 30.0,
             "attn_logit_softcapping": 50.0,
         },
-        keys={**_KEYS, "attn_logit_softcapping": _cap},
+        # transformers alternates the two kinds whatever the file says.
+        keys={**_KEYS, "attn_logit_softcapping": _cap, "sliding_window_pattern": one_of(2)},
         hf_tensors=_HF_TENSORS,
         hf_source=_plus_one,
         hf_norms_less_one=True,
@@ -183,7 +185,9 @@ FAMILIES = {
         defaults={**_DEFAULTS, "max_position_embeddings": 131072, "period": 6},
         # transformers has no cap of scores there, whatever the file says.
         keys={**_KEYS, "attn_logit_softcapping": one_of(None)},
-        rope=functools.partial(read_layered_rope, theta=1e6, sliding_theta=1e4),
+        rope=functools.partial(
+            read_layered_rope, theta=1e6, sliding_theta=1e4, older_key="rope_local_base_freq"
+        ),
         hf_tensors=_HF_TENSORS,
         hf_source=_plus_one,
         hf_norms_less_one=True,

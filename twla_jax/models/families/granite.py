@@ -69,7 +69,7 @@ FAMILIES = {
     "granite": Family(
         block=GraniteBlock,
         settings=_settings,
-        defaults=dict.fromkeys(_MULTIPLIERS, 1.0),
+        defaults={**dict.fromkeys(_MULTIPLIERS, 1.0), "bos_token_id": 1, "eos_token_id": 2},
         keys=dict.fromkeys(_MULTIPLIERS, _multiplier),
         hf_tensors=HF_TENSORS,
         gguf_architecture="granite",

@@ -156,6 +156,7 @@ FAMILIES = {
     "llama": Family(
         block=LlamaBlock,
         settings=_settings,
+        defaults={"bos_token_id": 1, "eos_token_id": 2},
         hf_tensors=HF_TENSORS,
         gguf_architecture="llama",
         gguf_tensors=GGUF_TENSORS,

@@ -20,7 +20,13 @@ FAMILIES = {
     "mistral": Family(
         block=LlamaBlock,
         settings=_settings,
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        defaults={
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "max_position_embeddings": 131072,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         hf_tensors=HF_TENSORS,
     )
 }

@@ -118,7 +118,7 @@ FAMILIES = {
     "olmo2": Family(
         block=OlmoBlock,
         settings=_settings2,
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"rms_norm_eps": 1e-5, "eos_token_id": 50279},
         hf_tensors=_HF_TENSORS,
         gguf_architecture="olmo2",
         gguf_tensors=_GGUF_TENSORS,
@@ -127,7 +127,7 @@ FAMILIES = {
     "olmo3": Family(
         block=OlmoBlock,
         settings=_settings3,
-        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "eos_token_id": 50279},
         rope=functools.partial(read_layered_rope, theta=5e5, sliding_theta=5e5),
         hf_tensors=_HF_TENSORS,
         gguf_tensors=_GGUF_TENSORS,

@@ -78,6 +78,8 @@ FAMILIES = {
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
         },
         keys={"partial_rotary_factor": optional(number(0, 1, above=True))},
         rope=_rope,

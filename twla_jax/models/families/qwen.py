@@ -5,7 +5,12 @@ from typing import Any
 from twla_jax.models.families.family import Family, HfConfig, layer_kinds, sliding_settings
 from twla_jax.models.families.llama import GGUF_TENSORS, HF_TENSORS, LlamaBlock
 
-_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 
 def _settings2(config: HfConfig, source: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ FAMILIES = {
             "mlp_bias": False,
             "use_sliding_window": False,
             "no_rope_layer_interval": 4,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
         },
         keys={
             "no_rope_layers": optional(sequence(integer(0, 1), longest=MOST_LAYERS)),
