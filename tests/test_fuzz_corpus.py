@@ -23,7 +23,7 @@ def inputs():
         yield pytest.param(path.parent.name, path.name, marks=marks)
 
 
-@pytest.mark.parametrize(("target", "name"), inputs())
+@pytest.mark.parametrize(("target", "name"), list(inputs()))
 def test_no_input_of_the_corpus_ends_in_another_error(fuzz, target, name):
     fuzz.run(target, (fuzz.CORPUS / target / name).read_bytes())
 

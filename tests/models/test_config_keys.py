@@ -107,6 +107,8 @@ def test_what_transformers_passes_over_in_a_family_is_refused_or_changes_nothing
             "rope_scaling": {"type": "linear", "factor": 2.0},
             "sliding_window": 8,
         }
+        flat = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        assert "by kind of layer" in refusal({**change, "rope_parameters": flat})
         assert refusal(change) == "the rope scaling has a 'type' 'linear'; call it 'rope_type'"
     assert "sliding_window_pattern is 6" in refusal({"model_type": "gemma2", "sliding_window_pattern": 6})
     olmo = {**BASE, "model_type": "olmo3"}

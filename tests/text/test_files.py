@@ -28,23 +28,6 @@ def read(path, content):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.Json", "a.json"])
-def test_what_is_no_file_or_unpacks_without_end_is_refused_at_once(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "pointer.txt").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    )
-    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(bytes(10_000)))
-    monkeypatch.setattr(files, "_MOST", 9_999)
-    for path, message in (
-        (Path("/dev/zero"), "not a regular file"),
-        (tmp_path / "pipe.txt", "not a regular file"),
-        (tmp_path / "pointer.txt", "is a git-lfs pointer"),
-        (tmp_path / "bomb.txt.gz", "unpacks to more than"),
-    ):
-        with pytest.raises(TwlaError, match=message):
-            files.read(path)
-
-
 def test_json_lines_are_one_document_each(tmp_path, name):
     assert read(tmp_path / name, lines({"text": SEPARATORS}, {"text": "b", "id": 1})) == f"{SEPARATORS}\n\nb"
 
@@ -188,3 +171,20 @@ def test_an_empty_or_impossible_name_reads_nothing(tmp_path, monkeypatch, name):
     (tmp_path / "secret.txt").write_text("not to be read")
     with pytest.raises(TwlaError, match="corpus"):
         corpora.load_corpus(name, "evaluation")
+
+
+def test_what_is_no_file_or_unpacks_without_end_is_refused_at_once(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "pointer.txt").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(bytes(10_000)))
+    monkeypatch.setattr(files, "_MOST", 9_999)
+    for path, message in (
+        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path / "pipe.txt", "not a regular file"),
+        (tmp_path / "pointer.txt", "is a git-lfs pointer"),
+        (tmp_path / "bomb.txt.gz", "unpacks to more than"),
+    ):
+        with pytest.raises(TwlaError, match=message):
+            files.read(path)

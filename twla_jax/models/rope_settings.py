@@ -107,8 +107,10 @@ def read_layered_rope(
         if not isinstance(parameters, Mapping):
             raise TwlaError(f"{source}: rope_parameters of {kind} are {shown(parameters)}, not an object")
     full, sliding = (dict(parameters) for parameters in by_layer.values())
-    if stated and not full and not sliding:
-        full = dict(stated)  # of transformers 4's form after all: of the full layers
+    if stated.keys() - by_layer.keys():  # passed over by transformers, where layers differ
+        raise TwlaError(
+            f"{source}: rope_parameters have to be by kind of layer (full_attention, sliding_attention)"
+        )
     if sliding.get("rope_type", sliding.get("type", "default")) != "default":
         raise TwlaError(f"{source}: a rope scaling of sliding layers is not supported")
     check_values(sliding, _THETA, source)
