@@ -8,10 +8,12 @@ ends in another error, takes 20 seconds or 4 GB is written to `crash-…`, and i
 TARGET crash-…`. The tests read the corpus: an input that was mended belongs there.
 """
 
+import atexit
 import contextlib
 import functools
 import json
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -194,13 +196,10 @@ def _quantized_folder() -> Path:
     settings = {"weights": {"group_size": 4}, "rotation": False}
     windows = np.arange(16).reshape(2, 8) % 8
     quantized, _ = twla_jax.quantize(model, windows, twla_jax.Recipe.from_dict(settings), progress=False)
-    keep = tempfile.TemporaryDirectory()
-    _KEPT.append(keep)
-    twla_jax.save(quantized, None, Path(keep.name) / "out", twla_jax.Recipe.from_dict(settings), {})
-    return Path(keep.name) / "out"
-
-
-_KEPT: list[Any] = []
+    keep = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, keep, ignore_errors=True)
+    twla_jax.save(quantized, None, keep / "out", twla_jax.Recipe.from_dict(settings), {})
+    return keep / "out"
 
 
 @functools.cache

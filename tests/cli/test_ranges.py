@@ -26,6 +26,7 @@ REQUIRED = {
     "quantize": ["m", "out"],
     "allocate": ["out"],
     "eval": ["m"],
+    "chat": ["m"],
     "generate": ["m", "--prompt", "a"],
     "compare": ["m"],
 }

@@ -21,6 +21,9 @@ FAMILIES = {
         settings=_settings,
         defaults={
             "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
             "rms_norm_eps": 1e-5,
             "num_experts_per_tok": 2,
         },
