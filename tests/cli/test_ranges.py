@@ -132,6 +132,16 @@ def test_a_perplexity_that_is_no_number_is_an_error_by_text_and_against_an_origi
         assert f"{named} its predictions on text 'prose' are not numbers (NaN)" in line
 
 
+@pytest.mark.parametrize("plot", ["missing/x.png", ".", "x.doc"])
+def test_a_figure_that_could_not_be_written_is_refused_before_the_work(plot, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["bench", "kernels"], ["compare", "m"], ["allocate", "o", "--budget", "4"]):
+        line, status = fails(capsys, *arguments, "--plot", plot)
+        assert status == 1
+        if arguments[0] != "allocate":  # which first looks for its folder
+            assert plot in line
+
+
 def test_text_of_another_locale_is_read_and_other_bytes_are_refused():
     assert options.read_text(os.fsdecode("prompt – é".encode()), "--prompt") == "prompt – é"
     for text in ("\udcff", "\ud800", "a\udc80"):

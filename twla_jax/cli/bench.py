@@ -61,7 +61,7 @@ def bench(
     from twla_jax.reports import plotting
 
     if plot:
-        plotting.require_matplotlib()
+        plotting.require_place(plot)
     begun: set[str] = set()
 
     def show(name: str, row: Mapping[str, Any]) -> None:

@@ -65,7 +65,7 @@ def allocate_folder(
     for budget in budgets:
         ila_amp.check_budget(budget, settings.choices)
     if plot is not None:
-        plotting.require_matplotlib()
+        plotting.require_place(plot)
     with phases("read the model"):
         model, tokenizer, info = checkpoint.load(out, dtype=jnp.dtype(dtype))
         text = _load_text(out, corpus or info.recipe.calibration.corpus, info.recipe)

@@ -76,7 +76,7 @@ def compare_recipes(
     """
     out = Path(out)
     if plot:
-        plotting.require_matplotlib()
+        plotting.require_place(plot)
     path = loading.resolve_model(model_name)
     if checkpoint.is_checkpoint(path):
         raise TwlaError(f"{path}: is quantised already; compare starts from the original")

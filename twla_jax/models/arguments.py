@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, Int32
 
 from twla_jax.core.grouped_tensor import GroupedTensor
@@ -72,7 +73,7 @@ def checked_values(tokens: Any, config: DecoderConfig) -> Int[Array, "b t"]:
     Raises:
       TwlaError: as `checked_tokens`; rows may be longer than what the model was made for.
     """
-    traced = isinstance(tokens, jax.core.Tracer)
+    traced = isinstance(tokens, Tracer)
     if not traced and not (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
         checked = checked_tokens(tokens, config, "tokens", fits=False)
         return tokens if isinstance(tokens, jax.Array) else jnp.asarray(checked)

@@ -124,8 +124,8 @@ def check_keys(config: Mapping[str, Any], source: str, of_family: Mapping[str, C
             continue
         value = config.get(key)
         if key in config and not any(value is item or value == item for item in harmless):
-            if key == "quantization_config" and float8_settings(config) is not None:
-                check_values(value, _FLOAT8_CHECKS, f"{source}: quantization_config")
+            if key == "quantization_config" and (settings := float8_settings(config)) is not None:
+                check_values(settings, _FLOAT8_CHECKS, f"{source}: quantization_config")
                 continue
             if key in ("quantization_config", "compression_config"):
                 raise TwlaError(f"{source}: {already_quantized(value)}")

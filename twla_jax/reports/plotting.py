@@ -25,6 +25,21 @@ def require_matplotlib() -> None:
         raise TwlaError("a figure needs matplotlib: pip install 'twla-jax[plot]'") from None
 
 
+def require_place(path: str | Path) -> None:
+    """Refuse an image file that could not be written when the work is done.
+
+    Raises:
+      TwlaError: matplotlib is missing or knows no such kind of image, or there is no such folder.
+    """
+    require_matplotlib()
+    path = Path(path)
+    kinds = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "ps", "eps", "tif", "tiff")
+    if path.suffix and path.suffix.lower()[1:] not in kinds:
+        raise TwlaError(f"{path}: no image is written as {path.suffix}; take .png, .pdf or .svg")
+    if path.is_dir() or not path.parent.is_dir():
+        raise TwlaError(f"{path}: cannot be written, its folder is missing or it is one itself")
+
+
 def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[str, Any]) -> None:
     """Draw the table and the choice made from it: C as bars, K as a heat map, the bits, the losses of each method.
 

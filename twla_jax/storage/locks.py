@@ -90,6 +90,9 @@ def recover(folder: Path) -> None:
 def _make_parents(folder: Path) -> list[Path]:
     """Make the folders above, and return those that were missing, the outermost first."""
     missing = [parent for parent in folder.parents if not parent.exists()]
+    for parent in folder.parents:  # also a link that leads nowhere
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise TwlaError(f"{folder}: cannot be made, since {parent} is no folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
