@@ -1,4 +1,4 @@
-"""What a command says when the machine, and not its input, is at fault."""
+"""Puts into words what is the fault of the machine, and not of a command's input."""
 
 import os
 import resource

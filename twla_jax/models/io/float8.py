@@ -1,4 +1,4 @@
-"""Weights stored in eight bits with a scale a block: made float32 again, exactly as the format defines them.
+"""Makes weights that are stored in eight bits, with a scale a block, float32 again, exactly as the format defines them.
 
 `W[i, j] = w[i, j] · s[i // rows, j // columns]`, in float32, with `s` in the tensor `weight_scale_inv` beside `weight`.
 """
