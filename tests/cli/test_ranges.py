@@ -27,6 +27,7 @@ REQUIRED = {
     "allocate": ["out"],
     "eval": ["m"],
     "chat": ["m"],
+    "serve": ["m"],
     "generate": ["m", "--prompt", "a"],
     "compare": ["m"],
 }
