@@ -1,14 +1,18 @@
 """One table of recipes: measured once, sized by what lies on the disk, taken up where it was left."""
 
 import json
+import math
 import shutil
+import types
 
 import pytest
 
 from twla_jax.cli import main
 from twla_jax.core.tensors import IntegerTensor
 from twla_jax.jobs import compare_recipes, quantize_model
+from twla_jax.reports.run import Phases
 from twla_jax.storage import accounting, checkpoint
+from twla_jax.text import corpora
 
 QUICK = "rotation = false\n[activations]\nclip_tokens = 64\n[weights]\ngroup_size = 32\n"
 
@@ -111,3 +115,43 @@ def test_mistakes_take_one_line(compared, capsys, change, message):
         main.main([*arguments, *rows, *change])
     assert stop.value.code == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_of_a_mix_every_text_counts_and_the_worst_is_shown(monkeypatch, tmp_path):
+    """Texts as different as they are long; two models whose losses a table gives."""
+    parts = tuple(
+        corpora.Corpus(name=name, split="evaluation", text=name, source="") for name in ("code", "prose")
+    )
+    mix = corpora.Corpus(name="mix", split="evaluation", text="code prose", source="", parts=parts)
+    nll = {("full", "code"): 1.0, ("full", "prose"): 3.0, ("ours", "code"): 2.5, ("ours", "prose"): 3.5}
+    lengths = {"code": 1, "prose": 3}
+
+    def evaluate(model, tokens, **_):
+        loss = nll[model, tokens]
+        return {"perplexity": math.exp(loss), "nll": loss, "windows": lengths[tokens]}
+
+    config = types.SimpleNamespace(vocab_size=1)
+    monkeypatch.setattr(
+        compare_recipes.loading,
+        "load",
+        lambda name, dtype: (types.SimpleNamespace(config=config, name=name), None),
+    )
+    monkeypatch.setattr(compare_recipes.sites, "set_activation_bits", lambda model, bits: model.name)
+    monkeypatch.setattr(compare_recipes.corpora, "tokenize", lambda text, *_: text.text)
+    monkeypatch.setattr(compare_recipes, "evaluate", evaluate)
+    measured = compare_recipes._Measured(tmp_path / "compare.json")
+    score = compare_recipes._Scorer(measured, mix, "float32", {}, Phases(verbose=False), False)
+    rows = []
+    for name in ("full", "ours"):
+        scores = score(name, name, name, [16])
+        size = {"bits_per_weight_linear": 2.0, "bits_per_weight_model": 2.0, "bytes": 9}
+        rows.append({"name": name, **size, **compare_recipes._by_bits(scores)})
+    compare_recipes._add_worst(rows)
+    full, ours = rows
+    # The mean is over windows: three of prose, one of code.
+    assert full["perplexity"]["A16"] == pytest.approx(math.exp((1 + 3 * 3) / 4))
+    assert ours["worst"]["A16"] == {"domain": "code", "ratio": pytest.approx(math.exp(1.5))}
+    result = {"rows": rows, "model": {"name": "m"}, "corpus": {"name": "mix"}, "windows": 4, "seq_len": 8}
+    table = compare_recipes.format_comparison(result).splitlines()
+    assert table[2].endswith("worst A16")
+    assert table[-1].endswith("code 4.48×")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from twla_jax import json_files, json_text, schema
 from twla_jax.core.activation import OFF
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation.scoring import evaluate
+from twla_jax.evaluation.scoring import evaluate, perplexity
 from twla_jax.jobs import loading, places, quantize_model
 from twla_jax.models import sites
 from twla_jax.models.config import check_length
@@ -69,8 +69,9 @@ def compare_recipes(
       progress: phases and bars on stderr.
     Returns:
       JSON-ready figures: `rows`, each with `name`, `bits_per_weight_linear`, `bits_per_weight_model`, `bytes` (all
-      tensors of the model), `perplexity` by bits and `seconds` of quantising; `corpus`, `windows`, `seq_len`,
-      `calibration` and versions.
+      tensors of the model), `perplexity` by bits and `seconds` of quantising; of a mix also `domains`, the perplexities
+      of its texts by bits, and `worst`, the `domain` with the highest `ratio` to full precision; `corpus`, `windows`,
+      `seq_len`, `calibration` and versions.
     Raises:
       TwlaError: an input that cannot be used, or a folder in `out` that was made otherwise.
     """
@@ -109,6 +110,7 @@ def compare_recipes(
                     path, folder, entry, dtype=dtype, progress=progress, **checks
                 )
         rows.append(_quantized(name, folder, score, activation_bits))
+    _add_worst(rows)
     result = {
         **environment(),
         "model": {"name": path.name, "sha256": source},
@@ -127,21 +129,29 @@ def compare_recipes(
 def format_comparison(result: Mapping[str, Any]) -> str:
     """Return the rows as a table for a person."""
     columns = list(dict.fromkeys(bits for row in result["rows"] for bits in row["perplexity"]))
+    worst = list(dict.fromkeys(bits for row in result["rows"] for bits in row.get("worst", {})))
     width = max(len(row["name"]) for row in result["rows"])
     lines = [
         f"{result['model']['name']}: perplexity on {result['corpus']['name']}, {result['windows']} windows of"
         f" {result['seq_len']}",
         "",
         f"{'':{width}}{'bits/weight':>13}{'whole model':>13}{'bytes':>15}"
-        + "".join(f"{bits:>10}" for bits in columns),
+        + "".join(f"{bits:>10}" for bits in columns)
+        + "".join(f"{'worst ' + bits:>20}" for bits in worst),
     ]
     for row in result["rows"]:
         scores = (row["perplexity"].get(bits) for bits in columns)
         lines.append(
             f"{row['name']:{width}}{row['bits_per_weight_linear']:13.3f}{row['bits_per_weight_model']:13.3f}"
-            f"{row['bytes']:15,}" + "".join(f"{'' if s is None else f'{s:.2f}':>10}" for s in scores)
+            f"{row['bytes']:15,}"
+            + "".join(f"{'' if s is None else f'{s:.2f}':>10}" for s in scores)
+            + "".join(f"{_ratio(row['worst'].get(bits)):>20}" for bits in worst)
         )
     return "\n".join(lines)
+
+
+def _ratio(worst: Mapping[str, Any] | None) -> str:
+    return "" if worst is None else f"{worst['domain']} {worst['ratio']:.2f}×"
 
 
 class _Measured:
@@ -185,22 +195,58 @@ class _Scorer:
         self, name: str, identity: Any, model: str | Path, bits: Sequence[int]
     ) -> dict[str, dict[str, Any]]:
         """Return `evaluate`'s figures by bits; `identity` says which weights these are, `model` where to read them."""
-        common = {"weights": identity, "text": self._text.sha256, "dtype": self._dtype, **self._settings}
-        measured = self._measured
-        keys = {each: resume.fingerprint({**common, "bits": each}, []) for each in bits}
+        common = {"weights": identity, "dtype": self._dtype, **self._settings}
+        measured, texts = self._measured, {text.name: text for text in self._text.parts or (self._text,)}
+        keys = {
+            (each, text): resume.fingerprint({**common, "text": texts[text].sha256, "bits": each}, [])
+            for each in bits
+            for text in texts
+        }
         if missing := [each for each, key in keys.items() if key not in measured.scores]:
             with self._phases(f"{name}: evaluate"):
                 decoder, tokenizer = loading.load(model, dtype=jnp.dtype(self._dtype))
-                tokens = corpora.tokenize(self._text, tokenizer, decoder.config.vocab_size)
-                for each in missing:
+                for each, text in missing:
+                    tokens = corpora.tokenize(texts[text], tokenizer, decoder.config.vocab_size)
                     scored = evaluate(
                         sites.set_activation_bits(decoder, each),
                         tokens,
                         progress=self._progress,
                         **self._settings,
                     )
-                    measured.add(keys[each], scored)
-        return {f"A{each}": measured.scores[key] for each, key in keys.items()}
+                    measured.add(keys[each, text], scored)
+        return {
+            f"A{each}": _over_texts({text: measured.scores[keys[each, text]] for text in texts})
+            for each in bits
+        }
+
+
+def _over_texts(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of one text as they are; of several their mean over windows, with all in `domains`."""
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    windows = sum(score["windows"] for score in scores.values())
+    nll = sum(score["nll"] * score["windows"] for score in scores.values()) / windows
+    domains = {name: score["perplexity"] for name, score in scores.items()}
+    return {"perplexity": perplexity(nll), "nll": nll, "windows": windows, "domains": domains}
+
+
+def _add_worst(rows: list[dict[str, Any]]) -> None:
+    """Add to rows that were scored by domain the worst ratio to the first row's perplexities, by bits."""
+    original = rows[0]["domains"].get(f"A{OFF}", {})
+    for row in rows:
+        row["worst"] = {}
+        for bits, found in row["domains"].items():
+            ratios = {name: value / original[name] for name, value in found.items()}
+            # One that is no number is the worst there can be.
+            worst = max(ratios, key=lambda name: math.inf if math.isnan(ratios[name]) else ratios[name])
+            row["worst"][bits] = {"domain": worst, "ratio": ratios[worst]}
+
+
+def _by_bits(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "perplexity": {bits: scored["perplexity"] for bits, scored in scores.items()},
+        "domains": {bits: scored["domains"] for bits, scored in scores.items() if "domains" in scored},
+    }
 
 
 def _full_precision(path: Path, source: Any, score: _Scorer) -> dict[str, Any]:
@@ -212,7 +258,7 @@ def _full_precision(path: Path, source: Any, score: _Scorer) -> dict[str, Any]:
         "bits_per_weight_linear": 16.0,
         "bits_per_weight_model": 8 * size / weights,
         "bytes": size,
-        "perplexity": {bits: scored["perplexity"] for bits, scored in scores.items()},
+        **_by_bits(scores),
         "windows": scores[f"A{OFF}"]["windows"],
         "seconds": None,
     }
@@ -226,7 +272,7 @@ def _quantized(name: str, folder: Path, score: _Scorer, bits: Sequence[int]) -> 
         "bits_per_weight_linear": account["bits_per_weight_linear"],
         "bits_per_weight_model": account["bits_per_weight_model"],
         "bytes": sum(account["breakdown"].values()) - account["breakdown"]["tokenizer_and_metadata"],
-        "perplexity": {bits: scored["perplexity"] for bits, scored in scores.items()},
+        **_by_bits(scores),
         "windows": next(iter(scores.values()))["windows"],
         "seconds": _report(folder).get("seconds", {}).get("quantise"),
     }

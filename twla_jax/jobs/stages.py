@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from twla_jax.allocation import choice
+from twla_jax.jobs import domain_check
 from twla_jax.models import Decoder
 from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
 from twla_jax.quantization import pipeline
@@ -86,10 +87,16 @@ def _refine_blocks(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]
 def _refine(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
     settings = work.recipe.refine.end_to_end
     assert settings is not None
-    model, figures = end_to_end.refine(
+    refined, figures = end_to_end.refine(
         model, work.teacher, work.text.refinement, settings, mesh=work.mesh, **work.options("refine")
     )
-    return model, {"refine": figures}
+    texts = domain_check.domain_windows(work.text)
+    if texts and figures["kept"]:
+        better, by_domain = domain_check.better_by_domain(
+            model, refined, work.teacher, texts, settings.dtype, progress=work.progress
+        )
+        figures |= {"kept": better is refined, "by_domain": by_domain}
+    return refined if figures["kept"] else model, {"refine": figures}
 
 
 def _train_clips(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:

@@ -30,6 +30,7 @@ class DrawnText:
       held_out: what bits are allocated on; None without a budget.
       overlap: share of the held-out tokens that the other windows hold too.
       description: of the text, JSON-ready.
+      domains: the names of a mix's texts, from which the windows come in turn; empty for one text.
     """
 
     calibration: Int32[np.ndarray, "w s"]
@@ -37,6 +38,7 @@ class DrawnText:
     held_out: Int32[np.ndarray, "h t"] | None
     overlap: float
     description: dict[str, Any]
+    domains: tuple[str, ...] = ()
 
 
 def draw(
@@ -79,6 +81,7 @@ def draw(
         held_out=kept,
         overlap=overlap,
         description=description,
+        domains=tuple(part.name for part in text.parts) if isinstance(text, Corpus) else (),
     )
 
 
