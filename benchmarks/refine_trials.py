@@ -4,7 +4,13 @@
         --variants base cooldown:cooldown=0.5 "hot:code_rate=1e-2,batch=8" own:self=0.25
 
 A variant is a name and what it changes: any setting of the end-to-end refinement, `text` (a corpus), and `self`, the
-share of windows that the model samples itself. Every variant sees `--steps` steps unless it sets its own, or as many
+share of windows that the model samples itself. `--bits 16 4` scores every model with its inputs at 16 and at 4 bits,
+and a variant with `activation_bits=4` learns with them at 4:
+
+    TWLA_DATA=… python benchmarks/refine_trials.py smollm2 --steps 1100 --bits 16 4 \\
+        --variants a16:cooldown=0.5 a4:cooldown=0.5,activation_bits=4
+
+Every variant sees `--steps` steps unless it sets its own, or as many
 as `tokens` make. A line is printed as each is done, and a table of all at the end. TWLA_SMOLLM2 may name the GGUF file
 that `smollm2` stands for.
 """
@@ -27,6 +33,7 @@ from twla_jax.evaluation import domains, scoring
 from twla_jax.inference import self_sampling
 from twla_jax.jobs import loading
 from twla_jax.models.decoder import Decoder, computing_in
+from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import pipeline
 from twla_jax.refinement import end_to_end
 from twla_jax.text import corpora
@@ -154,43 +161,64 @@ class Trials:
             computing_in(each, self._options.dtype, fused=True) for each in (model, self._teacher)
         )
         settings = {"batch_size": self._options.eval_batch_size, "progress": False}
-        result = domains.evaluate_domains(model, self._texts, original=teacher, **settings)
-        found: dict[str, Any] = {"domains": result["domains"], "A16": None}
-        if self._test is not None:
-            whole = scoring.evaluate(
-                model,
-                self._test,
-                seq_len=self._options.test_seq_len,
-                max_windows=self._options.test_windows,
-                **(settings | {"batch_size": 4}),
-            )
-            found["A16"] = whole["perplexity"]
+        found: dict[str, Any] = {}
+        for bits in self._options.bits:
+            narrow = set_activation_bits(model, bits)
+            result = domains.evaluate_domains(narrow, self._texts, original=teacher, **settings)
+            found |= {_key("domains", bits): result["domains"], f"A{bits}": None}
+            if self._test is not None:
+                whole = scoring.evaluate(
+                    narrow,
+                    self._test,
+                    seq_len=self._options.test_seq_len,
+                    max_windows=self._options.test_windows,
+                    **(settings | {"batch_size": 4}),
+                )
+                found[f"A{bits}"] = whole["perplexity"]
         return found
+
+
+def _key(name: str, bits: int) -> str:
+    """The name of a figure at so many bits; at 16 it has none."""
+    return name if bits == 16 else f"{name} A{bits}"
+
+
+def _measured(found: dict[str, Any]) -> list[int]:
+    """The bits at which a variant was scored."""
+    return [bits for bits in (16, 8, 6, 4, 2) if f"A{bits}" in found]
 
 
 def line(found: dict[str, Any]) -> str:
     """Return the figures of one variant in one line."""
-    rows = found["domains"]
-    mean = float(np.exp(np.mean(np.log([row["ratio"] for row in rows]))))
-    test = "" if found["A16"] is None else f", A16 {found['A16']:.2f}"
-    flipped = f", {found['refine']['flipped']:.1%} of codes flipped" if "refine" in found else ""
-    return (
-        f"{found['variant']}: worst {rows[-1]['ratio']:.3f} ({rows[-1]['name']}), mean {mean:.3f}{test}{flipped},"
-        f" {found['seconds']:.0f} s"
-    )
+    said = []
+    for bits in _measured(found):
+        rows = found[_key("domains", bits)]
+        mean = float(np.exp(np.mean(np.log([row["ratio"] for row in rows]))))
+        said.append(f"{_key('worst', bits)} {rows[-1]['ratio']:.3f} ({rows[-1]['name']}), mean {mean:.3f}")
+        if found[f"A{bits}"] is not None:
+            said.append(f"A{bits} {found[f'A{bits}']:.2f}")
+    if "refine" in found:
+        said.append(f"{found['refine']['flipped']:.1%} of codes flipped")
+    return f"{found['variant']}: {', '.join(said)}, {found['seconds']:.0f} s"
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return Markdown: a row a variant, its ratio in every domain, and the worst of them."""
-    names = sorted({row["name"] for found in results for row in found["domains"]})
-    lines = [f"| variant | A16 | worst | {' | '.join(names)} | s |", "|---" * (len(names) + 4) + "|"]
+    """Return Markdown: a row a variant and a width of the inputs, its ratio in every domain, and the worst of them."""
+    first = _key("domains", _measured(results[0])[0])
+    names = sorted({row["name"] for found in results for row in found[first]})
+    lines = [
+        f"| variant | bits | perplexity | worst | {' | '.join(names)} | s |",
+        "|---" * (len(names) + 5) + "|",
+    ]
     for found in results:
-        ratios = {row["name"]: row["ratio"] for row in found["domains"]}
-        test = "" if found["A16"] is None else f"{found['A16']:.2f}"
-        cells = " | ".join(f"{ratios[name]:.2f}" for name in names)
-        lines.append(
-            f"| {found['variant']} | {test} | {max(ratios.values()):.2f} | {cells} | {found['seconds']:.0f} |"
-        )
+        for bits in _measured(found):
+            ratios = {row["name"]: row["ratio"] for row in found[_key("domains", bits)]}
+            test = "" if found[f"A{bits}"] is None else f"{found[f'A{bits}']:.2f}"
+            cells = " | ".join(f"{ratios[name]:.2f}" for name in names)
+            lines.append(
+                f"| {found['variant']} | A{bits} | {test} | {max(ratios.values()):.2f} | {cells} |"
+                f" {found['seconds']:.0f} |"
+            )
     return "\n".join(lines)
 
 
@@ -215,7 +243,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-windows", default=6, help="of each evaluation text", **number)
     parser.add_argument("--eval-seq-len", default=1024, **number)
     parser.add_argument("--eval-batch-size", default=2, **number)
-    parser.add_argument("--corpus", default="wikitext2", help="whose perplexity is A16; '' for none")
+    parser.add_argument("--corpus", default="wikitext2", help="whose perplexity is shown; '' for none")
+    parser.add_argument(
+        "--bits",
+        nargs="+",
+        type=int,
+        default=[16],
+        choices=(16, 8, 6, 4, 2),
+        help="of the inputs, to score at",
+    )
     parser.add_argument("--test-seq-len", default=2048, **number)
     parser.add_argument("--test-windows", default=None, help="of that text, all if not given", **number)
     parser.add_argument("--seed", default=0, **number)
