@@ -152,7 +152,7 @@ def test_every_refinement_starts_from_the_same_model(stories_model, texts, tmp_p
     options += [part for length in lengths for part in (length, 64)] + ["--max-windows", 2, "--batch", 2]
     options += ["--domains", texts, "--corpus", texts / "evaluation.txt", "--test-windows", 2]
     variants = ["nothing:steps=1,code_rate=0,scale_rate=0", "long:tokens=2560,code_rate=1e-2,scale_rate=1e-2"]
-    options += ["--dtype", "float32", "--results", results, "--variants", *variants]
+    options += ["--dtype", "float32", "--bits", 16, 4, "--results", results, "--variants", *variants]
     script("refine_trials").main(list(map(str, [stories_model, *options])))
     start, nothing, long = map(json.loads, results.read_text().splitlines())
     assert nothing["A16"] == pytest.approx(start["A16"], rel=1e-3)
@@ -160,7 +160,9 @@ def test_every_refinement_starts_from_the_same_model(stories_model, texts, tmp_p
     assert long["A16"] < start["A16"]
     assert long["domains"][-1]["ratio"] < start["domains"][-1]["ratio"]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].startswith(f"| long | {long['A16']:.2f} | {long['domains'][-1]['ratio']:.2f} |")
+    assert printed[-2].startswith(f"| long | A16 | {long['A16']:.2f} | {long['domains'][-1]['ratio']:.2f} |")
+    assert printed[-1].startswith(f"| long | A4 | {long['A4']:.2f} | {long['domains A4'][-1]['ratio']:.2f} |")
+    assert long["A4"] != long["A16"]
 
 
 def test_a_variant_is_a_name_and_what_it_changes():

@@ -1,4 +1,4 @@
-"""Whether a refinement did good in every domain: a better mean may hide that one text was forgotten."""
+"""Checks that a refinement did good in every domain: a better mean may hide that one text was forgotten."""
 
 import logging
 from typing import Any
@@ -51,7 +51,7 @@ def better_by_domain(
     for model in models:
         row = evaluate_domains(model, texts, original=teacher, progress=progress)["domains"][-1]
         worst.append({"worst": row["name"], "ratio": row["ratio"]})
-    figures = dict(zip(("before", "after"), worst, strict=True))
+    figures: dict[str, Any] = {"before": worst[0], "after": worst[1]}
     if worst[1]["ratio"] <= worst[0]["ratio"]:
         return after, figures
     _log.warning(
