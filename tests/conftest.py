@@ -16,6 +16,9 @@ from flax import nnx
 from twla_jax.core import activation, kotms, tensors
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
+from twla_jax.quantization import pipeline
+
+from helpers import tiny
 
 # Devices to shard over. Before anything runs: the number is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -112,6 +115,18 @@ def tiny_config() -> DecoderConfig:
         head_dim=14,
         tie_word_embeddings=True,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config) -> Decoder:
+    """A decoder of random weights, held by numpy as the readers leave them; no test changes it."""
+    return jax.tree.map(np.asarray, Decoder(tiny_config, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="session")
+def tiny_quantized(tiny_model):
+    """`tiny_model` quantised on `tiny.WINDOWS` by `tiny.RECIPE`, and the figures of that; no test changes it."""
+    return pipeline.quantize_blocks(tiny_model, tiny.WINDOWS, tiny.RECIPE.quantization, progress=False)
 
 
 @pytest.fixture

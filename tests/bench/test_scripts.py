@@ -14,7 +14,9 @@ from twla_jax.bench import SHAPES, shapes
 from twla_jax.ops.ternary_matmul import reference
 from twla_jax.recipe import EndToEndSettings, Recipe, RefineSettings
 
-QUICK = "rotation = false\n[weights]\ngroup_size = 32\nternary.rounds = 0\n"
+from helpers.quick_recipe import QUICK
+
+COARSE = "rotation = false\n[weights]\ngroup_size = 32\nternary.rounds = 0\n"  # leaves much to refine
 
 
 def script(name):
@@ -145,7 +147,7 @@ def test_the_worst_domain_of_every_calibration_is_shown(stories_model, texts, tm
 
 
 def test_every_refinement_starts_from_the_same_model(stories_model, texts, tmp_path, capsys):
-    (tmp_path / "quick.toml").write_text(QUICK)
+    (tmp_path / "quick.toml").write_text(COARSE)
     results = tmp_path / "results.jsonl"
     options = ["--recipe", tmp_path / "quick.toml", "--text", texts / "calibration.txt", "--windows", 4]
     lengths = ("--seq-len", "--refine-seq-len", "--eval-seq-len", "--test-seq-len")

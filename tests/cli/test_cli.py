@@ -13,10 +13,9 @@ from twla_jax.quantization import pipeline
 from twla_jax.recipe import load_recipe
 from twla_jax.refinement import end_to_end
 
+from helpers.quick_recipe import QUICK
+
 SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
-QUICK = (
-    "[weights]\ngroup_size = 32\nternary.rounds = 1\n[rotation]\nsteps = 5\n[activations]\nclip_tokens = 64\n"
-)
 REFINED = """[refine]
 end_to_end = {steps = 2, batch = 2, dtype = 'float32'}
 clips = {steps = 1, batch = 2, dtype = 'float32'}

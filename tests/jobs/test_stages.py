@@ -24,23 +24,24 @@ from twla_jax.recipe import (
     RefineSettings,
 )
 
-LEARNING = {"steps": 2, "batch": 2, "dtype": "float32"}
+# As in the tests of each stage alone, so that what is compiled there serves here.
+LEARNING = {"steps": 2, "batch": 4, "dtype": "float32"}
 RECIPE = Recipe(
     name="all",
-    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=2, rounds=0), group_size=16),
-    rotation=RotationSettings(steps=1),
-    activations=ActivationSettings(bits=8, clips=(1.0, 0.8), clip_tokens=32),
+    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=5, rounds=1), group_size=16),
+    rotation=RotationSettings(steps=5),
+    activations=ActivationSettings(bits=8, clips=(1.0, 0.8), clip_tokens=64),
     embedding=EmbeddingSettings(bits=4, group_size=16),
     refine=RefineSettings(
         blocks=BlockRefinementSettings(**LEARNING),
         end_to_end=EndToEndSettings(**LEARNING),
         clips=ClipTrainingSettings(**LEARNING),
     ),
-    calibration=CalibrationSettings(windows=3, seq_len=12),
+    calibration=CalibrationSettings(windows=12, seq_len=24),
     allocation=AllocationSettings(budget=4.0, choices=(4, 8), windows=2),
 )
-TOKENS = np.random.default_rng(0).integers(0, 97, 400).astype(np.int32)
-WINDOWS = TOKENS[: 9 * 12].reshape(9, 12)
+TOKENS = np.random.default_rng(0).integers(0, 97, 600).astype(np.int32)
+WINDOWS = TOKENS[: 22 * 24].reshape(22, 24)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,9 @@ def test_each_stage_reads_windows_of_its_own(model, monkeypatch):
 
     monkeypatch.setattr(stages, "run_stages", record)
     twla_jax.quantize(model, WINDOWS, RECIPE, progress=False)
-    np.testing.assert_array_equal(work["text"].calibration, WINDOWS[:3])
-    np.testing.assert_array_equal(work["text"].refinement, WINDOWS[3:7])
-    np.testing.assert_array_equal(work["text"].held_out, WINDOWS[7:])
+    np.testing.assert_array_equal(work["text"].calibration, WINDOWS[:12])
+    np.testing.assert_array_equal(work["text"].refinement, WINDOWS[12:20])
+    np.testing.assert_array_equal(work["text"].held_out, WINDOWS[20:])
 
 
 def test_the_model_is_left_as_it_was(model, quantized):
@@ -90,12 +91,12 @@ def test_the_model_is_left_as_it_was(model, quantized):
     ("text", "message"),
     [
         (
-            WINDOWS[:6],
-            r"recipe 'all' reads 4 windows to refine on and 2 to allocate bits on, .* 6 are too few",
+            WINDOWS[:10],
+            r"recipe 'all' reads 8 windows to refine on and 2 to allocate bits on, .* 10 are too few",
         ),
         (TOKENS[:11], r"11 tokens"),
         (WINDOWS.astype(np.float32), "token ids are whole numbers, not float32"),
-        (WINDOWS[None], r"token ids of shape \(1, 9, 12\), but 1 or 2 axes are wanted"),
+        (WINDOWS[None], r"token ids of shape \(1, 22, 24\), but 1 or 2 axes are wanted"),
         (WINDOWS + 97, r"vocabulary"),
         (
             twla_jax.Corpus(name="a", split="calibration", text="b", source="c"),
@@ -112,8 +113,8 @@ def test_text_that_a_stage_lacks_is_one_line(model, text, message):
 def test_tokens_are_drawn_from_as_the_recipe_says(model):
     plain = dataclasses.replace(RECIPE, refine=RefineSettings(), allocation=AllocationSettings())
     drawn = twla_jax.quantize(model, TOKENS, plain, progress=False)
-    starts = np.random.default_rng(0).integers(0, len(TOKENS) - 11, 3)
-    windows = np.stack([TOKENS[start : start + 12] for start in starts])
+    starts = np.random.default_rng(0).integers(0, len(TOKENS) - 23, 12)
+    windows = np.stack([TOKENS[start : start + 24] for start in starts])
     given = twla_jax.quantize(model, windows, plain, progress=False)
     assert list(drawn[1]) == ["layers", "seconds"]
     for one, other in zip(jax.tree.leaves(drawn[0]), jax.tree.leaves(given[0]), strict=True):

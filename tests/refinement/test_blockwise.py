@@ -3,41 +3,34 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from twla_jax.core.settings import ActivationSettings, RotationSettings, TernarySettings, WeightSettings
-from twla_jax.models.decoder import Decoder
-from twla_jax.quantization import pipeline
-from twla_jax.recipe import BlockRefinementSettings, Recipe
+from twla_jax.models.sites import set_activation_bits
+from twla_jax.recipe import BlockRefinementSettings
 from twla_jax.refinement import blockwise
 from twla_jax.storage import resume
 
 from helpers.compiled import compiled_programs
+from helpers.tiny import WINDOWS
 
-QUANTISE = Recipe(
-    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=5, rounds=1), group_size=16),
-    rotation=RotationSettings(steps=5),
-    activations=ActivationSettings(bits=4, clips=(1.0, 0.8), clip_tokens=64),
-)
 REFINE = BlockRefinementSettings(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32", steps=60)
-WINDOWS = np.random.default_rng(0).integers(0, 97, (12, 24)).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_config):
-    return Decoder(tiny_config, rngs=nnx.Rngs(0))
+def teacher(tiny_model):
+    return jax.tree.map(jnp.asarray, tiny_model)
 
 
 @pytest.fixture(scope="module")
-def student(teacher):
-    return pipeline.quantize_blocks(teacher, WINDOWS, QUANTISE.quantization, progress=False)[0]
+def student(tiny_quantized):
+    return jax.tree.map(jnp.asarray, set_activation_bits(tiny_quantized[0], 4))
 
 
 def outputs(model):
     """The residual stream after the last block, in float64."""
-    model = jax.tree.map(jax.numpy.asarray, model)
+    model = jax.tree.map(jnp.asarray, model)
     x = model.embed_tokens(WINDOWS)
     for index in range(model.config.num_layers):
         block = jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks)

@@ -12,47 +12,41 @@ import twla_jax
 from twla_jax.core import quantizers, tensors
 from twla_jax.core.activation import ActivationQuantizer, quantize_tokens
 from twla_jax.core.settings import (
-    ActivationSettings,
-    RotationSettings,
-    TernarySettings,
     TwoPlaneSettings,
     WeightSettings,
 )
 from twla_jax.errors import TwlaError
-from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
+from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import pipeline
-from twla_jax.recipe import ClipTrainingSettings, EndToEndSettings, Recipe
+from twla_jax.recipe import ClipTrainingSettings, EndToEndSettings
 from twla_jax.refinement import clip_training, end_to_end, two_plane_latents
 from twla_jax.refinement.latents import _straight_through, _StraightThrough, init_latents
 from twla_jax.refinement.schedule import rates_at
 from twla_jax.storage import resume
 
+from helpers import tiny
 from helpers.compiled import compiled_programs
+from helpers.tiny import RECIPE
 
-QUANTISE = Recipe(
-    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=5, rounds=1), group_size=16),
-    rotation=RotationSettings(steps=5),
-    activations=ActivationSettings(bits=4, clips=(1.0, 0.8), clip_tokens=64),
-)
 REFINE = EndToEndSettings(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32")
 WINDOWS = np.random.default_rng(0).integers(0, 97, (24, 24)).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_config):
-    return Decoder(tiny_config, rngs=nnx.Rngs(0))
+def teacher(tiny_model):
+    return jax.tree.map(jnp.asarray, tiny_model)
 
 
 @pytest.fixture(scope="module")
-def student(teacher):
-    return pipeline.quantize_blocks(teacher, WINDOWS, QUANTISE.quantization, progress=False)[0]
+def student(tiny_quantized):
+    return jax.tree.map(jnp.asarray, set_activation_bits(tiny_quantized[0], 4))
 
 
 def kl(student, teacher, windows):
     """Written out in float64 from the models' logits."""
     p, q = (
-        np.asarray(jax.nn.log_softmax(model(jnp.asarray(windows))), np.float64)
+        np.asarray(jax.nn.log_softmax(tiny.logits(model, windows)), np.float64)
         for model in (teacher, twla_jax.set_activation_bits(student, 16))
     )
     return (np.exp(p) * (p - q)).sum(-1).mean()
@@ -75,10 +69,9 @@ def test_slope_is_that_of_the_divergence_written_out(student, teacher):
         q = jax.nn.log_softmax(placed.logits(end_to_end._hidden(placed, latents, tokens, 16)))
         return (jnp.exp(p) * (p - q)).sum(-1).mean()
 
-    slope = jax.grad(lambda latents: end_to_end.kl_divergence(placed, teacher, latents, tokens))(latents)
-    for one, other in zip(
-        jax.tree.leaves(slope), jax.tree.leaves(jax.grad(written_out)(latents)), strict=True
-    ):
+    slope = jax.grad(lambda latents: end_to_end.kl_divergence(placed, teacher, latents, tokens))
+    found, expected = (jax.jit(each)(latents) for each in (slope, jax.grad(written_out)))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
 
 
@@ -212,7 +205,7 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
     start = np.ones((104, 1), np.int32)
     text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
     windows = np.concatenate([start, text], axis=1)
-    student, _ = pipeline.quantize_blocks(model, windows[:8], QUANTISE.quantization, progress=False)
+    student, _ = pipeline.quantize_blocks(model, windows[:8], RECIPE.quantization, progress=False)
     refined, _ = end_to_end.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
 
     def nll(model):
@@ -224,9 +217,9 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
 
 
 def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
-    weights = dataclasses.replace(QUANTISE.weights, quantizer=TwoPlaneSettings(euclidean_steps=5, rounds=1))
+    weights = dataclasses.replace(RECIPE.weights, quantizer=TwoPlaneSettings(euclidean_steps=5, rounds=1))
     student, _ = pipeline.quantize_blocks(
-        teacher, WINDOWS, dataclasses.replace(QUANTISE, weights=weights).quantization, progress=False
+        teacher, tiny.WINDOWS, dataclasses.replace(RECIPE, weights=weights).quantization, progress=False
     )
     settings = dataclasses.replace(REFINE, code_rate=3e-3, scale_rate=2e-3)
     refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (4, 1)), settings, progress=False)
