@@ -65,6 +65,7 @@ LIMITS = {
     "max_new_tokens": Limit(high=2**24),
     "max_windows": Limit(high=10**9),
     "min_p": Limit(kind=float, low=0, high=1),
+    "minutes": Limit(kind=float, low=0.05, high=100_000),
     "port": Limit(low=0, high=65_535),
     "queue": Limit(low=0, high=10**6),
     "refine_tokens": Limit(high=10**12),

@@ -81,11 +81,26 @@ class EndToEndSettings(LatentSettings):
 
     Attributes:
       seq_len: tokens in a window, at most as many as in one of the calibration; 0 for as many.
+      minutes: if not 0, as many steps are taken as there is time for, measured on the first ones; windows are seen
+        again where `steps` are fewer.
+      streaming: whether blocks learn one after the other within a step, in the memory of a few blocks.
+      latents: type of the codes' latents in a streaming refinement; with bfloat16 their moments are narrow, too.
+      offload: whether a streaming refinement keeps latents and moments in the host's memory, on devices that can.
     """
 
     table: ClassVar[str] = "refine.end_to_end"
 
     seq_len: int = ranged(0, low=0)
+    minutes: float = ranged(0.0, low=0)
+    streaming: bool = False
+    latents: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
+
+    def check(self) -> None:
+        """Refuse what only a streaming refinement has."""
+        wanted = "the default, or streaming = true beside it"
+        require(self.streaming or self.latents == "float32", self.key("latents"), self.latents, wanted)
+        require(self.streaming or not self.offload, self.key("offload"), self.offload, wanted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

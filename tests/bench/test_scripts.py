@@ -171,3 +171,12 @@ def test_a_variant_is_a_name_and_what_it_changes():
     variant = script("refine_trials").Variant.parse("hot:code_rate=1e-2,batch=8,text=pydoc,self=0.25")
     assert variant.settings == {"code_rate": 0.01, "batch": 8}
     assert variant.own == {"text": "pydoc", "self": 0.25}
+
+
+def test_memory_of_the_streaming_refinement_is_a_row(capsys):
+    options = ["tiny", "--layers", "1", "--batch", "1", "--seq-len", "8", "--steps", "1", "--tokens", "480"]
+    script("refine_memory").main(options)
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith("| tiny | bfloat16 | 1 × 8 | 0.0 GB |")  # a CPU counts none
+    seconds, minutes = (float(row.split("|")[column].split()[0]) for column in (6, 7))
+    assert minutes == pytest.approx(seconds, abs=0.1)  # 60 steps

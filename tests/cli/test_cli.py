@@ -270,6 +270,11 @@ def test_samples_are_made_side_by_side(stories_model, capsys):
             "recipe 'w1.58-g128' has no end-to-end",
             1,
         ),
+        (
+            ["quantize", "{model}", "{new}", "--refine-minutes", "2"],
+            "--refine-minutes 2: recipe 'w1.58-g128' has no end-to-end",
+            1,
+        ),
         (["eval", "{out}", "--corpus", "self"], "never for evaluation", 1),
         (["allocate", "{out}", "--budget", "4", "--calibration", "self"], "no text of the model itself", 1),
         (["eval", "{out}", "--seq-len", "4096"], "exceeds the model's 512", 1),

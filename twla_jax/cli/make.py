@@ -15,6 +15,7 @@ from twla_jax.cli.options import (
     OptionalFile,
     OptionalMaxWindows,
     OptionalMesh,
+    OptionalMinutes,
     OptionalRefineTokens,
     OptionalSeed,
     OptionalSeqLen,
@@ -36,6 +37,9 @@ from twla_jax.errors import TwlaError
 if TYPE_CHECKING:  # which imports JAX
     from twla_jax.recipe import Recipe
 
+_DRAWN_A_MINUTE = 600  # steps whose text is drawn for every minute of refinement, and the most of them
+_MOST_DRAWN = 8000
+
 
 def quantize(
     model: Model,
@@ -51,6 +55,7 @@ def quantize(
     site: OptionalSite = None,
     embedding_bits: OptionalEmbeddingBits = None,
     refine_tokens: OptionalRefineTokens = None,
+    refine_minutes: OptionalMinutes = None,
     seed: OptionalSeed = None,
     dtype: Dtype = "float32",
     check_corpus: OptionalCorpus = None,
@@ -80,6 +85,7 @@ def quantize(
         embedding_bits: stored bits of the embedding and the LM head, 2 to 8, or 16; default: from the recipe
         refine_tokens: tokens of text that the end-to-end refinement sees; more take longer and bring the model nearer
             to the original; default: from the recipe
+        refine_minutes: time for the end-to-end refinement, which takes as many steps as fit into it; default: no limit
         seed: seed of the windows and the rotations; default: from the recipe
         dtype: type the model computes in
         check_corpus: text the result is evaluated on; default: the calibration corpus, if it has a test split, else
@@ -102,7 +108,7 @@ def quantize(
         settings = settings.updated(
             {"embedding": {"bits": embedding_bits} if embedding_bits != 16 else False}
         )
-    settings = _refined_on(settings, refine_tokens)
+    settings = _refined_on(settings, refine_tokens, refine_minutes)
     if dry_run:
         figures = forecast.forecast(readers.read_config(loading.resolve_model(model)), settings, dtype=dtype)
         show(figures, json, lambda: forecast.format_forecast(figures))
@@ -120,21 +126,26 @@ def quantize(
     show(report, json, lambda: quantize_model.format_report(report, out))
 
 
-def _refined_on(settings: "Recipe", tokens: int | None) -> "Recipe":
-    """Return the recipe with as many steps of the end-to-end refinement as see so many tokens."""
+def _refined_on(settings: "Recipe", tokens: int | None, minutes: float | None = None) -> "Recipe":
+    """Return the recipe with as many steps of the end-to-end refinement as see so many tokens, or take so long."""
     from twla_jax import recipe as recipe_module
     from twla_jax.text import recipe_windows
 
-    if tokens is None:
+    if tokens is None and minutes is None:
         return settings
+    option = f"--refine-tokens {tokens}" if minutes is None else f"--refine-minutes {minutes:g}"
     refined = settings.refine.end_to_end
     if refined is None:
         others = ", ".join(name for name in recipe_module.recipe_names() if name.endswith("-refined"))
         raise TwlaError(
-            f"--refine-tokens {tokens}: recipe '{settings.name}' has no end-to-end refinement; these have: {others}"
+            f"{option}: recipe '{settings.name}' has no end-to-end refinement; these have: {others}"
         )
-    steps = max(1, tokens // (refined.batch * recipe_windows.refined_length(settings)))
-    return settings.updated({"refine": {"end_to_end": {"steps": steps}}})
+    if tokens is None:
+        # How many steps there will be time for is not known yet; text for more than these is seen again.
+        steps = max(refined.steps, min(_MOST_DRAWN, int(_DRAWN_A_MINUTE * (minutes or 0))))
+    else:
+        steps = max(1, tokens // (refined.batch * recipe_windows.refined_length(settings)))
+    return settings.updated({"refine": {"end_to_end": {"steps": steps, **given(minutes=minutes)}}})
 
 
 def allocate(

@@ -60,16 +60,7 @@ def train_clips(
 
     clips = {site.name: jnp.zeros(student.config.num_layers) for site in student.sites}
     latents = {f"{name}_input": {"clip": clip} for name, clip in clips.items()}
+    training = end_to_end.WholeTraining(student, teacher, latents, settings, settings.bits, mesh)
     return end_to_end.descend(
-        original,
-        student,
-        teacher,
-        latents,
-        batches,
-        settings,
-        bits=settings.bits,
-        store=store,
-        mesh=mesh,
-        progress=progress,
-        label="train clips",
+        original, training, batches, settings, store=store, progress=progress, label="train clips"
     )

@@ -15,7 +15,7 @@ import functools
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,16 @@ from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.layers import replace
 from twla_jax.recipe import EndToEndSettings, LearningSettings
+from twla_jax.refinement.divergence import kl_of_hidden
 from twla_jax.refinement.latent_shardings import place_latents, place_state
 from twla_jax.refinement.latents import Latents, apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
+from twla_jax.refinement.streamed import StreamedTraining
 from twla_jax.storage import resume
 
-_LOSS_CHUNK = 256  # positions whose logits exist at the same time, per window
 _SNAPSHOT_SECONDS = 300
+_TIMED_STEPS = 3  # from which the number of steps in a time is estimated
+_SHARE = 0.95  # of the time, that steps are planned for
 
 _log = logging.getLogger(__name__)
 
@@ -85,72 +88,161 @@ def refine(
         raise TwlaError(
             f"refinement needs at least one batch of {settings.batch} windows, not {len(windows)}"
         )
-    batches = windows[: steps * settings.batch].reshape(steps, settings.batch, -1)
+    started = time.perf_counter()
     dtype = jnp.dtype(settings.dtype)
     original = student
     student, teacher = (training_form(model, dtype, mesh) for model in (student, teacher))
     store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, settings)
-    latents = init_latents(student, teacher, codes=settings.code_rate > 0)
-    bits = settings.activation_bits
-    return descend(
-        original,
-        student,
-        teacher,
-        latents,
-        batches,
-        settings,
-        bits=bits,
-        store=store,
-        mesh=mesh,
-        progress=progress,
-    )
+    if settings.streaming:
+        if mesh is not None and mesh.size > 1:
+            raise TwlaError("--mesh: a streaming refinement runs on one device; leave streaming out")
+        training = StreamedTraining(student, teacher, settings)
+    else:
+        latents = init_latents(student, teacher, codes=settings.code_rate > 0)
+        training = WholeTraining(student, teacher, latents, settings, settings.activation_bits, mesh)
+    if settings.minutes:
+        steps = _planned(training, windows[: settings.batch], settings, store, started)
+    rows = np.arange(steps * settings.batch) % len(windows)
+    batches = windows[rows].reshape(steps, settings.batch, -1)
+    return descend(original, training, batches, settings, store=store, progress=progress)
+
+
+def _planned(
+    training: "Training",
+    batch: Int32[np.ndarray, "b s"],
+    settings: EndToEndSettings,
+    store: resume.WorkDir | None,
+    started: float,
+) -> int:
+    """Return how many steps there is time for; a plan that an interrupted run made is kept.
+
+    The steps that are timed have no rate: they move nothing but the moments.
+    """
+    if store and (plan := store.load("plan")):
+        return int(plan["steps"])
+    rest = dict.fromkeys(settings.peak_rates, 0.0)
+    float(training.step(batch, rest, 0))  # compiles
+    begun = time.perf_counter()
+    for number in range(_TIMED_STEPS):
+        float(training.step(batch, rest, number))
+    now = time.perf_counter()
+    left = _SHARE * 60 * settings.minutes - (now - started)
+    steps = max(1, int(left * _TIMED_STEPS / (now - begun)))
+    if store:
+        store.save("plan", {"steps": np.asarray(steps)})
+    return steps
+
+
+class Training(Protocol):
+    """What `descend` drives: latents and the state of their optimiser, in `values`, and a step that changes them."""
+
+    values: Any
+
+    def step(self, tokens: Int32[np.ndarray, "b t"], rates: dict[str, float], number: int) -> jax.Array:
+        """Return the loss on a batch before the step that is taken on it."""
+        ...
+
+    def restore(self, saved: dict[str, np.ndarray]) -> None:
+        """Take what an interrupted run kept of `values`."""
+        ...
+
+    def loss(self, tokens: Int32[np.ndarray, "b t"]) -> jax.Array:
+        """Return the loss on a batch; what is in `values` may be spent."""
+        ...
+
+    def harden(self) -> Decoder:
+        """Return the student, on the host, with what the latents stand for in its own format."""
+        ...
+
+
+class WholeTraining:
+    """Trains all latents of a student at once, from the gradient of the whole model."""
+
+    def __init__(
+        self,
+        student: Decoder,
+        teacher: Decoder,
+        latents: Latents,
+        settings: LearningSettings,
+        bits: int,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        """Begin.
+
+        Args:
+          student: quantised, on the device.
+          teacher: the model it was quantised from, on the device.
+          latents: of the student, donated; what has none stays as it is.
+          settings: the rates are read.
+          bits: that the linear inputs are quantised to.
+          mesh: what windows, latents and state are split over.
+
+        Raises:
+          TwlaError: a batch that cannot be split over the mesh.
+        """
+        if mesh is not None and settings.batch % mesh.shape["data"]:
+            raise TwlaError(
+                f"--mesh: batches of {settings.batch} windows cannot be split over data={mesh.shape['data']}"
+            )
+        learns_rotations = settings.peak_rates.get("rotations", 0) > 0
+        self._models, self._bits, self._mesh = (student, teacher), bits, mesh
+        self._step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
+        self._rest = dict.fromkeys(settings.peak_rates, 0.0)
+        latents = place_latents(latents, student, mesh)
+        self.values = (
+            latents,
+            place_state(optimizer(self._rest, learns_rotations).init(latents), student, mesh),
+        )
+
+    def restore(self, saved: dict[str, np.ndarray]) -> None:
+        """Take what an interrupted run kept of `values`."""
+        student = self._models[0]
+        latents, state = resume.unflatten(tuple(self.values), saved)
+        self.values = place_latents(latents, student, self._mesh), place_state(state, student, self._mesh)
+
+    def step(self, tokens: Int32[np.ndarray, "b t"], rates: dict[str, float], number: int) -> jax.Array:
+        """Return the loss on a batch before the step that is taken on it."""
+        placed = sharding.place_batch(tokens, self._mesh)
+        *self.values, loss = self._step(*self.values, *self._models, placed, rates)
+        return loss
+
+    def loss(self, tokens: Int32[np.ndarray, "b t"]) -> jax.Array:
+        """Return the loss on a batch, by the program that also takes steps: `values` are spent."""
+        return self.step(tokens, self._rest, 0)
+
+    def harden(self) -> Decoder:
+        """Return the student, on the host, with what the latents stand for in its own format."""
+        return harden(self._models[0], self.values[0], self._bits)
 
 
 def descend(
     original: Decoder,
-    student: Decoder,
-    teacher: Decoder,
-    latents: Latents,
+    training: Training,
     batches: Int32[np.ndarray, "steps b s"],
     settings: LearningSettings,
     *,
-    bits: int,
     store: resume.WorkDir | None,
-    mesh: jax.sharding.Mesh | None = None,
     progress: bool,
     label: str = "refine",
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Return what `refine` does, from any latents of the student, which are donated; what has none stays as it is."""
-    steps, learns_rotations = len(batches), settings.peak_rates.get("rotations", 0) > 0
-    step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
-    if mesh is not None and settings.batch % mesh.shape["data"]:
-        raise TwlaError(
-            f"--mesh: batches of {settings.batch} windows cannot be split over data={mesh.shape['data']}"
-        )
-    latents = place_latents(latents, student, mesh)
-    state = place_state(optimizer(rates_at(settings, 0, 1), learns_rotations).init(latents), student, mesh)
+    """Return what `refine` does: the model after a step on every batch, if that brought it nearer, and figures."""
+    steps = len(batches)
     losses: list[float] = []
     if store and (saved := store.load("state")):
         losses = saved.pop("losses").tolist()
-        latents, state = resume.unflatten((latents, state), saved)
-        latents, state = place_latents(latents, student, mesh), place_state(state, student, mesh)
+        training.restore(saved)
     saved_at = time.perf_counter()
     with tqdm(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
             rates = rates_at(settings, len(losses), steps)
-            batch = sharding.place_batch(batch, mesh)
-            latents, state, loss = step(latents, state, student, teacher, batch, rates)
-            losses.append(float(loss))
+            losses.append(float(training.step(batch, rates, len(losses))))
             bar.update()
             bar.set_postfix(kl=f"{np.mean(losses[-20:]):.3f}")
             if store and time.perf_counter() - saved_at > _SNAPSHOT_SECONDS:
-                store.save("state", {**resume.flatten((latents, state)), "losses": np.asarray(losses)})
+                store.save("state", {**resume.flatten(training.values), "losses": np.asarray(losses)})
                 saved_at = time.perf_counter()
-    refined = harden(student, latents, bits)
-    refined = replace(refined, dtype=original.dtype, fused=original.fused)
-    first = sharding.place_batch(batches[0], mesh)
-    _, _, loss = step(latents, state, student, teacher, first, rates_at(settings, 0, 1))
-    first_batch = [losses[0], float(loss)]
+    refined = replace(training.harden(), dtype=original.dtype, fused=original.fused)
+    first_batch = [losses[0], float(training.loss(batches[0]))]
     kept = first_batch[1] <= first_batch[0]
     if not kept:
         _log.warning(
@@ -176,25 +268,7 @@ def kl_divergence(
     """Return the mean KL divergence of the student under `latents`, inputs at `bits`, from the teacher, in nats."""
     expected = jax.lax.stop_gradient(teacher.hidden(tokens))
     got = _hidden(student, latents, tokens, bits)
-    chunk = min(_LOSS_CHUNK, tokens.shape[1])
-    padding = -tokens.shape[1] % chunk
-
-    def chunks(h):
-        h = jnp.pad(h, ((0, 0), (0, padding), (0, 0)))
-        return h.reshape(h.shape[0], -1, chunk, h.shape[-1]).swapaxes(0, 1)
-
-    real = jnp.arange(tokens.shape[1] + padding).reshape(-1, chunk) < tokens.shape[1]
-
-    @functools.partial(jax.value_and_grad, argnums=1)
-    def chunk_kl(p, q, real):
-        p, q = (jax.nn.log_softmax(model.logits(h)) for model, h in ((teacher, p), (student, q)))
-        return jnp.where(real, (jnp.exp(p) * (p - q)).sum(-1), 0).sum() / tokens.size
-
-    # A chunk's gradient is taken while its logits are there: neither model's are computed again for the way back.
-    got = chunks(got)
-    fixed = jax.lax.stop_gradient(got)
-    loss, slope = jax.lax.map(lambda chunk: chunk_kl(*chunk), (chunks(expected), fixed, real))
-    return loss.sum() + (slope * (got - fixed)).sum().astype(loss.dtype)
+    return kl_of_hidden(student, teacher, got, expected, tokens.size)
 
 
 @functools.partial(

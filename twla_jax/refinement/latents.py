@@ -169,6 +169,11 @@ def _start(layer) -> Float[Array, "n m"]:
 
 def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
     """Return the student, on the host, with what the latents stand for in its own format; clips are those at `bits`."""
+    return jax.tree.map(np.asarray, harden_arrays(student, latents, bits))
+
+
+def harden_arrays(student: Decoder, latents: Latents, bits: int) -> Decoder:
+    """Return what `harden` does, its arrays where they are."""
     blocks = student.blocks
     changes: dict[str, Any] = {}
     for name in _linears(blocks, latents):
@@ -201,7 +206,7 @@ def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
         scale = norm.scale.get_value()
         changed = scale.astype(jnp.float32) * (1 + latents[name]["g"])
         changes[f"{path}.scale"] = changed.astype(scale.dtype)
-    return jax.tree.map(np.asarray, replace(student, changes))
+    return replace(student, changes)
 
 
 def flipped(before: Decoder, after: Decoder) -> float:

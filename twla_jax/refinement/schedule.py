@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from twla_jax.core import stiefel
@@ -25,8 +26,13 @@ def rates_at(settings: LearningSettings, step: int, steps: int) -> dict[str, flo
     return {name: share * peak for name, peak in settings.peak_rates.items()}
 
 
-def optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTransformation:
-    """Return Adam with a rate for codes, for scales and norms, for clips, and for rotations, on the manifold."""
+def optimizer(
+    rates: dict[str, Any], learns_rotations: bool, *, narrow: bool = False
+) -> optax.GradientTransformation:
+    """Return Adam with a rate for codes, for scales and norms, for clips, and for rotations, on the manifold.
+
+    If `narrow`, codes have a first moment in bfloat16 and a second one that is factored into rows and columns.
+    """
 
     def labels(latents):
         return {name: {part: kinds.get(part, "scales") for part in parts} for name, parts in latents.items()}
@@ -35,6 +41,17 @@ def optimizer(rates: dict[str, Any], learns_rotations: bool) -> optax.GradientTr
     adam: dict[Hashable, optax.GradientTransformation] = {
         name: optax.adam(rate, b2=0.95) for name, rate in rates.items()
     }
+    if narrow:
+        adam["codes"] = optax.chain(
+            optax.scale_by_factored_rms(decay_rate=0.95, decay_rate_fn=_mean_at_first),
+            optax.ema(0.9, accumulator_dtype=jnp.bfloat16),
+            optax.scale_by_learning_rate(rates["codes"]),
+        )
     if "rotations" in adam:
         adam["rotations"] = stiefel.riemannian(adam["rotations"]) if learns_rotations else optax.set_to_zero()
     return optax.partition(adam, labels)
+
+
+def _mean_at_first(step: Any, decay: Any) -> jnp.ndarray:
+    """Return the decay that takes the mean over the first steps, as Adam's correction of its start does."""
+    return jnp.minimum(decay, 1 - 1 / (step + 1))
