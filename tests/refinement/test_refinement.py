@@ -223,7 +223,7 @@ def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
     )
     settings = dataclasses.replace(REFINE, code_rate=3e-3, scale_rate=2e-3)
     refined, figures = end_to_end.refine(student, teacher, np.tile(WINDOWS, (4, 1)), settings, progress=False)
-    assert figures["loss"][0] == pytest.approx(kl(student, teacher, WINDOWS), rel=0.3)
+    assert figures["first_batch"][0] == pytest.approx(kl(student, teacher, WINDOWS[:4]), rel=1e-3)
     assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
     assert 0 < figures["flipped"] < 0.2
     for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
@@ -258,9 +258,9 @@ def test_clips_that_cut_off_too_much_learn_to_be_wider(student, teacher):
         return dataclasses.replace(leaf, clips=jnp.full_like(leaf.clips, 0.3)) if is_quantizer else leaf
 
     narrowed = jax.tree.map(narrow, student, is_leaf=lambda leaf: isinstance(leaf, ActivationQuantizer))
-    settings = ClipTrainingSettings(batch=4, dtype="float32", steps=12, rate=5e-2)
+    settings = ClipTrainingSettings(batch=4, dtype="float32", steps=18, rate=5e-2)
     trained, figures = clip_training.train_clips(narrowed, teacher, WINDOWS, settings, progress=False)
-    assert figures["steps"] == 12
+    assert figures["steps"] == 18
     assert figures["first_batch"][1] < figures["first_batch"][0]
     assert clips(trained)[..., 1].mean() > 0.35
     np.testing.assert_array_equal(clips(trained)[..., [0, 2, 3]], clips(narrowed)[..., [0, 2, 3]])

@@ -63,7 +63,9 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
 
     with as_one_line(folder):
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        backend.encode("\u2603 \U0010ffff")  # what it cannot spell may raise, and would in the midst of a text
+        backend.encode(
+            "\u2603 \U0010ffff"
+        )  # what it cannot spell may raise, and would in the midst of a text
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
