@@ -33,14 +33,14 @@ def test_windows_come_from_the_domains_in_turn():
 def test_the_worst_domain_decides(after, kept, monkeypatch, caplog):
     ratios = {"before": [("mean", 1.1), ("worst", 2.0)], "after": [("other", 1.0), ("lost", after)]}
 
-    def evaluate_domains(model, texts, *, original, progress):
-        assert original.name == "teacher"
+    def evaluate_domains(model, texts, *, original, mesh, progress):
+        assert (original.name, mesh) == ("teacher", "mesh")
         return {"domains": [{"name": name, "ratio": ratio} for name, ratio in ratios[model.name]]}
 
     monkeypatch.setattr(domain_check, "evaluate_domains", evaluate_domains)
     monkeypatch.setattr(domain_check, "computing_in", lambda model, dtype, fused: model)
     models = [types.SimpleNamespace(name=name) for name in ("before", "after", "teacher")]
-    chosen, figures = domain_check.better_by_domain(*models, {}, "float32", progress=False)
+    chosen, figures = domain_check.better_by_domain(*models, {}, "float32", mesh="mesh", progress=False)
     assert chosen is models[kept]
     assert figures["before"] == {"worst": "worst", "ratio": 2.0}
     assert figures["after"]["worst"] == "lost"

@@ -249,6 +249,28 @@ def test_a_slow_disk_is_not_waited_for_and_a_full_one_is_told_of():
     assert saved == [("block-0", -1), ("stream", 1), ("block-1", -1), ("block-2", -1)]
 
 
+def test_streams_are_not_kept_past_a_block_that_could_not_be_written():
+    """A disk may have room for the streams, in place of older ones, where it had none for the block before them."""
+    saved, go_on = [], threading.Event()
+
+    class Store:
+        def save(self, name, arrays):
+            go_on.wait(10)
+            if name == "block-0":
+                raise TwlaError("disk full")
+            saved.append(name)
+
+    def blocks():
+        with Snapshots(Store()) as kept:
+            kept.keep_block(0, {})
+            kept.keep_streams(1, {})
+            go_on.set()
+
+    with pytest.raises(TwlaError, match="disk full"):
+        blocks()
+    assert saved == []
+
+
 def test_rotations_may_look_at_the_inputs(model, quantised):
     aware = dataclasses.replace(RECIPE, rotation=dataclasses.replace(RECIPE.rotation, range_weight=1.0))
     result, figures = pipeline.quantize_blocks(model, WINDOWS, aware.quantization, progress=False)

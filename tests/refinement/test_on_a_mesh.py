@@ -1,5 +1,6 @@
 """Refinement and evaluation split over simulated devices take the steps that one device takes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from twla_jax.models import sharding
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import EndToEndSettings
-from twla_jax.refinement.end_to_end import refine
+from twla_jax.refinement.end_to_end import WholeTraining, refine
 from twla_jax.refinement.latent_shardings import place_latents
 from twla_jax.refinement.latents import init_latents
+from twla_jax.storage import resume
 
 CONFIG = DecoderConfig(
     model_type="llama",
@@ -94,3 +96,20 @@ def test_a_step_that_the_mesh_does_not_divide_is_refused(student, teacher):
     mesh = sharding.make_mesh("data=4")
     with pytest.raises(TwlaError, match="batches of 2 windows cannot be split over data=4"):
         refine(student, teacher, WINDOWS, SETTINGS, mesh=mesh, progress=False)
+
+
+def test_what_is_gone_on_with_lies_where_it_lay_and_takes_its_place(student, teacher, mesh):
+    student, teacher = sharding.place(student, mesh), sharding.place(teacher, mesh)
+    training = WholeTraining(student, teacher, init_latents(student, teacher), SETTINGS, 16, mesh)
+    before, saved = training.values, resume.flatten(training.values)
+    training.restore(saved)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    for leaf, old in zip(jax.tree.leaves(training.values), jax.tree.leaves(before), strict=True):
+        assert leaf.sharding == old.sharding
+    again = resume.flatten(training.values)
+    for name, array in saved.items():
+        np.testing.assert_array_equal(again[name], array)
+    # Not by way of one device, which may have no room for the whole.
+    u = place_latents(init_latents(student, teacher), student, mesh)["q"]["u"]
+    (back,) = resume.unflatten([u], {"0": np.asarray(u)})
+    assert back.sharding == u.sharding

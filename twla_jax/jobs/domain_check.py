@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import jax
 import numpy as np
 
 from twla_jax.evaluation.domains import evaluate_domains
@@ -34,6 +35,7 @@ def better_by_domain(
     texts: dict[str, np.ndarray],
     dtype: str,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Return the model whose worst domain is the better one, and the `worst` domain and `ratio` of both.
@@ -44,12 +46,14 @@ def better_by_domain(
       teacher: the model that both were made from.
       texts: windows by domain.
       dtype: what is computed in.
+      mesh: as `evaluate_domains` takes it.
       progress: bars on stderr.
     """
     teacher, *models = (computing_in(model, dtype, fused=True) for model in (teacher, before, after))
     worst = []
     for model in models:
-        row = evaluate_domains(model, texts, original=teacher, progress=progress)["domains"][-1]
+        found = evaluate_domains(model, texts, original=teacher, mesh=mesh, progress=progress)
+        row = found["domains"][-1]
         worst.append({"worst": row["name"], "ratio": row["ratio"]})
     figures: dict[str, Any] = {"before": worst[0], "after": worst[1]}
     if worst[1]["ratio"] <= worst[0]["ratio"]:

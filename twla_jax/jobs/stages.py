@@ -93,7 +93,7 @@ def _refine(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
     texts = domain_check.domain_windows(work.text)
     if texts and figures["kept"]:
         better, by_domain = domain_check.better_by_domain(
-            model, refined, work.teacher, texts, settings.dtype, progress=work.progress
+            model, refined, work.teacher, texts, settings.dtype, mesh=work.mesh, progress=work.progress
         )
         figures |= {"kept": better is refined, "by_domain": by_domain}
     return refined if figures["kept"] else model, {"refine": figures}

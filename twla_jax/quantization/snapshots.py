@@ -26,6 +26,7 @@ class Snapshots:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
         self._pending: list[Future] = []
         self._streams: Future | None = None
+        self._failed = False
 
     def __enter__(self) -> "Snapshots":
         return self
@@ -69,8 +70,18 @@ class Snapshots:
         self._raise_errors()
         if self._store is None:
             return None
-        self._pending.append(self._writer.submit(self._store.save, name, arrays))
+        self._pending.append(self._writer.submit(self._save, self._store, name, arrays))
         return self._pending[-1]
+
+    def _save(self, store: resume.WorkDir, name: str, arrays: dict[str, Any]) -> None:
+        """Write a group, unless an earlier one is missing, without which it could not be gone on from."""
+        if self._failed:
+            return
+        try:
+            store.save(name, arrays)
+        except BaseException:
+            self._failed = True
+            raise
 
     def _raise_errors(self) -> None:
         """Raise the error of what the thread has done, as of a disk that is full."""

@@ -195,8 +195,9 @@ class WholeTraining:
         )
 
     def restore(self, saved: dict[str, np.ndarray]) -> None:
-        """Take what an interrupted run kept of `values`."""
+        """Take what an interrupted run kept of `values`, which are spent: there may be no room for both."""
         student = self._models[0]
+        resume.discard(self.values)
         latents, state = resume.unflatten(tuple(self.values), saved)
         self.values = place_latents(latents, student, self._mesh), place_state(state, student, self._mesh)
 

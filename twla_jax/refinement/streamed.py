@@ -80,7 +80,8 @@ class StreamedTraining:
         return loss
 
     def restore(self, saved: dict[str, np.ndarray]) -> None:
-        """Take what an interrupted run kept of `values`."""
+        """Take what an interrupted run kept of `values`, which are spent: there may be no room for both."""
+        resume.discard(self.values)
         self.values = resume.unflatten(self.values, saved)
 
     def loss(self, tokens: Int32[np.ndarray, "b t"]) -> jax.Array:

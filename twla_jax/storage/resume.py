@@ -218,6 +218,23 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
 
 
 def unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
-    """Return what `flatten` was given, on the device; `like` has its structure."""
+    """Return what `flatten` was given, each array where that of `like` lies.
+
+    Args:
+      like: arrays of that structure, on a device, a mesh or in the host's memory; of what was donated, too.
+      saved: what `flatten` returned.
+    """
     leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [jnp.asarray(saved[str(index)]) for index in range(len(leaves))])
+
+    def placed(leaf: jax.Array, array: np.ndarray) -> jax.Array:
+        # What lies nowhere in particular stays so. What is split is never whole on one device.
+        return jax.device_put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)
+
+    arrays = [placed(leaf, saved[str(index)]) for index, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def discard(tree: Any) -> None:
+    """Free the arrays of a pytree on their devices, whoever else holds them."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()

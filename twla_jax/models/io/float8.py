@@ -69,7 +69,8 @@ class Float8Source:
                 "%s: %d scales of activations are left out (%s, …)", folder, len(unread), min(unread)
             )
         scales = {name.removesuffix(_SCALE): name for name in held if name.endswith(f".weight{_SCALE}")}
-        self._names = [name for name in held if name not in {*scales.values(), *unread}]
+        left_out = {*scales.values(), *unread}
+        self._names = [name for name in held if name not in left_out]
         self._scaled = {name: (scale, self._block(name, scale, block)) for name, scale in scales.items()}
 
     def _block(self, name: str, scale: str, block: list[int] | None) -> tuple[int, int]:
