@@ -76,6 +76,28 @@ def test_a_batch_takes_no_more_than_predicted(model, first):
     assert temporary(compiled) <= ALLOWED * memory.batch_bytes(model, seq_len, rows)
 
 
+@pytest.mark.parametrize("name", ["mlp", "down"])
+def test_experts_take_no_more_than_predicted(name):
+    config = dataclasses.replace(
+        CONFIG, model_type="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=2, num_layers=1
+    )
+    config = dataclasses.replace(config, hidden_size=64, intermediate_size=96, num_heads=2, head_dim=32)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), model.blocks)
+    rows, seq_len = 2, 256
+    context = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).context(seq_len).layer(0))
+    last = next(index for index, site in enumerate(model.sites) if site.name == name)
+    moment = jax.eval_shape(lambda: block._no_moment(model.sites[last], one.linears(model.sites[last])))
+    # With propagation, those of errors beside those of inputs.
+    predicted = memory.moment_bytes(model, model.sites[last], RECIPE.quantization)
+    assert predicted == 2 * moment.sums.size * moment.sums.dtype.itemsize
+    x, real = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((rows, seq_len, 64), (rows,)))
+    compiled = block.advance.lower(
+        one, x, None, real, moment, context, first=2, last=last, stride=4
+    ).compile()
+    assert temporary(compiled) <= ALLOWED * memory.batch_bytes(model, seq_len, rows)
+
+
 def test_the_streams_are_those_that_are_held(model):
     windows = np.zeros((3, 16), np.int32)
     real = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model)

@@ -106,10 +106,11 @@ def _seconds(model: Decoder, recipe: Recipe, rate: float) -> float:
     for site in model.sites:
         features = [linear.features for linear in model.blocks.linears(site)]
         m, n = features[0][0], sum(outputs for _, outputs in features)
+        count, taken = (model.config.num_experts, model.config.experts_per_token) if site.experts else (1, 1)
         work = m * n * (2 if site.recomputed or len(features) == 2 else 1) + m * m
-        operations += 2.0 * passes * tokens * work
+        operations += 2.0 * passes * tokens * taken * work
         if settings.rotation is not None:
-            operations += 6.0 * settings.rotation.steps * n * m * 2 * m**0.5
+            operations += 6.0 * settings.rotation.steps * count * n * m * 2 * m**0.5
         columns += m
     return layers * (operations / (_EFFICIENCY * rate) + columns * _COLUMN_SECONDS)
 

@@ -127,7 +127,7 @@ def quantize_experts(
     used = moments.of_own_or_all(few)
     error_sums = None if errors is None else errors.of_own_or_all(few).sums
     operands = kernels, used.sums, used.tokens, moments.sums, error_sums
-    chunk = _chunk(count, m, sum(kernel.shape[-1] for kernel in kernels))
+    chunk = chunk_size(count, m, sum(kernel.shape[-1] for kernel in kernels))
 
     # A scan over chunks: what only some experts' sweeps need never exists for all.
     def sweep(metric, operands):
@@ -161,7 +161,7 @@ def _split(tensor: Any, sizes: list[int]) -> tuple[Any, ...]:
     return tuple(tensors)
 
 
-def _chunk(count: int, m: int, n: int) -> int:
+def chunk_size(count: int, m: int, n: int) -> int:
     """Return how many of the experts are swept at a time, a divisor of `count`."""
     each = 4 * (8 * m * m + 6 * n * m)  # factors and moments, and weights on their way
     return next(

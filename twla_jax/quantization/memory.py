@@ -5,7 +5,10 @@ import math
 from twla_jax.core import kotms
 from twla_jax.core.settings import QuantizationSettings
 from twla_jax.models.blocks import Site
+from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
+from twla_jax.ops.expert_matmul import block_size
+from twla_jax.quantization.experts import chunk_size
 from twla_jax.quantization.stream import BATCH_TOKENS, widest_kept
 
 _FLOAT32 = 4
@@ -39,13 +42,21 @@ def site_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> in
     features = _features(model, site)
     m, n = features[0][0], sum(outputs for _, outputs in features)
     sample = settings.activations.clip_tokens * m
-    return int(_FLOAT32 * (_ROWS * n * m + _MOMENTS * m * m + _SAMPLES * sample))
+    matrices = _ROWS * n * m + _MOMENTS * m * m
+    if site.experts:  # some are swept at a time; the moments that each is quantised by are there for all
+        count = model.config.num_experts
+        moments = count * m * m * (2 if settings.weights.propagation else 1)
+        matrices = chunk_size(count, m, n) * matrices + moments
+    return int(_FLOAT32 * (matrices + _SAMPLES * sample))
 
 
 def moment_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
-    """Return the bytes of the second moments of one site's input, with those of errors that are made up for."""
-    m = _features(model, site)[0][0]
-    return _FLOAT32 * m * m * (2 if settings.weights.propagation else 1)
+    """Return the bytes of the second moments of one site's input, with those of errors that are made up for.
+
+    Each expert has its own.
+    """
+    m, count = _features(model, site)[0][0], model.config.num_experts if site.experts else 1
+    return _FLOAT32 * count * m * m * (2 if settings.weights.propagation else 1)
 
 
 def batch_bytes(model: Decoder, seq_len: int, windows: int) -> int:
@@ -55,8 +66,20 @@ def batch_bytes(model: Decoder, seq_len: int, windows: int) -> int:
     scores = _FLOAT32 * rows * config.num_heads * min(seq_len, _QUERIES) * seq_len
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     attention = 2 * scores + itemsize * rows * seq_len * (config.hidden_size + 2 * heads)
-    gated = 4 * itemsize * rows * seq_len * config.intermediate_size
+    if config.num_experts:
+        gated = _experts_bytes(config, itemsize, rows * seq_len)
+    else:
+        gated = 4 * itemsize * rows * seq_len * config.intermediate_size
     return max(attention, gated)
+
+
+def _experts_bytes(config: DecoderConfig, itemsize: int, tokens: int) -> int:
+    """Return the temporary bytes of some tokens in their experts: rows in blocks, in float32 too for the moments."""
+    d, hidden, count = config.hidden_size, config.intermediate_size, config.num_experts
+    choices = tokens * config.experts_per_token
+    rows = choices + count * (block_size(choices, count) - 1)  # with those that only fill up blocks
+    matrices = 2 * count * d * hidden if itemsize > 2 else 0  # of gate and up, which are stored in 16 bits
+    return itemsize * (rows * (d + 2 * hidden) + matrices) + _FLOAT32 * rows * max(d, hidden)
 
 
 def rotation_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
@@ -65,6 +88,7 @@ def rotation_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -
         return 0
     features = _features(model, site)
     m, n = features[0][0], sum(outputs for _, outputs in features)
+    n *= model.config.num_experts if site.experts else 1
     return _ROTATED * _FLOAT32 * m * (n // kotms.stride(n, settings.rotation.rows))
 
 
