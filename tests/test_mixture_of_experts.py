@@ -29,6 +29,7 @@ from twla_jax.quantization.experts import ExpertMoments, quantize_experts
 from twla_jax.recipe import BlockRefinementSettings, CalibrationSettings, Recipe
 from twla_jax.refinement import blockwise
 from twla_jax.storage import accounting, checkpoint, prediction
+from twla_jax.storage.export import compressed_tensors, gguf_file
 
 CONFIG = DecoderConfig(
     model_type="qwen3_moe",
@@ -211,3 +212,12 @@ def test_the_published_layout_is_refused(model):
     settings = dataclasses.replace(SETTINGS, weights=published)
     with pytest.raises(TwlaError, match="published layout has no form for experts"):
         twla_jax.quantize_blocks(model, WINDOWS, settings, progress=False)
+
+
+def test_formats_without_a_form_for_experts_refuse_it(model, tmp_path):
+    """By its type, before its linears, among which the router is none."""
+    with pytest.raises(TwlaError, match="type qwen3_moe cannot be written as GGUF"):
+        gguf_file.write(model, None, tmp_path / "model.gguf", kind="tq2_0")
+    with pytest.raises(TwlaError, match="type qwen3_moe cannot be written as a Hugging Face folder"):
+        compressed_tensors.write(model, None, tmp_path, files={})
+    assert list(tmp_path.iterdir()) == []

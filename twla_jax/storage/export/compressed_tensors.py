@@ -37,6 +37,7 @@ def write(
     Raises:
       TwlaError: the linears have offsets, a second plane or rotated inputs, or groups that the format cannot hold.
     """
+    config = hf_config(model.config, _DTYPE)
     tensors = require_plain(model, "compressed-tensors")
     family = family_of(model.config)
     if family.hf_fused or family.hf_norms_less_one:
@@ -44,7 +45,7 @@ def write(
             f"models of type {model.config.model_type} are not written as compressed-tensors; give --format hf"
         )
     group_size = common_group(tensors)
-    config = hf_config(model.config, _DTYPE) | {"quantization_config": _scheme(tensors, group_size)}
+    config |= {"quantization_config": _scheme(tensors, group_size)}
     written: list[Tensor] = []
     for each in parameters(model):
         name = published_name(each, model.config)

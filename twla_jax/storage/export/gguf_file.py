@@ -42,12 +42,12 @@ def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> N
       TwlaError: llama.cpp has no form for the model's settings or its tokenizer, or a weight is too large for float16,
         or `kind` cannot hold the linears.
     """
-    ternary = TYPES.get(kind)
-    if ternary is not None:
-        ternary.require(require_plain(model, ternary.name))
     config = model.config
     if config.model_type not in hf_families.FAMILIES:
         raise TwlaError(f"models of type {config.model_type} cannot be written as GGUF")
+    ternary = TYPES.get(kind)
+    if ternary is not None:
+        ternary.require(require_plain(model, ternary.name))
     family = FAMILIES[_AS.get(config.model_type, config.model_type)]
     writer = gguf.GGUFWriter(path, str(family.gguf_architecture))
     add_settings(writer, config)
