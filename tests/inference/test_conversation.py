@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,6 +13,7 @@ from twla_jax.inference.conversation import Conversation
 from twla_jax.inference.generation import generate
 from twla_jax.inference.sampling import Sampling
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.rope_settings import RopeScaling
 from twla_jax.text import chat
 
 from helpers.chat_tokenizer import chat_tokenizer
@@ -64,6 +66,26 @@ def test_only_what_is_new_is_read(model, tokenizer, monkeypatch):
     list(talk.answer("w3"))
     assert held[0] == 0
     assert held[1] >= len(first)  # and the answer, where its text has the same tokens
+
+
+def test_keys_are_kept_only_on_one_side_of_where_longrope_changes(tiny_config, monkeypatch):
+    scaling = RopeScaling(
+        kind="longrope",
+        original_max_position_embeddings=12,
+        factors=(1.0,) * 7,
+        long_factors=(4.0,) * 7,
+    )
+    model = Decoder(dataclasses.replace(tiny_config, rope_scaling=scaling), rngs=nnx.Rngs(0))
+    held, fill = [], conversations.generation.fill
+    monkeypatch.setattr(
+        conversations.generation, "fill", lambda *a, **k: held.append(k["held"]) or fill(*a, **k)
+    )
+    kept = conversations.KeptText(model)
+    settings = {"sampling": Sampling(), "key": jax.random.key(0), "eos_token_ids": ()}
+    long = list(range(20))
+    for ids in (long, [*long, 95, 96], long[:6], [*long[:6], 95], long):
+        next(iter(kept.stream(ids, 100, **settings)))
+    assert held == [0, 20, 0, 6, 0]
 
 
 def test_an_answer_that_is_cut_short_is_kept_as_far_as_it_came(model, tokenizer):

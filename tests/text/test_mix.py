@@ -99,11 +99,28 @@ def test_an_archive_stands_for_the_unpacked_folder(own_data):
 
 def test_evaluation_texts_are_refused_for_calibration_under_any_path(own_data):
     folder = own_data / "domains" / "valid"
-    for path in (folder, folder / "code.jsonl", folder / ".." / "valid" / "chat.jsonl"):
+    for path in (folder, folder.parent, folder / "code.jsonl", folder / ".." / "valid" / "chat.jsonl"):
         with pytest.raises(TwlaError, match="is an evaluation text"):
             corpora.load_corpus(path, "calibration")
     with pytest.raises(TwlaError, match="is an evaluation text"):
         corpora.load_domains(folder, "calibration")
+
+
+def test_no_text_of_a_folder_hides_another_of_its_name(tmp_path):
+    domain_files(tmp_path, "a", [{"text": "one"}])
+    domain_files(tmp_path, "languages", [{"text": "four", "lang": "de"}])
+    domain_files(tmp_path / "v1.0", "languages", [{"text": "five", "lang": "de"}])
+    for name, text in (
+        ("a.txt", "two"),
+        ("a.b.txt", "three"),
+        ("v1.0/a.txt", "six"),
+        ("v1.0/b.txt", "seven"),
+    ):
+        (tmp_path / name).write_text(text)
+    texts = {name: corpus.text for name, corpus in corpora.load_domains(tmp_path).items()}
+    assert sorted(texts.values()) == sorted(["one", "two", "three", "four", "five", "six", "seven"])
+    assert texts["v1.0/a"] == "six"
+    assert texts["v1.0/languages.jsonl:german"] == "five"
 
 
 def test_chats_are_rendered_by_the_tokenizer_that_can(own_data):

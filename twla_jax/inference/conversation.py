@@ -151,12 +151,10 @@ class KeptText:
             (i for i, (one, other) in enumerate(pairs) if one != other), min(len(ids) - 1, len(self._ids))
         )
         scaling = self._model.config.rope_scaling
-        if (
-            scaling is not None
-            and scaling.kind == "longrope"
-            and len(ids) > scaling.original_max_position_embeddings
-        ):
-            held = 0  # what was written before had the factors of a shorter text
+        if scaling is not None and scaling.kind == "longrope":
+            long = [len(each) > scaling.original_max_position_embeddings for each in (ids, self._ids)]
+            if long[0] != long[1]:
+                held = 0  # what was written before had the other factors
         if cache is None or generation.room_for(len(ids), held, count) > cache.size:
             size = generation.bucket(generation.room_for(len(ids), 0, count))
             del cache

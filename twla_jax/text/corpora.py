@@ -118,17 +118,25 @@ def load_domains(names: str | Path, split: Split = "evaluation") -> dict[str, Co
     Raises:
       TwlaError: as `load_corpus`.
     """
+    found: dict[str, Corpus] = {}
     if _exists(names) and Path(names).is_dir():
-        found = {}
         for file in files.text_files(Path(names)):
-            name = str(file.relative_to(names)).split(".")[0]
+            place = file.relative_to(names)
             if split == "calibration" and mix.is_evaluation_file(file):
                 raise TwlaError(f"corpus '{file}' {_NOT_TO_CALIBRATE_ON}")
-            texts = mix.by_language(file) if file.name == mix.LANGUAGES_FILE else {name: files.read(file)}
-            found |= {part: _corpus(part, split, text) for part, text in texts.items()}
+            by_language = file.name == mix.LANGUAGES_FILE
+            name = str(place.parent / (file.name.split(".")[0] or file.name))
+            texts = mix.by_language(file) if by_language else {name: files.read(file)}
+            for part, text in texts.items():
+                if part in found:  # as of `a.txt` and `a.jsonl`
+                    part = f"{place}:{part}" if by_language else str(place)
+                found[part] = _corpus(part, split, text)
         return found
-    corpora = [load_corpus(name.strip(), split) for name in str(names).split(",")]
-    return {part.name: part for corpus in corpora for part in corpus.parts or (corpus,)}
+    for corpus in [load_corpus(name.strip(), split) for name in str(names).split(",")]:
+        for part in corpus.parts or (corpus,):
+            same = found.get(part.name, part).text == part.text
+            found[part.name if same else f"{corpus.name}:{part.name}"] = part
+    return found
 
 
 def _exists(name: str | Path) -> bool:
@@ -142,9 +150,11 @@ def _read(name: str | Path, split: Split) -> Text:
     if str(name) in _NAMED:
         return _NAMED[str(name)](split)
     if _exists(name):
-        if split == "calibration" and mix.is_evaluation_file(Path(name)):
+        path = Path(name)
+        held = [path, *(files.text_files(path) if path.is_dir() else ())]
+        if split == "calibration" and any(map(mix.is_evaluation_file, held)):
             raise TwlaError(f"corpus '{name}' {_NOT_TO_CALIBRATE_ON}")
-        return files.read(Path(name))
+        return files.read(path)
     if str(name) in mix.DOMAINS:
         if text := mix.domain(str(name), split):
             return text

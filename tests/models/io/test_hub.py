@@ -176,9 +176,11 @@ def test_no_access_and_wrong_names_are_one_line_with_what_to_do(online, files, m
 
 def test_offline_the_cache_is_enough_and_what_it_lacks_is_named(online, files, monkeypatch):
     online.models["org/tiny"] = files
-    path = loading.resolve_model("org/tiny")
+    online.models["org/gguf"] = {"tiny-Q8_0.gguf": b"GGUF", "README.md": b"x"}
+    path, only = loading.resolve_model("org/tiny"), loading.resolve_model("org/gguf")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert loading.resolve_model("org/tiny") == path
+    assert loading.resolve_model("org/gguf") == only
     assert refusal("org/other") == (
         "org/other: is no folder here, is not in the hub's cache, and HF_HUB_OFFLINE is set"
     )

@@ -76,7 +76,7 @@ def fetch(name: HubName, *, weights: bool = True) -> Path:
         _snapshot(name._replace(revision=folder.name), list(manifest.get("files", ())))
         return folder
     if not (folder / "config.json").exists():
-        return _gguf(name, _only_gguf(name))
+        return _gguf(name, _only_gguf(name, folder))
     huggingface.read_config(folder)  # refuses what would be fetched in vain
     if weights:
         fixed = name._replace(
@@ -85,7 +85,7 @@ def fetch(name: HubName, *, weights: bool = True) -> Path:
         files = indexed_files(folder) if (folder / INDEX).exists() else [SINGLE]
         _snapshot(fixed, files)
         if not (folder / files[0]).exists():
-            return _gguf(name, _only_gguf(name))
+            return _gguf(name, _only_gguf(name, folder))
     return folder
 
 
@@ -114,15 +114,15 @@ def _gguf(name: HubName, file: str) -> Path:
     parts = (
         [f"{split[1]}-{i:05}-of-{split[2]}.gguf" for i in range(1, int(split[2]) + 1)] if split else [file]
     )
-    path = _snapshot(name, parts) / file
-    if not path.exists():
-        raise TwlaError(f"{name.repo}: has no file {file}{_such_as(_listed(name))}")
-    return path
+    folder = _snapshot(name, parts)
+    if not (folder / file).exists():
+        raise TwlaError(f"{name.repo}: has no file {file}{_such_as(_listed(name, folder))}")
+    return folder / file
 
 
-def _only_gguf(name: HubName) -> str:
+def _only_gguf(name: HubName, folder: Path) -> str:
     """Return the one GGUF file of a repository without safetensors, of a split one the first part."""
-    listed = _listed(name)
+    listed = _listed(name, folder)
     models = [file for file in listed if not (found := _SPLIT.fullmatch(file)) or "-00001-of-" in found[0]]
     if len(models) == 1:
         return models[0]
@@ -133,14 +133,14 @@ def _only_gguf(name: HubName) -> str:
     )
 
 
-def _listed(name: HubName) -> list[str]:
-    """Return the repository's GGUF files; none where there is no way to it."""
+def _listed(name: HubName, folder: Path) -> list[str]:
+    """Return the repository's GGUF files; where there is no way to it, those in its folder of the cache."""
     import huggingface_hub
 
     try:
         files = huggingface_hub.HfApi().list_repo_files(name.repo, revision=name.revision)
-    except Exception:  # what the message then lacks
-        return []
+    except Exception:  # offline, or no access any more
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
     return sorted(file for file in files if file.endswith(".gguf"))
 
 
