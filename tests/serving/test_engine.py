@@ -181,6 +181,7 @@ def test_a_cancelled_request_frees_its_slot_and_the_others_do_not_notice(engine,
         ({"prompt": (1,) * 39, "max_new_tokens": 2}, "41, above the limit 40"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
         ({"ends": tuple(range(9))}, "at most 8 tokens"),
+        ({"ends": (2**32 - 1,)}, "must be token ids"),
         ({"sampling": Sampling(repetition_penalty=1.1)}, "repetition_penalty"),
     ],
 )

@@ -41,9 +41,12 @@ def test_a_json_list_is_one_document_a_record(tmp_path):
     ("name", "dialect"), [("a.csv", "excel"), ("a.CSV", "excel"), ("a.tsv", "excel-tab")]
 )
 def test_a_table_has_a_column_of_texts(tmp_path, name, dialect):
+    long = "d" * 200_000
     with (tmp_path / name).open("w", newline="") as file:
-        csv.writer(file, dialect).writerows([["id", "text"], [1, 'a, "quoted"\nline'], [2, "b\tc"]])
-    assert corpora.load_corpus(tmp_path / name, "evaluation").text == 'a, "quoted"\nline\n\nb\tc'
+        rows = [["id", "text"], [1, 'a, "quoted"\nline'], [2, "b\tc"], [3, long]]
+        csv.writer(file, dialect).writerows(rows)
+    text = corpora.load_corpus(tmp_path / name, "evaluation").text
+    assert text == f'a, "quoted"\nline\n\nb\tc\n\n{long}'
 
 
 @pytest.mark.parametrize(

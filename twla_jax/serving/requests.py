@@ -1,6 +1,7 @@
 """Defines what is asked of the engine, and what it answers."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Literal
 
@@ -72,6 +73,10 @@ def check(generation: Generation, config: DecoderConfig, max_length: int) -> Non
                 f"{length} prompt tokens and {new} new ones pass {most}, where LongRoPE would compute all keys anew; "
                 f"ask for {most - length + 1} at most"
             )
+    if not all(
+        isinstance(each, numbers.Integral) and -(2**31) <= int(each) < 2**31 for each in generation.ends
+    ):
+        raise TwlaError(f"ends {generation.ends!r}: must be token ids")
     if len(generation.ends) > MOST_ENDS:
         raise TwlaError(f"ends: at most {MOST_ENDS} tokens can end a request")
     if generation.sampling.repetition_penalty != 1:

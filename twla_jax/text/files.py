@@ -188,7 +188,9 @@ def _list(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    text = read_text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a document may be longer than its default
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         _field(reader.fieldnames or [], str(path), "column")
         for row in reader:

@@ -280,6 +280,13 @@ def test_what_is_not_supported_is_refused_from_the_metadata(golden, tmp_path):
     )
 
 
+def test_special_tokens_without_a_row_are_none(golden, tmp_path):
+    ids = {"eos": 2**32 - 1, "eot": 5, "bos": 2**32 - 1}
+    entries = [("add_uint32", f"tokenizer.ggml.{key}_token_id", value) for key, value in ids.items()]
+    config = read_config(write(golden("llama"), tmp_path / "model.gguf", "llama", metadata=entries))
+    assert (config.eos_token_ids, config.bos_token_id) == ((5,), None)
+
+
 def test_scalings_have_the_names_and_defaults_of_llama_cpp(golden, tmp_path):
     def scaling(*entries):
         path = write(golden("llama"), tmp_path / "model.gguf", "llama", metadata=entries)

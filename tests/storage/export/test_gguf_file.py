@@ -98,7 +98,7 @@ def test_a_byte_level_vocabulary_splits_text_as_before(pre, tmp_path):
     tokenizer = byte_level_tokenizer(pre, size=300)
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
     tokenizer.backend_tokenizer.model.ignore_merges = PRE_TOKENIZERS[pre].ignores_merges
-    gguf_vocabulary.add_vocabulary(writer, tokenizer, 310, (1,))
+    gguf_vocabulary.add_vocabulary(writer, tokenizer, 310, (1, 7, 9))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -107,6 +107,7 @@ def test_a_byte_level_vocabulary_splits_text_as_before(pre, tmp_path):
     gguf_vocabulary.check_vocabulary(file, tokenizer)
     assert PRE_TOKENIZERS[file.get("tokenizer.ggml.pre")].patterns == PRE_TOKENIZERS[pre].patterns
     assert file.get("tokenizer.ggml.tokens")[-1] == "[PAD309]"
+    assert [file.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")] == [1, 7, 9]
 
 
 def test_sentencepiece_vocabularies_keep_the_order_of_their_merges(tmp_path):

@@ -105,6 +105,12 @@ def read_config(file: GgufFile) -> DecoderConfig:
     ends = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
     bos = "tokenizer.ggml.bos_token_id"
     check_values(file.metadata, dict.fromkeys([bos, *ends], integer(0, 2**32 - 1)), source)
+    vocab_size = int(file.tensors[names["embed"]].shape[0]) if names["embed"] in file.tensors else 0
+
+    def token(key):  # one that no row has, as 2³² − 1 for none, is passed over, as llama.cpp does
+        value = file.get(key)
+        return value if value is not None and value < vocab_size else None
+
     for key, harmless in _REFUSED.items():
         if key not in family.gguf_keys and get(key) is not None and get(key) not in harmless:
             raise TwlaError(f"{source}: {architecture}.{key} {shown(get(key))} is not supported")
@@ -129,7 +135,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
 
     settings: dict[str, Any] = {
         "model_type": families[architecture],
-        "vocab_size": int(file.tensors[names["embed"]].shape[0]),
+        "vocab_size": vocab_size,
         "hidden_size": hidden,
         "intermediate_size": require("feed_forward_length"),
         "num_layers": layers,
@@ -148,8 +154,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
         "qk_norm": has("blocks.q_norm.scale"),
         "sliding_window": window,
         "sliding_layers": () if window is None else tuple(range(layers)),
-        "bos_token_id": file.get(bos),
-        "eos_token_ids": tuple(sorted({file.get(key) for key in ends} - {None})),
+        "bos_token_id": token(bos),
+        "eos_token_ids": tuple(sorted({each for each in map(token, ends) if each is not None})),
     }
     try:
         own = family.gguf_settings(get, settings)

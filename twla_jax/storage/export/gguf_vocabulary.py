@@ -108,6 +108,7 @@ def _add_special(
         (bos, writer.add_bos_token_id),
         (ends[0] if ends else eos, writer.add_eos_token_id),
         (ends[1] if len(ends) > 1 else None, writer.add_eot_token_id),
+        (ends[2] if len(ends) > 2 else None, writer.add_eom_token_id),  # Llama 3 has three
         (cast(int | None, tokenizer.unk_token_id), writer.add_unk_token_id),
         (cast(int | None, tokenizer.pad_token_id), writer.add_pad_token_id),
     ):
