@@ -3,10 +3,12 @@
 import dataclasses
 import shutil
 import threading
+import types
 import weakref
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -23,7 +25,7 @@ from twla_jax.models.stored_layers import StoredLayers, in_files
 from twla_jax.quantization import block, memory, pipeline, rotation_fitting, stream
 from twla_jax.quantization.snapshots import Snapshots
 from twla_jax.recipe import Recipe
-from twla_jax.storage import checkpoint, folders
+from twla_jax.storage import checkpoint, folders, resume
 
 from helpers.compiled import compiled_programs
 
@@ -269,6 +271,25 @@ def test_streams_are_not_kept_past_a_block_that_could_not_be_written():
     with pytest.raises(TwlaError, match="disk full"):
         blocks()
     assert saved == []
+
+
+def test_streams_are_read_again_a_batch_at_a_time(tmp_path, monkeypatch):
+    """They may be too large for the host's memory: then they lie in files, and no list of them may be made."""
+    store = resume.WorkDir(tmp_path / "work", "a")
+    batches = [np.full((2, 3, 4), index, ml_dtypes.bfloat16) for index in range(3)]
+    held = types.SimpleNamespace(saved=lambda: batches)
+    with Snapshots(store) as kept:
+        assert kept.load() is None
+        kept.keep_streams(5, {"x": held, "reference": None})
+    read, load = [], resume.WorkDir.load
+    monkeypatch.setattr(resume.WorkDir, "load", lambda *of: read.append(of[2]) or load(*of))
+    first, streams = Snapshots(store).load()
+    assert (first, streams.keys(), streams["x"].shape) == (5, {"x"}, (3, 2, 3, 4))
+    assert len(read) == 2  # the layer, and one batch for its shape
+    for expected, batch in zip(batches, streams["x"], strict=True):
+        assert batch.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(batch, expected)
+    assert None not in read
 
 
 def test_rotations_may_look_at_the_inputs(model, quantised):

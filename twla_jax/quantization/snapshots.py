@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from twla_jax.models.stored_layers import StoredLayers
 from twla_jax.quantization.stream import ResidualStream
 from twla_jax.storage import resume
 
-_STREAM = "stream"
+_STREAM, _LAYER = "stream", "layer"
 
 
 class Snapshots:
@@ -38,15 +39,28 @@ class Snapshots:
         if error is None:
             self._raise_errors()
 
-    def load(self) -> tuple[int, dict[str, list[np.ndarray]]] | None:
-        """Return the block to go on with and the streams before it by name; None where nothing was kept."""
-        if self._store is None or (saved := self._store.load(_STREAM)) is None:
+    def load(self) -> tuple[int, dict[str, StoredLayers]] | None:
+        """Return the block to go on with and the streams before it by name; None where nothing was kept.
+
+        Batches of a stream, `[batches, b, s, d]`, are read when their turn comes: there may be no room for all.
+        """
+        store = self._store
+        if store is None or (names := store.names(_STREAM)) is None:
             return None
-        first = int(saved.pop("layer"))
-        streams: dict[str, list[np.ndarray]] = {}
-        for key, array in saved.items():
-            streams.setdefault(key.partition("-")[0], []).append(array)
-        return first, streams
+        batches: dict[str, list[str]] = {}
+        for name in names:
+            if name != _LAYER:
+                batches.setdefault(name.partition("-")[0], []).append(name)
+
+        def stream(names: list[str]) -> StoredLayers:
+            def read(index: int) -> np.ndarray:
+                return store.require(_STREAM, names[index])[names[index]]
+
+            one = read(0)
+            return StoredLayers(read, (len(names), *one.shape), one.dtype)
+
+        first = int(store.require(_STREAM, _LAYER)[_LAYER])
+        return first, {name: stream(parts) for name, parts in batches.items()}
 
     def keep_block(self, index: int, result: Mapping[str, np.ndarray]) -> None:
         """Keep what was found for one block."""
@@ -56,7 +70,7 @@ class Snapshots:
         """Keep the streams as they are before the block `layer`, unless others are still being written."""
         if self._store is None or (self._streams is not None and not self._streams.done()):
             return
-        saved: dict[str, Any] = {"layer": np.asarray(layer)}
+        saved: dict[str, Any] = {_LAYER: np.asarray(layer)}
         for name, stream in streams.items():
             if stream is not None:
                 saved |= {f"{name}-{index:05d}": array for index, array in enumerate(stream.saved())}
@@ -64,7 +78,7 @@ class Snapshots:
 
     def keep_end(self, layers: int) -> None:
         """Keep that all blocks are finished: a later stage may be interrupted, and this one need not run again."""
-        self._submit(_STREAM, {"layer": np.asarray(layers)})
+        self._submit(_STREAM, {_LAYER: np.asarray(layers)})
 
     def _submit(self, name: str, arrays: dict[str, Any]) -> Future | None:
         self._raise_errors()

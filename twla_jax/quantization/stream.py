@@ -2,19 +2,20 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from twla_jax.devices import host_bytes
 from twla_jax.models import sharding
 from twla_jax.models.blocks import State
 from twla_jax.models.decoder import Decoder
-from twla_jax.models.stored_layers import without_blocks
+from twla_jax.models.stored_layers import StoredLayers, without_blocks
 
 BATCH_TOKENS = 8192  # tokens that go through a block at a time
 DEVICE_SHARE = 0.4  # of the device's memory that the stream may take before it moves to the host
@@ -89,12 +90,12 @@ class ResidualStream:
             State(self._keep(self._put(head.embed_tokens(jnp.asarray(batch))))) for batch in self.windows
         ]
 
-    def restore(self, saved: Sequence[np.ndarray]) -> None:
-        """Put back what `saved` gave, whatever batches it was in."""
-        if [len(batch) for batch in saved] != [len(batch) for batch in self.windows]:
-            x = np.concatenate(saved)[: self._count]
+    def restore(self, saved: Float[np.ndarray, "batches b s d"] | StoredLayers) -> None:
+        """Put back what `saved` gave, stacked, whatever batches it was in; each is read when its turn comes."""
+        if saved.shape[:2] != self.windows.shape[:2]:
+            x = np.asarray(saved).reshape(-1, *saved.shape[2:])[: self._count]
             x = np.pad(x, ((0, self.windows.shape[0] * self.windows.shape[1] - self._count), (0, 0), (0, 0)))
-            saved = list(x.reshape(*self.windows.shape[:2], *x.shape[1:]))
+            saved = x.reshape(*self.windows.shape[:2], *x.shape[1:])
         self._states = [State(self._keep(batch) if self._on_host else self._put(batch)) for batch in saved]
 
     def saved(self) -> list[np.ndarray]:

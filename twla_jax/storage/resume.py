@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,18 +116,24 @@ class WorkDir:
         path = self._folder / f"{name}.npz"
         if not os.path.lexists(path):
             return None
-        advice = f"remove {self._folder} and start again"
-        try:
-            if not path.is_file():
-                raise ValueError("no regular file")
-            with path.open("rb") as file, np.load(file) as group:
-                wanted = group.files if only is None else [only, _GROUP]
-                arrays = {key: group[key] for key in wanted}
-        except Exception:  # numpy, zipfile and zlib raise a dozen kinds for what is no such file
-            raise TwlaError(f"{path}: damaged; {advice}") from None
+        with self._open(path) as group:
+            wanted = group.files if only is None else [only, _GROUP]
+            arrays = {key: group[key] for key in wanted}
         if not np.array_equal(arrays.pop(_GROUP, None), self._group(name)):
-            raise TwlaError(f"{path}: belongs to another part of the work or to other work; {advice}")
+            raise TwlaError(f"{path}: belongs to another part of the work or to other work; {self._advice()}")
         return {key: _from_bytes(array) for key, array in arrays.items()}
+
+    def names(self, name: str) -> list[str] | None:
+        """Return the names of the arrays in a group saved before, or None; no array is read.
+
+        Raises:
+          TwlaError: the file is damaged.
+        """
+        path = self._folder / f"{name}.npz"
+        if not os.path.lexists(path):
+            return None
+        with self._open(path) as group:
+            return [key for key in group.files if key != _GROUP]
 
     def require(self, name: str, only: str | None = None) -> dict[str, np.ndarray]:
         """Return a group that has to be there, since a later one was saved after it; `only` as `load` takes it.
@@ -136,13 +142,26 @@ class WorkDir:
           TwlaError: as `load`, or the group is missing.
         """
         if (arrays := self.load(name, only)) is None:
-            raise TwlaError(f"{self._folder / name}.npz: missing; remove {self._folder} and start again")
+            raise TwlaError(f"{self._folder / name}.npz: missing; {self._advice()}")
         return arrays
 
     @property
     def folder(self) -> Path:
         """Return where the groups are."""
         return self._folder
+
+    def _advice(self) -> str:
+        return f"remove {self._folder} and start again"
+
+    @contextlib.contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
+        try:
+            if not path.is_file():
+                raise ValueError("no regular file")
+            with path.open("rb") as file, np.load(file) as group:
+                yield group
+        except Exception:  # numpy, zipfile and zlib raise a dozen kinds for what is no such file
+            raise TwlaError(f"{path}: damaged; {self._advice()}") from None
 
     def _group(self, name: str) -> np.ndarray:
         """Return the bytes by which a group knows where it belongs."""
