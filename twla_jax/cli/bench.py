@@ -1,4 +1,4 @@
-"""Defines the command `twla bench`: it measures speed on this device and prints each row when it is done."""
+"""Defines the command `bench`, which measures speed on this device and prints each row when it is done."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -36,7 +36,7 @@ def bench(
     plot: OptionalFile = None,
     json: bool = False,
 ) -> None:
-    """Time the kernels, prefill and decoding against XLA's own, on random weights of a model's shape.
+    """Time kernels, prefill and decoding beside XLA's own operations, on random weights of a model's shape.
 
     It needs no model. Rows are printed as they are measured. Without kernels for the device, it times the XLA
     reference and says so.
@@ -44,12 +44,12 @@ def bench(
     Args:
         part: kernels (one op at a few tokens), prefill (one op at many tokens), decode (whole model), or all
         shape: the model whose matrix sizes are used
-        batch: sequences decoded together; several values with commas
+        batch: sequences decoded together, and tokens of a single op; several values with commas
         tokens: tokens in a prefill
         context: tokens already in the cache when decoding begins
         steps: tokens to decode
         layers: blocks in the decoding model; default: all
-        activation_bits: activation bits to decode with; 16 also times the kernels with bfloat16 activations
+        activation_bits: activation bits to decode with; with 16, single ops are also timed on bfloat16 activations
         embedding_bits: bits of the embedding and the LM head, 2 to 8, or 16; below 16, the head is also timed alone
         kv_cache: type of the key/value cache
         mesh: devices to split the decoding models over, as model=2; kernels and prefill run on one

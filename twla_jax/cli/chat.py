@@ -56,27 +56,27 @@ def chat(
     kv_cache: Annotated[Literal["int8"] | None, argument("int8", optional=True)] = None,
     dtype: OptionalDtype = None,
 ) -> None:
-    """Talk with a model: answers are printed as they are made, and what was said before is known.
+    """Talk with a model, which keeps the conversation; answers are printed as they are generated.
 
-    Lines are read from the terminal or a pipe. /reset forgets the conversation, /exit or the end of the input ends it,
-    Ctrl-C stops an answer. Text goes through the model's own chat template.
+    Lines are read from the terminal or a pipe. /reset forgets the conversation, /exit or the end of the input ends the
+    program, Ctrl-C stops an answer. Messages go through the model's own chat template.
 
     Args:
         model: folder written by twla, Hugging Face folder, .gguf file, hub id (org/name), or smollm2
-        system: system prompt, said before all else
+        system: system prompt, the first message of the conversation
         max_new_tokens: maximum number of tokens of an answer
         temperature: 0 takes the most likely token, 1 samples from the model's own distribution; default: as the model's
             generation_config.json suggests, else 0.7
         top_k: sample from the K most likely tokens, 0 from all; default: as the model suggests, else 0
         top_p: sample from the most likely tokens that together have this probability; default: as suggested, else 1
         min_p: sample from tokens at least this many times as likely as the most likely; default: as suggested, else 0
-        repetition_penalty: makes tokens that were there before less likely, 1 does not; default: as suggested, else 1
+        repetition_penalty: above 1 makes tokens that have already occurred less likely; default: as suggested, else 1
         stop: text at which an answer ends; may be given several times
         seed: seed of the sampling
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels
-        kv_cache: int8 halves the cache of keys and values; default: the type the model computes in
+        kv_cache: int8 stores keys and values in 8 bits; default: the type the model computes in
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
     """
     from twla_jax.cli.use import load_for_use

@@ -21,9 +21,9 @@ def export(
     type: Annotated[GgufType | None, argument("{f16,q2_0,tq2_0}", optional=True)] = None,
     json: bool = False,
 ) -> None:
-    """Write a quantised model in a format of other tools: exact, or refused.
+    """Write a quantised model in another tool's format, or refuse what that format cannot hold.
 
-    Tokenizer, chat template and generation settings go along.
+    The tokenizer and its chat template go along, in a folder also the generation settings.
 
     Args:
         out: folder written by twla
@@ -31,8 +31,8 @@ def export(
         format: hf, a Hugging Face folder with dequantised weights, rotations folded in; gguf, one file for llama.cpp,
             with these weights in float16 or ternary; compressed-tensors, packed 2-bit integers for vLLM; safetensors,
             the packed arrays in one file (examples/read_packed.py reads it with numpy alone)
-        dtype: of the weights in hf; default: bfloat16
-        type: of the linears in gguf; q2_0 and tq2_0 hold models of the recipe w1.58-sym exactly; default: f16
+        dtype: type of the weights in hf; default: bfloat16
+        type: type of the linears in gguf; q2_0 and tq2_0 hold models of the recipe w1.58-sym exactly; default: f16
         json: print what was written as JSON
     """
     from twla_jax.jobs import export_model

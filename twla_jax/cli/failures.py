@@ -1,4 +1,4 @@
-"""Puts into words what is the fault of the machine, and not of a command's input."""
+"""Writes messages for failures of the machine, such as too little memory."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ _LEAST = 1_900_000_000  # bytes that the runtime's threads and libraries reserve
 
 
 def require_address_space() -> None:
-    """Refuse a limit of the address space under which the runtime of JAX may end the process without a word.
+    """Refuse a limit of the address space under which JAX may end the process without a message.
 
     Raises:
       TwlaError: there is such a limit, as from `ulimit -v`.
@@ -22,7 +22,7 @@ def require_address_space() -> None:
 
 
 def of_the_current_folder() -> str:
-    """Return the end of a message, which names the current folder if that is gone: no name in it leads anywhere."""
+    """Return what to add to a message if the current folder was removed, else an empty text."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -33,12 +33,12 @@ def of_the_current_folder() -> str:
 
 
 def is_of_memory(error: Exception) -> bool:
-    """Return whether an error is the device's, whose memory does not suffice; JAX has no class of its own for it."""
+    """Return whether an error says that the device is out of memory; JAX has no class of its own for this."""
     return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def of_memory(error: Exception) -> str:
-    """Return that the memory does not suffice, and the first that the system says of it."""
+    """Return a message that the memory does not suffice, with the first line of what the system says."""
     said = str(error).strip().removeprefix("RESOURCE_EXHAUSTED:").splitlines()
     detail = f" ({said[0].strip()[:160]})" if said and said[0].strip() else ""
     return f"the memory does not suffice{detail}; take a smaller batch, shorter windows or --dtype bfloat16"

@@ -13,14 +13,14 @@ _MOMENT = 0.01  # seconds, by which the code that passes errors over has returne
 
 
 def end_at_once() -> None:
-    """Let Ctrl-C end the process from now on: nothing is in progress that would have to be told."""
+    """Let Ctrl-C end the process at once from now on, as no work is in progress that needs a message."""
     if _listens():
         signal.signal(signal.SIGINT, lambda *_: os._exit(STATUS))
 
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Raise KeyboardInterrupt at Ctrl-C, also when it falls into code whose errors Python passes over.
+    """Raise KeyboardInterrupt at Ctrl-C, even if it arrives in code whose errors Python ignores.
 
     Such code, as callbacks of the garbage collector, prints "Exception ignored" and the work goes on. Here the
     interrupt is sent again until it is heard.
@@ -57,7 +57,7 @@ def heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Raise KeyboardInterrupt at Ctrl-C and think no more of it, for code that goes on after one."""
+    """Raise KeyboardInterrupt at Ctrl-C without remembering it, for code that goes on afterwards."""
     if not _listens():
         yield
         return

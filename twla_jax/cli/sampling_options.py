@@ -25,7 +25,7 @@ System = Annotated[str | None, argument("TEXT", optional=True)]
 
 
 def stop_texts(stop: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the texts of `--stop`, also where the locale of the terminal could not read them."""
+    """Return the texts of `--stop`, even if the terminal's locale could not read them."""
     return tuple(read_text(text, "--stop") for text in stop)
 
 

@@ -1,4 +1,4 @@
-"""Answers requests over HTTP: the command `serve`."""
+"""Defines the command `serve`, which answers requests over HTTP."""
 
 import importlib.util
 import os
@@ -39,29 +39,30 @@ def serve(
     kv_cache: Annotated[Literal["int8"] | None, argument("int8", optional=True)] = None,
     dtype: OptionalDtype = None,
 ) -> None:
-    """Answer requests over HTTP, as OpenAI's API does: completions, chats, streams.
+    """Answer completions and chats over HTTP as OpenAI's API does, with streaming.
 
-    Requests run together in slots of one cache. It listens on this machine alone, unless --host says otherwise; clients
-    must bear an API key where the variable TWLA_API_KEY or --api-key-file has one. Ctrl-C lets running requests finish.
+    Requests run together in slots of one cache. The server listens on this machine alone unless --host says otherwise.
+    If the variable TWLA_API_KEY or --api-key-file has a key, clients must send it. Ctrl-C lets running requests finish.
 
     Args:
         model: folder written by twla, Hugging Face folder, .gguf file, hub id (org/name), or smollm2
-        host: address to listen on; 0.0.0.0 for all of this machine
+        host: address to listen on; 0.0.0.0 for all addresses of this machine
         port: port to listen on; 0 takes a free one
-        model_name: name that requests give the model; default: the last part of MODEL
-        slots: requests that run together; each takes memory for max-length tokens
-        max_length: tokens of a request, prompt and answer together; default: 2048, or what the model has
-        queue: requests that wait for a slot; beyond, clients are told to come again
-        steps: decode steps between two looks at the queue at most, fewer where they take long; tokens of a stream
-            come that many at a time
+        model_name: name of the model in requests; default: the last part of MODEL
+        slots: requests that run together; each takes memory for --max-length tokens
+        max_length: most tokens of a request, prompt and answer together; default: 2048, or the model's positions if
+            these are fewer
+        queue: requests that may wait for a slot; further ones are refused with status 429
+        steps: most decode steps before the server looks at the queue again, fewer if they take long; a stream gets so
+            many tokens at a time
         one_shape: run all slots at every step, so that not even the last bit of an answer depends on other requests
-        max_body: bytes of a request at most
+        max_body: most bytes of a request
         grace: seconds that running requests have to finish when the server stops
-        api_key_file: file with the key that clients must bear
+        api_key_file: file with the key that clients must send
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels
-        kv_cache: int8 halves the cache of keys and values; default: the type the model computes in
+        kv_cache: int8 stores keys and values in 8 bits; default: the type the model computes in
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
     """
     if any(importlib.util.find_spec(each) is None for each in _NEEDED):

@@ -62,18 +62,19 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model, quantised or not, on the evaluation text of a corpus or of several.
 
-    With --domains the result is a table of texts, the worst last. With --against it also says how far the predictions
-    are from those of the original: KL divergence, share of equal top-1 tokens, ratio of the perplexities.
+    With --domains it prints a table with a row for each text, the worst last. With --against it also says how far the
+    predictions are from the original's: KL divergence, share of equal top-1 tokens, ratio of the perplexities.
 
-    With --tasks it is a table of tasks of lm-evaluation-harness; with --against also the points lost.
+    With --tasks it runs tasks of lm-evaluation-harness instead; with --against it also prints the points lost.
 
-    By default it computes as the quantiser does, on any device; the README's figures are measured this way.
+    By default it computes as the quantiser does, without packed kernels, on any device. The README's perplexities were
+    measured in this way.
 
     Args:
         model: folder written by twla, Hugging Face folder, .gguf file, hub id (org/name), or smollm2
-        corpus: pydoc, wikitext2, c4, a .txt or .jsonl file, or a folder of these
-        domains: texts to score one by one: mix (a text of every domain at hand), a folder of .txt and .jsonl files, or
-            corpora with commas between them
+        corpus: text to score: mix, pydoc, wikitext2, c4, a .txt or .jsonl file, or a folder of these
+        domains: texts to score one by one: mix (several domains), a folder of .txt and .jsonl files, or corpora with
+            commas between them
         tasks: tasks to answer, with commas between them: hellaswag, arc_easy, piqa, boolq, any other of
             lm-evaluation-harness, or a .yaml file; needs the extra eval
         limit: answer only the first N documents of each task
@@ -81,12 +82,12 @@ def evaluate(
         seq_len: tokens per window; windows do not overlap
         max_windows: score only the first N windows of each text
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
-        batch_size: windows scored at a time; of tasks, as many tokens
+        batch_size: windows scored at a time; for tasks, as many tokens as these windows have
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels
         mesh: devices to split the work over: windows over data, matrices over model
-        coordinator: with --mesh over the devices of several hosts, each of which runs this command: auto on Cloud TPU
-            and SLURM, else the address of process 0, the number of processes and which one this is
+        coordinator: use the devices of several hosts, each of which runs this command with --mesh: auto on Cloud TPU
+            and SLURM, else the address of process 0, the number of processes, and the index of this one
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print the figures as JSON
     """
@@ -247,21 +248,21 @@ def generate(
     Args:
         model: folder written by twla, Hugging Face folder, .gguf file, hub id (org/name), or smollm2
         prompt: text to continue
-        chat: take the prompt for a user's message and put it through the model's chat template
-        system: system prompt before that message
+        chat: treat the prompt as a user's message and put it through the model's chat template
+        system: system prompt before that message; needs --chat
         max_new_tokens: maximum number of tokens to add
         temperature: 0 takes the most likely token, 1 samples from the model's own distribution
         top_k: sample from the K most likely tokens; 0 from all
         top_p: sample from the most likely tokens that together have this probability
         min_p: sample from tokens at least this many times as likely as the most likely
-        repetition_penalty: makes tokens that were there before less likely; 1 does not
+        repetition_penalty: above 1 makes tokens that have already occurred less likely; 1 changes nothing
         stop: text at which the continuation ends; may be given several times
         samples: number of continuations to generate together
         seed: seed of the sampling
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels
-        kv_cache: int8 halves the cache of keys and values; default: the type the model computes in
+        kv_cache: int8 stores keys and values in 8 bits; default: the type the model computes in
         mesh: devices to split the work over: samples over data, matrices over model
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print prompt, text and token ids as JSON at the end
@@ -313,8 +314,8 @@ def inspect(
 
     Args:
         out: folder written by twla, or a model to quantise
-        verify: read every byte and compare it with what was saved
-        recipe: of a model that is not quantised: recipe to predict by
+        verify: read every byte and compare it with the saved checksums
+        recipe: recipe to predict with, for a model that is not quantised
         json: print the figures as JSON
     """
     from twla_jax import recipe as recipes
