@@ -38,7 +38,7 @@ def window_figures(
     models = [each for each in (model, original) if each is not None]
     total = sum(each.config.num_layers for each in models)
     with tqdm(total=total, desc="evaluate", unit="block", disable=not progress) as bar:
-        streams = [_past_all_blocks(each, windows, mesh, bar) for each in models]
+        streams = [_past_all_blocks(each, windows, mesh, len(models), bar) for each in models]
     heads = [sharding.place(without_blocks(each), mesh) for each in models]
     found: dict[str, list[np.ndarray]] = {}
     for tokens, *batches in zip(streams[0].windows, *(stream.batches() for stream in streams), strict=True):
@@ -50,9 +50,9 @@ def window_figures(
 
 
 def _past_all_blocks(
-    model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None, bar: tqdm
+    model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None, streams: int, bar: tqdm
 ) -> ResidualStream:
-    stream = ResidualStream(model, windows, mesh)
+    stream = ResidualStream(model, windows, mesh, streams=streams)
     stream.start()
     for index, block in enumerate(in_turn(model.blocks, 0, model.config.num_layers)):
         finish_block(sharding.place(block, mesh), stream, stream.context.layer(index), first=0)

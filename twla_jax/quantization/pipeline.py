@@ -175,10 +175,13 @@ def _quantize_blocks(
     """
     count = model.config.num_layers
     folder = store.folder if store else None
-    stream = ResidualStream(model, windows, mesh, folder)
+    described = functools.partial(
+        ResidualStream, model, windows, mesh, folder, streams=2 if settings.weights.propagation else 1
+    )
+    stream = described()
     # Rotations are fitted: without their settings, those that differ in them share one compilation.
     settings = dataclasses.replace(settings, rotation=None)
-    reference = ResidualStream(model, windows, mesh, folder) if settings.weights.propagation else None
+    reference = described() if settings.weights.propagation else None
     streams = {"x": stream, "reference": reference}
     leaves_packed = _leaves_packed(model, settings, store)
 

@@ -18,8 +18,8 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import StoredLayers, without_blocks
 
 BATCH_TOKENS = 8192  # tokens that go through a block at a time
-DEVICE_SHARE = 0.4  # of the device's memory that the stream may take before it moves to the host
-_HOST_SHARE = 0.4  # of the host's memory that it may take there before it moves to a file
+DEVICE_SHARE = 0.4  # of the device's memory that all streams may take before they move to the host
+_HOST_SHARE = 0.4  # of the host's memory that they may take there before they move to files
 
 
 @dataclasses.dataclass
@@ -52,6 +52,8 @@ class ResidualStream:
         windows: np.ndarray,
         mesh: jax.sharding.Mesh | None,
         folder: Path | None = None,
+        *,
+        streams: int = 1,
     ):
         """Describe the stream; `start` or `restore` fill it.
 
@@ -61,6 +63,7 @@ class ResidualStream:
           mesh: whose axis `data` the windows of a batch are split over.
           folder: where the file lies that holds a stream too large for the host's memory; None: where temporary files
             do.
+          streams: how many such are held at the same time, this one included.
         """
         count, seq_len = windows.shape
         split = mesh.shape["data"] if mesh is not None else 1
@@ -76,7 +79,9 @@ class ResidualStream:
         self._real = (np.arange(len(filled)) < count).astype(np.float32).reshape(-1, size)
         self._dtype = model.dtype
         self._states: list[State | None] = []
-        needed = filled.size * self._dtype.itemsize * (model.config.hidden_size + widest_kept(model))
+        needed = (
+            streams * filled.size * self._dtype.itemsize * (model.config.hidden_size + widest_kept(model))
+        )
         limit = _device_bytes()
         self._on_host = limit is not None and needed > DEVICE_SHARE * limit * split
         room = host_bytes()
