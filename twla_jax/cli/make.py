@@ -111,7 +111,8 @@ def quantize(
         )
     settings = _refined_on(settings, refine_tokens, refine_minutes)
     if dry_run:
-        figures = forecast.forecast(readers.read_config(loading.resolve_model(model)), settings, dtype=dtype)
+        config = readers.read_config(loading.resolve_model(model, weights=False))
+        figures = forecast.forecast(config, settings, dtype=dtype)
         show(figures, json, lambda: forecast.format_forecast(figures))
         return
     report = quantize_model.quantize_to_folder(

@@ -152,9 +152,14 @@ def bytes_as_scales(case):
     case.weights[scaled(case)] = np.ones((3, 2), np.uint8)
 
 
+def one_scale(case):
+    case.weights[scaled(case)] = np.ones((1, 1), np.float32)
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
+        (one_scale, {"weight_block_size": [64, 16]}, "has shape [1, 1], not a scale for every 64 × 16"),
         (wrong_grid, {}, "has shape [2, 2], not a scale for every 20 × 16"),
         (wrong_grid, {"weight_block_size": None}, "has shape [2, 2], not a single scale"),
         (without_weight, {}, "has no weight of eight bits beside it"),

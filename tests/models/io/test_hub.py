@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from twla_jax.cli import make
 from twla_jax.errors import TwlaError
 from twla_jax.jobs import loading
 from twla_jax.models.io import hub
@@ -91,6 +92,13 @@ def test_a_model_is_fetched_by_its_id_and_no_file_too_many(online, files, golden
 def test_settings_alone_need_no_weights(online, files):
     online.models["org/tiny"] = files
     assert read_config(loading.resolve_model("org/tiny@main", weights=False)).num_layers == 2
+    assert "model.safetensors" not in online.fetched
+
+
+def test_a_dry_run_fetches_no_weights(online, files, capsys):
+    online.models["org/tiny"] = files
+    make.quantize("org/tiny", "out", dry_run=True)
+    assert "roughly" in capsys.readouterr().out
     assert "model.safetensors" not in online.fetched
 
 

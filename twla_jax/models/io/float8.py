@@ -5,6 +5,7 @@
 
 import logging
 import math
+import operator
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Float8Source:
         shape, grid = self.shape(name), self.shape(scale)
         if len(shape) != 2:
             raise TwlaError(f"{self.where(name)}: tensor {name!r} of eight bits has shape {list(shape)}")
-        if math.prod(grid) == 1 and (block is None or shape <= tuple(block)):
+        if math.prod(grid) == 1 and (block is None or all(map(operator.le, shape, block))):
             return shape
         if block is None or grid != (-(-shape[0] // block[0]), -(-shape[1] // block[1])):
             wanted = "a single scale" if block is None else f"a scale for every {block[0]} × {block[1]}"
