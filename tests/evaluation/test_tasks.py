@@ -32,6 +32,28 @@ def test_the_table_shows_what_was_lost():
     assert "lost" not in tasks.format_tasks({"tasks": [row], "score": 50.0})
 
 
+def test_a_group_with_a_score_stands_for_its_tasks():
+    found = {
+        "results": {
+            "mmlu": {"alias": "mmlu", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 3},
+            "mmlu_stem": {"alias": "stem", "acc,none": 0.25, "acc_stderr,none": "N/A"},
+            "anatomy": {"acc,none": 1.0, "acc_stderr,none": 0.0},
+            "physics": {"acc,none": 0.25, "acc_stderr,none": 0.2},
+            "both": {"alias": "both"},
+            "piqa": {"acc,none": 0.6, "acc_stderr,none": 0.1},
+        },
+        "group_subtasks": {"mmlu": ["mmlu_stem", "anatomy"], "mmlu_stem": ["physics"], "both": ["piqa"]},
+        "n-samples": {name: {"effective": n} for name, n in (("anatomy", 1), ("physics", 2), ("piqa", 4))},
+    }
+    rows = tasks.rows_of(found, ["mmlu", "both"])
+    assert [(row["name"], row["documents"], row["score"]) for row in rows] == [
+        ("mmlu", 3, 50),
+        ("piqa", 4, 60),
+    ]
+    rows = tasks.rows_of(found, ["mmlu", "physics"])
+    assert [row["name"] for row in rows] == ["mmlu", "physics", "piqa"]
+
+
 @pytest.fixture(scope="module")
 def harness():
     return pytest.importorskip("lm_eval", reason="needs the extra eval")

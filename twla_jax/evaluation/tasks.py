@@ -48,9 +48,9 @@ def evaluate_tasks(
         raise TwlaError(f"there is no task to evaluate on; known are {', '.join(task_names())}")
     with _quiet():
         tasks = _load(names)
-        rows = _rows(model, tasks, limit)
+        rows = _rows(model, tasks, names, limit)
         if original is not None:
-            for row, theirs in zip(rows, _rows(original, _load(names), limit), strict=True):
+            for row, theirs in zip(rows, _rows(original, _load(names), names, limit), strict=True):
                 row |= {"original_score": theirs["score"], "lost": theirs["score"] - row["score"]}
     means = {
         key: sum(row[key] for row in rows) / len(rows)
@@ -86,14 +86,40 @@ def as_lm(model: HarnessModel) -> Any:
     return lm
 
 
-def _rows(model: HarnessModel, tasks: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
+def _rows(
+    model: HarnessModel, tasks: Mapping[str, Any], names: Sequence[str], limit: int | None
+) -> list[dict[str, Any]]:
     evaluator = _module("lm_eval.evaluator")
     # Bootstrapping is for metrics whose error has no formula; a hundred rounds are enough for those.
     found = evaluator.evaluate(as_lm(model), tasks, limit=limit, bootstrap_iters=100, log_samples=False)
-    return [_row(name, figures, found["n-samples"][name]) for name, figures in found["results"].items()]
+    return rows_of(found, names)
 
 
-def _row(name: str, figures: Mapping[str, Any], samples: Mapping[str, int]) -> dict[str, Any]:
+def rows_of(found: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row a task from what the harness found; a group that has a score of its own stands for its tasks.
+
+    Args:
+      found: what the harness's `evaluate` returned.
+      names: of the tasks that were asked for, which have a row in any case.
+    """
+    children, samples = found.get("group_subtasks", {}), found["n-samples"]
+
+    def below(name: str) -> set[str]:
+        direct = set(children.get(name, ()))
+        return direct.union(*map(below, direct))
+
+    scored = {
+        name: figures for name, figures in found["results"].items() if any("," in key for key in figures)
+    }
+    inside = set().union(*map(below, scored)) - set(names)
+    return [
+        _row(name, figures, sum(samples[each]["effective"] for each in {name, *below(name)} & samples.keys()))
+        for name, figures in scored.items()
+        if name not in inside
+    ]
+
+
+def _row(name: str, figures: Mapping[str, Any], documents: int) -> dict[str, Any]:
     """Return a task's row, from the harness's `{"acc,none": …, "acc_stderr,none": …, "alias": …}`."""
     metrics = {key.split(",")[0]: value for key, value in figures.items() if "," in key}
     main = next((metric for metric in _METRICS if metric in metrics), None) or next(
@@ -102,7 +128,7 @@ def _row(name: str, figures: Mapping[str, Any], samples: Mapping[str, int]) -> d
     error = metrics.get(f"{main}_stderr")
     return {
         "name": name,
-        "documents": samples["effective"],
+        "documents": documents,
         **metrics,
         "metric": main,
         "score": 100 * metrics[main],
