@@ -1,10 +1,12 @@
 """The server, as OpenAI's own client sees it: answers are the offline ones; mistakes, limits, leaving and stopping."""
 
+import asyncio
 import concurrent.futures
 import http.client
 import json
 import threading
 import time
+import types
 
 import numpy as np
 import openai
@@ -273,6 +275,28 @@ def test_too_many_requests_are_told_to_come_again(client):
     with pytest.raises(openai.RateLimitError) as error:
         complete(client, [[1]] * 25, max_tokens=1)
     assert int(error.value.response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:8000", 200), ("LOCALHOST", 200), ("[::1]:8000", 200), ("[::1]", 200), ("", 200)]
+    + [
+        (name, 403)
+        for name in ("evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io:80", ":8000x")
+    ],
+)
+def test_without_a_key_only_names_of_this_machine_are_answered(host, status):
+    settings = ServiceSettings(model="m", hosts=("127.0.0.1", "[::1]", "localhost"))
+    engine = types.SimpleNamespace(settings=EngineSettings(), config=types.SimpleNamespace(eos_token_ids=()))
+    app = Service(engine, types.SimpleNamespace(chat_template=None), settings).app()
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b""}
+    asyncio.run(app({**scope, "headers": [(b"host", host.encode())]}, None, send))
+    assert sent[0]["status"] == status
 
 
 def metric(server, name):

@@ -16,6 +16,7 @@ KEY = "TWLA_API_KEY"
 _MAX_LENGTH = 2048
 _NEEDED = ("starlette", "uvicorn", "prometheus_client")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LOCAL_NAMES = ("127.0.0.1", "[::1]", "localhost")  # by which clients on this machine call it
 OptionalLength = Annotated[int | None, number("max_length"), tyro.conf.arg(help_behavior_hint="")]
 
 
@@ -89,7 +90,10 @@ def serve(
         running = engine.Engine(decoder, settings)
         called = model_name or Path(model).name or "model"
         suggested = _suggested(loading.suggested_sampling(model))
-        about = app.ServiceSettings(model=called, key=key, max_body=max_body, suggested=suggested)
+        hosts = _LOCAL_NAMES if key is None and host in _LOOPBACK else ()
+        about = app.ServiceSettings(
+            model=called, key=key, hosts=hosts, max_body=max_body, suggested=suggested
+        )
         service = app.Service(running, tokenizer, about)
         said = _ready(host, listening.getsockname()[1], called, running, key)
         server.serve(service, listening, grace=grace, ready=lambda: _say(said))

@@ -42,12 +42,14 @@ class ServiceSettings:
     Attributes:
       model: the name that requests give.
       key: that requests must bear; None for none.
+      hosts: names that requests may call the server by, without the port; empty for any.
       max_body: bytes of a request at most.
       suggested: sampling settings for what a request leaves open.
     """
 
     model: str
     key: str | None = None
+    hosts: tuple[str, ...] = ()
     max_body: int = 2**20
     suggested: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -91,6 +93,7 @@ class Service:
         async def endpoint(request: Request) -> Response:
             try:
                 if secret:
+                    self._check_host(request)
                     self._check_key(request)
                 response = await answer(request)
             except Busy as error:
@@ -105,6 +108,14 @@ class Service:
             return response
 
         return endpoint
+
+    def _check_host(self, request: Request) -> None:
+        """Refuse a page of another site whose name was made to lead to this machine: it may send what it likes."""
+        given = request.headers.get("host", "")
+        name = given.rpartition(":")[0] if given.rpartition(":")[2].isdecimal() else given
+        if self._settings.hosts and name and name.lower() not in self._settings.hosts:
+            known = ", ".join(self._settings.hosts)
+            raise ApiError(403, f"host {given[:80]!r}: is not {known}; other names need an API key")
 
     def _check_key(self, request: Request) -> None:
         if self._settings.key is None:
