@@ -1,7 +1,7 @@
 """Compares recipes: perplexity against the bytes that are really stored.
 
-Every row is a folder that `workflow.quantize_to_folder` wrote, counted by `accounting.account` and scored by
-`evaluation.evaluate`; baselines are recipes like any other.
+Every row is a folder that `quantize_model.quantize_to_folder` wrote, counted by `accounting.account` and scored by
+`scoring.evaluate`; baselines are recipes like any other.
 """
 
 import math

@@ -4,6 +4,8 @@ OUT/params/       orbax checkpoint: one uncompressed array a folder, codes at fi
 OUT/tokenizer/    the tokenizer's own files
 OUT/report.json   what was done, measured and spent
 OUT/ila_amp.json  where bits were allocated: the sensitivity tables
+OUT/generation_config.json  the original's, if it had one
+OUT/self_calibration.npy    the text that the model sampled itself, where it was calibrated on that
 OUT/twla.json     format, model configuration, recipe, every tensor's layout, every file's size and SHA-256
 """
 

@@ -1,1 +1,1 @@
-"""Writes a quantised model in formats of other tools: exact, or refused."""
+"""Writes a quantised model in formats of other tools: as exactly as they can hold it, or refused."""
