@@ -244,7 +244,11 @@ def test_samples_are_made_side_by_side(stories_model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
-        (["quantise"], "quantize, allocate, eval, generate, inspect, export, compare, bench, demo", 2),
+        (
+            ["quantise"],
+            "quantize, allocate, eval, generate, chat, serve, inspect, export, compare, bench, demo",
+            2,
+        ),
         (["quantize", "{model}"], "OUT", 2),
         (
             ["quantize", "{model}", "{new}", "--activation-bits", "5"],
@@ -261,7 +265,11 @@ def test_samples_are_made_side_by_side(stories_model, capsys):
         (["quantize", "{model}", "{new}", "--seq-len", "513"], "--seq-len 513 exceeds the model's 512", 1),
         (["quantize", "{model}", "{out}"], "is not empty", 1),
         (["quantize", "{out}", "{new}"], "is quantised already", 1),
-        (["quantize", "{nothing}", "{new}"], "neither a folder, a .gguf file nor 'smollm2'", 1),
+        (
+            ["quantize", "{nothing}", "{new}"],
+            "neither a folder, a .gguf file, 'smollm2' nor an id on the hub",
+            1,
+        ),
         (["quantize", "{model}", "{new}", "--calibration", "{short}"], "fewer than one window", 1),
         (["quantize", "{model}", "{new}", "--calibration", "{test}"], "for evaluation only", 1),
         (["quantize", "{model}", "{new}", "--calibration", "self+pydoc"], "not with other texts", 1),
