@@ -32,14 +32,12 @@ def test_two_processes_score_what_one_does(stories_model, texts):
     ]
     printed = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
-    # Gloo, through which CPUs talk, writes a line for each of its connections itself.
-    answers = [
-        "".join(line for line in out.splitlines() if not line.startswith("[Gloo]")) for out, _ in printed
-    ]
-    assert answers[1] == ""
+    # Gloo, through which CPUs talk, writes about its connections itself, from several threads at a time.
+    (answer, _), (nothing, _) = printed
+    assert "{" not in nothing
     assert "evaluate" not in printed[1][1]
     alone = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    one, two = json.loads(alone.stdout), json.loads(answers[0])
+    one, two = json.loads(alone.stdout), json.JSONDecoder().raw_decode(answer[answer.index("{") :])[0]
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
     assert two["windows"] == one["windows"] == 3
 

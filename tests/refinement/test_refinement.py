@@ -206,7 +206,7 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
     text = twla_jax.generate(model, start, max_new_tokens=95, temperature=1.0, eos_token_ids=())
     windows = np.concatenate([start, text], axis=1)
     student, _ = pipeline.quantize_blocks(model, windows[:8], RECIPE.quantization, progress=False)
-    refined, _ = end_to_end.refine(student, model, np.tile(windows[:96], (3, 1)), REFINE, progress=False)
+    refined, _ = end_to_end.refine(student, model, np.tile(windows[:96], (4, 1)), REFINE, progress=False)
 
     def nll(model):
         model = twla_jax.set_activation_bits(model, 16)
