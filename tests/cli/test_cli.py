@@ -139,6 +139,16 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(out, stories_model, capsys,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mesh_scores_as_one_device_does(out, text, capsys):
+    arguments = ["eval", out, "--corpus", text, "--seq-len", 64, "--max-windows", 4, "--batch-size", 2]
+    arguments += ["--activation-bits", 16, "--json"]
+    one, four = (
+        json.loads(run(capsys, *arguments, *more).out)["perplexity"]
+        for more in ([], ["--mesh", "data=2,model=2"])
+    )
+    assert four == pytest.approx(one, rel=1e-4)
+
+
 def test_a_mesh_of_more_devices_than_there_are_is_refused(out, text, capsys):
     line, _ = fails(capsys, "eval", out, "--corpus", text, "--mesh", "model=16")
     assert "--mesh model=16: needs 16 devices, but there are 8" in line

@@ -17,7 +17,7 @@ from twla_jax.models.decoder import Decoder
 
 
 class Request(NamedTuple):
-    """What is to be generated: the arguments of `generation.stream`, checked and as arrays."""
+    """Holds what is to be generated: the arguments of `generation.stream`, checked and as arrays."""
 
     model: Decoder
     prompt: Int32[np.ndarray, "b t"]

@@ -17,7 +17,7 @@ from twla_jax.limits import check_number
 
 
 class Sampler(NamedTuple):
-    """The settings as arrays, a pytree; None leaves a step out of the program."""
+    """Holds the settings as scalar arrays, a pytree; None leaves a step out of the program."""
 
     temperature: Float[Array, ""]
     top_k: Int32[Array, ""] | None = None
@@ -28,7 +28,7 @@ class Sampler(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen.
+    """Holds the settings by which tokens are chosen.
 
     Attributes:
       temperature: 0 takes the likeliest token; else one is drawn from `softmax(logits / temperature)`.

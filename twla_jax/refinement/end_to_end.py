@@ -134,7 +134,7 @@ def _planned(
 
 
 class Training(Protocol):
-    """What `descend` drives: latents and the state of their optimiser, in `values`, and a step that changes them."""
+    """Defines what `descend` drives: latents and their optimiser's state, in `values`, and a step that changes them."""
 
     values: Any
 

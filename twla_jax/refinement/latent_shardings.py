@@ -1,4 +1,4 @@
-"""Where what learns lies on a mesh: with the codes and scales that it stands for."""
+"""Places latents and optimiser states on a mesh, each beside the codes and scales that it stands for."""
 
 from typing import Any
 

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """What the device was handed: its tokens, the requests that they are of by row, when, and whether it is a loop."""
+    """Holds a call handed to the device: its tokens, the request of each row, its start, and whether it is a loop."""
 
     made: Made
     tickets: Mapping[int, Ticket]

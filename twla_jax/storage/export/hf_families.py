@@ -111,7 +111,7 @@ def _phi3(config: DecoderConfig) -> dict[str, Any]:
 
 
 class Published(NamedTuple):
-    """How transformers calls a family's class, and its own keys; `layered` says rotary settings by kind of layer."""
+    """Names a family's class in transformers and its own keys; `layered`: rotary settings differ by kind of layer."""
 
     architecture: str
     keys: Callable[[DecoderConfig], dict[str, Any]]
