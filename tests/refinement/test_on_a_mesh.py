@@ -113,3 +113,9 @@ def test_what_is_gone_on_with_lies_where_it_lay_and_takes_its_place(student, tea
     u = place_latents(init_latents(student, teacher), student, mesh)["q"]["u"]
     (back,) = resume.unflatten([u], {"0": np.asarray(u)})
     assert back.sharding == u.sharding
+
+
+def test_a_streaming_refinement_takes_no_mesh(student, teacher, mesh):
+    settings = EndToEndSettings(steps=2, batch=2, dtype="float32", streaming=True)
+    with pytest.raises(TwlaError, match="runs on one device"):
+        refine(student, teacher, WINDOWS, settings, mesh=mesh, progress=False)

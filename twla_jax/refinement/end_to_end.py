@@ -88,14 +88,14 @@ def refine(
         raise TwlaError(
             f"refinement needs at least one batch of {settings.batch} windows, not {len(windows)}"
         )
+    if settings.streaming and mesh is not None and mesh.size > 1:
+        raise TwlaError("a streaming refinement runs on one device: leave out `streaming` or the mesh")
     started = time.perf_counter()
     dtype = jnp.dtype(settings.dtype)
     original = student
     student, teacher = (training_form(model, dtype, mesh) for model in (student, teacher))
     store = None if work_dir is None else open_work_dir(Path(work_dir), student, windows, settings)
     if settings.streaming:
-        if mesh is not None and mesh.size > 1:
-            raise TwlaError("--mesh: a streaming refinement runs on one device; leave streaming out")
         training = StreamedTraining(student, teacher, settings)
     else:
         latents = init_latents(student, teacher, codes=settings.code_rate > 0)
