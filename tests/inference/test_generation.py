@@ -16,6 +16,7 @@ from twla_jax.inference.sampling import Sampling
 from twla_jax.models.decoder import Decoder
 
 from helpers.compiled import compiled_programs
+from helpers.overflowing import overflowing
 
 PROMPT = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -54,6 +55,19 @@ def test_a_row_ends_at_its_eos_and_the_stream_when_all_have(model, greedy):
     for row, expected, end in zip(out, greedy, ends, strict=True):
         np.testing.assert_array_equal(row[: end + 1], expected[: end + 1])
         assert set(row[end:]) == {expected[end]}
+
+
+def test_logits_that_are_not_finite_end_it_with_an_error(model, greedy):
+    """A token of the prompt overflows, or the third one that is made."""
+    for token, made in ((int(PROMPT[1, 0]), 0), (int(greedy[0, 2]), 3)):
+        broken = overflowing(model, token)
+        with pytest.raises(TwlaError, match=r"not finite numbers.* overflow float32"):
+            generate(broken, PROMPT, max_new_tokens=12)
+        steps = stream(broken, PROMPT, max_new_tokens=12)
+        for index in range(made):
+            assert next(steps)[0] == greedy[0, index]
+        with pytest.raises(TwlaError, match="not finite numbers"):
+            next(steps)
 
 
 def test_sampling_follows_the_key_and_the_temperature(model):
