@@ -82,12 +82,12 @@ class PackedDecoder(Decoder):
             ]
         )
 
-    def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Return the first block's input, in `dtype`; of packed rows, only the tokens' are unpacked."""
+    def embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Return the embeddings of ids within the vocabulary, in `dtype`; of packed rows, only these are unpacked."""
         table = self.embed.get_value()
         if isinstance(table, IntegerWeight):
-            return self.scale_embedding(integer_rows(table, tokens, self.dtype))
-        return super().embed_tokens(tokens)
+            return integer_rows(table, tokens, self.dtype)
+        return super().embedding_rows(tokens)
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
