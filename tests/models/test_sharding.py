@@ -188,6 +188,7 @@ def test_a_mesh_is_named_by_its_axes():
         ("rows=2", "must be like data=2,model=4"),
         ("model=0", "must be like"),
         ("model", "must be like"),
+        ("data=2,data=4", "must be like"),
     ):
         with pytest.raises(TwlaError, match=message):
             sharding.make_mesh(text)

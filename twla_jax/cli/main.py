@@ -8,6 +8,7 @@ import functools
 import inspect as inspect_module
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -147,7 +148,15 @@ def _one_line(box: str) -> str:
         if not title and content:
             words.append(content)
     message = " ".join(" ".join(words).split()).removeprefix("Error parsing ")
+    message = re.sub(r"Expected one of \(([^)]*)\)", lambda found: _choices(found[1]), message)
     return message or "wrong command line; see twla --help"
+
+
+def _choices(listed: str) -> str:
+    """Return the values of an option in order: the parser lists them in any, with `None` where there is a default."""
+    values = {each.strip(" '\"") for each in listed.split(",")} - {"", "None"}
+    ordered = sorted(values, key=lambda each: (int(each) if each.isdecimal() else 0, each))
+    return f"Expected one of ({', '.join(ordered)})"
 
 
 def _fail(message: str, status: int) -> None:

@@ -104,7 +104,7 @@ def evaluate(
     if domains is not None or against is not None:
         _evaluate_domains(
             model,
-            domains or corpus,
+            corpus if domains is None else domains,
             against,
             options={"seq_len": seq_len, "max_windows": max_windows, "batch_size": batch_size},
             form={"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels},
