@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import tyro
 
-from twla_jax import xla_flags
+from twla_jax import compilation_cache, xla_flags
 from twla_jax.cli import failures, interrupts
 from twla_jax.cli.bench import bench
 from twla_jax.cli.chat import chat
@@ -38,6 +38,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "demo": demo,
 }
+
+_DESCRIPTION = (
+    "Quantise language models to ternary weights and low-bit activations, and use them. Compiled programs are kept in"
+    " ~/.cache/twla_jax/compiled, at most 1 GiB; TWLA_COMPILATION_CACHE=off keeps none, and =FOLDER keeps them there."
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,7 +110,7 @@ def _run(arguments: list[str]) -> None:
             tyro.extras.subcommand_cli_from_dict(
                 {name: deferred(command) for name, command in COMMANDS.items()},
                 prog="twla",
-                description="Quantise language models to ternary weights and low-bit activations, and use them.",
+                description=_DESCRIPTION,
                 args=_joined(arguments),
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
@@ -114,6 +119,7 @@ def _run(arguments: list[str]) -> None:
             _fail(_one_line(message.getvalue()), 2)
         raise
     failures.require_address_space()
+    compilation_cache.keep_compiled_programs()
     chosen[0]()
 
 
