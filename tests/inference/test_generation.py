@@ -102,7 +102,7 @@ def test_a_long_prompt_goes_in_by_chunks_of_one_compilation(model, greedy, monke
 @pytest.mark.parametrize("kv_heads", [1, 3])
 def test_an_int8_cache_moves_the_output_by_a_percent_at_most(tiny_config, prepared, kv_heads):
     model = Decoder(dataclasses.replace(tiny_config, num_kv_heads=kv_heads), rngs=nnx.Rngs(0))
-    model = prepare_for_inference(model) if prepared else model
+    model = prepare_for_inference(model, unpack=False) if prepared else model
     hidden = {}
     for dtype in (None, jnp.int8):
         cache = model.init_cache(2, 8, dtype)

@@ -149,7 +149,10 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_prepared_model_generates_on_the_mesh_what_it_does_on_one_device(quantised, mesh, bits):
     result = jax.tree.map(jnp.asarray, set_activation_bits(quantised, bits))
-    one, split = prepare_for_inference(result), prepare_for_inference(result, mesh=mesh)
+    one, split = (
+        prepare_for_inference(result, unpack=False),
+        prepare_for_inference(result, mesh=mesh, unpack=False),
+    )
     gate_up = split.blocks[0].mlp_linear.weight.get_value()
     assert gate_up.codes.sharding.spec == P("model")
     assert gate_up.codes.shape[0] == 2

@@ -132,7 +132,7 @@ def with_one_group_a_row(model):
 def test_quantised_and_packed_models_answer_as_they_do_offline(tiny_ternary, form):
     # At 16 bits: codes of fewer may lie on the edge between two levels.
     model = jax.tree.map(jax.numpy.asarray, set_activation_bits(with_one_group_a_row(tiny_ternary), 16))
-    model = model if form == "ternary" else prepare_for_inference(model)
+    model = model if form == "ternary" else prepare_for_inference(model, unpack=False)
     cache = {"cache_dtype": None if form == "ternary" else "int8"}
     engine = started(model, chunks=(8,), slots=2, max_length=8, rows=(2,), **cache)
     asked = [Generation(prompt=prompt(i, 3), max_new_tokens=5) for i in range(3)]
