@@ -4,6 +4,8 @@
     python benchmarks/check_exports.py transformers DEST scores.npz     transformers with PyTorch
     python benchmarks/check_exports.py llama DEST.gguf scores.npz       llama-cpp-python
     python benchmarks/check_exports.py compressed DEST OUT.npz          the compressed-tensors package, bit for bit
+    python benchmarks/check_exports.py hqq DEST OUT.npz                 the hqq package, to the rounding of float32
+    python benchmarks/check_exports.py hqq_scores DEST scores.npz       the hqq package in transformers' model
     python benchmarks/check_exports.py codes OUT OUT.npz                this library: the weights that it is to find
 
 Each prints one line, and ends with status 1 where figures differ by more than `--tolerance`.
@@ -131,12 +133,71 @@ def compressed(dest, file, args):
     return wrong == 0
 
 
+def hqq_linears(dest):
+    """Returns the modules that the hqq package makes of the packed linears, by name, and all other tensors."""
+    import torch
+    from hqq.core.quantize import HQQLinear
+    from safetensors.torch import load_file
+
+    held = {}
+    for path in sorted(Path(dest).glob("*.safetensors")):
+        held |= load_file(path)
+    linears = {}
+    for name in [name for name in held if name.endswith(".W_q")]:
+        stem = name.removesuffix("W_q")
+        state = {key.removeprefix(stem): held.pop(key) for key in list(held) if key.startswith(stem)}
+        linears[stem.removesuffix(".")] = HQQLinear(None, None, compute_dtype=torch.float32, device="cpu")
+        linears[stem.removesuffix(".")].load_state_dict(state)
+    return linears, held
+
+
+def hqq(dest, file, args):
+    """Dequantises every linear with the hqq package; float32 rounds a zero point and a product."""
+    linears, _ = hqq_linears(dest)
+    expected = np.load(file)
+    largest = 0.0
+    for name in expected.files:
+        dense = linears[name.removesuffix(".weight")].dequantize().numpy()
+        largest = max(largest, float(np.abs(dense - expected[name]).max() / np.abs(expected[name]).max()))
+    print(f"hqq: {len(expected.files)} matrices, largest difference {largest:.2g} of the largest weight")
+    return len(expected.files) == len(linears) and largest < 1e-6
+
+
+def hqq_scores(dest, scores, args):
+    """Scores transformers' model with its linears replaced by those of the hqq package."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(dest)
+    del config.quantization_config  # transformers 5 reads no linears that are packed already
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    linears, rest = hqq_linears(dest)
+    for name, module in linears.items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, module)
+    # Past `load_state_dict`, which hqq's modules answer in their own way.
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in rest.items():
+        held[name].data = value.float()
+    model.tie_weights()
+
+    @torch.no_grad()
+    def score(window):
+        ids = torch.as_tensor(window[None].astype(np.int64))
+        log_probs = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
+        return log_probs.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+
+    return compared("hqq", scores, args, score)
+
+
 def main():
     """Runs one check, as the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = {part.__name__: part for part in (reference, transformers, llama, codes, compressed)}
+    parts = {
+        part.__name__: part for part in (reference, transformers, llama, codes, compressed, hqq, hqq_scores)
+    }
     parser.add_argument("part", choices=parts)
     parser.add_argument("model")
     parser.add_argument("file")

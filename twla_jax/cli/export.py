@@ -6,7 +6,7 @@ import tyro
 
 from twla_jax.cli.options import OptionalDtype, Out, argument, show
 
-Format = Literal["hf", "gguf", "compressed-tensors", "safetensors"]
+Format = Literal["hf", "gguf", "compressed-tensors", "hqq", "safetensors"]
 GgufType = Literal["f16", "q2_0", "tq2_0"]
 Dest = Annotated[tyro.conf.Positional[str], argument("DEST")]
 
@@ -29,8 +29,9 @@ def export(
         out: folder written by twla
         dest: folder to write, or file of --format gguf
         format: hf, a Hugging Face folder with dequantised weights, rotations folded in; gguf, one file for llama.cpp,
-            with these weights in float16 or ternary; compressed-tensors, packed 2-bit integers for vLLM; safetensors,
-            the packed arrays in one file (examples/read_packed.py reads it with numpy alone)
+            with these weights in float16 or ternary; compressed-tensors, packed 2-bit integers for vLLM; hqq, packed
+            2-bit integers with zero points for the hqq package; safetensors, the packed arrays in one file
+            (examples/read_packed.py reads it with numpy alone)
         dtype: type of the weights in hf; default: bfloat16
         type: type of the linears in gguf; q2_0 and tq2_0 hold models of the recipe w1.58-sym exactly; default: f16
         json: print what was written as JSON

@@ -1,9 +1,5 @@
 """Turns a quantised folder into a folder or file of another format."""
 
-import contextlib
-import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +8,10 @@ import numpy as np
 from twla_jax.errors import TwlaError
 from twla_jax.jobs.loading import kept_files
 from twla_jax.models import sites
-from twla_jax.storage import checkpoint, folders, locks, places
-from twla_jax.storage.export import compressed_tensors, gguf_file, huggingface, packed
+from twla_jax.storage import checkpoint, folders, locks, places, whole_files
+from twla_jax.storage.export import compressed_tensors, gguf_file, hqq, huggingface, packed
 
-Format = Literal["hf", "gguf", "compressed-tensors", "safetensors"]
+Format = Literal["hf", "gguf", "compressed-tensors", "hqq", "safetensors"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 GgufType = Literal["f16", "q2_0", "tq2_0"]
 
@@ -34,7 +30,8 @@ def export_model(
       out: folder that `twla quantize` wrote.
       dest: what to write, where there is nothing yet: a folder, or for `gguf` a file.
       format: `hf`, dequantised, rotations folded back; `gguf`, the same in float16 or ternary; `compressed-tensors`,
-        packed 2-bit integers; `safetensors`, this library's packed arrays in one file.
+        packed 2-bit integers; `hqq`, these with zero points; `safetensors`, this library's packed
+        arrays in one file.
       dtype: of the weights in `hf`; bfloat16 if None.
       gguf_type: of the linears in `gguf`; f16 if None.
     Returns:
@@ -71,7 +68,7 @@ def _write(
     model, tokenizer, info = checkpoint.load(out)
     bits = float(np.mean(sites.input_bits(model)))
     if format == "gguf":
-        with _file_beside(place) as temporary:
+        with whole_files.beside(place) as temporary:
             gguf_file.write(model, tokenizer, temporary, kind=gguf_type)
         return {place.name: place.stat().st_size}, bits
     files = {name: _bytes(content) for name, content in kept_files(out).items()}
@@ -80,6 +77,8 @@ def _write(
             huggingface.write(model, tokenizer, temporary, dtype=dtype, files=files)
         elif format == "compressed-tensors":
             compressed_tensors.write(model, tokenizer, temporary, files=files)
+        elif format == "hqq":
+            hqq.write(model, tokenizer, temporary, files=files)
         else:
             packed.write(out, info, temporary)
             huggingface.write_settings(temporary, None, tokenizer, files)
@@ -94,23 +93,6 @@ def _require_free(place: Path, dest: str | Path, format: Format) -> None:
     places.require_replaceable(place)
     if place.is_dir() and any(place.iterdir()):
         raise TwlaError(f"{dest}: exists and is not empty; choose another folder")
-
-
-@contextlib.contextmanager
-def _file_beside(path: Path) -> Iterator[Path]:
-    """Yield a name for a file that then takes its place; after an error nothing of it is left."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        # numpy says how much it could write, and not why.
-        reason = error.strerror or f"the disk is full, or files may be no longer ({error})"
-        raise TwlaError(f"{path}: {reason}; nothing was written") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _bytes(content: str | bytes) -> bytes:

@@ -10,57 +10,17 @@ import safetensors.numpy
 from flax import nnx
 
 from twla_jax.core import tensors
-from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.errors import TwlaError
 from twla_jax.jobs.export_model import export_model
-from twla_jax.models.config import DecoderConfig
-from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.recipe import Recipe, load_recipe
 from twla_jax.storage import checkpoint
 from twla_jax.storage.export.compressed_tensors import pack_int32
 
-CONFIG = DecoderConfig(
-    model_type="llama",
-    vocab_size=97,
-    hidden_size=256,
-    intermediate_size=320,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
+from helpers.plain_planes import exported, plain_model
+
 LINEARS = {"q": "self_attn.q_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"}
-
-
-def plain_model(group_size, intermediate=320):
-    """A decoder of random symmetric planes."""
-    config = DecoderConfig(**CONFIG.to_dict() | {"intermediate_size": intermediate})
-    model = Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
-    rng = np.random.default_rng(0)
-    for name in ("q", "k", "v", "o", "gate", "up", "down"):
-        layers, m, n = getattr(model.blocks, name).kernel.get_value().shape
-        groups = -(-m // group_size)
-        alpha = rng.uniform(0.01, 0.1, (layers, n, groups))
-        codes = rng.integers(-1, 2, (layers, n, m))
-        plane = tensors.from_codes(
-            jnp.asarray(codes, jnp.int8), jnp.asarray(alpha), jnp.zeros(alpha.shape), group_size
-        )
-        getattr(model.blocks, name).kernel = nnx.Param(plane)
-    off = ActivationQuantizer(
-        bits=jnp.full(2, 16, jnp.int32), clips=jnp.ones((2, 4), jnp.float16), enabled=False
-    )
-    for site in model.sites:
-        model.blocks.transform(site).activation = nnx.data(nnx.Param(off))
-    return model
-
-
-def exported(model, tmp_path, **options):
-    checkpoint.save(model, None, tmp_path / "plain", Recipe(), {})
-    export_model(tmp_path / "plain", tmp_path / "dest", **options)
-    return tmp_path / "dest"
 
 
 @pytest.mark.parametrize(("group_size", "common"), [(128, 64), (320, 64)])

@@ -1,7 +1,6 @@
 """Writes a folder in the format `pack-quantized` of compressed-tensors, 2 bits a weight, for vLLM and transformers."""
 
 import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from twla_jax.storage.export import safetensors_file
 from twla_jax.storage.export.folding import Parameter, parameters
 from twla_jax.storage.export.hf_config import hf_config
 from twla_jax.storage.export.huggingface import DTYPES, cast, published_name, write_settings
-from twla_jax.storage.export.plain_planes import RECIPE, is_linear, plane, require_plain
+from twla_jax.storage.export.plain_planes import common_group, is_linear, plane, require_plain
 from twla_jax.storage.export.safetensors_file import Tensor
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 _BITS = 2
 _PER_WORD = 32 // _BITS
-_LEAST_GROUP = 32  # the smallest that kernels of vLLM take
 _DTYPE = "float16"  # that of the scales, so that they stay exact
 
 
@@ -44,7 +42,7 @@ def write(
         raise TwlaError(
             f"models of type {model.config.model_type} are not written as compressed-tensors; give --format hf"
         )
-    group_size = common_group(tensors)
+    group_size = common_group(tensors, "compressed-tensors")
     config |= {"quantization_config": _scheme(tensors, group_size)}
     written: list[Tensor] = []
     for each in parameters(model):
@@ -64,21 +62,6 @@ def write(
         written += [Tensor(f"{stem}{key}", np.dtype(dtype), shape, make) for key, dtype, shape, make in parts]
     safetensors_file.write_model(folder, written)
     write_settings(folder, config, tokenizer, files)
-
-
-def common_group(tensors: list[TernaryTensor]) -> int:
-    """Return the largest group that lies within the groups of all tensors and divides their columns.
-
-    Raises:
-      TwlaError: it is smaller than kernels take.
-    """
-    group = math.gcd(*(math.gcd(tensor.group_size, tensor.in_features) for tensor in tensors))
-    if group < _LEAST_GROUP:
-        raise TwlaError(
-            f"compressed-tensors needs groups of {_LEAST_GROUP} columns or a multiple that divides every matrix; "
-            f"set weights.group_size to such a number in the recipe {RECIPE}"
-        )
-    return group
 
 
 def pack_int32(codes: Int8[np.ndarray, "n m"]) -> Int32[np.ndarray, "n words"]:

@@ -1,5 +1,6 @@
-"""Finds what formats of one scale a group can hold: single ternary planes with μ = 0, of inputs without rotations."""
+"""Finds what formats of one scale a group can hold: single ternary planes of inputs without rotations."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,13 +14,15 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.storage.export.folding import Parameter, parameters
 
 RECIPE = "w1.58-sym"
+_LEAST_GROUP = 32  # the smallest that kernels of vLLM and gemlite take
 
 
 class Plane(NamedTuple):
-    """A matrix `[n, m]` that is `scales[i, k // group_size]·codes[i, k]`, codes in {-1, 0, 1}."""
+    """A matrix `[n, m]` that is `scales[i, g]·codes[i, k] + offsets[i, g]` in group g, codes in {-1, 0, 1}."""
 
     codes: Int8[np.ndarray, "n m"]
     scales: Float16[np.ndarray, "n groups"]
+    offsets: Float16[np.ndarray, "n groups"]
 
 
 def is_linear(parameter: Parameter) -> bool:
@@ -27,16 +30,19 @@ def is_linear(parameter: Parameter) -> bool:
     return parameter.layer is not None and parameter.name.endswith(".kernel")
 
 
-def require_plain(model: Decoder, format: str) -> list[TernaryTensor]:
+def require_plain(model: Decoder, format: str, *, offsets: bool = False) -> list[TernaryTensor]:
     """Return the tensors of the blocks' linears, of all layers, if they are all plain planes.
 
     Args:
       model: quantised.
       format: for messages.
+      offsets: whether it has a form for offsets μ.
     Raises:
       TwlaError: one is not; names the recipe whose linears are.
     """
     hint = f"quantise with --recipe {RECIPE}"
+    if offsets:
+        hint += ", or with rotation = false in a recipe of one plane"
     held = {}
     for parameter in parameters(model):
         if not is_linear(parameter) or parameter.name in held:
@@ -50,14 +56,14 @@ def require_plain(model: Decoder, format: str) -> list[TernaryTensor]:
             raise TwlaError(
                 f"{format} rotates no inputs, {parameter.name} was quantised for rotated ones; {hint}"
             )
-        if bool((tensor.mu != 0).any()):
+        if not offsets and bool((tensor.mu != 0).any()):
             raise TwlaError(f"{format} has no offset μ, {parameter.name} has one; {hint}")
         held[parameter.name] = tensor
     return list(held.values())
 
 
 def plane(parameter: Parameter, group_size: int) -> Plane:
-    """Return codes and scales of one layer, scales repeated for groups of `group_size` columns.
+    """Return codes, scales and offsets of one layer, the latter repeated for groups of `group_size` columns.
 
     Args:
       parameter: the kernel.
@@ -66,4 +72,19 @@ def plane(parameter: Parameter, group_size: int) -> Plane:
     tensor = parameter.value
     codes = np.asarray(packing.unpack(tensor.codes, tensor.in_features)).astype(np.int8) - np.int8(1)
     first = jnp.arange(0, tensor.in_features, group_size) // tensor.group_size
-    return Plane(codes, np.asarray(tensor.alpha[:, first]))
+    return Plane(codes, np.asarray(tensor.alpha[:, first]), np.asarray(tensor.mu[:, first]))
+
+
+def common_group(tensors: list[TernaryTensor], format: str) -> int:
+    """Return the largest group that lies within the groups of all tensors and divides their columns.
+
+    Raises:
+      TwlaError: it is smaller than kernels take.
+    """
+    group = math.gcd(*(math.gcd(tensor.group_size, tensor.in_features) for tensor in tensors))
+    if group < _LEAST_GROUP:
+        raise TwlaError(
+            f"{format} needs groups of {_LEAST_GROUP} columns or a multiple that divides every matrix; "
+            f"set weights.group_size to such a number in the recipe {RECIPE}"
+        )
+    return group

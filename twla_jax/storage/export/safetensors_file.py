@@ -56,7 +56,7 @@ def write_file(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.make())
+            array = np.asarray(tensor.make(), order="C")  # `ascontiguousarray` gives numbers an axis
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise AssertionError(f"{tensor.name}: {array.dtype}{array.shape} is not what was announced")
             file.write(array.tobytes())
