@@ -21,9 +21,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from twla_jax.errors import TwlaError
-from twla_jax.inference.sampling import NOT_FINITE
 from twla_jax.models.arguments import checked_tokens
-from twla_jax.serving import protocol
+from twla_jax.serving import openapi, protocol
 from twla_jax.serving.answers import Choice, Envelope, Piece
 from twla_jax.serving.engine import Engine
 from twla_jax.serving.metrics import Metrics
@@ -77,6 +76,7 @@ class Service:
             ("/v1/models/{name:path}", "GET", self._one_model, True),
             ("/metrics", "GET", self._metrics_text, True),
             ("/health", "GET", self._health, False),
+            ("/openapi.json", "GET", self._openapi, False),
         )
         return Starlette(
             routes=[
@@ -131,6 +131,9 @@ class Service:
     async def _health(self, request: Request) -> Response:
         status = "failed" if self.engine.error is not None else "closing" if self.closing else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.DESCRIPTION)
 
     async def _metrics_text(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=_METRICS)
@@ -229,7 +232,7 @@ class Service:
             message = f"the prompt has {len(prompt)} tokens; with its answer there is room for {most}"
             raise ApiError(400, message, code="context_length_exceeded")
         ends = self._chat_ends if asked.messages else self.engine.config.eos_token_ids
-        seed = (asked.sampling.seed + choice) % (protocol.SEED_LIMIT + 1)
+        seed = (asked.sampling.seed + choice) % protocol.SEED_LIMIT
         return Generation(
             prompt=prompt,
             max_new_tokens=room if asked.max_new_tokens is None else asked.max_new_tokens,
@@ -259,8 +262,6 @@ class Service:
                     "the server is shutting down" if self.engine.error is None else "the engine has failed"
                 )
                 raise ApiError(503, reason, code="aborted")
-            if piece.reason == "failed":
-                raise ApiError(500, f"{NOT_FINITE} after {choice.tokens} tokens", code="not_finite")
             if not told_first:
                 self.metrics.first.observe(time.monotonic() - begun)
                 told_first = True
