@@ -22,6 +22,7 @@ def test_notebook_then_script(stories_model, tmp_path, monkeypatch, capsys):
     ).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "the restored model gives the same logits" in printed
+    assert "the model on a mesh gives the same logits" in printed
 
     main = runpy.run_path(str(EXAMPLES / "use_in_your_jit.py"))["main"]
     main(out)
