@@ -1,6 +1,7 @@
 """The command line: figures on stdout, all else on stderr, mistakes in one line, exit status 0 only on success."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from twla_jax.quantization import pipeline
 from twla_jax.recipe import load_recipe
 from twla_jax.refinement import end_to_end
 
+from helpers import html_pages
 from helpers.quick_recipe import QUICK
 
 SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
@@ -110,6 +112,35 @@ def test_tokens_of_the_refinement_are_steps_of_whole_batches():
     assert recipe.refine.end_to_end.steps == 3
     assert make._refined_on(recipe, 1).refine.end_to_end.steps == 1
     assert make._refined_on(recipe, None) == recipe
+
+
+def test_a_report_is_one_page_that_needs_nothing_else(out, stories_model, texts, tmp_path, capsys):
+    figures = tmp_path / "eval.json"
+    scored = ["--domains", texts, "--against", stories_model, "--seq-len", 64, "--max-windows", 2, "--json"]
+    figures.write_text(run(capsys, "eval", out, *scored).out)
+    page, compared = tmp_path / "page.html", tmp_path / "compare.json"
+    rows = [{"name": f"r{size}", "bytes": size, "perplexity": {"A16": 1e6 / size}} for size in (10**4, 10**5)]
+    compared.write_text(json.dumps({"rows": rows}))
+    arguments = ["report", out, page, "--figures", f"{figures},{compared}", "--against", stories_model]
+    arguments += ["--corpus", texts / "evaluation.txt", "--prompt", "<b>Once</b>"]
+    said = json.loads(run(capsys, *arguments, "--json").out)
+    assert said["left_out"] == {}
+    assert said["bytes"] == page.stat().st_size
+    html = html_pages.read(page)
+    assert html.headings == said["sections"]
+    assert html.links == []
+    assert not {"script", "b"} & set(html.tags)
+    assert html.tags.count("svg") == html.tags.count("figure") == 4 + 1 + 1 + 2 + 1 + 1 + 4
+    assert "calibration" in html.text
+    assert "r10000 A16" in html.text
+    assert "“<b>Once</b> …”" in html.text
+    message, _ = fails(capsys, *arguments)
+    assert "--overwrite" in message
+    alone = json.loads(run(capsys, "report", out, page, "--overwrite", "--json").out)
+    assert alone["left_out"].keys() == {
+        *("Weights before and after shaping", "Quality by text", "Activations before and after rotation")
+    }
+    html_pages.require_shown(page, tmp_path)
 
 
 def test_a_table_of_texts_ends_with_the_worst(out, stories_model, texts, capsys):
@@ -348,12 +379,33 @@ def test_interruption_and_defects_end_without_a_traceback(monkeypatch, capsys):
         assert code == status
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in main.COMMANDS)])
+@pytest.mark.parametrize("command", main.COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main.main([*command, "--help"])
+        main.main([command, "--help"])
     assert not stop.value.code
-    assert "usage: twla" in capsys.readouterr().out
+    assert f"usage: twla {command}" in capsys.readouterr().out
+    assert f"\n  {command} " in run(capsys, "--help").out
+
+
+def test_shells_complete_commands_and_options(tmp_path, capsys):
+    script = tmp_path / "twla"
+    script.write_text(run(capsys, "--completion", "bash").out)
+    typed = 'COMP_WORDS=(twla inspect --v); COMP_CWORD=2; _tyro_twla; echo "${COMPREPLY[@]}"'
+    completed = subprocess.run(["bash", "-c", f"source {script}; {typed}"], capture_output=True, check=True)
+    assert completed.stdout.decode().split() == ["--verify"]
+    assert fails(capsys, "--completion", "perl")[1] == 2
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_colours_are_for_terminals_that_want_them(no_color):
+    code = "import pty, sys; sys.exit(pty.spawn([sys.executable, '-m', 'twla_jax', 'inspect', '--help']))"
+    variables = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
+    said = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, check=True).stdout
+    assert b"usage: twla inspect" in said.replace(b"\x1b[m", b"").replace(b"\x1b[0m", b"").replace(
+        b"\x1b[1m", b""
+    )
+    assert (b"\x1b[" in said) == (not no_color)
 
 
 @pytest.mark.smoke

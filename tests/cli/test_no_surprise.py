@@ -26,7 +26,11 @@ WORDS = st.one_of(
 @st.composite
 def command_lines(draw):
     """A command with some of its options, each with any value; MODEL and OUT lead nowhere."""
-    command = draw(st.sampled_from(["quantize", "allocate", "eval", "generate", "inspect", "compare"]))
+    command = draw(
+        st.sampled_from(
+            ["quantize", "allocate", "eval", "generate", "inspect", "export", "report", "compare"]
+        )
+    )
     parameters = inspect.signature(main.COMMANDS[command]).parameters.values()
     places = [draw(WORDS) for each in parameters if each.kind is each.POSITIONAL_ONLY]
     options = [each for each in parameters if each.kind is each.KEYWORD_ONLY]

@@ -8,18 +8,19 @@ import functools
 import inspect as inspect_module
 import io
 import os
-import re
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 
 import tyro
 
-from twla_jax import compilation_cache, xla_flags
+from twla_jax import xla_flags
 from twla_jax.cli import failures, interrupts
 from twla_jax.cli.bench import bench
 from twla_jax.cli.chat import chat
 from twla_jax.cli.export import export
 from twla_jax.cli.make import allocate, compare, demo, quantize
+from twla_jax.cli.report import report
 from twla_jax.cli.serve import serve
 from twla_jax.cli.use import evaluate, generate, inspect
 from twla_jax.errors import TwlaError
@@ -34,14 +35,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "inspect": inspect,
     "export": export,
+    "report": report,
     "compare": compare,
     "bench": bench,
     "demo": demo,
 }
-
+_WIDTH = 80
+_SHELLS = ("bash", "zsh", "fish", "tcsh")
 _DESCRIPTION = (
-    "Quantise language models to ternary weights and low-bit activations, and use them. Compiled programs are kept in"
-    " ~/.cache/twla_jax/compiled, at most 1 GiB; TWLA_COMPILATION_CACHE=off keeps none, and =FOLDER keeps them there."
+    "Quantise language models to ternary weights and low-bit activations, and use them. twla COMMAND --help explains a"
+    f" command, twla --version prints the version, and twla --completion {'|'.join(_SHELLS)} a script that completes"
+    " commands and options."
 )
 
 
@@ -93,6 +97,10 @@ def _run(arguments: list[str]) -> None:
     if arguments == ["--version"]:
         print(f"twla {__version__}")
         return
+    if arguments in (["-h"], ["--help"]):
+        print(_overview())
+        return
+    shell = _shell_to_complete(arguments)
     chosen: list[Callable[[], None]] = []
 
     def deferred(command: Callable[..., None]) -> Callable[..., None]:
@@ -106,12 +114,12 @@ def _run(arguments: list[str]) -> None:
 
     message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), _colours():
             tyro.extras.subcommand_cli_from_dict(
                 {name: deferred(command) for name, command in COMMANDS.items()},
                 prog="twla",
                 description=_DESCRIPTION,
-                args=_joined(arguments),
+                args=["--tyro-print-completion", shell] if shell else _joined(arguments),
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
@@ -119,8 +127,39 @@ def _run(arguments: list[str]) -> None:
             _fail(_one_line(message.getvalue()), 2)
         raise
     failures.require_address_space()
-    compilation_cache.keep_compiled_programs()
     chosen[0]()
+
+
+def _shell_to_complete(arguments: list[str]) -> str | None:
+    """Return the shell that a script for completion is asked for."""
+    asked = arguments[:1] == ["--completion"]
+    if asked and arguments[1:] not in [[shell] for shell in _SHELLS]:
+        _fail(f"--completion takes one of {', '.join(_SHELLS)}", 2)
+    return arguments[1] if asked else None
+
+
+def _overview() -> str:
+    """Return the commands with the first line of their help; the parser needs twice as long to say as much."""
+    lines = [f"usage: twla [-h] {{{','.join(COMMANDS)}}} …", "", *textwrap.wrap(_DESCRIPTION, _WIDTH), ""]
+    for name, command in COMMANDS.items():
+        told = (command.__doc__ or "").partition("\n")[0]
+        lines += textwrap.wrap(told, _WIDTH, initial_indent=f"  {name:10}", subsequent_indent=" " * 12)
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _colours() -> Iterator[None]:
+    """Let the parser colour its help only where `NO_COLOR` is not set (no-color.org)."""
+    terminal = os.environ.get("TERM")
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"
+    try:
+        yield
+    finally:
+        if terminal is None:
+            os.environ.pop("TERM", None)
+        else:
+            os.environ["TERM"] = terminal
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -154,15 +193,7 @@ def _one_line(box: str) -> str:
         if not title and content:
             words.append(content)
     message = " ".join(" ".join(words).split()).removeprefix("Error parsing ")
-    message = re.sub(r"Expected one of \(([^)]*)\)", lambda found: _choices(found[1]), message)
     return message or "wrong command line; see twla --help"
-
-
-def _choices(listed: str) -> str:
-    """Return the values of an option in order: the parser lists them in any, with `None` where there is a default."""
-    values = {each.strip(" '\"") for each in listed.split(",")} - {"", "None"}
-    ordered = sorted(values, key=lambda each: (int(each) if each.isdecimal() else 0, each))
-    return f"Expected one of ({', '.join(ordered)})"
 
 
 def _fail(message: str, status: int) -> None:

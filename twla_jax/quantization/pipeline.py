@@ -82,7 +82,7 @@ def quantize_blocks(
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, settings)
     start = time.perf_counter()
     looks_at_inputs = settings.rotation is not None and settings.rotation.range_weight > 0
-    samples = _sample_inputs(model, windows, mesh) if looks_at_inputs else {}
+    samples = sample_inputs(model, windows, mesh) if looks_at_inputs else {}
     rotations, losses = rotation_fitting.fit_rotations(model, samples, settings.rotation, store, progress)
     fitted = time.perf_counter()
     layers = _quantize_blocks(model, windows, rotations, settings, store, mesh, progress)
@@ -144,7 +144,7 @@ def _say_how_many_are_pooled(figures: list[dict[str, Any]], experts: int) -> Non
         )
 
 
-def _sample_inputs(
+def sample_inputs(
     model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None
 ) -> dict[str, np.ndarray]:
     """Return for every site `[layers, c, m]`: some tokens of its input in the full-precision model."""

@@ -13,14 +13,14 @@ from twla_jax.errors import TwlaError
 _COLOURS = ("#b2182b", "#ef8a62", "#67a9cf", "#2166ac")
 
 
-def require_matplotlib() -> None:
-    """Raise if matplotlib is missing.
+def require_matplotlib() -> Any:
+    """Return the module matplotlib.
 
     Raises:
-      TwlaError: says what to install.
+      TwlaError: it is missing; says what to install.
     """
     try:
-        importlib.import_module("matplotlib.figure")
+        return importlib.import_module("matplotlib")
     except ImportError:
         raise TwlaError("a figure needs matplotlib: pip install 'twla-jax[plot]'") from None
 
@@ -51,12 +51,12 @@ def plot_allocation(path: str | Path, table: SensitivityTable, result: Mapping[s
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
-    figure = _figure(14, 9)
+    figure = new_figure(14, 9)
     (costs, interactions), (bits, losses) = figure.subplots(2, 2, width_ratios=(2.2, 1))
-    _draw_costs(costs, table)
-    _draw_interactions(interactions, figure, table)
-    _draw_bits(bits, result)
-    _draw_losses(losses, result)
+    draw_costs(costs, table)
+    draw_interactions(interactions, figure, table)
+    draw_bits(bits, result)
+    draw_losses(losses, result)
     for axes in (costs, interactions, bits):
         axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
@@ -72,7 +72,7 @@ def plot_comparison(path: str | Path, result: Mapping[str, Any]) -> None:
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
-    figure = _figure(10, 6.5)
+    figure = new_figure(10, 6.5)
     axes = figure.subplots()
     full, *rows = result["rows"]
     for index, bits in enumerate(dict.fromkeys(bits for row in rows for bits in row["perplexity"])):
@@ -116,7 +116,7 @@ def plot_roofline(path: str | Path, result: Mapping[str, Any]) -> None:
     Raises:
       TwlaError: matplotlib is missing, or does not know the format.
     """
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     axes = figure.subplots()
     bandwidth, peaks = result["copy_bytes_per_second"], result["product_operations_per_second"]
     intensity = np.geomspace(0.5, 1e5, 200)
@@ -155,7 +155,8 @@ def _roofline_points(result: Mapping[str, Any]) -> dict[tuple[str, str], list[tu
     return points
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of so many inches."""
     require_matplotlib()
     return importlib.import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
@@ -167,7 +168,8 @@ def _save(figure: Any, path: str | Path) -> None:
         raise TwlaError(f"{path}: {error}") from None
 
 
-def _draw_costs(axes: Any, table: SensitivityTable) -> None:
+def draw_costs(axes: Any, table: SensitivityTable) -> None:
+    """Draw C: what fewer bits cost at each site alone, as bars."""
     lower = table.choices[:-1]
     width = 0.8 / len(lower)
     place = np.arange(len(table.costs))
@@ -180,7 +182,7 @@ def _draw_costs(axes: Any, table: SensitivityTable) -> None:
     axes.legend()
 
 
-def _draw_interactions(axes: Any, figure: Any, table: SensitivityTable) -> None:
+def draw_interactions(axes: Any, figure: Any, table: SensitivityTable) -> None:
     """Draw K as a heat map: rows are pairs of bits, columns pairs of neighbours."""
     lower = table.choices[:-1]
     values = table.interactions[:, :-1, :-1].reshape(-1, len(lower) ** 2).T
@@ -194,7 +196,8 @@ def _draw_interactions(axes: Any, figure: Any, table: SensitivityTable) -> None:
     figure.colorbar(image, ax=axes, extend="both")
 
 
-def _draw_bits(axes: Any, result: Mapping[str, Any]) -> None:
+def draw_bits(axes: Any, result: Mapping[str, Any], *, numbers: bool = True) -> None:
+    """Draw the bits chosen, a row a site and a column a block."""
     chosen = np.asarray(list(result["bits"].values()))
     axes.imshow(
         chosen,
@@ -204,14 +207,15 @@ def _draw_bits(axes: Any, result: Mapping[str, Any]) -> None:
         vmax=result["choices"][-1],
         interpolation="nearest",
     )
-    for (row, layer), value in np.ndenumerate(chosen):
+    for (row, layer), value in np.ndenumerate(chosen) if numbers else ():
         axes.text(layer, row, str(value), ha="center", va="center", color="white", fontsize=8)
     axes.set_yticks(range(len(chosen)), list(result["bits"]))
     after = result["after"]["average_bits"]
     axes.set(title=f"bits chosen: {after:.2f} on average, budget {result['budget']:g}", xlabel="block")
 
 
-def _draw_losses(axes: Any, result: Mapping[str, Any]) -> None:
+def draw_losses(axes: Any, result: Mapping[str, Any]) -> None:
+    """Draw the held-out loss of each way to allocate, and that of the most bits as a line."""
     measured = {name: result["losses"][name] for name in ("uniform", "independent", "joint")}
     measured["refitted clips"] = result["clips"]["refitted"]
     bars = axes.bar(list(measured), list(measured.values()), color=_COLOURS)
