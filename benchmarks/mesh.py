@@ -70,7 +70,7 @@ def decoding(config: DecoderConfig, mesh: Any) -> tuple[float, Any]:
     model = random_decoder(config, activation_bits=4, mesh=mesh)
     settings = decode.DecodeSettings(activation_bits=(4,), mesh=mesh)
     tokens = generate(model, np.ones((1, 8), np.int32), max_new_tokens=16, eos_token_ids=())
-    return decode._step_seconds(model, 1, settings), tokens
+    return decode.step_seconds(model, 1, settings), tokens
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
     model = shapes.random_decoder(SHAPES[shape], **bits)
     # As many tokens before a step as the requests have in their middle.
     bare = decode.DecodeSettings(context=options.prompt + options.new // 2, cache_dtype=options.kv_cache)
-    step = {count: decode._step_seconds(model, count, bare) for count in counts}
+    step = {count: decode.step_seconds(model, count, bare) for count in counts}
     settings = EngineSettings(
         slots=counts[-1],
         rows=tuple(counts),

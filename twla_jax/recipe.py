@@ -56,21 +56,24 @@ class LatentSettings(LearningSettings):
     """Settings of a refinement that changes what a quantised model stores.
 
     Attributes:
-      code_rate: Adam's peak learning rate for the codes' latents, in units of α.
-      scale_rate: the same for α, μ (relative to α) and norms (relative to themselves).
+      code_rate: peak learning rate for the codes' latents, in units of α.
+      scale_rate: Adam's for α, μ (relative to α) and norms (relative to themselves).
       rotation_rate: the same for the rotations' factors, on the manifold; 0 keeps them.
       activation_bits: that the linear inputs are quantised to while it learns; 16 for none.
+      code_optimizer: what moves the codes' latents: Muon, whose steps are orthogonal matrices, or Adam.
     """
 
     code_rate: float = ranged(5e-3, low=0)
     scale_rate: float = ranged(2e-3, low=0)
     rotation_rate: float = ranged(0.0, low=0)
     activation_bits: int = ranged(16, one_of=ACTIVATION_BITS)
+    code_optimizer: Literal["adam", "muon"] = "adam"
 
     @property
     def peak_rates(self) -> dict[str, float]:
         """Return the peak rates of codes, scales and rotations."""
-        return {"codes": self.code_rate, "scales": self.scale_rate, "rotations": self.rotation_rate}
+        codes = "codes" if self.code_optimizer == "adam" else "muon"
+        return {codes: self.code_rate, "scales": self.scale_rate, "rotations": self.rotation_rate}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

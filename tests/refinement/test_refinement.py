@@ -178,7 +178,8 @@ def test_rotations_learn_on_the_manifold(student, teacher):
 
 def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end, "_SNAPSHOT_SECONDS", 0)
-    whole, figures = end_to_end.refine(student, teacher, WINDOWS, REFINE, progress=False)
+    settings = dataclasses.replace(REFINE, code_optimizer="muon")
+    whole, figures = end_to_end.refine(student, teacher, WINDOWS, settings, progress=False)
     save, taken = resume.WorkDir.save, []
 
     def interrupted(self, name, arrays):
@@ -188,7 +189,7 @@ def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(resume.WorkDir, "save", interrupted)
-    arguments = (student, teacher, WINDOWS, REFINE)
+    arguments = (student, teacher, WINDOWS, settings)
     with pytest.raises(KeyboardInterrupt):
         end_to_end.refine(*arguments, work_dir=tmp_path / "work", progress=False)
     resumed, again = end_to_end.refine(*arguments, work_dir=tmp_path / "work", progress=False)

@@ -37,7 +37,7 @@ from twla_jax.errors import TwlaError
 if TYPE_CHECKING:  # which imports JAX
     from twla_jax.recipe import Recipe
 
-_DRAWN_A_MINUTE = 600  # steps whose text is drawn for every minute of refinement, and the most of them
+_DRAWN_A_MINUTE = 1000  # steps whose text is drawn for every minute of refinement, and the most of them
 _MOST_DRAWN = 8000
 
 
@@ -144,7 +144,7 @@ def _refined_on(settings: "Recipe", tokens: int | None, minutes: float | None = 
         )
     if tokens is None:
         # How many steps there will be time for is not known yet; text for more than these is seen again.
-        steps = max(refined.steps, min(_MOST_DRAWN, int(_DRAWN_A_MINUTE * (minutes or 0))))
+        steps = max(1, min(_MOST_DRAWN, int(_DRAWN_A_MINUTE * (minutes or 0))))
     else:
         steps = max(1, tokens // (refined.batch * recipe_windows.refined_length(settings)))
     return settings.updated({"refine": {"end_to_end": {"steps": steps, **given(minutes=minutes)}}})

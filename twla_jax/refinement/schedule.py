@@ -4,12 +4,15 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from twla_jax.core import stiefel
 from twla_jax.recipe import LearningSettings
 
+_ADAM_RMS = 0.2  # of its updates at rate 1, as they usually are
 _WARMUP = 0.1  # share of the steps over which learning rates rise; a good start is lost without
 
 
@@ -31,17 +34,32 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """Return Adam with a rate for codes, for scales and norms, for clips, and for rotations, on the manifold.
 
-    If `narrow`, codes have a first moment in bfloat16 and a second one that is factored into rows and columns.
+    With a rate for `muon` instead of `codes`, the codes' latents of a matrix are moved by Muon (Jordan, 2024;
+    arXiv 2502.16982): the momentum, made orthogonal. If `narrow`, Adam's first moment of codes is bfloat16 and its
+    second one factored into rows and columns; Muon's one moment is bfloat16.
     """
 
     def labels(latents):
         return {name: {part: kinds.get(part, "scales") for part in parts} for name, parts in latents.items()}
 
-    kinds = {"u": "codes", "left": "rotations", "right": "rotations", "clip": "clips"}
+    kinds = {
+        "u": "muon" if "muon" in rates else "codes",
+        "left": "rotations",
+        "right": "rotations",
+        "clip": "clips",
+    }
     adam: dict[Hashable, optax.GradientTransformation] = {
         name: optax.adam(rate, b2=0.95) for name, rate in rates.items()
     }
-    if narrow:
+    if "muon" in rates:
+        adam["muon"] = optax.chain(
+            optax.contrib.scale_by_muon(
+                weight_dimension_numbers=_matrices, mu_dtype=jnp.bfloat16 if narrow else None
+            ),
+            optax.stateless(_like_adam),
+            optax.scale_by_learning_rate(rates["muon"]),
+        )
+    elif narrow:
         adam["codes"] = optax.chain(
             optax.scale_by_factored_rms(decay_rate=0.95, decay_rate_fn=_mean_at_first),
             optax.ema(0.9, accumulator_dtype=jnp.bfloat16),
@@ -50,6 +68,17 @@ def optimizer(
     if "rotations" in adam:
         adam["rotations"] = stiefel.riemannian(adam["rotations"]) if learns_rotations else optax.set_to_zero()
     return optax.partition(adam, labels)
+
+
+def _matrices(latents: Any) -> Any:
+    """Return which axes of each latent are a matrix's: the last two."""
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    return jax.tree.map(lambda _: numbers, latents)
+
+
+def _like_adam(updates: Any, _: Any) -> Any:
+    """Return orthogonal updates with the root mean square that Adam's have, so that rates mean the same."""
+    return jax.tree.map(lambda u: u * (_ADAM_RMS * max(u.shape[-2:]) ** 0.5), updates)
 
 
 def _mean_at_first(step: Any, decay: Any) -> jnp.ndarray:
