@@ -31,7 +31,7 @@ def compare(model: Decoder, tokens: np.ndarray, bits: int, **settings) -> dict[s
     forms = {
         OWN: lambda: model,
         REFERENCE: lambda: prepare_for_inference(model, implementation="xla"),
-        KERNELS: lambda: prepare_for_inference(model),
+        KERNELS: lambda: prepare_for_inference(model, unpack=False),
     }
     found = {}
     for name, form in forms.items():

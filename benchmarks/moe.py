@@ -145,8 +145,8 @@ def decode_times(config: DecoderConfig, quantized: Decoder, rows: Table) -> None
     settings = decode.DecodeSettings(context=128, steps=32)
     forms = {
         "bf16": lambda: shapes.random_decoder(config, activation_bits=None),
-        "W1.58A8": lambda: prepare_for_inference(quantized),
-        "W1.58A16": lambda: prepare_for_inference(set_activation_bits(quantized, 16)),
+        "W1.58A8": lambda: prepare_for_inference(quantized, unpack=False),
+        "W1.58A16": lambda: prepare_for_inference(set_activation_bits(quantized, 16), unpack=False),
     }
     for name, make in forms.items():
         model = make()

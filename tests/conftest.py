@@ -31,6 +31,10 @@ if "TWLA_DATA" not in os.environ and _BESIDE.is_dir():
     os.environ["TWLA_DATA"] = str(_BESIDE)
 
 
+# Commands that tests run leave nothing in the user's cache.
+os.environ.setdefault("TWLA_COMPILATION_CACHE", "off")
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("hlo") and not jax.__version__.startswith(HLO_JAX):
         pytest.skip(f"describes what JAX {HLO_JAX}* compiles, not {jax.__version__}")

@@ -125,7 +125,7 @@ def stages(model, tmp_path_factory):
     call(checkpoint.save, found["allocated"], None, folder, RECIPE, {})
     found["loaded"], _, _ = checkpoint.load(folder)
     sixteen = call(twla_jax.set_activation_bits, found["loaded"], bits=16)
-    found["sixteen"], found["packed"] = sixteen, call(twla_jax.prepare_for_inference, sixteen)
+    found["sixteen"], found["packed"] = sixteen, call(twla_jax.prepare_for_inference, sixteen, unpack=False)
     call(for_inference, found["loaded"], "off", dtype="bfloat16")
     call(for_inference, found["loaded"], "on", dtype="bfloat16")
     call(computing_in, found["loaded"], "float16")

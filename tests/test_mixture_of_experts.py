@@ -199,7 +199,7 @@ def test_refinement_moves_it_towards_its_teacher(model, quantized):
 
 def test_packed_it_computes_and_generates_the_same(loaded):
     sixteen = twla_jax.set_activation_bits(loaded[0], bits=16)
-    packed = twla_jax.prepare_for_inference(sixteen)
+    packed = twla_jax.prepare_for_inference(sixteen, unpack=False)
     logits = [jax.jit(lambda model, tokens: model(tokens))(each, WINDOWS) for each in (sixteen, packed)]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
     # With a cache, and a few tokens at a time, it continues the text as the whole of it says.

@@ -76,6 +76,9 @@ def test_no_number_is_taken_that_makes_no_sense(command, option, capsys):
         (["bench", "--batch", "1,-1"], "--batch -1: must be a whole number from 1"),
         (["allocate", "o", "--frontier", "4,nan"], "--frontier nan: must be a number from 1 to 16"),
         (["compare", "m", "--activation-bits", "3"], "--activation-bits 3: must be one of"),
+        (["eval", "m", "--domains", ""], "a name is empty"),
+        (["eval", "m", "--activation-bits", "5"], "Expected one of (2, 4, 6, 8, 16)"),
+        (["eval", "m", "--kernels", "x"], "Expected one of (auto, off, on)"),
     ],
 )
 def test_the_range_is_told(arguments, message, capsys):

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from twla_jax.cli import main
+from twla_jax.cli.serve import KEY, key_of
 from twla_jax.serving.server import listen
 
 
@@ -32,9 +33,22 @@ def test_what_cannot_be_served_is_refused_before_any_work(capsys, tmp_path, monk
     assert "'65536' is not a whole number from 0 to 65535" in fails(capsys, "--port", 65536)
     (tmp_path / "key").write_text("two\nlines\n")
     assert "must hold one key" in fails(capsys, "--api-key-file", tmp_path / "key")
+    for key in (" ", "two\nlines"):
+        monkeypatch.setenv(KEY, key)
+        assert f"{KEY}: must hold one key" in fails(capsys)
+    monkeypatch.delenv(KEY)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     assert fails(capsys).endswith("pip install 'twla-jax[serve]'")
+
+
+def test_blanks_around_a_key_are_no_part_of_it(monkeypatch, tmp_path):
+    """No client could send them: every request would be refused."""
+    (tmp_path / "key").write_text("open sesame\n")
+    monkeypatch.setenv(KEY, " open sesame\r\n")
+    assert key_of(None) == key_of(str(tmp_path / "key")) == "open sesame"
+    monkeypatch.setenv(KEY, "")
+    assert key_of(None) is None
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from twla_jax.inference.sampling import Sampling
 from twla_jax.models.decoder import Decoder
 
 from helpers.compiled import compiled_programs
+from helpers.overflowing import overflowing
 
 PROMPT = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -56,6 +57,19 @@ def test_a_row_ends_at_its_eos_and_the_stream_when_all_have(model, greedy):
         assert set(row[end:]) == {expected[end]}
 
 
+def test_logits_that_are_not_finite_end_it_with_an_error(model, greedy):
+    """A token of the prompt overflows, or the third one that is made."""
+    for token, made in ((int(PROMPT[1, 0]), 0), (int(greedy[0, 2]), 3)):
+        broken = overflowing(model, token)
+        with pytest.raises(TwlaError, match=r"not finite numbers.* overflow float32"):
+            generate(broken, PROMPT, max_new_tokens=12)
+        steps = stream(broken, PROMPT, max_new_tokens=12)
+        for index in range(made):
+            assert next(steps)[0] == greedy[0, index]
+        with pytest.raises(TwlaError, match="not finite numbers"):
+            next(steps)
+
+
 def test_sampling_follows_the_key_and_the_temperature(model):
     def sample(seed, temperature):
         return generate(model, PROMPT, max_new_tokens=12, temperature=temperature, key=jax.random.key(seed))
@@ -88,7 +102,7 @@ def test_a_long_prompt_goes_in_by_chunks_of_one_compilation(model, greedy, monke
 @pytest.mark.parametrize("kv_heads", [1, 3])
 def test_an_int8_cache_moves_the_output_by_a_percent_at_most(tiny_config, prepared, kv_heads):
     model = Decoder(dataclasses.replace(tiny_config, num_kv_heads=kv_heads), rngs=nnx.Rngs(0))
-    model = prepare_for_inference(model) if prepared else model
+    model = prepare_for_inference(model, unpack=False) if prepared else model
     hidden = {}
     for dtype in (None, jnp.int8):
         cache = model.init_cache(2, 8, dtype)

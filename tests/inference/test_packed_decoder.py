@@ -67,7 +67,7 @@ def side_by_side(packed, block, state, context):
 def test_every_input_and_linear_computes_what_the_quantisers_own_does(quantised, bits):
     model, text = quantised
     model = jax.tree.map(jnp.asarray, set_activation_bits(model, bits))
-    prepared = prepare_for_inference(model)
+    prepared = prepare_for_inference(model, unpack=False)
     state, context = State(model.embed_tokens(text)), model.context(text.shape[1])
     for i, packed in enumerate(prepared.blocks):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
@@ -85,13 +85,13 @@ def test_perplexity_is_the_same(quantised, bits, tolerance):
     model = set_activation_bits(model, bits)
     scores = [
         twla_jax.evaluate(each, text, batch_size=2, progress=False)["perplexity"]
-        for each in (model, prepare_for_inference(model))
+        for each in (model, prepare_for_inference(model, unpack=False))
     ]
     assert scores[1] == pytest.approx(scores[0], rel=tolerance)
 
 
 def test_the_cache_changes_nothing(quantised):
-    model = prepare_for_inference(set_activation_bits(quantised[0], 8))
+    model = prepare_for_inference(set_activation_bits(quantised[0], 8), unpack=False)
     prompt = quantised[1][:, :5]
     found = generate(model, prompt, max_new_tokens=3, eos_token_ids=())
     logits = model(np.concatenate([prompt, found], axis=1))
@@ -101,7 +101,7 @@ def test_the_cache_changes_nothing(quantised):
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_an_exchange_changes_nothing(quantised, tokens):
     """That of a device whose kernels pass outputs on, where a block goes another way."""
-    model = prepare_for_inference(set_activation_bits(quantised[0], 8))
+    model = prepare_for_inference(set_activation_bits(quantised[0], 8), unpack=False)
     cache = model.init_cache(1, 64)
     words = jnp.zeros((1, 200), jnp.int32)
     scratch = tuple(dataclasses.replace(each, pair=words, qkv=words) for each in cache.scratch)
@@ -113,7 +113,7 @@ def test_an_exchange_changes_nothing(quantised, tokens):
 
 
 def test_attention_in_parts_ends_a_block_as_the_whole_does(quantised):
-    block = prepare_for_inference(set_activation_bits(quantised[0], 8)).blocks[0]
+    block = prepare_for_inference(set_activation_bits(quantised[0], 8), unpack=False).blocks[0]
     config, context = quantised[0].config, quantised[0].context(1).layer(0)
     finish = jax.jit(lambda block, x, mixed: run(block, State(x, mixed), context, 1).x)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -129,7 +129,7 @@ def test_attention_in_parts_ends_a_block_as_the_whole_does(quantised):
 
 def test_linears_that_share_an_input_are_one_matrix(quantised):
     config = quantised[0].config
-    block = prepare_for_inference(quantised[0]).blocks[0]
+    block = prepare_for_inference(quantised[0], unpack=False).blocks[0]
     key = config.num_kv_heads * config.head_dim
     assert block.qkv_linear.weight.get_value().splits == (config.num_heads * config.head_dim, key, key)
     assert block.mlp_linear.weight.get_value().splits == (config.intermediate_size,) * 2
@@ -144,12 +144,12 @@ def test_a_float_model_computes_what_it_did(tiny_config, bias):
         linear = getattr(model.blocks, name)
         linear.bias = nnx.Param(jnp.asarray(rng.normal(size=linear.bias.shape), jnp.float16))
     tokens = rng.integers(0, config.vocab_size, (2, 7))
-    np.testing.assert_allclose(prepare_for_inference(model)(tokens), model(tokens), atol=1e-5)
+    np.testing.assert_allclose(prepare_for_inference(model, unpack=False)(tokens), model(tokens), atol=1e-5)
 
 
 def test_group_sizes_that_kernels_do_not_take_are_refused(tiny_ternary):
     with pytest.raises(TwlaError, match="group size 16"):
-        prepare_for_inference(tiny_ternary)
+        prepare_for_inference(tiny_ternary, unpack=False)
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 2e-2), (16, 2e-3)])
@@ -166,7 +166,8 @@ def test_two_planes_are_two_products(tiny_config, tiny_ternary, bits, tolerance)
     model = jax.tree.map(jnp.asarray, set_activation_bits(tiny_ternary, bits))
     tokens = rng.integers(0, tiny_config.vocab_size, (2, 16)).astype(np.int32)
     found, expected = (
-        jax.jit(lambda model: model(tokens))(each) for each in (prepare_for_inference(model), model)
+        jax.jit(lambda model: model(tokens))(each)
+        for each in (prepare_for_inference(model, unpack=False), model)
     )
     difference = np.abs(np.asarray(found - expected))
     # α₂ meets the kernels in float16; at 8 bits a code on the edge of two levels may fall the other way.

@@ -68,6 +68,19 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert shares[3] == 0
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 2, "top_p": 0.9}]
+)
+def test_no_token_is_made_of_what_is_not_finite(settings):
+    rows = np.tile(np.float32([1, 5, 2, 0]), (5, 1))
+    rows[1, 2], rows[2, 0], rows[3, :] = np.nan, np.inf, -np.inf
+    rows[4, 1] = -np.inf  # a token that cannot be: the others are as they are
+    sampling = Sampling(**settings)
+    found = np.asarray(choose(jnp.asarray(rows), sampling.sampler(), None, jax.random.key(0)))
+    np.testing.assert_array_equal(found < 0, [False, True, True, True, False])
+    assert found[4] != 1
+
+
 @pytest.fixture(scope="module")
 def model(tiny_config):
     return Decoder(tiny_config, rngs=nnx.Rngs(0))
@@ -83,7 +96,7 @@ def test_a_penalty_counts_the_prompt_and_what_was_generated(model):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_settings_give_the_same_at_once_and_one_by_one(model, packed):
-    model = prepare_for_inference(model) if packed else model
+    model = prepare_for_inference(model, unpack=False) if packed else model
     sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=7)
     found = generate(model, PROMPT, max_new_tokens=10, sampling=sampling)
     steps = stream(model, PROMPT, max_new_tokens=10, sampling=sampling)

@@ -63,6 +63,16 @@ def test_a_model_takes_ids_on_the_host_on_the_device_as_lists_and_traced(model):
         np.testing.assert_allclose(model(tokens), logits, rtol=1e-5, atol=1e-6)
 
 
+def test_traced_ids_outside_the_vocabulary_are_no_other_token(model):
+    """Nothing can be refused inside `jit`: what follows is NaN, and other rows are as they were."""
+    wrong = np.concatenate([IDS, IDS[:1]])
+    wrong[0, 2], wrong[1, 1] = 97, -1
+    logits = np.asarray(jax.jit(lambda ids: model(ids))(jnp.asarray(wrong)))
+    assert np.isnan(logits[0, 2:]).all()
+    assert np.isnan(logits[1, 1:]).all()
+    np.testing.assert_allclose(logits[2], model(IDS)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_ids_of_any_whole_type_come_as_int32(tiny_config):
     for dtype in (np.uint8, np.int64, np.uint64):
         tokens = checked_tokens(IDS.astype(dtype), tiny_config, "tokens")

@@ -149,7 +149,10 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_prepared_model_generates_on_the_mesh_what_it_does_on_one_device(quantised, mesh, bits):
     result = jax.tree.map(jnp.asarray, set_activation_bits(quantised, bits))
-    one, split = prepare_for_inference(result), prepare_for_inference(result, mesh=mesh)
+    one, split = (
+        prepare_for_inference(result, unpack=False),
+        prepare_for_inference(result, mesh=mesh, unpack=False),
+    )
     gate_up = split.blocks[0].mlp_linear.weight.get_value()
     assert gate_up.codes.sharding.spec == P("model")
     assert gate_up.codes.shape[0] == 2
@@ -188,6 +191,7 @@ def test_a_mesh_is_named_by_its_axes():
         ("rows=2", "must be like data=2,model=4"),
         ("model=0", "must be like"),
         ("model", "must be like"),
+        ("data=2,data=4", "must be like"),
     ):
         with pytest.raises(TwlaError, match=message):
             sharding.make_mesh(text)

@@ -88,7 +88,7 @@ def test_a_model_prepared_for_inference_reads_them_too(tiny_config):
         quantised = quantize_embeddings(
             Decoder(config, rngs=nnx.Rngs(0)), EmbeddingSettings(bits=4, group_size=16)
         )
-        prepared = prepare_for_inference(jax.tree.map(jnp.asarray, quantised))
+        prepared = prepare_for_inference(jax.tree.map(jnp.asarray, quantised), unpack=False)
         np.testing.assert_allclose(prepared(TOKENS), quantised(TOKENS), atol=1e-5)
 
 
@@ -98,8 +98,10 @@ def test_a_model_prepared_for_inference_holds_packed_rows_and_no_floats(tiny_con
     config = dataclasses.replace(tiny_config, tie_word_embeddings=tied)
     recipe = EmbeddingSettings(bits=bits, group_size=group)
     quantised = quantize_embeddings(Decoder(config, rngs=nnx.Rngs(0)), recipe)
-    prepared = prepare_for_inference(jax.tree.map(jnp.asarray, quantised))
+    prepared = prepare_for_inference(jax.tree.map(jnp.asarray, quantised), unpack=False)
     np.testing.assert_array_equal(prepared.embed_tokens(TOKENS), quantised.embed_tokens(TOKENS))
+    outside = prepared.embed_tokens(jnp.array([[96, 97, -1, 2**31 - 1]]))
+    np.testing.assert_array_equal(np.isnan(outside).all(-1), [[False, True, True, True]])
     np.testing.assert_allclose(prepared(TOKENS), quantised(TOKENS), atol=1e-5)
     # Rows and columns filled up to 128; a scale and a zero point of two bytes each for every 128 columns of a plane.
     planes, rows = 2 if bits <= 4 else 1, -(-config.vocab_size // 128) * 128

@@ -84,7 +84,7 @@ def test_it_predicts_nearer_to_the_original_than_the_published_fit_in_one_plane(
 
 def test_kernels_and_refinement_refuse_it_in_one_line(quantized):
     with pytest.raises(TwlaError, match="published layout"):
-        prepare_for_inference(quantized)
+        prepare_for_inference(quantized, unpack=False)
 
 
 @pytest.mark.parametrize(

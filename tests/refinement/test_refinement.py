@@ -199,6 +199,21 @@ def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, 
         np.testing.assert_array_equal(one, other)
 
 
+def test_the_state_after_the_last_step_is_kept(student, teacher, tmp_path, monkeypatch):
+    """What follows a refinement takes its time, too: killed there, no step is made again."""
+    save, taken = resume.WorkDir.save, []
+
+    def counted(self, name, arrays):
+        save(self, name, arrays)
+        taken.append(len(arrays["losses"]))
+
+    monkeypatch.setattr(resume.WorkDir, "save", counted)
+    arguments = (student, teacher, WINDOWS, REFINE)
+    figures = [end_to_end.refine(*arguments, work_dir=tmp_path / "work", progress=False)[1] for _ in range(2)]
+    assert figures[0] == figures[1]
+    assert taken == [6]
+
+
 @pytest.mark.slow
 def test_a_real_model_gets_most_of_its_language_back(stories):
     """stories260K on its own stories: refinement takes at least half of what quantisation cost."""

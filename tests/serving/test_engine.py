@@ -20,8 +20,10 @@ from twla_jax.models.sites import set_activation_bits
 from twla_jax.serving.engine import Engine
 from twla_jax.serving.requests import Busy, Generation, check
 from twla_jax.serving.settings import EngineSettings
+from twla_jax.serving.slots import row
 
 from helpers.compiled import compiled_programs
+from helpers.overflowing import overflowing
 
 FILTERS = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
 
@@ -103,7 +105,7 @@ def answers(engine, asked):
 
 def test_every_answer_is_the_one_that_its_prompt_gets_alone(engine, model):
     compiled = {name: compiled_programs(each) for name, each in engine.programs.items()}
-    assert compiled == {"prefill": 2, "steps": 2, "admit": 1, "move": 1}
+    assert compiled == {"prefill": 2, "steps": 2, "admit": 1, "forget": 1, "move": 1}
     asked = requests(24)
     for each, found in zip(asked, answers(engine, asked), strict=True):
         assert found.tokens == offline(model, each)
@@ -130,7 +132,7 @@ def with_one_group_a_row(model):
 def test_quantised_and_packed_models_answer_as_they_do_offline(tiny_ternary, form):
     # At 16 bits: codes of fewer may lie on the edge between two levels.
     model = jax.tree.map(jax.numpy.asarray, set_activation_bits(with_one_group_a_row(tiny_ternary), 16))
-    model = model if form == "ternary" else prepare_for_inference(model)
+    model = model if form == "ternary" else prepare_for_inference(model, unpack=False)
     cache = {"cache_dtype": None if form == "ternary" else "int8"}
     engine = started(model, chunks=(8,), slots=2, max_length=8, rows=(2,), **cache)
     asked = [Generation(prompt=prompt(i, 3), max_new_tokens=5) for i in range(3)]
@@ -173,6 +175,31 @@ def test_a_cancelled_request_frees_its_slot_and_the_others_do_not_notice(engine,
     assert engine.running == engine.waiting == 0
 
 
+def test_a_request_whose_logits_are_not_finite_fails_alone(tiny_model):
+    """Token 5 overflows: at the first token, or after one; the next prompt goes through the row it was read into."""
+    model = overflowing(tiny_model, 5)
+    alone = Generation(prompt=prompt(3, 4), max_new_tokens=6)
+    assert 5 not in alone.prompt
+    engine = started(model, slots=2, chunks=(8,), max_length=24, rows=(2,))
+    asked = [Generation(prompt=(1, 5, 2, 3, 4, 6, 7, 8), max_new_tokens=6), *[alone] * 5]
+    failed, *others = answers(engine, asked)
+    engine.close()
+    assert (failed.tokens, failed.reason) == ([], "failed")
+    for each in others:
+        assert (each.tokens, each.reason) == (offline(model, alone), "length")
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=5)])
+def test_a_token_after_which_nothing_is_finite_is_the_last(tiny_model, sampling):
+    asked = Generation(prompt=prompt(3, 4), max_new_tokens=8, sampling=sampling)
+    whole = offline(tiny_model, asked)
+    model = overflowing(tiny_model, whole[3])
+    engine = started(model, slots=2, chunks=(8,), max_length=24, rows=(2,))
+    (found,) = answers(engine, [asked])
+    engine.close()
+    assert (found.tokens, found.reason) == (whole[: whole.index(whole[3]) + 1], "failed")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -190,6 +217,20 @@ def test_what_cannot_be_generated_is_named(engine, changes, message):
         engine.submit(Generation(**{"prompt": (1,), "max_new_tokens": 1, **changes}), Answer())
 
 
+def test_a_model_may_have_many_end_tokens(tiny_config):
+    config = dataclasses.replace(tiny_config, eos_token_ids=tuple(range(12)))
+    ends = (*config.eos_token_ids, 50)  # with one of a chat
+    check(Generation(prompt=(1,), max_new_tokens=1, ends=ends), config, 40)
+    held = row(Sampling(), limit=1, ends=ends, told=False, config=config).ends
+    assert set(ends) <= set(held[0].tolist())
+
+
+def test_what_will_never_have_a_place_is_a_mistake(engine):
+    asked = [(Generation(prompt=(1, 2), max_new_tokens=1), Answer())]
+    with pytest.raises(TwlaError, match="73 answers are asked for at once; there are places for 72"):
+        engine.submit_all(asked * 73)
+
+
 def test_an_answer_lies_on_one_side_of_where_longrope_changes(tiny_config):
     scaling = RopeScaling(kind="longrope", original_max_position_embeddings=10)
     config = dataclasses.replace(tiny_config, rope_scaling=scaling)
@@ -202,13 +243,11 @@ def test_an_answer_lies_on_one_side_of_where_longrope_changes(tiny_config):
 
 def test_what_has_no_place_is_refused_and_closing_ends_all(engine):
     long = Generation(prompt=(1, 2), max_new_tokens=38)
-    with pytest.raises(Busy) as refusal:
-        engine.submit_all([(long, Answer())] * 73)
-    assert refusal.value.retry_after >= 1
     found = [Answer() for _ in range(72)]
     engine.submit_all([(long, each) for each in found])
-    with pytest.raises(Busy):
+    with pytest.raises(Busy) as refusal:
         engine.submit_all([(long, Answer())] * 9)
+    assert refusal.value.retry_after >= 1
     found[0].pieces.get(timeout=60)
     engine.close()
     assert {each.reason for each in found} <= {"length", "aborted"}

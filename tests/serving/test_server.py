@@ -107,6 +107,17 @@ def test_several_prompts_and_choices_each_have_their_seed(client, loaded):
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
 
 
+def test_the_seed_after_the_last_is_the_first(client, loaded):
+    found = complete(client, "The dog", max_tokens=8, n=2, seed=2**31 - 1, **SAMPLED)
+    texts = [offline(loaded, "The dog", 8, seed=seed, **SAMPLED) for seed in (2**31 - 1, 0)]
+    assert [choice.text for choice in found.choices] == texts
+
+
+def test_more_answers_than_there_are_places_are_a_mistake(client):
+    with pytest.raises(openai.BadRequestError, match="there are places for 24 in all"):
+        complete(client, ["The", "dog"], n=16)
+
+
 def test_a_stream_adds_up_to_the_whole(client, loaded):
     events = list(
         complete(

@@ -30,6 +30,12 @@ def test_a_text_begins_with_one_bos_whether_it_has_it_or_not(tokenizer, text):
     assert chat.encode_text(tokenizer, text) == tokenizer.convert_tokens_to_ids(["<s>", "w1", "w2"])
 
 
+def test_half_a_character_is_refused(tokenizer):
+    for encode in (chat.encode_text, chat.encode_rendered):
+        with pytest.raises(TwlaError, match="half a surrogate pair"):
+            encode(tokenizer, "w1 \ud83d")
+
+
 def test_what_follows_an_answer_in_the_template_ends_it(tokenizer):
     assert chat.ends_of_answer(tokenizer, (1,)) == (1, 3)
     assert chat.ends_of_answer(tokenizer, (3,)) == (3,)

@@ -150,6 +150,8 @@ def test_a_folder_reads_its_texts_whatever_their_capitals(tmp_path):
         ("a.json", b'{"data": {', "line 1: not JSON"),
         ("a.csv", b"body,id\na,1\n", 'no column "text", "messages" or "content"; it has \'body\', \'id\''),
         ("a.csv", b"id,text\n1\n", "line 2: .* is null, not text"),
+        ("a.csv", b"text\nfirst\nHello, world\n", "line 3: has 1 columns more than the first line"),
+        ("a.txt", "UTF-16".encode("utf-16-le"), "holds null bytes: it is UTF-16, or no text"),
         ("a.csv", b"", 'no column "text"'),
         ("a.csv", b'text\n"a', "not a table"),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
@@ -177,7 +179,8 @@ def test_an_empty_or_impossible_name_reads_nothing(tmp_path, monkeypatch, name):
 
 
 def test_what_is_no_file_or_unpacks_without_end_is_refused_at_once(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe.txt")
+    for name in ("pipe.txt", "pipe.parquet"):
+        os.mkfifo(tmp_path / name)
     (tmp_path / "pointer.txt").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     )
@@ -186,6 +189,7 @@ def test_what_is_no_file_or_unpacks_without_end_is_refused_at_once(tmp_path, mon
     for path, message in (
         (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "pipe.txt", "not a regular file"),
+        (tmp_path / "pipe.parquet", "not a regular file"),
         (tmp_path / "pointer.txt", "is a git-lfs pointer"),
         (tmp_path / "bomb.txt.gz", "unpacks to more than"),
     ):

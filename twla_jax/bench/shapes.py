@@ -142,7 +142,7 @@ def random_decoder(
         embedding_bits=embedding_bits,
         seed=seed,
     )
-    prepared = prepare_for_inference(model, mesh=mesh)
+    prepared = prepare_for_inference(model, mesh=mesh, unpack=False)
     copy = jax.jit(lambda block: jax.tree.map(jnp.copy, block))
     (block,) = prepared.blocks  # pyright: ignore[reportGeneralTypeIssues]
     blocks: Any = nnx.List([block, *(copy(block) for _ in range(config.num_layers - 1))])

@@ -75,7 +75,7 @@ def chat(
         seed: seed of the sampling
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
-            only where there are kernels
+            only where there are kernels, and on a CPU unpacks the weights once, if they fit
         kv_cache: int8 stores keys and values in 8 bits; default: the type the model computes in
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
     """

@@ -8,13 +8,14 @@ import functools
 import inspect as inspect_module
 import io
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 
 import tyro
 
-from twla_jax import xla_flags
+from twla_jax import compilation_cache, xla_flags
 from twla_jax.cli import failures, interrupts
 from twla_jax.cli.bench import bench
 from twla_jax.cli.chat import chat
@@ -45,7 +46,8 @@ _SHELLS = ("bash", "zsh", "fish", "tcsh")
 _DESCRIPTION = (
     "Quantise language models to ternary weights and low-bit activations, and use them. twla COMMAND --help explains a"
     f" command, twla --version prints the version, and twla --completion {'|'.join(_SHELLS)} a script that completes"
-    " commands and options."
+    " commands and options. Compiled programs are kept in ~/.cache/twla_jax/compiled, at most 1 GiB;"
+    " TWLA_COMPILATION_CACHE=off keeps none, and =FOLDER keeps them there."
 )
 
 
@@ -127,6 +129,7 @@ def _run(arguments: list[str]) -> None:
             _fail(_one_line(message.getvalue()), 2)
         raise
     failures.require_address_space()
+    compilation_cache.keep_compiled_programs()
     chosen[0]()
 
 
@@ -193,7 +196,15 @@ def _one_line(box: str) -> str:
         if not title and content:
             words.append(content)
     message = " ".join(" ".join(words).split()).removeprefix("Error parsing ")
+    message = re.sub(r"Expected one of \(([^)]*)\)", lambda found: _choices(found[1]), message)
     return message or "wrong command line; see twla --help"
+
+
+def _choices(listed: str) -> str:
+    """Return the values of an option in order: the parser lists them in any, with `None` where there is a default."""
+    values = {each.strip(" '\"") for each in listed.split(",")} - {"", "None"}
+    ordered = sorted(values, key=lambda each: (int(each) if each.isdecimal() else 0, each))
+    return f"Expected one of ({', '.join(ordered)})"
 
 
 def _fail(message: str, status: int) -> None:

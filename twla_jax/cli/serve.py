@@ -62,7 +62,7 @@ def serve(
         api_key_file: file with the key that clients must send
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
-            only where there are kernels
+            only where there are kernels, and on a CPU unpacks the weights once, if they fit
         kv_cache: int8 stores keys and values in 8 bits; default: the type the model computes in
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
     """
@@ -74,7 +74,7 @@ def serve(
     from twla_jax.serving import app, engine, server
     from twla_jax.serving.settings import EngineSettings
 
-    key = _key(api_key_file)
+    key = key_of(api_key_file)
     with server.listen(host, port) as listening:  # before the work that a wrong address would waste
         decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels)
         most = decoder.config.max_position_embeddings
@@ -99,16 +99,26 @@ def serve(
         server.serve(service, listening, grace=grace, ready=lambda: _say(said))
 
 
-def _key(file: str | None) -> str | None:
-    """Return the key that clients must bear, if there is one."""
+def key_of(file: str | None) -> str | None:
+    """Return the key that clients must bear: that in a file, else in the variable TWLA_API_KEY; None for none.
+
+    Raises:
+      TwlaError: there is something else than one key.
+    """
     if file is None:
-        return os.environ.get(KEY) or None
+        given = os.environ.get(KEY, "")
+        return _one_key(given, KEY) if given else None
     try:
-        key = Path(file).read_text(encoding="utf-8").strip()
+        return _one_key(Path(file).read_text(encoding="utf-8"), file)
     except UnicodeError:
         raise TwlaError(f"{file}: not UTF-8 text") from None
+
+
+def _one_key(text: str, place: str) -> str:
+    """Return the key in a text, without the blanks and line ends around it, which no client can send."""
+    key = text.strip()
     if not key or not key.isprintable():
-        raise TwlaError(f"{file}: must hold one key, on one line")
+        raise TwlaError(f"{place}: must hold one key, on one line")
     return key
 
 

@@ -84,7 +84,7 @@ def evaluate(
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
         batch_size: windows scored at a time; for tasks, as many tokens as these windows have
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
-            only where there are kernels
+            only where there are kernels, and on a CPU unpacks the weights once, if they fit
         mesh: devices to split the work over: windows over data, matrices over model
         coordinator: use the devices of several hosts, each of which runs this command with --mesh: auto on Cloud TPU
             and SLURM, else the address of process 0, the number of processes, and the index of this one
@@ -104,7 +104,7 @@ def evaluate(
     if domains is not None or against is not None:
         _evaluate_domains(
             model,
-            domains or corpus,
+            corpus if domains is None else domains,
             against,
             options={"seq_len": seq_len, "max_windows": max_windows, "batch_size": batch_size},
             form={"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels},
@@ -261,7 +261,7 @@ def generate(
         seed: seed of the sampling
         activation_bits: bits of the linear inputs, 16 leaves them unquantised; default: as saved
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
-            only where there are kernels
+            only where there are kernels, and on a CPU unpacks the weights once, if they fit
         kv_cache: int8 stores keys and values in 8 bits; default: the type the model computes in
         mesh: devices to split the work over: samples over data, matrices over model
         dtype: type the model computes in; default: float32, or bfloat16 with kernels

@@ -4,10 +4,12 @@ from typing import Literal
 
 import jax
 
+from twla_jax.core.quantizers import PackedTensor
 from twla_jax.core.tensors import TernaryTensor
 from twla_jax.devices import gpu_obstacle
 from twla_jax.errors import TwlaError
 from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.inference.unpacked import runs_unpacked, unpacked_bytes
 from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder, computing_in
 
@@ -36,7 +38,8 @@ def for_inference(
     Args:
       model: stays as it is.
       kernels: `on` prepares it (see `prepare_for_inference`), `off` leaves it alone; `auto` prepares a quantised one
-        where there are kernels for the device and for its group size.
+        where there are kernels for the device and for its group size, and on a CPU any model, with its weights unpacked
+        where those take no more than half of the memory.
       dtype: what it computes in; None leaves that as it is, but takes the kernels' bfloat16 where they run.
       mesh: with axes `data` and `model` that the model is split over; None leaves it where it is.
 
@@ -44,11 +47,16 @@ def for_inference(
       TwlaError: `on`, and the kernels have no place for its group size.
     """
     given = model if dtype is None else computing_in(model, dtype)
+    if kernels == "auto" and mesh is None and runs_unpacked(given):
+        words = (
+            f"weights unpacked, {unpacked_bytes(given) / 1e9:.2f} GB" if _packed(given) else "merged matrices"
+        )
+        return prepare_for_inference(given, unpack=True), f"{REFERENCE}, {words}"
     if kernels == "off" or (kernels == "auto" and not (has_kernels() and _quantized(model))):
         return _placed(given, mesh), REFERENCE
     narrow = computing_in(model, "bfloat16") if dtype is None and has_kernels() else given
     try:
-        prepared = prepare_for_inference(narrow, mesh=mesh)
+        prepared = prepare_for_inference(narrow, mesh=mesh, unpack=False)
         return prepared, path() + _outside_kernels(prepared)
     except TwlaError:
         if kernels == "on":
@@ -66,6 +74,10 @@ def _outside_kernels(model: Decoder) -> str:
     if shared.issuperset({"attend", "project"}):
         return ""
     return f"; attention of {model.config.model_type} runs in XLA"
+
+
+def _packed(model: Decoder) -> bool:
+    return isinstance(model.first_kernel, PackedTensor)
 
 
 def _quantized(model: Decoder) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from twla_jax.inference.request import Request, checked_request
-from twla_jax.inference.sampling import Sampler, Sampling, add_seen, choose
+from twla_jax.inference.sampling import Sampler, Sampling, add_seen, choose, require_tokens
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache
 
@@ -33,6 +33,9 @@ def generate(
 
     The whole of it runs on the device, without a word to the host between tokens. Arguments and errors are those of
     `stream`: among them `sampling=Sampling(temperature=0.7, top_p=0.9)`.
+
+    Raises:
+      TwlaError: as `stream`.
     """
     request = checked_request(model, prompt, max_new_tokens, **settings)
     cache = _new_cache(request, cache_dtype)
@@ -44,7 +47,9 @@ def generate(
         seen=seen,
         room=bucket(request.count),
     )
-    return np.asarray(tokens[:, : int(made)])
+    found = np.asarray(tokens[:, : int(made)])
+    require_tokens(found, model.dtype)
+    return found
 
 
 def stream(
@@ -74,7 +79,7 @@ def stream(
 
     Raises:
       TwlaError: (at the call) the prompt is empty or outside the vocabulary, a setting is out of range, or prompt and
-        new tokens together exceed `max_position_embeddings`.
+        new tokens together exceed `max_position_embeddings`. Later: the model's logits are not finite.
     """
     request = checked_request(
         model,
@@ -149,12 +154,16 @@ def advance(
       cache: of at least `room_for` positions; it is donated.
       held: as `fill` takes it.
       cache_dtype: as `stream` takes it.
+
+    Raises:
+      TwlaError: logits are not finite.
     """
     token, seen, cache = fill(request, cache, held=held)
     ended, changes = np.zeros(len(request.prompt), bool), _recomputes_at(request)
     text = [request.prompt]
     for made in range(1, request.count + 1):
         current = np.asarray(token)
+        require_tokens(current, request.model.dtype)
         yield current, cache
         ended |= np.isin(current, request.ends)
         if ended.all() or made == request.count:
@@ -196,12 +205,13 @@ def steps(
 ) -> tuple[Int32[Array, "b room"], Int32[Array, ""], KVCache]:
     """Return the tokens of `advance` after a known first one, in `room` columns, how many there are, and the cache.
 
-    The cache is returned for the sake of the donated one, in which it lives.
+    It ends at logits that are not finite, whose token is −1. The cache is returned for the sake of the donated one, in
+    which it lives.
     """
 
     def unfinished(state):
-        made, _, ended, _, _, _ = state
-        return (made < count) & ~ended.all()
+        made, token, ended, _, _, _ = state
+        return (made < count) & ~ended.all() & (token >= 0).all()
 
     def following(state):
         made, token, ended, seen, cache, tokens = state

@@ -3,7 +3,8 @@
 Each input of a block goes once through `rotate_quantize`, and the linears that read it are one `ternary_matmul`; for a
 token or a few both are one `quantized_linear`. Where an input's activations are not quantised, they are only rotated,
 and meet the same packed weights in bf16. A model that is not quantised gets the same form, with one dense product an
-input. An embedding and an LM head of integers stay packed, too: `integer_matmul` makes the logits.
+input, and so does one whose weights are unpacked. An embedding and an LM head of integers stay packed, too:
+`integer_matmul` makes the logits.
 """
 
 import functools
@@ -24,6 +25,7 @@ from twla_jax.inference import tensor_parallel
 from twla_jax.inference.packed_block import PackedBlock, packed_block
 from twla_jax.inference.packed_cache import PackedCache
 from twla_jax.inference.packed_linear import for_kernels
+from twla_jax.inference.unpacked import runs_unpacked, unpack_block
 from twla_jax.models.blocks import ChainBlock, Context
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
@@ -34,9 +36,13 @@ from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_r
 
 
 def prepare_for_inference(
-    model: Decoder, *, mesh: Mesh | None = None, implementation: Implementation | None = None
+    model: Decoder,
+    *,
+    mesh: Mesh | None = None,
+    implementation: Implementation | None = None,
+    unpack: bool | None = None,
 ) -> Decoder:
-    """Return the same model with its weights in the kernels' layout, and float ones in the model's `dtype`.
+    """Return the same model in its fastest form: weights in the kernels' layout, and float ones in its `dtype`.
 
     Whether an input is quantised is fixed from here on, not at how many bits. It is for inference alone: it has no
     gradient, and is not saved.
@@ -46,11 +52,19 @@ def prepare_for_inference(
       mesh: with an axis `model`, over which the rows of every linear go, and usually `data`, over which batches go;
         None for one device.
       implementation: as `ternary_matmul` and `rotate_quantize` take it.
+      unpack: whether quantised weights become floats once and for all, in place of the kernels' layout, which without
+        kernels is unpacked for every token; None does so on a CPU where they take no more than half of its memory, and
+        no `implementation` or mesh is named.
 
     Raises:
-      TwlaError: its weights are integers, or of a group size that the kernels have no place for.
+      TwlaError: its weights are integers, or of a group size that the kernels have no place for; `unpack` on a mesh.
     """
     warn_if_triton_gemm()
+    unpack = (mesh is None and implementation is None and runs_unpacked(model)) if unpack is None else unpack
+    if unpack:
+        if mesh is not None:
+            raise TwlaError("weights are unpacked on one device only; leave out the mesh")
+        return PackedDecoder(model, mesh=None, implementation=implementation, unpack=True)
     if isinstance(model.first_kernel, GroupedTensor):
         raise TwlaError("there are no kernels for the published layout; run it without preparing it")
     if isinstance(model.first_kernel, IntegerTensor):
@@ -63,12 +77,19 @@ def prepare_for_inference(
 class PackedDecoder(Decoder):
     """A `Decoder` with a list of `PackedBlock`s, run one after the other: a scan would copy each layer's weights."""
 
-    def __init__(self, model: Decoder, *, mesh: Mesh | None, implementation: Implementation | None):
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        mesh: Mesh | None,
+        implementation: Implementation | None,
+        unpack: bool = False,
+    ):
         self.config, self.mesh = model.config, mesh
         self.dtype, self.fused = model.dtype, model.fused
         self.implementation: Implementation | None = implementation
         self.norm = model.norm
-        table = functools.partial(_table, dtype=model.dtype, mesh=mesh)
+        table = functools.partial(_table, dtype=model.dtype, packed=mesh is None and not unpack)
         self.embed = nnx.Param(table(model.embed.get_value()))
         self.head = model.head
         if model.head is not None:
@@ -76,18 +97,21 @@ class PackedDecoder(Decoder):
         self.blocks = nnx.List(  # pyright: ignore[reportAttributeAccessIssue]
             [
                 packed_block(
-                    _layer(model.blocks, i), dtype=model.dtype, mesh=mesh, implementation=implementation
+                    unpack_block(layer, model.dtype) if unpack else layer,
+                    dtype=model.dtype,
+                    mesh=mesh,
+                    implementation=implementation,
                 )
-                for i in range(model.config.num_layers)
+                for layer in (_layer(model.blocks, i) for i in range(model.config.num_layers))
             ]
         )
 
-    def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Return the first block's input, in `dtype`; of packed rows, only the tokens' are unpacked."""
+    def embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Return the embeddings of ids within the vocabulary, in `dtype`; of packed rows, only these are unpacked."""
         table = self.embed.get_value()
         if isinstance(table, IntegerWeight):
-            return self.scale_embedding(integer_rows(table, tokens, self.dtype))
-        return super().embed_tokens(tokens)
+            return integer_rows(table, tokens, self.dtype)
+        return super().embedding_rows(tokens)
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
@@ -138,16 +162,16 @@ def _device_layer(blocks: ChainBlock, index: jax.Array) -> ChainBlock:
 
 
 def _table(
-    matrix: jax.Array | IntegerTensor, *, dtype, mesh: Mesh | None, columns: bool = False
+    matrix: jax.Array | IntegerTensor, *, dtype, packed: bool, columns: bool = False
 ) -> jax.Array | IntegerWeight:
-    """Return an embedding or LM head: packed integers where kernels take them, else floats, cast once.
+    """Return an embedding or LM head: integers as kernels take them, if `packed` and they do; else floats, cast once.
 
     A cast at every step would write out and read again all of it. Floats have a column a token in a head, integers
     always a row.
     """
     if not isinstance(matrix, IntegerTensor):
         return jnp.asarray(matrix, dtype)
-    if mesh is None and obstacle(matrix) is None:
+    if packed and obstacle(matrix) is None:
         return for_kernels(_integer_weight(matrix))
     floats = jnp.asarray(dequantize(matrix, jnp.float32), dtype)
     return floats.T if columns else floats

@@ -60,8 +60,11 @@ class KernelInput(nnx.Module):
     """An input of linears: norm, rotation and quantizer as one op.
 
     Without a quantizer, a few bf16 tokens of ternary linears become codes of 16 bits (`ops.tokens.wide_tokens`), which
-    the integer kernels multiply at the speed of 8; else norm and rotation stay in bf16.
+    the integer kernels multiply at the speed of 8; else norm and rotation stay in bf16. Of float linears, tokens are
+    quantised and stay floats, as the quantiser's own arithmetic has them.
     """
+
+    quantizer: nnx.Param[Any] | None
 
     def __init__(
         self,
@@ -78,11 +81,14 @@ class KernelInput(nnx.Module):
         quantizer = None if transform.activation is None else transform.activation.get_value()
         self.rotation = nnx.data(None if rotation is None else nnx.Param(kernel_rotation(rotation, dtype)))
         self.norm = norm
-        settings = _settings(quantizer)
-        self.settings = nnx.data(None if settings is None else nnx.Param(settings))
-        self.mesh, self.implementation = mesh, implementation
         kernels = (linear.kernel.get_value() for linear in block.linears(site))
         ternary = all(isinstance(kernel, TernaryTensor) for kernel in kernels)
+        settings = _settings(quantizer) if ternary else None
+        self.settings = nnx.data(None if settings is None else nnx.Param(settings))
+        # Of floats, which meet no codes.
+        rounds = not ternary and quantizer is not None and quantizer.enabled
+        self.quantizer = nnx.data(nnx.Param(quantizer) if rounds else None)
+        self.mesh, self.implementation = mesh, implementation
         narrow = jnp.dtype(dtype) == jnp.bfloat16
         self.wide = settings is None and ternary and mesh is None and narrow and not site.experts
         self.of_experts = site.experts
@@ -124,7 +130,8 @@ class KernelInput(nnx.Module):
             assert not isinstance(x, AttentionSplits)
             x = gate(x) if gated else x
             x = x if self.norm is None else self.norm(x)
-            return x if self.rotation is None else rotate(x, *self.rotation.get_value().factors)
+            x = x if self.rotation is None else rotate(x, *self.rotation.get_value().factors)
+            return x if self.quantizer is None else self.quantizer.get_value()(x)
         settings = self._options()
         if isinstance(x, AttentionSplits):
             return FewTokens(x=x, settings=settings)

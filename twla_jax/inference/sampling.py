@@ -6,14 +6,18 @@ temperature or top-p compiles nothing.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from twla_jax.errors import TwlaError
 from twla_jax.limits import check_number
+
+_NO_TOKEN = -1  # where logits are not finite
+NOT_FINITE = "the model's predictions are not finite numbers (NaN or infinity)"
 
 
 class Sampler(NamedTuple):
@@ -78,12 +82,40 @@ class Sampling:
 def choose(
     logits: Float[Array, "b vocab"], sampler: Sampler, seen: Bool[Array, "b vocab"] | None, key: jax.Array
 ) -> Int32[Array, " b"]:
-    """Return the next token of every row: drawn, or the likeliest one where the temperature is 0."""
+    """Return the next token of every row: drawn, or the likeliest one where the temperature is 0.
+
+    It is −1 where the greatest of a row's logits is not finite, so that no token is made of NaN.
+    """
     if sampler.repetition_penalty is not None and seen is not None:
         logits = penalize(logits, seen, sampler.repetition_penalty)
     scaled = logits / jnp.maximum(sampler.temperature, 1e-6)
     drawn = jax.random.categorical(key, keep_likely(scaled, sampler.top_k, sampler.top_p, sampler.min_p))
-    return jnp.where(sampler.temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
+    best = likeliest(logits)
+    return jnp.where((sampler.temperature > 0) & (best >= 0), drawn, best).astype(jnp.int32)
+
+
+def likeliest(logits: Float[Array, "b vocab"]) -> Int32[Array, " b"]:
+    """Return the likeliest token of every row; −1 where its logit is not finite."""
+    best = logits.argmax(-1)  # of NaN if there is one
+    greatest = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+    return jnp.where(jnp.isfinite(greatest), best, _NO_TOKEN).astype(jnp.int32)
+
+
+def require_tokens(tokens: Int[np.ndarray, "*shape"], dtype: Any) -> None:
+    """Refuse what `choose` returned where a model's logits were not finite.
+
+    Args:
+      tokens: from `choose`, on the host.
+      dtype: what the model computes in.
+
+    Raises:
+      TwlaError: one of them is no token.
+    """
+    if (tokens < 0).any():
+        raise TwlaError(
+            f"{NOT_FINITE}: its values overflow {jnp.dtype(dtype).name}, or its weights are damaged; "
+            "compute in another dtype, such as bfloat16 or float32"
+        )
 
 
 def add_seen(seen: Bool[Array, "b vocab"] | None, token: Int32[Array, " b"]) -> Bool[Array, "b vocab"] | None:

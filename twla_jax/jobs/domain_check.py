@@ -1,6 +1,7 @@
 """Checks that a refinement did good in every domain: a better mean may hide that one text was forgotten."""
 
 import logging
+import math
 from typing import Any
 
 import jax
@@ -40,6 +41,8 @@ def better_by_domain(
 ) -> tuple[Decoder, dict[str, Any]]:
     """Return the model whose worst domain is the better one, and the `worst` domain and `ratio` of both.
 
+    A ratio that is not a number is worse than any.
+
     Args:
       before: the model as it was.
       after: the same, refined.
@@ -56,7 +59,9 @@ def better_by_domain(
         row = found["domains"][-1]
         worst.append({"worst": row["name"], "ratio": row["ratio"]})
     figures: dict[str, Any] = {"before": worst[0], "after": worst[1]}
-    if worst[1]["ratio"] <= worst[0]["ratio"]:
+    if worst[1]["ratio"] <= worst[0]["ratio"] or (
+        math.isnan(worst[0]["ratio"]) > math.isnan(worst[1]["ratio"])
+    ):
         return after, figures
     _log.warning(
         "refinement raised the worst ratio of perplexities, that of '%s', to %.2f from %.2f of '%s': the model is left"

@@ -218,9 +218,13 @@ def _check(
             raise TwlaError(
                 f"the quantised model is broken: perplexity {value:.1f} at {bits}, full precision {full:.1f}"
             )
-    sample = generate(
-        model, tokens[None, :_CHECK_TOKENS], max_new_tokens=_CHECK_TOKENS, temperature=1.0, eos_token_ids=()
-    )[0]
+    prompt, settings = tokens[None, :_CHECK_TOKENS], {"temperature": 1.0, "eos_token_ids": ()}
+    try:
+        sample = generate(model, prompt, max_new_tokens=_CHECK_TOKENS, **settings)[0]
+    except TwlaError:  # its logits are not finite
+        if not allow_broken:
+            raise
+        return np.zeros(0, np.int32)
     if not allow_broken and len(set(sample.tolist())) == 1:
         raise TwlaError(f"the quantised model is broken: it generates token {sample[0]} over and over")
     return sample

@@ -61,8 +61,8 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
         """Return logits of the next token at every position, `[b, t, vocab]` float32.
 
-        Inside `jax.jit` and other transformations token ids have no values yet, and are not checked: an id outside the
-        vocabulary takes another token's row there.
+        Inside `jax.jit` and other transformations token ids have no values yet, and cannot be refused: an id outside
+        the vocabulary makes logits of its row NaN, at its position and after it at least.
 
         Raises:
           TwlaError: ids that are no integers `[b, t]`, or outside the vocabulary.
@@ -137,8 +137,16 @@ class Decoder(nnx.Module):
         return 2, batch, self.config.num_kv_heads, size, self.config.head_dim
 
     def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Return the first block's input, in `dtype`."""
-        return self.scale_embedding(take_rows(self.embed.get_value(), tokens, self.dtype))
+        """Return the first block's input, in `dtype`; NaN for an id outside the vocabulary, as `jit` lets it pass."""
+        last = self.config.vocab_size - 1
+        rows = self.scale_embedding(self.embedding_rows(jnp.clip(tokens, 0, last)))
+        return jnp.where(
+            ((tokens >= 0) & (tokens <= last))[..., None], rows, jnp.asarray(jnp.nan, rows.dtype)
+        )
+
+    def embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Return the embeddings of ids within the vocabulary, in `dtype`."""
+        return take_rows(self.embed.get_value(), tokens, self.dtype)
 
     def scale_embedding(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Return embeddings times the scale that the family has for them, if any."""

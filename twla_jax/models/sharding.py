@@ -32,13 +32,14 @@ def make_mesh(text: str) -> Mesh:
     """Return the mesh that a text as `data=2,model=4` names, over the first devices; an axis that is left out is 1.
 
     Raises:
-      TwlaError: another axis, no positive whole number, or more devices than there are.
+      TwlaError: another axis, one that is named twice, no positive whole number, or more devices than there are.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes, named = dict.fromkeys(AXES, 1), set()
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in sizes or not size.isdecimal() or not 1 <= int(size) <= 2**20:
+        if axis not in sizes or axis in named or not size.isdecimal() or not 1 <= int(size) <= 2**20:
             raise TwlaError(f"--mesh {text[:80]}: must be like data=2,model=4, with whole numbers from 1 on")
+        named.add(axis)
         sizes[axis] = int(size)
     count, devices = math.prod(sizes.values()), jax.devices()
     if count > len(devices):

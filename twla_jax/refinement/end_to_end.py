@@ -232,7 +232,12 @@ def descend(
     if store and (saved := store.load("state")):
         losses = saved.pop("losses").tolist()
         training.restore(saved)
-    saved_at = time.perf_counter()
+    saved_at, kept_steps = time.perf_counter(), len(losses)
+
+    def keep() -> None:
+        if store:
+            store.save("state", {**resume.flatten(training.values), "losses": np.asarray(losses)})
+
     with tqdm(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
             rates = rates_at(settings, len(losses), steps)
@@ -240,8 +245,10 @@ def descend(
             bar.update()
             bar.set_postfix(kl=f"{np.mean(losses[-20:]):.3f}")
             if store and time.perf_counter() - saved_at > _SNAPSHOT_SECONDS:
-                store.save("state", {**resume.flatten(training.values), "losses": np.asarray(losses)})
-                saved_at = time.perf_counter()
+                keep()
+                saved_at, kept_steps = time.perf_counter(), len(losses)
+    if len(losses) > kept_steps:  # what follows, up to the folder's writing, may take a while
+        keep()
     refined = replace(training.harden(), dtype=original.dtype, fused=original.fused)
     first_batch = [losses[0], float(training.loss(batches[0]))]
     kept = first_batch[1] <= first_batch[0]

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from twla_jax.errors import TwlaError
+from twla_jax.inference.sampling import NOT_FINITE
 from twla_jax.models.arguments import checked_tokens
 from twla_jax.serving import openapi, protocol
 from twla_jax.serving.answers import Choice, Envelope, Piece
@@ -232,7 +233,7 @@ class Service:
             message = f"the prompt has {len(prompt)} tokens; with its answer there is room for {most}"
             raise ApiError(400, message, code="context_length_exceeded")
         ends = self._chat_ends if asked.messages else self.engine.config.eos_token_ids
-        seed = (asked.sampling.seed + choice) % protocol.SEED_LIMIT
+        seed = (asked.sampling.seed + choice) % (protocol.SEED_LIMIT + 1)
         return Generation(
             prompt=prompt,
             max_new_tokens=room if asked.max_new_tokens is None else asked.max_new_tokens,
@@ -262,6 +263,8 @@ class Service:
                     "the server is shutting down" if self.engine.error is None else "the engine has failed"
                 )
                 raise ApiError(503, reason, code="aborted")
+            if piece.reason == "failed":
+                raise ApiError(500, f"{NOT_FINITE} after {choice.tokens} tokens", code="not_finite")
             if not told_first:
                 self.metrics.first.observe(time.monotonic() - begun)
                 told_first = True

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder
 from twla_jax.serving.requests import Busy, Delivery, Generation, Ticket, check
 from twla_jax.serving.runner import Runner
@@ -83,7 +84,8 @@ class Engine:
         """Queue a request; its tokens go to `sink`, from the engine's thread, the last of them with why it ended.
 
         Raises:
-          TwlaError: the prompt is empty, too long or outside the vocabulary, or a setting is out of range.
+          TwlaError: the prompt is empty, too long or outside the vocabulary, a setting is out of range, or there will
+            never be so many places.
           Busy: too many wait already, or the engine is closing.
         """
         (ticket,) = self.submit_all([(generation, sink)])
@@ -94,6 +96,10 @@ class Engine:
         tickets = [Ticket(generation=each, sink=sink) for each, sink in requests]
         for ticket in tickets:
             check(ticket.generation, self.config, self.settings.max_length)
+        if len(tickets) > (places := self.settings.queue + self.settings.slots):
+            raise TwlaError(
+                f"{len(tickets)} answers are asked for at once; there are places for {places} in all"
+            )
         with self._changed:
             if self.error is not None or self._closing:
                 raise Busy(
@@ -229,7 +235,11 @@ class Engine:
             ticket.made += count
             new = tokens[index, :count].tolist()
             asked, reason = ticket.generation, None
-            if new[-1] in asked.ends:
+            if new[-1] < 0:
+                if ticket.made == 1 and self._reads_again(ticket):
+                    continue
+                new, reason = new[:-1], "failed"
+            elif new[-1] in asked.ends:
                 reason = "stop"
             elif ticket.made == asked.max_new_tokens:
                 reason = "length"
@@ -240,6 +250,22 @@ class Engine:
             if figures is not None and asked.logprobs:
                 own = jax.tree.map(lambda leaf, index=index, count=count: leaf[index, :count], figures)
             ticket.sink(Delivery(tokens=new, told=own, reason=reason))
+
+    def _reads_again(self, ticket: Ticket) -> bool:
+        """Return whether a prompt whose logits were not finite is read a second time, into an empty row.
+
+        The row for prompts may hold what is not finite from the prompt before, and then it is not the request's own.
+        """
+        self._runner.forget()
+        with self._changed:
+            if self._prefilling is not None:
+                self._prefilling.prefilled = 0
+            if ticket.retried:
+                return False
+            ticket.retried, ticket.prefilled, ticket.made = True, 0, 0
+            self._running = [None if each is ticket else each for each in self._running]
+            self._waiting.appendleft(ticket)
+        return True
 
     def _abort(self) -> None:
         with self._changed:

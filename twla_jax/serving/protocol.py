@@ -254,7 +254,7 @@ def _stops(given: Any) -> tuple[str, ...]:
 def _sampling(body: Mapping[str, Any], suggested: Mapping[str, Any]) -> Sampling:
     stated = {key: body[key] for key in ("temperature", "top_p", "top_k", "min_p") if key in body}
     stated["top_k"] = max(0, stated.get("top_k", suggested.get("top_k", 0)))  # −1, too, stands for all
-    stated["seed"] = body.get("seed", secrets.randbelow(SEED_LIMIT))
+    stated["seed"] = body.get("seed", secrets.randbelow(SEED_LIMIT + 1))
     try:
         return Sampling(**{"temperature": 1.0, **suggested, **stated})
     except TwlaError as error:

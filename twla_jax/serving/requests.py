@@ -10,9 +10,9 @@ from twla_jax.inference.sampling import Sampling
 from twla_jax.limits import check_number
 from twla_jax.models.arguments import checked_tokens
 from twla_jax.models.config import DecoderConfig
-from twla_jax.serving.slots import MOST_ENDS, Told
+from twla_jax.serving.slots import Told, most_ends
 
-Reason = Literal["stop", "length", "aborted"]
+Reason = Literal["stop", "length", "aborted", "failed"]
 
 
 class Busy(Exception):
@@ -77,8 +77,8 @@ def check(generation: Generation, config: DecoderConfig, max_length: int) -> Non
         isinstance(each, numbers.Integral) and -(2**31) <= int(each) < 2**31 for each in generation.ends
     ):
         raise TwlaError(f"ends {generation.ends!r}: must be token ids")
-    if len(generation.ends) > MOST_ENDS:
-        raise TwlaError(f"ends: at most {MOST_ENDS} tokens can end a request")
+    if len(generation.ends) > (most := most_ends(config)):
+        raise TwlaError(f"ends: at most {most} tokens can end a request")
     if generation.sampling.repetition_penalty != 1:
         raise TwlaError("repetition_penalty: is not supported here")
 
@@ -90,7 +90,7 @@ class Delivery:
     Attributes:
       tokens: in order.
       told: their log-probabilities, as numpy arrays, if wanted.
-      reason: why the request ended; None where it goes on.
+      reason: why the request ended, `failed` where the model's logits were not finite; None where it goes on.
     """
 
     tokens: list[int]
@@ -108,6 +108,7 @@ class Ticket:
       done: whether it is over, by itself or cancelled.
       made: new tokens that were delivered.
       prefilled: tokens of the prompt that are in the cache.
+      retried: whether its prompt is read for the second time.
       began: when it left the queue, in seconds of the monotonic clock.
     """
 
@@ -116,4 +117,5 @@ class Ticket:
     done: bool = False
     made: int = 0
     prefilled: int = 0
+    retried: bool = False
     began: float = 0.0

@@ -45,7 +45,7 @@ class Runner:
         chunk = next((n for n in settings.chunks if n >= settings.max_length), settings.chunks[-1])
         self.chunks = tuple(n for n in settings.chunks if n <= chunk)
         size = -(-settings.max_length // chunk) * chunk
-        self._vocab_size = model.config.vocab_size
+        self._config = model.config
         self._leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, model))
         self.programs = _programs(structure, settings.steps)
         with _room_is_named():
@@ -72,6 +72,10 @@ class Runner:
         logits, self._staged = self.programs["prefill"](self._leaves, part, *numbers, self._staged)
         return logits, count, width
 
+    def forget(self) -> None:
+        """Empty the row for prompts: NaN in it would reach whatever is read into it, even past the end of a prompt."""
+        self._staged = self.programs["forget"](self._staged)
+
     def admit(self, generation: Generation, logits: jax.Array, slot: int) -> Made:
         """Put the request whose prompt was read into a slot, and return its first token."""
         row = device.row(
@@ -79,7 +83,7 @@ class Runner:
             limit=generation.max_new_tokens,
             ends=generation.ends,
             told=generation.logprobs,
-            vocab_size=self._vocab_size,
+            config=self._config,
         )
         made, self._slots = self.programs["admit"](self._slots, self._staged, logits, row, np.int32(slot))
         return made
@@ -102,6 +106,7 @@ class Runner:
             for chunk in self.chunks:
                 logits, *_ = self.prefill((0,) * chunk, 0)
                 self.admit(nothing, logits, 0)
+            self.forget()
             self.move(0, 0)
             for rows in settings.row_counts:
                 self.steps(rows, np.zeros(settings.slots, bool), 1)
@@ -135,5 +140,6 @@ def _programs(structure: Any, room: int) -> dict[str, Any]:
         "steps": jax.jit(steps, donate_argnums=1, static_argnames="rows"),
         # Not the functions themselves: each engine counts its own programs.
         "admit": donating(lambda *arguments: device.admit(*arguments)),
+        "forget": donating(lambda staged: jax.tree.map(jnp.zeros_like, staged)),
         "move": donating(lambda *arguments: device.move(*arguments)),
     }

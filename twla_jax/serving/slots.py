@@ -15,11 +15,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from twla_jax.inference.packed_cache import KernelScratch, PackedCache
-from twla_jax.inference.sampling import Sampler, Sampling, choose
+from twla_jax.inference.sampling import Sampler, Sampling, choose, likeliest
+from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache
 
-MOST_ENDS = 8  # token ids that end a request
+_MOST_ENDS = 8  # token ids that end a request, where the model has not more of them
+_OF_A_CHAT = 4  # that a chat template may add to the model's
 MOST_TOP = 20  # likeliest tokens that are told beside the chosen one
 _NO_TOKEN = -1
 
@@ -68,11 +70,19 @@ class Told(NamedTuple):
 
 
 class Made(NamedTuple):
-    """New tokens of some slots: the first `counts` of each row, and what is told of them."""
+    """New tokens of some slots: the first `counts` of each row, and what is told of them.
+
+    A token of −1 is the last of its row: its logits were not finite.
+    """
 
     tokens: Int32[Array, "rows steps"]
     counts: Int32[Array, " rows"]
     told: Told
+
+
+def most_ends(config: DecoderConfig) -> int:
+    """Return how many token ids may end a request: all of the model's, and those of a chat."""
+    return max(_MOST_ENDS, len(config.eos_token_ids) + _OF_A_CHAT)
 
 
 def empty_slots(model: Decoder, slots: int, size: int, cache_dtype=None) -> Slots:
@@ -83,21 +93,21 @@ def empty_slots(model: Decoder, slots: int, size: int, cache_dtype=None) -> Slot
         one = jax.eval_shape(lambda: model.init_cache(1, size, cache_dtype)).scratch
         scratch = jax.tree.map(lambda words: jnp.zeros(words.shape, words.dtype), one)
         cache = dataclasses.replace(cache, scratch=scratch)
-    free = row(Sampling(), limit=0, ends=(), told=False, vocab_size=model.config.vocab_size)
+    free = row(Sampling(), limit=0, ends=(), told=False, config=model.config)
     rows = jax.tree.map(lambda leaf: jnp.asarray(np.repeat(leaf, slots, axis=0)), free)
     return Slots(cache=dataclasses.replace(cache, length=jnp.zeros(slots, jnp.int32)), rows=rows)
 
 
-def row(sampling: Sampling, *, limit: int, ends: Sequence[int], told: bool, vocab_size: int) -> Rows:
+def row(sampling: Sampling, *, limit: int, ends: Sequence[int], told: bool, config: DecoderConfig) -> Rows:
     """Return the row of a request that has no token yet, on the host."""
-    padded = [*ends, *[_NO_TOKEN] * (MOST_ENDS - len(ends))]
+    padded = [*ends, *[_NO_TOKEN] * (most_ends(config) - len(ends))]
 
     def one(value: Any, kind: Any) -> Any:
         return np.asarray([value], kind)
 
     sampler = Sampler(
         temperature=one(sampling.temperature, np.float32),
-        top_k=one(sampling.top_k or vocab_size, np.int32),
+        top_k=one(sampling.top_k or config.vocab_size, np.int32),
         top_p=one(sampling.top_p, np.float32),
         min_p=one(sampling.min_p, np.float32),
     )
@@ -261,7 +271,7 @@ def _choose(logits: Float32[Array, "rows vocab"], rows: Rows) -> tuple[Int32[Arr
     return jax.lax.switch(
         kind,
         [
-            lambda: nothing(logits.argmax(-1).astype(jnp.int32)),
+            lambda: nothing(likeliest(logits)),
             lambda: nothing(each(Sampler(temperature=sampler.temperature))),
             lambda: nothing(each(sampler)),
             lambda: _told(logits, each(sampler), top),
@@ -285,9 +295,10 @@ def _told(
 
 def _advanced(rows: Rows, token: Int32[Array, " rows"]) -> Rows:
     """Return the rows after a new token; those that were not active stay as they are."""
-    token = jnp.where(rows.active, token, rows.token)
+    failed = rows.active & (token < 0)
+    token = jnp.where(rows.active & ~failed, token, rows.token)
     made = rows.made + rows.active
-    ended = (token[:, None] == rows.ends).any(-1) | (made >= rows.limit)
+    ended = (token[:, None] == rows.ends).any(-1) | (made >= rows.limit) | failed
     return dataclasses.replace(rows, token=token, made=made, active=rows.active & ~ended)
 
 

@@ -19,6 +19,8 @@ def beside(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.rename(path)
     except OSError as error:
-        raise TwlaError(f"{path}: {error.strerror or error}; nothing was written") from None
+        # numpy says how much it could write, and not why.
+        reason = error.strerror or f"the disk is full, or files may be no longer ({error})"
+        raise TwlaError(f"{path}: {reason}; nothing was written") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,12 @@ _ANSWER = "answer"
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text as the tokenizer begins it; a text that begins with BOS itself gets no second one."""
+    """Return the ids of a text as the tokenizer begins it; a text that begins with BOS itself gets no second one.
+
+    Raises:
+      TwlaError: it holds half a surrogate pair, which is no character.
+    """
+    _require_characters(text)
     ids, bos = list(tokenizer(text)["input_ids"]), tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
@@ -31,8 +36,14 @@ def encode_chat(tokenizer: Any, messages: Messages, *, answer: bool = True) -> l
 
 
 def encode_rendered(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of what a chat template wrote: special tokens stand in it already."""
+    """Return the ids of what a chat template wrote: special tokens stand in it already; errors as `encode_text`."""
+    _require_characters(text)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _require_characters(text: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise TwlaError("the text holds half a surrogate pair, which is no character")
 
 
 def render_chat(tokenizer: Any, messages: Messages, *, answer: bool) -> str:

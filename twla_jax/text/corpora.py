@@ -119,7 +119,7 @@ def load_domains(names: str | Path, split: Split = "evaluation") -> dict[str, Co
       TwlaError: as `load_corpus`.
     """
     found: dict[str, Corpus] = {}
-    if _exists(names) and Path(names).is_dir():
+    if str(names).strip() and _exists(names) and Path(names).is_dir():  # an empty path is the current folder
         for file in files.text_files(Path(names)):
             place = file.relative_to(names)
             if split == "calibration" and mix.is_evaluation_file(file):
@@ -146,6 +146,13 @@ def _exists(name: str | Path) -> bool:
         return False
 
 
+def _is_link(name: str | Path) -> bool:
+    try:
+        return Path(name).is_symlink()
+    except (OSError, ValueError):
+        return False
+
+
 def _read(name: str | Path, split: Split) -> Text:
     if str(name) in _NAMED:
         return _NAMED[str(name)](split)
@@ -159,6 +166,8 @@ def _read(name: str | Path, split: Split) -> Text:
         if text := mix.domain(str(name), split):
             return text
         raise TwlaError(f"corpus '{name}' needs the folder TWLA_DATA with domains/ in it; 'mix' does not")
+    if _is_link(name):
+        raise TwlaError(f"corpus '{name}' is a link that leads nowhere")
     raise TwlaError(f"corpus '{name}' is neither a file, a folder nor one of: {', '.join(corpus_names())}")
 
 

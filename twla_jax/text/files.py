@@ -129,7 +129,10 @@ def read_text(path: Path) -> str:
             content = _joined(packed_files.unpack_zstandard(path), path)
         else:
             content = path.read_bytes()
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
+        if "\0" in text:  # letters of UTF-16 look so
+            raise TwlaError(f"{path}: holds null bytes: it is UTF-16, or no text; save it as UTF-8")
+        return text
     except UnicodeDecodeError:
         raise TwlaError(f"{path}: not UTF-8 text") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
@@ -194,6 +197,11 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     try:
         _field(reader.fieldnames or [], str(path), "column")
         for row in reader:
+            if None in row:  # the rest of a text with commas in it that is not in quotes
+                more = len(row[None])
+                raise TwlaError(
+                    f"{path}, line {reader.line_num}: has {more} columns more than the first line"
+                )
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
         raise TwlaError(f"{path}, line {reader.line_num}: not a table ({error})") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from twla_jax.errors import TwlaError
+from twla_jax.json_files import require_file
 
 _PIECE = 1 << 16  # bytes of a packed file at a time: each may stand for thousands
 _ROWS = 1024  # of a table at a time
@@ -53,6 +54,7 @@ def parquet_records(
     import pyarrow
     import pyarrow.parquet
 
+    require_file(path)  # a pipe would be waited for without end
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             column, number = choose(file.schema_arrow.names), 0

@@ -2,12 +2,14 @@
 
 import json
 import struct
+import types
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from twla_jax.errors import TwlaError
+from twla_jax.models.io import shards
 from twla_jax.models.io.readers import load_model, read_config
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -71,6 +73,22 @@ def test_block_scales_multiply_their_blocks_also_where_these_are_cut_at_the_edge
     np.testing.assert_array_equal(
         model.blocks.q.kernel.get_value()[1], case.weights["model.layers.1.self_attn.q_proj.weight"].T
     )
+
+
+def test_a_header_is_parsed_once_for_all_tensors_in_eight_bits(case, tmp_path, monkeypatch):
+    rng, stem = np.random.default_rng(0), "model.layers.1.mlp"
+    for name in ("up", "gate"):
+        scales = lambda grid: np.ones(grid, np.float32)  # noqa: E731
+        in_eight_bits(case, rng, f"{stem}.{name}_proj.weight", (20, 16), scales)
+    parsed = []
+
+    def loads(text):
+        parsed.append(text)
+        return json.loads(text)
+
+    monkeypatch.setattr(shards, "json", types.SimpleNamespace(loads=loads))
+    load_model(write(case, tmp_path))
+    assert len(parsed) == 1
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,7 @@ def test_what_is_not_supported_is_refused_from_the_metadata(golden, tmp_path):
         (("add_string", "split.count", "3"), "split.count is '3', not an integer"),
         (("add_uint32", "llama.rope.dimension_count", 4), "rotary positions on a part of the head"),
         (("add_uint16", "split.count", 3), "is one of 3 parts"),
+        (("add_float32", "llama.rope.scaling.attn_factor", 2.0), "attn_factor 2 is only supported for yarn"),
     ):
         assert message in refusal(write(golden("llama"), path, "llama", metadata=[entry]), read_config)
     assert "metadata 'tokenizer.ggml.tokens' is missing" in refusal(

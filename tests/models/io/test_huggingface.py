@@ -78,12 +78,36 @@ def test_experts_in_files_are_those_of_the_model_in_memory(golden, tmp_path):
     np.testing.assert_array_equal(stored.blocks.down.kernel.get_value()[1][5], expert.T)
 
 
+def test_the_only_expert_of_a_layer_in_a_file_keeps_its_axis(golden, tmp_path):
+    case = golden("qwen3_moe")
+    case.config |= {"num_experts": 1, "num_local_experts": 1, "num_experts_per_tok": 1}
+    case.weights = {
+        name: value[:1] if name.endswith("mlp.gate.weight") else value
+        for name, value in case.weights.items()
+        if ".experts." not in name or ".experts.0." in name
+    }
+    stored = huggingface.load_model(case.write(tmp_path), in_files=True).blocks.down.kernel.get_value()
+    expert = case.weights["model.layers.1.mlp.experts.0.down_proj.weight"]
+    np.testing.assert_array_equal(stored[1], expert.T[None])
+
+
 def test_a_layer_in_a_file_is_checked_when_it_is_read(case, tmp_path):
     case.weights[NAME][3, 5] = np.nan
     stored = huggingface.load_model(case.write(tmp_path), in_files=True).blocks.up.kernel.get_value()
     assert np.isfinite(stored[0]).all()
     with pytest.raises(TwlaError, match=rf"{NAME}' has 1 NaN or infinite"):
         stored[1]
+
+
+@pytest.mark.parametrize("bits", [0x7F81, 0xFFC0])
+def test_nan_of_any_form_is_one_line(case, tmp_path, bits):
+    """A signalling one makes numpy warn, beside bf16 that becomes float32."""
+    case.weights["model.embed_tokens.weight"] = case.weights["model.embed_tokens.weight"].astype(np.float32)
+    kernel = case.weights[NAME].astype(ml_dtypes.bfloat16)
+    kernel.view(np.uint16)[0, 0] = bits
+    case.weights[NAME] = kernel
+    with pytest.raises(TwlaError, match="has 1 NaN or infinite"):
+        load_model(case.write(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])

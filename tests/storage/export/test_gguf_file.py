@@ -17,6 +17,7 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
 from twla_jax.models.io.gguf_file import GgufFile
 from twla_jax.models.io.pre_tokenizers import PRE_TOKENIZERS
+from twla_jax.models.layers import replace
 from twla_jax.models.rope import inverse_frequencies
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.recipe import Recipe
@@ -143,6 +144,14 @@ def test_sentencepiece_vocabularies_keep_the_order_of_their_merges(tmp_path):
     gguf_vocabulary.check_vocabulary(file, tokenizer)
     scores = dict(zip(file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.scores"), strict=True))
     assert scores["ll"] > scores["he"] > scores["▁he"] > scores["h"]
+
+
+def test_end_tokens_that_have_no_place_are_named(tiny_ternary, tmp_path, caplog):
+    config = dataclasses.replace(tiny_ternary.config, eos_token_ids=(1, 5, 7, 9, 11))
+    model = replace(tiny_ternary, config=config)
+    gguf_file.write(model, byte_level_tokenizer(), tmp_path / "a.gguf", kind="f16")
+    assert "places for 3 end tokens; left out: 9, 11" in caplog.text
+    assert readers.read_config(tmp_path / "a.gguf").eos_token_ids == (1, 5, 7)
 
 
 def test_what_llama_cpp_has_no_form_for_is_refused(quantised_folder, tiny_config, tmp_path):

@@ -236,6 +236,11 @@ def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeSc
     factor = get("rope.scaling.factor", get("rope.scale_linear", 0)) or 1.0
     if tables and kind not in ("none", "longrope") and factor != 1.0:
         raise TwlaError(f"{file.path}: holds both {tables[0]} and a scaling by {factor:g}")
+    of_attention = get("rope.scaling.attn_factor", 1.0)
+    if of_attention != 1.0 and kind != "longrope" and not (kind == "yarn" and factor != 1.0):
+        raise TwlaError(
+            f"{file.path}: rope.scaling.attn_factor {of_attention:g} is only supported for yarn and longrope"
+        )
     if ROPE_FACTORS in file.tensors:
         return RopeScaling(kind="factors", factors=_factors(file, ROPE_FACTORS, pairs))
     original = get("rope.scaling.original_context_length", get("context_length"))
@@ -246,7 +251,7 @@ def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeSc
             long_factors=_factors(file, LONG, pairs),
             original_max_position_embeddings=original,
             factor=get("context_length") / original,
-            attention_factor=get("rope.scaling.attn_factor", 1.0),
+            attention_factor=of_attention,
         )
     if kind == "none" or factor == 1.0:
         return None
@@ -256,7 +261,7 @@ def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeSc
         kind="yarn",
         factor=factor,
         original_max_position_embeddings=original,
-        attention_factor=get("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor)),
+        attention_factor=of_attention * (1 + 0.1 * math.log(factor)),
         beta_fast=get("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=get("rope.scaling.yarn_beta_slow", 1.0),
     )

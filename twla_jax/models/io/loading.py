@@ -60,8 +60,9 @@ def fill_decoder(
     for path, parameter in parameters.items():
         leaf_dtype = functools.reduce(jnp.promote_types, map(source.dtype, stored[path]))
         if in_files and path[0] == "blocks" and path[-1] == "kernel":
-            read = functools.partial(_read_layer, source, stored[path], config.num_layers, leaf_dtype)
-            parameter.set_value(StoredLayers(read, parameter.get_value().shape, leaf_dtype))
+            shape = parameter.get_value().shape
+            read = functools.partial(_read_layer, source, stored[path], shape, leaf_dtype)
+            parameter.set_value(StoredLayers(read, shape, leaf_dtype))
             continue
         value = np.empty(parameter.get_value().shape, leaf_dtype)
         # A view with one leading axis: of layers, of layers and experts, or of the only tensor.
@@ -92,14 +93,14 @@ def _check_shape(source: TensorSource, name: str, expected: tuple[int, ...]) -> 
 
 
 def _read_layer(
-    source: TensorSource, names: list[str], layers: int, dtype: np.dtype, layer: int
+    source: TensorSource, names: list[str], shape: tuple[int, ...], dtype: np.dtype, layer: int
 ) -> np.ndarray:
-    """Return the matrix of one layer, `[in, out]`, or those of its experts, `[experts, in, out]`.
+    """Return one layer of a parameter of this shape: a matrix, `[in, out]`, or its experts', `[experts, in, out]`.
 
     What a single tensor holds is a view of it, which lies the other way round.
     """
-    matrices = [_read_matrix(source, name, dtype) for name in _of_layer(names, layers, layer)]
-    return matrices[0] if len(names) == layers else np.stack(matrices)
+    matrices = [_read_matrix(source, name, dtype) for name in _of_layer(names, shape[0], layer)]
+    return matrices[0].reshape(shape[1:]) if len(matrices) == 1 else np.stack(matrices)
 
 
 def _of_layer(names: list[str], layers: int, layer: int) -> list[str]:
@@ -108,7 +109,7 @@ def _of_layer(names: list[str], layers: int, layer: int) -> list[str]:
 
 
 def _read_matrix(source: TensorSource, name: str, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         matrix = source.read(name).astype(dtype, copy=False).swapaxes(-1, -2)
     _require_finite(source, name, matrix)
     return matrix
@@ -116,7 +117,8 @@ def _read_matrix(source: TensorSource, name: str, dtype: np.dtype) -> np.ndarray
 
 def _copy_checked(source: TensorSource, name: str, slot: np.ndarray, *, transposed: bool) -> None:
     tensor = source.read(name)
-    with np.errstate(over="ignore"):  # what overflows a narrower type is infinite, and found next
+    # What overflows a narrower type is infinite, and found next, as NaN is.
+    with np.errstate(over="ignore", invalid="ignore"):
         slot[...] = tensor.swapaxes(-1, -2) if transposed else tensor
     _require_finite(source, name, slot)
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -55,6 +56,7 @@ class Shards:
         self._listing, promised = _listed(folder)
         paths = sorted(set(promised.values())) or [self._listing]
         self._opened = {path: _open(path) for path in paths}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         for name, path in promised.items():
             if name not in self._opened[path].keys():  # noqa: SIM118 (not a dict)
                 raise TwlaError(f"{path}: tensor {name!r}, which {INDEX} places here, is missing")
@@ -104,15 +106,22 @@ class Shards:
         """Return the bytes of a tensor as they are stored: numpy has no name for some types."""
         path = self._files[self._stored[name]]
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                start, end = json.loads(file.read(length))[self._stored[name]]["data_offsets"]
-                stored = np.fromfile(file, np.uint8, end - start, offset=start)
+            first, header = self._header(path)
+            start, end = header[self._stored[name]]["data_offsets"]
+            stored = np.fromfile(path, np.uint8, end - start, offset=first + start)
             if len(stored) == math.prod(self.shape(name)):
                 return stored
         except (OSError, ValueError, KeyError):  # the header was right when the file was opened
             pass
         raise TwlaError(f"{path}: changed while it was being read")
+
+    def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Return where the data of a file begin, and its header; each is parsed once, as it names every tensor."""
+        if path not in self._headers:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._headers[path] = 8 + length, json.loads(file.read(length))
+        return self._headers[path]
 
     def equal(self, one: str, other: str) -> bool:
         """Return whether two matrices hold the same values; some rows of each are in memory at a time."""

@@ -1,5 +1,6 @@
 """Writes a GGUF file for llama.cpp: dequantised to float16, or in its ternary types where they hold it exactly."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -69,13 +70,16 @@ def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> N
             writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize)
             make = functools.partial(_cast, dtype=dtype, config=config, family=family)
         makers.append(lambda make=make, parts=parts: np.concatenate([make(part) for part in parts]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for make in makers:
-        writer.write_tensor_data(np.ascontiguousarray(make()))
-    writer.close()
-    written = GgufFile(path)
+    with contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for make in makers:
+            writer.write_tensor_data(np.ascontiguousarray(make()))
+    try:
+        written = GgufFile(path)
+    except TwlaError:  # the package passes over an error at the very end
+        raise OSError("it came out shorter than what was written to it") from None
     _check_settings(read_config(written), config)
     if tokenizer is not None:
         check_vocabulary(written, tokenizer)

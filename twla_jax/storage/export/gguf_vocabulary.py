@@ -1,6 +1,7 @@
 """Writes a tokenizer as GGUF metadata: byte-level BPE, or sentencepiece's BPE with bytes to fall back on."""
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import gguf
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Kind = gguf.TokenType
 _GPT2 = PRE_TOKENIZERS["gpt-2"].patterns[0]
+_MOST_ENDS = 3  # `eos`, `eot` and `eom`
+_log = logging.getLogger(__name__)
 _UNREACHED = -1e6  # score of pieces that no merge makes
 # Words, digits, contractions, blanks and letters of several scripts: texts that vocabularies split differently.
 PROBES = (
@@ -36,7 +39,8 @@ def add_vocabulary(
       writer: of the file.
       tokenizer: of the model; None for none.
       vocab_size: rows of the embedding; tokens beyond the tokenizer's are marked as unused.
-      ends: tokens that end a text.
+      ends: tokens that end a text; the first three have a place, of others a warning says that they have none.
+
     Raises:
       TwlaError: GGUF has no form for a tokenizer of this kind.
     """
@@ -103,6 +107,9 @@ def _add_sentencepiece(writer, described, pieces, kinds, merges) -> None:
 def _add_special(
     writer: gguf.GGUFWriter, tokenizer: "PreTrainedTokenizerBase", ends: tuple[int, ...]
 ) -> None:
+    if len(ends) > _MOST_ENDS:
+        left_out = ", ".join(map(str, ends[_MOST_ENDS:]))
+        _log.warning("GGUF has places for %d end tokens; left out: %s", _MOST_ENDS, left_out)
     bos, eos = cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)
     for index, add in (
         (bos, writer.add_bos_token_id),

@@ -1,0 +1,61 @@
+"""Times decoding on a CPU in every form a model may take, in turns: `cpu_decode.py MODEL OUT`.
+
+MODEL is an original and OUT a folder that twla made of it. Forms are those of `--kernels`: `off` is the quantiser's own
+arithmetic, which unpacks each matrix where it is used, `on` the kernels' layout through the XLA reference, and `auto`
+what twla takes by itself. Prints tokens a second, the best of several rounds, and the seconds of the first one, which
+compiles.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import twla_jax
+from twla_jax.inference import execution
+from twla_jax.jobs import loading
+from twla_jax.models import sites
+
+# (which model, --kernels, activation bits)
+FORMS = (
+    ("MODEL", "off", 16),
+    ("MODEL", "auto", 16),
+    ("OUT", "off", 16),
+    ("OUT", "on", 16),
+    ("OUT", "auto", 16),
+    ("OUT", "auto", 8),
+    ("OUT", "auto", 4),
+)
+
+
+def main() -> None:
+    """Reads the command line, prints a row a form."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("out")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=4)
+    options = parser.parse_args()
+    models = {"MODEL": loading.load(options.model)[0], "OUT": loading.load(options.out)[0]}
+    seconds = {form: [] for form in FORMS}
+    prepared = {}
+    for name, kernels, bits in FORMS:
+        model = models[name] if name == "MODEL" else sites.set_activation_bits(models[name], bits)
+        form, path = execution.for_inference(model, kernels)
+        prepared[name, kernels, bits] = jax.tree.map(jnp.asarray, form), path
+    for _ in range(1 + options.rounds):
+        for form, (model, _) in prepared.items():
+            start = time.perf_counter()
+            prompt = np.full((1, 8), 1, np.int32)
+            twla_jax.generate(model, prompt, max_new_tokens=options.tokens, eos_token_ids=())
+            seconds[form].append(time.perf_counter() - start)
+    for form, (first, *rest) in seconds.items():
+        name, kernels, bits = form
+        rate, path = options.tokens / min(rest), prepared[form][1]
+        print(f"{name:<6} {kernels:<5} A{bits:<3} {rate:7.1f} tokens/s   first {first:5.1f} s   {path}")
+
+
+if __name__ == "__main__":
+    main()
