@@ -390,7 +390,10 @@ def test_every_command_explains_itself(command, capsys):
 
 def test_shells_complete_commands_and_options(tmp_path, capsys):
     script = tmp_path / "twla"
-    script.write_text(run(capsys, "--completion", "bash").out)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--completion", "bash"])
+    assert not stop.value.code
+    script.write_text(capsys.readouterr().out)
     typed = 'COMP_WORDS=(twla inspect --v); COMP_CWORD=2; _tyro_twla; echo "${COMPREPLY[@]}"'
     completed = subprocess.run(["bash", "-c", f"source {script}; {typed}"], capture_output=True, check=True)
     assert completed.stdout.decode().split() == ["--verify"]

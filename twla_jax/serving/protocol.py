@@ -97,7 +97,11 @@ class Asked:
 
 def _only(value: Any, words: str) -> Check:
     """Accept what asks for nothing that is not there."""
-    return Check(expected=f"{words}; other values are not supported", accepts=lambda given: given == value)
+
+    def accepts(given: Any) -> bool:  # `False == 0`
+        return given == value and isinstance(given, bool) == isinstance(value, bool)
+
+    return Check(expected=f"{words}; other values are not supported", accepts=accepts)
 
 
 _PART = record(type=one_of("text"), text=text(_TEXT))
