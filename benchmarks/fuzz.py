@@ -300,6 +300,7 @@ def main() -> None:
     with atheris.instrument_imports(include=_WATCHED):
         from twla_jax.jobs import stages  # noqa: F401 - which imports every reader
         from twla_jax.models.io import readers  # noqa: F401
+    run(target, b"{}")  # what is imported and made for the first input takes longer than one may
     with tempfile.TemporaryDirectory() as found:  # new inputs go to the first folder
         given = any(not each.startswith("-") for each in sys.argv[1:])
         folders = [] if given else [found, str(CORPUS / target)]

@@ -172,6 +172,11 @@ def test_an_unknown_pre_tokenizer_and_metadata_of_a_wrong_kind_are_refused(tmp_p
             tokenizer_from_gguf(file)
         assert str(error.value).startswith(f"{byte_level}: {message}")
         file.metadata[f"tokenizer.ggml.{key}"] = kept
+    del file.metadata["tokenizer.ggml.merges"]
+    for kind, key in (("gpt2", "merges"), ("llama", "scores")):
+        file.metadata["tokenizer.ggml.model"] = kind
+        with pytest.raises(TwlaError, match=rf"metadata 'tokenizer.ggml.{key}' is missing"):
+            tokenizer_from_gguf(file)
 
 
 def test_code_of_a_model_folder_never_runs_not_even_when_asked_to(tmp_path):

@@ -105,6 +105,7 @@ def tokenizer_from_gguf(file: GgufFile) -> "PreTrainedTokenizerBase":
         raise TwlaError(
             f"{file.path}: its tokenizer cannot be read ({shown(kind)}; supported are 'llama' and 'gpt2')"
         )
+    file.require(f"tokenizer.ggml.{'merges' if kind == 'gpt2' else 'scores'}")
     pre = PRE_TOKENIZERS.get(file.get("tokenizer.ggml.pre", "default"))
     if kind == "gpt2" and pre is None:
         raise TwlaError(f"{file.path}: pre-tokenizer {shown(file.get('tokenizer.ggml.pre'))} is not known")
