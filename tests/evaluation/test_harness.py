@@ -15,6 +15,8 @@ from twla_jax.inference import generation
 from twla_jax.jobs import loading
 from twla_jax.models.decoder import Decoder
 
+from helpers.overflowing import overflowing
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz .\n"
 
 
@@ -84,6 +86,13 @@ def test_a_long_context_loses_its_beginning(model):
         continuation_loglikelihoods(model, [([1], [])])
     with pytest.raises(TwlaError, match="vocabulary"):
         continuation_loglikelihoods(model, [([1], [97])])
+
+
+def test_no_answer_is_made_of_predictions_that_are_not_finite(model):
+    broken = overflowing(model, 50)
+    same(continuation_loglikelihoods(broken, [([2, 3], [4])]), [brute_force(model, [2, 3], [4])])
+    with pytest.raises(TwlaError, match=r"not finite numbers .*, so there is no likelihood"):
+        continuation_loglikelihoods(broken, [([2, 3], [4]), ([2, 50], [4])])
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 8, 11])

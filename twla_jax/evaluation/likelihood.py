@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
+from twla_jax.inference.sampling import NOT_FINITE
 from twla_jax.models.arguments import checked_tokens, require_model
 from twla_jax.models.decoder import Decoder
 
@@ -38,7 +39,8 @@ def continuation_loglikelihoods(
       progress: a bar on stderr.
 
     Raises:
-      TwlaError: a context or a continuation is empty, or one of these is too long or outside the vocabulary.
+      TwlaError: a context or a continuation is empty, or one of these is too long or outside the vocabulary; or the
+        model's predictions are not finite, of which a task would make an answer.
     """
     require_model(model)
     limit = max_length or model.config.max_position_embeddings
@@ -64,6 +66,8 @@ def continuation_loglikelihoods(
                     tokens[row, : len(ids)] = ids
                     first[row] = len(ids) - 1 - counts[row]
                 sums, greedy = map(np.asarray, _score(model, tokens, first, counts, count=count))
+                if not np.isfinite(sums[: len(batch)]).all():
+                    raise TwlaError(f"{NOT_FINITE}, so there is no likelihood; compute in another dtype")
                 for row, index in enumerate(batch):
                     found[index] = float(sums[row]), bool(greedy[row])
                 bar.update(len(batch))
