@@ -52,6 +52,24 @@ def kl(student, teacher, windows):
     return (np.exp(p) * (p - q)).sum(-1).mean()
 
 
+def flips(*models):
+    """The share of codes that differ, of all planes, code by code: two bits each."""
+
+    def codes(model, name, part):
+        tensor = getattr(model.blocks, name).kernel.get_value()
+        packed = getattr(tensor, part)
+        return None if packed is None else np.asarray(packed)[..., None] >> np.arange(0, 8, 2) & 3
+
+    changed = total = 0
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        for part in ("codes", "residual_codes"):
+            old, new = (codes(model, name, part) for model in models)
+            if old is not None:
+                changed += (old != new).sum()
+                total += np.prod(getattr(models[0].blocks, name).kernel.get_value().shape)
+    return changed / total
+
+
 def test_latents_start_as_the_student_itself(student, teacher):
     latents = init_latents(student, teacher)
     loss = end_to_end.kl_divergence(
@@ -88,6 +106,7 @@ def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
     assert figures["steps"] == 48
     assert figures["loss"][1] < figures["loss"][0]
     assert 0 < figures["flipped"] < 0.5
+    assert figures["flipped"] == pytest.approx(flips(student, refined))
     assert jax.tree.structure(refined) == jax.tree.structure(student)
     for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
         assert (before.shape, before.dtype) == (after.shape, after.dtype)
@@ -242,6 +261,7 @@ def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
     assert figures["first_batch"][0] == pytest.approx(kl(student, teacher, WINDOWS[:4]), rel=1e-3)
     assert kl(refined, teacher, WINDOWS) < 0.8 * kl(student, teacher, WINDOWS)
     assert 0 < figures["flipped"] < 0.2
+    assert figures["flipped"] == pytest.approx(flips(student, refined))
     for before, after in zip(jax.tree.leaves(student), jax.tree.leaves(refined), strict=True):
         assert (before.shape, before.dtype) == (after.shape, after.dtype)
 

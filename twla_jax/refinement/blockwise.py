@@ -76,8 +76,8 @@ def refine_blocks(
     def ends(loss: np.ndarray) -> list[float]:
         return [float(loss[:tenth].mean()), float(loss[-tenth:].mean())]
 
-    def part(tree: Any, first: int, blocks: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[first : first + blocks], tree)
+    def part(first: int, count: int) -> Any:
+        return _part((blocks, student.blocks, teacher.blocks), first, count=count)
 
     bar = tqdm(total=count, initial=len(losses), desc="refine blocks", unit="block", disable=not progress)
     with bar:
@@ -85,16 +85,12 @@ def refine_blocks(
             rng = np.random.default_rng(first)
             draws = np.stack([rng.choice(len(windows), batch, False) for _ in range(steps)])
             schedule = (draws, rng.random(draws.shape) < settings.mix, rates)
-            here = (part(tree, first, size) for tree in (blocks, student.blocks, teacher.blocks))
-            fitted, loss = _fit(*here, x, exact, schedule, context.span(first, size), **static)
+            fitted, loss = _fit(*part(first, size), x, exact, schedule, context.span(first, size), **static)
             losses.append(np.asarray(loss))
             before, after = ends(losses[-1])
             if after < before:
-                blocks = jax.tree.map(
-                    lambda leaf, new, at=first: leaf.at[at : at + size].set(new), blocks, fitted
-                )
-            here = (part(tree, first, 1) for tree in (blocks, student.blocks, teacher.blocks))
-            x, exact = _move(*here, x, exact, context.span(first, 1), bits=settings.activation_bits)
+                blocks = _with_part(blocks, fitted, first)
+            x, exact = _move(*part(first, 1), x, exact, context.span(first, 1), bits=settings.activation_bits)
             bar.update()
             bar.set_postfix(error=f"{after:.4f}")
             if store:
@@ -107,6 +103,20 @@ def refine_blocks(
         "flipped": flipped(original, refined),
     }
     return refined, figures
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _part(stacks: Any, first: int, *, count: int) -> Any:
+    """Return layers from `first` on of every array, by one program for all of them and for every `first`."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count), stacks)
+
+
+@functools.partial(jax.jit, donate_argnames="stacks")
+def _with_part(stacks: Any, part: Any, first: int) -> Any:
+    """Return the stacks with other layers from `first` on."""
+    return jax.tree.map(
+        lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, first, 0), stacks, part
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "learns_rotations"))

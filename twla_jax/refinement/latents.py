@@ -1,6 +1,7 @@
 """Defines what learns in refinement: float latents behind codes and scales, and the way back to packed tensors."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -177,21 +178,11 @@ def harden_arrays(student: Decoder, latents: Latents, bits: int) -> Decoder:
     blocks = student.blocks
     changes: dict[str, Any] = {}
     for name in _linears(blocks, latents):
-        parts, tensor = latents[name], getattr(blocks, name).kernel.get_value()
-        alpha, *residual_alpha, mu = scales(tensor, parts)
-        if residual_alpha:
-            first, second = two_planes.split(two_plane_latents.codes(parts.get("u"), tensor))
-            residual = (second.astype(jnp.int8), *residual_alpha)
-        else:
-            first, residual = _round(parts["u"]) if "u" in parts else _codes(tensor), ()
-            alpha, mu = tensors.in_whole_steps(alpha, mu, tensor.group_size)
-        hard = tensors.from_codes(first.astype(jnp.int8), alpha, mu, tensor.group_size, *residual)
-        changes[f"blocks.{name}.kernel"] = hard
+        changes[f"blocks.{name}.kernel"] = _hardened(getattr(blocks, name).kernel.get_value(), latents[name])
     for site in student.sites:
         path, parts = f"blocks.{site.name}_input", latents.get(f"{site.name}_input", {})
         if "left" in parts:
-            stored = (parts[side].astype(jnp.float16) for side in ("left", "right"))
-            changes[f"{path}.rotation"] = kotms.KroneckerRotation(*stored)
+            changes[f"{path}.rotation"] = _stored_rotation(parts["left"], parts["right"])
         if "clip" in parts:
             activation = blocks.transform(site).activation
             assert activation is not None
@@ -203,21 +194,49 @@ def harden_arrays(student: Decoder, latents: Latents, bits: int) -> Decoder:
     norms["norm"] = ("norm", student.norm)
     for name in filter(latents.__contains__, norms):
         path, norm = norms[name]
-        scale = norm.scale.get_value()
-        changed = scale.astype(jnp.float32) * (1 + latents[name]["g"])
-        changes[f"{path}.scale"] = changed.astype(scale.dtype)
+        changes[f"{path}.scale"] = _scaled(norm.scale.get_value(), latents[name]["g"])
     return replace(student, changes)
+
+
+# One program for all that has one shape, not one for each operation.
+@jax.jit
+def _hardened(tensor: tensors.TernaryTensor, parts: dict[str, jax.Array]) -> tensors.TernaryTensor:
+    """Return what the latents of a linear, or of a stack of them, stand for."""
+    alpha, *residual_alpha, mu = scales(tensor, parts)
+    if residual_alpha:
+        first, second = two_planes.split(two_plane_latents.codes(parts.get("u"), tensor))
+        residual = (second.astype(jnp.int8), *residual_alpha)
+    else:
+        first, residual = _round(parts["u"]) if "u" in parts else _codes(tensor), ()
+        alpha, mu = tensors.in_whole_steps(alpha, mu, tensor.group_size)
+    return tensors.from_codes(first.astype(jnp.int8), alpha, mu, tensor.group_size, *residual)
+
+
+@jax.jit
+def _stored_rotation(
+    left: Float[Array, "*batch l l"], right: Float[Array, "*batch r r"]
+) -> kotms.KroneckerRotation:
+    return kotms.KroneckerRotation(left.astype(jnp.float16), right.astype(jnp.float16))
+
+
+@jax.jit
+def _scaled(scale: Float[Array, "*batch d"], g: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    return (scale.astype(jnp.float32) * (1 + g)).astype(scale.dtype)
 
 
 def flipped(before: Decoder, after: Decoder) -> float:
     """Return the share of codes that differ."""
     changed = total = 0
     for name in (name for site in before.sites for name in site.linears):
-        pair = (getattr(model.blocks, name).kernel.get_value() for model in (before, after))
-        tensors = (jax.tree.map(np.asarray, tensor) for tensor in pair)  # of which some may be in files
-        for old, new in zip(*(tensor.planes() for tensor in tensors), strict=True):
-            old, new = (packing.unpack(jnp.asarray(plane.codes), plane.in_features) for plane in (old, new))
-            changed, total = changed + int((old != new).sum()), total + old.size
+        for part in ("codes", "residual_codes"):
+            pair = [
+                getattr(getattr(model.blocks, name).kernel.get_value(), part) for model in (before, after)
+            ]
+            if pair[0] is not None:
+                old, new = map(np.asarray, pair)  # of which some may be in files
+                differs = old ^ new  # two bits a code
+                changed += int(np.bitwise_count((differs | differs >> 1) & 0x55).sum())
+                total += math.prod(getattr(before.blocks, name).kernel.get_value().shape)
     return changed / total
 
 

@@ -48,13 +48,13 @@ class StreamedTraining:
             "narrow": settings.latents == "bfloat16",
         }
         self._host = _host_memory() if settings.offload else None
-        starts = jax.jit(self._start)
+        starts, starts_of_stack = jax.jit(self._start), jax.jit(lambda stack: self._start(_only(stack)))
         self.values: list[Any] = []
         final: Latents = {}
         for index in range(student.config.num_layers):
             latents = init_latents(*_one_block(student, teacher, index=index), codes=settings.code_rate > 0)
             final = {_FINAL: latents.pop(_FINAL)}
-            self.values.append(self._put(starts(jax.tree.map(lambda leaf: leaf[0], latents))))
+            self.values.append(self._put(starts_of_stack(latents)))
         self.values.append(starts(final))
 
     def step(self, tokens: Int32[np.ndarray, "b t"], rates: dict[str, float], number: int) -> jax.Array:
@@ -96,9 +96,7 @@ class StreamedTraining:
         final = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.values[-1][0])
         blocks, norm = [], student.norm
         for index in range(student.config.num_layers):
-            latents = jax.tree.map(
-                lambda leaf: leaf[None].astype(jnp.float32), self._get(self.values[index])[0]
-            )
+            latents = _stack_of_one(self._get(self.values[index])[0])
             (one,) = _one_block(student, index=index)
             hard = harden_arrays(one, {**latents, **final}, bits)
             blocks.append(jax.tree.map(np.asarray, hard.blocks))
@@ -208,10 +206,22 @@ def round_by_chance(x: Float[Array, "*shape"], key: jax.Array | None) -> Float[A
 
 def _one_block(*models: Decoder, index: int) -> list[Decoder]:
     """Return models of block `index` alone."""
-    return [
-        replace(model, blocks=jax.tree.map(lambda leaf: leaf[index : index + 1], model.blocks))
-        for model in models
-    ]
+    return [replace(model, blocks=_layer(model.blocks, index)) for model in models]
+
+
+# One program for all arrays of a model, not one for every shape.
+@jax.jit
+def _layer(stacks: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), stacks)
+
+
+@jax.jit
+def _stack_of_one(latents: Latents) -> Latents:
+    return jax.tree.map(lambda leaf: leaf[None], _wide(latents))
+
+
+def _only(stacks: Latents) -> Latents:
+    return jax.tree.map(lambda leaf: leaf[0], stacks)
 
 
 def _device_memory() -> jax.sharding.Sharding:
