@@ -8,29 +8,30 @@ from twla_jax.core import tensors
 from twla_jax.ops.ternary_matmul import kernel_weight
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
-packed = jax.jit(kernel_weight)  # one program; its operations would each be compiled for every shape
+# One program each; their operations would each be compiled for every shape.
+packed = jax.jit(kernel_weight)
+in_whole_steps = jax.jit(tensors.in_whole_steps, static_argnums=2)
+_from_codes = jax.jit(tensors.from_codes, static_argnums=3)
+_group_sums = jax.jit(group_sums)
 
 
 def matrix(n, m, size, *, alpha=None, mu=None, seed=0):
     rng = np.random.default_rng(seed)
     shape = (n, -(-m // size))
-    codes = jnp.asarray(rng.integers(-1, 2, (n, m)), jnp.int8)
-    alpha = jnp.asarray(rng.normal(size=shape) if alpha is None else np.full(shape, alpha))
-    mu = jnp.asarray(rng.normal(size=shape) * 0.1 if mu is None else np.full(shape, mu))
-    return tensors.from_codes(codes, *in_whole_steps(alpha, mu, size), size)
-
-
-in_whole_steps = jax.jit(tensors.in_whole_steps, static_argnums=2)
+    codes = rng.integers(-1, 2, (n, m)).astype(np.int8)
+    alpha = rng.normal(size=shape) if alpha is None else np.full(shape, alpha)
+    mu = rng.normal(size=shape) * 0.1 if mu is None else np.full(shape, mu)
+    return _from_codes(codes, *in_whole_steps(*(p.astype(np.float32) for p in (alpha, mu)), size), size)
 
 
 def tokens(t, m, seed=0):
     rng = np.random.default_rng(seed)
-    codes = jnp.asarray(rng.integers(-128, 128, (t, m)), jnp.int8)
+    codes = jax.device_put(rng.integers(-128, 128, (t, m)).astype(np.int8))
     return QuantizedTokens(
         codes=codes,
-        scale=jnp.asarray(rng.random(t), jnp.float32),
-        zero_point=jnp.asarray(rng.integers(-99, 99, t), jnp.float32),
-        sums=group_sums(codes),
+        scale=jax.device_put(rng.random(t).astype(np.float32)),
+        zero_point=jax.device_put(rng.integers(-99, 99, t).astype(np.float32)),
+        sums=_group_sums(codes),
     )
 
 

@@ -36,6 +36,12 @@ CASES = [
 ]
 
 
+# One program each; their operations would each be compiled for every shape.
+attend_by_reference = jax.jit(reference.decode_attention, static_argnames="epsilon")
+written = jax.jit(kv_cache.write)
+
+
+@functools.partial(jax.jit, static_argnums=tuple(range(7)), static_argnames="dtype")
 def operands(b, heads, kv_heads, d, size, length, window, dtype=jnp.bfloat16):
     keys = jax.random.split(jax.random.key(0), 4)
     qkv = jax.random.normal(keys[0], (b, heads + 2 * kv_heads, d), dtype)
@@ -90,8 +96,8 @@ def check(op, *, norm, case, dtype=jnp.bfloat16, tolerance=6e-3):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("norm", [False, True])
 def test_reference(case, norm):
-    check(reference.decode_attention, norm=norm, case=case)
-    check(reference.decode_attention, norm=norm, case=case, dtype=jnp.float32, tolerance=1e-5)
+    check(attend_by_reference, norm=norm, case=case)
+    check(attend_by_reference, norm=norm, case=case, dtype=jnp.float32, tolerance=1e-5)
 
 
 def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, config):
@@ -177,19 +183,19 @@ def test_gpu_kernel_that_leaves_parts_apart_thread_by_thread(case, queries, spli
 def test_gpu_kernel_on_an_int8_cache_thread_by_thread(case, norm, queries, warps, splits, monkeypatch):
     qkv, floats, positions, window, scales = operands(*case)
     key, value = floats.entries.swapaxes(2, 3)
-    layer = kv_cache.write(empty_layer(floats.entries.shape, jnp.int8), key, value, jnp.int32(0))
+    layer = written(empty_layer(floats.entries.shape, jnp.int8), key, value, jnp.int32(0))
     arguments = (qkv, layer, positions, window, scales if norm else None)
-    expected, written = reference.decode_attention(*arguments, epsilon=EPSILON)
+    expected, after = attend_by_reference(*arguments, epsilon=EPSILON)
     emulated_threads.emulate(monkeypatch)
     chosen = split_sizes.SplitConfig(queries=queries, warps=warps, splits=splits, loads=4)
     found, cache = emulated(*arguments, epsilon=EPSILON, config=chosen)
     expected = np.asarray(expected, float)
     np.testing.assert_allclose(np.asarray(found, float), expected, atol=6e-3 * np.abs(expected).max())
-    codes, same = (np.asarray(each.entries, int) for each in (cache, written))
+    codes, same = (np.asarray(each.entries, int) for each in (cache, after))
     # The new key may lie on the edge between two bf16 numbers, or between two codes.
     assert np.abs(codes - same).max() <= 1
     assert (codes != same).mean() < 1e-3
-    np.testing.assert_allclose(cache.scales, written.scales, rtol=2**-7)
+    np.testing.assert_allclose(cache.scales, after.scales, rtol=2**-7)
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -199,7 +205,7 @@ def test_every_sequence_may_be_at_a_position_of_its_own(kernel, monkeypatch):
     own = dataclasses.replace(
         positions, query=jnp.asarray(lengths)[:, None], cos=jnp.cos(angle), sin=jnp.sin(angle)
     )
-    op = reference.decode_attention
+    op = attend_by_reference
     if kernel:
         emulated_threads.emulate(monkeypatch)
         op = functools.partial(
@@ -220,18 +226,19 @@ def test_sequences_beyond_the_first_keep_their_entries(dtype):
     qkv, floats, positions, window, _ = operands(2, 4, 2, 64, 128, 0, ALL, dtype=jnp.float32)
     empty = empty_layer((2, 5, 2, 128, 64), dtype)
     key, value = jnp.tile(floats.entries[:, :1], (1, 5, 1, 1, 1)).swapaxes(2, 3)
-    layer = kv_cache.write(empty, key, value, jnp.int32(0))
+    layer = written(empty, key, value, jnp.int32(0))
     own = dataclasses.replace(
         positions,
         query=jnp.asarray([[3], [100]]),
         cos=jnp.tile(positions.cos, (2, 1, 1)),
         sin=jnp.tile(positions.sin, (2, 1, 1)),
     )
-    mixed, written = reference.decode_attention(qkv, layer, own, window)
-    few, _ = reference.decode_attention(qkv, layer.first_rows(2), own, window)
+    mixed, after = attend_by_reference(qkv, layer, own, window)
+    few, _ = attend_by_reference(qkv, layer.first_rows(2), own, window)
     np.testing.assert_array_equal(mixed, few)
-    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new[:, 2:], old[:, 2:]), written, layer)
-    changed = (np.asarray(written.entries != layer.entries)).any((0, 2, 4))
+    after, layer = jax.tree.map(np.asarray, (after, layer))
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new[:, 2:], old[:, 2:]), after, layer)
+    changed = (after.entries != layer.entries).any((0, 2, 4))
     assert [tuple(np.flatnonzero(row)) for row in changed] == [(3,), (100,), (), (), ()]
 
 

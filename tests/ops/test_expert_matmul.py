@@ -26,8 +26,14 @@ def choices(t, k, seed=0):
 def weights(n, m, size):
     """The matrices of all experts, one by one and stacked for the kernels."""
     each = [matrix(n, m, size, seed=seed) for seed in range(EXPERTS)]
+    return each, _stacked(each)
+
+
+@jax.jit
+def _stacked(each):
+    """One program; its operations would each be compiled for every shape."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    return each, jax.vmap(lambda one: kernel_weight([one]))(stacked)
+    return jax.vmap(lambda one: kernel_weight([one]))(stacked)
 
 
 @pytest.mark.parametrize(("count", "size"), [(7, 1), (7, 16), (100, 8), (300, 32)])
@@ -64,7 +70,7 @@ def test_packed_products_are_those_with_each_expert_s_dequantised_matrix(kind, t
         x, stacked, experts
     )
     values = np.asarray(x.dequantize() if isinstance(x, QuantizedTokens) else x, np.float64)
-    dense = np.stack([np.asarray(tensors.dequantize(one), np.float64) for one in each])
+    dense = np.stack([np.asarray(jax.jit(tensors.dequantize)(one), np.float64) for one in each])
     expected = np.einsum("tm,tknm->tkn", values, dense[experts])
     np.testing.assert_allclose(y, expected, atol=3e-6 * np.abs(expected).max())
 
@@ -73,9 +79,12 @@ def test_packed_products_are_those_with_each_expert_s_dequantised_matrix(kind, t
 def test_tpu_kernel_reads_each_block_s_own_matrix(t, size, monkeypatch):
     _, stacked = weights(96, 576, size)
     monkeypatch.setattr(tpu, "products", functools.partial(tpu.products, interpret=True))
-    op = functools.partial(expert_matmul, tokens(t, 576), stacked, choices(t, 2), out_dtype=jnp.float32)
-    expected = op(implementation="xla")
-    np.testing.assert_allclose(op(implementation="tpu"), expected, atol=3e-6 * np.abs(expected).max())
+    ops = (
+        jax.jit(functools.partial(expert_matmul, out_dtype=jnp.float32, implementation=implementation))
+        for implementation in ("tpu", "xla")
+    )
+    found, expected = (op(tokens(t, 576), stacked, choices(t, 2)) for op in ops)
+    np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
 
 
 def test_gradients_are_those_of_a_ragged_product():

@@ -16,14 +16,20 @@ from twla_jax.ops.tokens import group_sums
 # rows, columns, group size: whole tiles, a short last tile, an odd number of planes, a short last group, one a row.
 SHAPES = [(128, 512, 128), (192, 576, 128), (130, 1000, 256), (64, 172, 128), (97, 576, 576)]
 
+# One program each; their operations would each be compiled for every shape.
+packed = jax.jit(integer_weight)
+dense = jax.jit(IntegerTensor.dequantize)
+packed_rows = jax.jit(integer_rows, static_argnums=2)
+dense_rows = jax.jit(take_rows, static_argnums=2)
+
 
 def matrix(n, m, size, bits):
     rng = np.random.default_rng(0)
     groups = -(-m // size)
     return IntegerTensor(
-        codes=jnp.asarray(rng.integers(0, 2**bits, (n, m)), jnp.uint8),
-        scale=jnp.asarray(0.1 + rng.random((n, groups)), jnp.float16),
-        zero_point=jnp.asarray(rng.integers(0, 2**bits, (n, groups)), jnp.uint8),
+        codes=rng.integers(0, 2**bits, (n, m)).astype(np.uint8),
+        scale=(0.1 + rng.random((n, groups))).astype(np.float16),
+        zero_point=rng.integers(0, 2**bits, (n, groups)).astype(np.uint8),
         in_features=m,
         group_size=size,
         bits=bits,
@@ -31,22 +37,22 @@ def matrix(n, m, size, bits):
 
 
 def activations(t, m, dtype):
-    return jnp.asarray(np.random.default_rng(1).normal(size=(t, m)) + 0.2, dtype)
+    return (np.random.default_rng(1).normal(size=(t, m)) + 0.2).astype(dtype)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize(("n", "m", "size"), SHAPES)
 def test_rows_are_those_of_the_tensor(n, m, size, bits):
-    tensor, rows = matrix(n, m, size, bits), jnp.array([[0, n - 1], [7, 0]])
-    found = integer_rows(integer_weight(tensor), rows, jnp.float32)
-    np.testing.assert_array_equal(found, take_rows(tensor, rows, jnp.float32))
+    tensor, rows = matrix(n, m, size, bits), np.array([[0, n - 1], [7, 0]])
+    found = packed_rows(packed(tensor), rows, jnp.float32)
+    np.testing.assert_array_equal(found, dense_rows(tensor, rows, jnp.float32))
 
 
 @pytest.mark.parametrize("rows", [3, [3], [[3]]])
 def test_a_single_row_keeps_its_axes(rows):
-    tensor, rows = matrix(64, 172, 128, 8), jnp.array(rows)
-    found = integer_rows(integer_weight(tensor), rows, jnp.bfloat16)
-    np.testing.assert_array_equal(found, take_rows(tensor, rows, jnp.bfloat16))
+    tensor, rows = matrix(64, 172, 128, 8), np.array(rows)
+    found = packed_rows(packed(tensor), rows, jnp.bfloat16)
+    np.testing.assert_array_equal(found, dense_rows(tensor, rows, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -54,8 +60,9 @@ def test_a_single_row_keeps_its_axes(rows):
 @pytest.mark.parametrize(("n", "m", "size"), SHAPES)
 def test_reference_is_the_product_with_the_dequantised_matrix(n, m, size, bits, dtype):
     tensor, x = matrix(n, m, size, bits), activations(3, m, dtype)
-    found = integer_matmul(x, integer_weight(tensor), out_dtype=jnp.float32, implementation="xla")
-    expected = np.asarray(x, np.float64) @ np.asarray(tensor.dequantize(), np.float64).T
+    multiply = jax.jit(functools.partial(integer_matmul, out_dtype=jnp.float32, implementation="xla"))
+    found = multiply(x, packed(tensor))
+    expected = np.asarray(x, np.float64) @ np.asarray(dense(tensor), np.float64).T
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 
 
@@ -63,15 +70,16 @@ def test_reference_is_the_product_with_the_dequantised_matrix(n, m, size, bits, 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "m", "size"), SHAPES)
 def test_tpu_kernel_equals_the_reference(n, m, size, bits, t):
-    weight, x = integer_weight(matrix(n, m, size, bits)), activations(t, m, jnp.bfloat16)
-    expected = reference.product(x, group_sums(x), weight)
-    found = tpu.product(x, group_sums(x), weight, out_dtype=jnp.float32, interpret=True)
+    weight, x = packed(matrix(n, m, size, bits)), activations(t, m, jnp.bfloat16)
+    sums = np.asarray(jax.jit(group_sums)(x))
+    expected = jax.jit(reference.product)(x, sums, weight)
+    found = jax.jit(functools.partial(tpu.product, out_dtype=jnp.float32, interpret=True))(x, sums, weight)
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 
 
 def test_leading_axes_stay():
     x = activations(6, 172, jnp.float32).reshape(2, 3, 172)
-    y = integer_matmul(x, integer_weight(matrix(64, 172, 128, 8)))
+    y = jax.jit(integer_matmul)(x, packed(matrix(64, 172, 128, 8)))
     assert y.shape == (2, 3, 64)
     assert y.dtype == jnp.bfloat16
 
@@ -89,7 +97,7 @@ def test_group_sizes_without_a_place_are_refused():
 
 
 def test_kernels_leave_float32_activations_to_the_reference():
-    x, weight = activations(1, 172, jnp.float32), integer_weight(matrix(64, 172, 128, 8))
+    x, weight = activations(1, 172, jnp.float32), packed(matrix(64, 172, 128, 8))
     with pytest.raises(TwlaError, match="float32, not bfloat16"):
         integer_matmul(x, weight, implementation="tpu")
 

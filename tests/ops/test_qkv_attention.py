@@ -1,5 +1,7 @@
 """Queries, keys, values and attention in one op: equal to its two ops, and one kernel where there is one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,8 @@ SETTINGS = quantizer_settings(4, 0.9)
 EPSILON = 1e-5
 
 
+# One program; its operations would each be compiled for every shape.
+@functools.partial(jax.jit, static_argnums=tuple(range(8)))
 def operands(b, m, heads, kv_heads, d, size, length, dtype=jnp.bfloat16):
     keys = jax.random.split(jax.random.key(0), 6)
     n = (heads + 2 * kv_heads) * d

@@ -35,6 +35,12 @@ from helpers.ternary_operands import matrix, matrix_of_shape, operand_shapes, op
 SHAPES = [(128, 1024, 128), (192, 576, 128), (130, 1000, 256), (64, 172, 128), (96, 576, 576)]
 TPUS = ["v5e", "v6e", "v7x"]
 
+# One program each; their operations would each be compiled for every shape.
+by_reference = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))
+by_tpu_kernel = jax.jit(functools.partial(tpu.matmul, out_dtype=jnp.float32, interpret=True))
+by_xla = jax.jit(functools.partial(ternary_matmul, out_dtype=jnp.float32, implementation="xla"))
+dense = jax.jit(tensors.dequantize)
+
 
 def dequantized(x):
     codes, _, scale, zero_point = (np.asarray(part, np.float64) for part in operands(x))
@@ -44,17 +50,17 @@ def dequantized(x):
 def activations(kind, t, m):
     if kind == "int8":
         return tokens(t, m)
-    return jnp.asarray(np.random.default_rng(2).normal(size=(t, m)), jnp.bfloat16)
+    return jax.device_put(np.random.default_rng(2).normal(size=(t, m)).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize(("n", "m", "size"), SHAPES)
 def test_reference_is_the_product_with_the_dequantised_matrix(n, m, size, kind):
     weight = matrix(n, m, size)
-    bias = jnp.asarray(np.random.default_rng(1).normal(size=n))
+    bias = np.random.default_rng(1).normal(size=n).astype(np.float32)
     x = activations(kind, 3, m)
-    y = ternary_matmul(x, packed([weight], [bias]), out_dtype=jnp.float32, implementation="xla")
-    expected = dequantized(x) @ np.asarray(tensors.dequantize(weight), np.float64).T + bias
+    y = by_xla(x, packed([weight], [bias]))
+    expected = dequantized(x) @ np.asarray(dense(weight), np.float64).T + bias
     np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
 
 
@@ -63,9 +69,8 @@ def test_reference_is_the_product_with_the_dequantised_matrix(n, m, size, kind):
 def test_tpu_kernel_equals_the_reference(n, m, size, kind):
     weight = packed([matrix(n, m, size)])
     x = operands(activations(kind, 5, m))
-    expected = jax.jit(functools.partial(reference.matmul, out_dtype=jnp.float32))(*x, weight)
-    y = tpu.matmul(*x, weight, out_dtype=jnp.float32, interpret=True)
-    np.testing.assert_allclose(y, expected, atol=2e-6 * np.abs(expected).max())
+    expected = by_reference(*x, weight)
+    np.testing.assert_allclose(by_tpu_kernel(*x, weight), expected, atol=2e-6 * np.abs(expected).max())
 
 
 def test_scales_are_the_same_as_their_bits():
@@ -74,8 +79,7 @@ def test_scales_are_the_same_as_their_bits():
     bits = dataclasses.replace(weight, scales=weight.scale_bits)
     assert bits.scales.dtype == jnp.int16
     x = operands(tokens(5, 576))
-    for form in (reference.matmul, functools.partial(tpu.matmul, interpret=True)):
-        op = functools.partial(form, out_dtype=jnp.float32)
+    for op in (by_reference, by_tpu_kernel):
         np.testing.assert_array_equal(op(*x, bits), op(*x, weight))
 
 
@@ -85,10 +89,9 @@ def test_accumulators_are_exact(size):
     weight = matrix(128, 1536, size, alpha=63, mu=63)
     x = tokens(4, 1536)
     x = (x.codes, x.sums, jnp.ones(4), jnp.zeros(4))
-    exact = np.asarray(x[0], np.int64) @ (np.asarray(tensors.dequantize(weight), np.int64)).T
-    for implementation in (reference.matmul, functools.partial(tpu.matmul, interpret=True)):
-        y = implementation(*x, packed([weight]), out_dtype=jnp.float32)
-        np.testing.assert_array_equal(y, exact)
+    exact = np.asarray(x[0], np.int64) @ (np.asarray(dense(weight), np.int64)).T
+    for op in (by_reference, by_tpu_kernel):
+        np.testing.assert_array_equal(op(*x, packed([weight])), exact)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +111,10 @@ def test_accumulators_are_exact(size):
     ],
 )
 def test_gpu_kernel_of_few_tokens_thread_by_thread(t, n, m, size, rows, warpgroups, stages, monkeypatch):
-    weight = kernel_weight([matrix(n, m, size)], [jnp.linspace(-1, 1, n)])
+    weight = packed([matrix(n, m, size)], [np.linspace(-1, 1, n, dtype=np.float32)])
     codes, sums, scale, zero_point = operands(tokens(t, m))
     residual = None if t % 2 else jax.random.normal(jax.random.key(0), (t, n))
-    expected = reference.matmul(codes, sums, scale, zero_point, weight, residual, out_dtype=jnp.float32)
+    expected = by_reference(codes, sums, scale, zero_point, weight, residual)
     emulated_threads.emulate(monkeypatch)
     emulated_threads.emulate_kernel(monkeypatch, pl)
     stages, together = stages if isinstance(stages, tuple) else (stages, 1)
