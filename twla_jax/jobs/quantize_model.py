@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ def quantize_to_folder(
     check_windows: int = 8,
     check_bits: Sequence[int] = (),
     allow_broken: bool = False,
+    full_precision: Mapping[str, Any] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -65,6 +66,8 @@ def quantize_to_folder(
       check_windows: windows of that text, of the recipe's length.
       check_bits: activation bits to report the perplexity at; empty takes the recipe's.
       allow_broken: keep a model that fails its check, as a baseline of few bits may.
+      full_precision: `evaluation` of another report on the same model, whose figure of the original is taken where text
+        and windows are the same too; None measures it.
       mesh: with axes `data` and `model`, which the stages and the evaluations split their work over.
       progress: phases and bars on stderr.
     Returns:
@@ -95,8 +98,9 @@ def quantize_to_folder(
         drawn = recipe_windows.draw(text, recipe, tokenizer, vocab_size, held_out=allocates)
         check_tokens = corpora.first_windows(check, tokenizer, vocab_size, check_windows, seq_len)
     score = functools.partial(evaluate, tokens=check_tokens, mesh=mesh, progress=progress)
+    known = _known_figures(full_precision, check, check_tokens)
     with phases("evaluate in full precision"):
-        full_precision = score(model)
+        original = known or score(model)
     work = stages.Work(
         teacher=model, text=drawn, recipe=recipe, work_dir=work_dir, mesh=mesh, progress=progress
     )
@@ -127,7 +131,7 @@ def quantize_to_folder(
         mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
         perplexity[mixed] = score(quantized)["perplexity"]
     with phases("generate"):
-        sample = _check(quantized, full_precision["perplexity"], perplexity, check_tokens[0], allow_broken)
+        sample = _check(quantized, original["perplexity"], perplexity, check_tokens[0], allow_broken)
     report = {
         **environment(),
         "model": describe_model(path),
@@ -141,8 +145,8 @@ def quantize_to_folder(
         "dtype": dtype,
         "evaluation": {
             **check.describe(),
-            **{key: full_precision[key] for key in ("windows", "seq_len", "tokens")},
-            "perplexity": {"full": full_precision["perplexity"], **perplexity},
+            **{key: original[key] for key in ("windows", "seq_len", "tokens")},
+            "perplexity": {"full": original["perplexity"], **perplexity},
             "sample": tokenizer.decode(sample),
             **by_domain,
         },
@@ -179,6 +183,21 @@ def format_report(report: dict[str, Any], out: str | Path) -> str:
             f"peak memory:   host {memory['host_bytes'] / 1e9:.2f} GB{device}",
         ]
     )
+
+
+def _known_figures(
+    known: Mapping[str, Any] | None, check: corpora.Corpus, tokens: np.ndarray
+) -> dict[str, Any] | None:
+    """Return the figures of the original that another report has, if they are of the same text and windows."""
+    here = {
+        **check.describe(),
+        "windows": len(tokens),
+        "seq_len": tokens.shape[1],
+        "tokens": int(tokens.size),
+    }
+    if known is None or any(known.get(key) != value for key, value in here.items()):
+        return None
+    return {**here, "perplexity": known["perplexity"]["full"]}
 
 
 def _sample_text(
