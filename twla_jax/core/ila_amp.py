@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,10 +42,10 @@ class SensitivityTable:
         cls,
         choices: Sequence[int],
         base_loss: float,
-        singles: Float[np.ndarray, "l c-1"],
-        pairs: Float[np.ndarray, "l-1 c-1 c-1"],
+        singles: Float[np.ndarray, "l lower"],
+        pairs: Float[np.ndarray, "l-1 lower lower"],
         effort: dict[str, Any],
-    ) -> Self:
+    ) -> "SensitivityTable":
         """Return the table from losses at every choice but the base.
 
         Args:
@@ -87,7 +87,7 @@ class SensitivityTable:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> "SensitivityTable":
         """Return the table that `to_dict` wrote."""
         choices, length = tuple(values["choices"]), len(values["costs"])
         arrays = {
