@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from twla_jax import xla_flags
 from twla_jax.errors import TwlaError
@@ -29,6 +30,19 @@ def multiprocessors() -> int:
     """Return how many multiprocessors the default GPU has; `sys.maxsize` on other devices."""
     found = getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
     return sys.maxsize if found is None else found
+
+
+def on_device(tree: Any) -> Any:
+    """Return a pytree with its arrays on the default device; those of devices stay where they are.
+
+    For every shape `jnp.asarray` compiles a program that copies the array once more: room for two is needed (JAX 0.11).
+
+    Args:
+      tree: its leaves may be on the host, in files or on devices.
+    """
+    return jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)), tree
+    )
 
 
 def join_hosts(text: str) -> None:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Int32
 
@@ -19,6 +17,7 @@ from twla_jax.allocation import sensitivity
 from twla_jax.allocation.refit import refit_clips
 from twla_jax.core import ila_amp
 from twla_jax.core.ila_amp import SensitivityTable
+from twla_jax.devices import on_device
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
 from twla_jax.models import sites
@@ -125,7 +124,7 @@ def prepare(
     if held_out is None:
         raise TwlaError("bits are allocated on held-out windows: the text has none")
     check_length(held_out.shape[1], model.config)
-    model = jax.tree.map(jnp.asarray, model)
+    model = on_device(model)
     average = ila_amp.average_bits(
         sites.input_bits(model).ravel(), sites.site_weights(model, "input", settings.weighting)
     )

@@ -17,6 +17,7 @@ from twla_jax.core import tensors
 from twla_jax.core.activation import BIT_CHOICES, ActivationQuantizer, fit_clips
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
+from twla_jax.devices import on_device
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.models.sites import with_input_clips
@@ -46,7 +47,7 @@ def refit_clips(
     stride = max(1, stream.tokens // tokens)
     clips: dict[str, list[jax.Array]] = {site.name: [] for site in model.sites}
     for index in tqdm(range(model.config.num_layers), desc="clips", unit="block", disable=not progress):
-        block = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), model.blocks)
+        block = on_device(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks))
         context = stream.context.layer(index)
         for at, site in enumerate(block.sites):
             sample = sample_site(block, stream, context, at, stride)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.ila_amp import SensitivityTable
+from twla_jax.devices import on_device
 from twla_jax.evaluation.nll import hidden_nll
 from twla_jax.models.blocks import ChainBlock, Context, State, run
 from twla_jax.models.config import check_vocabulary
@@ -76,9 +77,7 @@ def measure(
         identity = fingerprint(model, windows, kind, choices)
         store = resume.WorkDir(Path(work_dir) / identity[:16], identity)
     layers = model.config.num_layers
-    model = with_input_bits(
-        jax.tree.map(jnp.asarray, model), np.full((layers, len(model.sites)), choices[-1], np.int32)
-    )
+    model = with_input_bits(on_device(model), np.full((layers, len(model.sites)), choices[-1], np.int32))
     count, seq_len = windows.shape
     lower = jnp.asarray(choices[:-1], jnp.int32)
     batches = windows.reshape(-1, _batch_size(count, seq_len * len(lower)), seq_len)

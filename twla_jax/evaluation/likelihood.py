@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 from tqdm import tqdm
 
+from twla_jax.devices import on_device
 from twla_jax.errors import TwlaError
 from twla_jax.inference.sampling import NOT_FINITE
 from twla_jax.models.arguments import checked_tokens, require_model
@@ -47,7 +48,7 @@ def continuation_loglikelihoods(
     cut = [_cut(context, continuation, limit) for context, continuation in pairs]
     if cut:
         checked_tokens(np.concatenate([tokens for tokens, _ in cut]), model.config, "pairs", ranks=(1,))
-    model = jax.tree.map(jnp.asarray, model)  # once, not at every batch
+    model = on_device(model)  # once, not at every batch
     groups: dict[tuple[int, int], list[int]] = {}
     for index, (tokens, count) in enumerate(cut):
         length = _padded(len(tokens) - 1)

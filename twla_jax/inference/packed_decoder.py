@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.tensors import IntegerTensor, dequantize
-from twla_jax.devices import warn_if_triton_gemm
+from twla_jax.devices import on_device, warn_if_triton_gemm
 from twla_jax.errors import TwlaError
 from twla_jax.inference import tensor_parallel
 from twla_jax.inference.packed_block import PackedBlock, packed_block
@@ -153,7 +153,7 @@ def _layer(blocks: ChainBlock, index: int) -> ChainBlock:
     """Return one block on the device; of blocks on the host, no more than that one is moved there."""
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(blocks)):
         return _device_layer(blocks, index)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), blocks)
+    return on_device(jax.tree.map(lambda leaf: leaf[index], blocks))
 
 
 @jax.jit

@@ -5,10 +5,10 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from twla_jax.devices import on_device
 from twla_jax.errors import TwlaError
 from twla_jax.inference.sampling import Sampler, Sampling
 from twla_jax.limits import check_number
@@ -61,7 +61,7 @@ def checked_request(
     except (TypeError, OverflowError):
         raise TwlaError(f"eos_token_ids {ends!r}: must be token ids") from None
     return Request(
-        model=jax.tree.map(jnp.asarray, model),  # once, not at every step
+        model=on_device(model),  # once, not at every step
         prompt=prompt,
         count=max_new_tokens,
         sampler=sampling.sampler(),

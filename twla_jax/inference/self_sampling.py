@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 from tqdm import tqdm
 
+from twla_jax.devices import on_device
 from twla_jax.inference import generation
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.limits import check_number
@@ -85,7 +85,7 @@ def _batch(config: Any, seq_len: int) -> int:
 
 def _prepared(model: Decoder) -> Decoder:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return prepare_for_inference(jax.tree.map(jnp.asarray, computing_in(model, dtype)))
+    return prepare_for_inference(on_device(computing_in(model, dtype)))
 
 
 def _sample_batch(

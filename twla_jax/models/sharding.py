@@ -20,6 +20,7 @@ from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
+from twla_jax.devices import on_device
 from twla_jax.errors import TwlaError
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.families import FAMILIES
@@ -58,7 +59,7 @@ def place(model: Any, mesh: Mesh | None) -> Any:
       mesh: None for the default device.
     """
     if mesh is None:
-        return jax.tree.map(jnp.asarray, model)
+        return on_device(model)
     devices = set(mesh.devices.flat)
     if len(devices) > 1 and any(_devices(leaf) == devices for leaf in jax.tree.leaves(model)):
         return model

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from twla_jax.core import quantizers
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import GroupedSettings, QuantizationSettings
-from twla_jax.devices import warn_if_triton_gemm
+from twla_jax.devices import on_device, warn_if_triton_gemm
 from twla_jax.errors import TwlaError
 from twla_jax.models import sharding, stored_layers
 from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
@@ -203,7 +202,7 @@ def _quantize_blocks(
         with bar:
             for index, block in enumerate(stored_layers.in_turn(model.blocks, first, count), first):
                 here = {
-                    site: jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), r)
+                    site: on_device(jax.tree.map(lambda leaf, i=index: leaf[i], r))
                     for site, r in rotations.items()
                 }
                 context = stream.context.layer(index)
@@ -247,7 +246,7 @@ def _place(block: ChainBlock, mesh: jax.sharding.Mesh | None) -> ChainBlock:
 def _to_device(leaf: Any) -> jax.Array:
     """Return the array on the device; one that lies the other way round in memory is turned there, where it is fast."""
     turned = isinstance(leaf, np.ndarray) and leaf.ndim == 2 and leaf.flags.f_contiguous
-    return jnp.asarray(leaf.T).T if turned else jnp.asarray(leaf)
+    return on_device(leaf.T).T if turned else on_device(leaf)
 
 
 def _read_packed(store: resume.WorkDir, name: str, layer: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from twla_jax.core import kotms
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import RotationSettings
+from twla_jax.devices import on_device
 from twla_jax.models.decoder import Decoder
 from twla_jax.storage import resume
 
@@ -79,9 +80,9 @@ def _fit_site(
     for start in range(0, layers, chunk):
         here = slice(start, start + chunk)
         rotation, loss = _fit_chunk(
-            tuple(jnp.asarray(kernel[here]) for kernel in kernels),
+            tuple(on_device(kernel[here]) for kernel in kernels),
             keys[here],
-            None if sample is None else jnp.asarray(sample[here]),
+            None if sample is None else on_device(sample[here]),
             settings,
             sizes,
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from twla_jax.devices import host_bytes
+from twla_jax.devices import host_bytes, on_device
 from twla_jax.models import sharding
 from twla_jax.models.blocks import State
 from twla_jax.models.decoder import Decoder
@@ -90,7 +90,7 @@ class ResidualStream:
 
     def start(self) -> None:
         """Embed the windows."""
-        head = jax.tree.map(jnp.asarray, self._head)
+        head = on_device(self._head)
         self._states = [
             State(self._keep(self._put(head.embed_tokens(jnp.asarray(batch))))) for batch in self.windows
         ]

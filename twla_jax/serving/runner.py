@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twla_jax.devices import on_device
 from twla_jax.errors import TwlaError
 from twla_jax.inference.sampling import Sampling
 from twla_jax.models.arguments import require_model
@@ -46,7 +47,7 @@ class Runner:
         self.chunks = tuple(n for n in settings.chunks if n <= chunk)
         size = -(-settings.max_length // chunk) * chunk
         self._config = model.config
-        self._leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, model))
+        self._leaves, structure = jax.tree.flatten(on_device(model))
         self.programs = _programs(structure, settings.steps)
         with _room_is_named():
             self._slots = device.empty_slots(model, settings.slots, size, settings.cache_dtype)
