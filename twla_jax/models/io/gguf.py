@@ -237,7 +237,9 @@ def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeSc
     if tables and kind not in ("none", "longrope") and factor != 1.0:
         raise TwlaError(f"{file.path}: holds both {tables[0]} and a scaling by {factor:g}")
     of_attention = get("rope.scaling.attn_factor", 1.0)
-    if of_attention != 1.0 and kind != "longrope" and not (kind == "yarn" and factor != 1.0):
+    # llama.cpp takes two tables for LongRoPE, whatever the type.
+    longrope = kind == "longrope" or {SHORT, LONG} & set(tables)
+    if of_attention != 1.0 and not longrope and not (kind == "yarn" and factor != 1.0):
         raise TwlaError(
             f"{file.path}: rope.scaling.attn_factor {of_attention:g} is only supported for yarn and longrope"
         )
