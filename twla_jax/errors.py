@@ -1,6 +1,7 @@
 """Defines the one exception type that stands for a user's mistake or an input that cannot be used."""
 
-_LONGEST = 1500  # letters of a message: names in a stranger's file have any length
+# Letters of a long message that are kept: names in a stranger's file have any length.
+_FIRST, _LAST = 1000, 500
 
 
 class TwlaError(Exception):
@@ -11,9 +12,12 @@ class TwlaError(Exception):
     """
 
     def __init__(self, message: str):
-        """Take the message; line ends in it, as of a file's name, become blanks, and a long one is cut."""
-        line = "".join(
-            each if each.isprintable() else " " if each.isspace() else ascii(each)[1:-1]
-            for each in message[: _LONGEST + 1]
+        """Take the message; line ends in it, as of a file's name, become blanks; a long one loses its middle."""
+        if len(message) > _FIRST + _LAST:
+            message = f"{message[:_FIRST]}…{message[-_LAST:]}"
+        super().__init__(
+            "".join(
+                each if each.isprintable() else " " if each.isspace() else ascii(each)[1:-1]
+                for each in message
+            )
         )
-        super().__init__(line if len(message) <= _LONGEST else f"{line[:_LONGEST]}…")

@@ -287,7 +287,7 @@ def test_samples_are_made_side_by_side(stories_model, capsys):
     [
         (
             ["quantise"],
-            "quantize, allocate, eval, generate, chat, serve, inspect, export, compare, bench, demo",
+            "quantize, allocate, eval, generate, chat, serve, inspect, export, report, compare, bench, demo",
             2,
         ),
         (["quantize", "{model}"], "OUT", 2),
