@@ -283,9 +283,19 @@ def test_other_routes_are_not_there(server):
 
 
 def test_too_many_requests_are_told_to_come_again(client):
-    with pytest.raises(openai.RateLimitError) as error:
-        complete(client, [[1]] * 25, max_tokens=1)
+    with (
+        complete(client, [[1]] * 24, max_tokens=400, stream=True),
+        pytest.raises(openai.RateLimitError) as error,
+    ):
+        complete(client, [[1]] * 24, max_tokens=1)
     assert int(error.value.response.headers["retry-after"]) >= 1
+
+
+def test_more_answers_than_there_will_ever_be_places_for_are_refused(client):
+    with pytest.raises(
+        openai.BadRequestError, match="25 answers are asked for at once; there are places for 24"
+    ):
+        complete(client, [[1]] * 25, max_tokens=1)
 
 
 @pytest.mark.parametrize(
