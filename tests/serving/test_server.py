@@ -282,13 +282,14 @@ def test_other_routes_are_not_there(server):
         assert (found, "error" in json.loads(answer)) == (status, True)
 
 
-def test_too_many_requests_are_told_to_come_again(client):
+def test_too_many_requests_are_told_to_come_again(client, engine):
     with (
         complete(client, [[1]] * 24, max_tokens=400, stream=True),
         pytest.raises(openai.RateLimitError) as error,
     ):
         complete(client, [[1]] * 24, max_tokens=1)
     assert int(error.value.response.headers["retry-after"]) >= 1
+    until(lambda: engine.running == engine.waiting == 0)
 
 
 def test_more_answers_than_there_will_ever_be_places_for_are_refused(client):
