@@ -31,6 +31,7 @@ from twla_jax.storage import checkpoint
 from twla_jax.text.corpora import Corpus
 
 from helpers.another_family import CONFIG, FAMILY, written_out
+from helpers.clips import with_clips
 
 RECIPE = Recipe(
     name="another",
@@ -115,10 +116,10 @@ def stages(model, tmp_path_factory):
     end_to_end = EndToEndSettings(**{**LEARNING, "steps": 1})
     refined, figures = call(twla_jax.refine, found["blocks"], model, WINDOWS, end_to_end, **quiet)
     found["refined"], found["figures"] = refined, figures
-    clips = ClipTrainingSettings(bits=4, **LEARNING)
-    found["clips"], found["clip_figures"] = call(
-        clip_training.train_clips, refined, model, WINDOWS, clips, **quiet
-    )
+    # From clips that cut off too much, in this model of random weights too, wider ones are learned.
+    found["narrow"] = with_clips(refined, 0.3)
+    clips = ClipTrainingSettings(bits=8, rate=5e-2, **LEARNING)
+    found["clips"], _ = call(clip_training.train_clips, found["narrow"], model, WINDOWS, clips, **quiet)
     found["allocated"], found["bits"], _ = call(
         twla_jax.allocate_bits, found["clips"], text(), RECIPE, tokenizer=Letters(), **quiet
     )
@@ -149,15 +150,9 @@ def test_every_stage_changes_what_it_is_for_and_no_call_its_argument(model, stag
             for each in stages["quantised"].blocks.linears(site)
         )
         assert stages["quantised"].blocks.transform(site).rotation is not None
-    # Clips that end no nearer to the original, as may be in a model of random weights, are left as they were.
-    learned = stages["clip_figures"]["kept"]
-    for before, after, changes in (
-        ("quantised", "refined", True),
-        ("refined", "clips", learned),
-        ("clips", "allocated", True),
-    ):
+    for before, after in (("quantised", "refined"), ("narrow", "clips"), ("clips", "allocated")):
         pairs = zip(jax.tree.leaves(stages[before]), jax.tree.leaves(stages[after]), strict=True)
-        assert any((np.asarray(one) != np.asarray(other)).any() for one, other in pairs) == changes, after
+        assert any((np.asarray(one) != np.asarray(other)).any() for one, other in pairs), after
     assert stages["figures"]["kept"]
     for name in model.blocks.norms:  # the norms after the sublayers learn, too
         scales = (getattr(stages[stage].blocks, name).scale.get_value() for stage in ("quantised", "refined"))

@@ -114,6 +114,13 @@ def test_tokens_of_the_refinement_are_steps_of_whole_batches():
     assert make._refined_on(recipe, None) == recipe
 
 
+def test_minutes_of_the_refinement_draw_text_for_the_steps_they_may_take():
+    recipe = load_recipe("w1.58-g128-refined")
+    for minutes, steps in ((0.5, 500), (2, 2000), (60, 8000)):
+        settings = make._refined_on(recipe, None, minutes).refine.end_to_end
+        assert (settings.steps, settings.minutes) == (steps, minutes)
+
+
 def test_a_report_is_one_page_that_needs_nothing_else(out, stories_model, texts, tmp_path, capsys):
     figures = tmp_path / "eval.json"
     scored = ["--domains", texts, "--against", stories_model, "--seq-len", 64, "--max-windows", 2, "--json"]

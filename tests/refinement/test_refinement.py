@@ -26,6 +26,7 @@ from twla_jax.refinement.schedule import rates_at
 from twla_jax.storage import resume
 
 from helpers import tiny
+from helpers.clips import with_clips
 from helpers.compiled import compiled_programs
 from helpers.tiny import RECIPE
 
@@ -289,11 +290,7 @@ def test_clips_that_cut_off_too_much_learn_to_be_wider(student, teacher):
         inputs = (model.blocks.transform(site).activation.get_value() for site in model.sites)
         return np.stack([quantizer.clips for quantizer in inputs]).astype(np.float32)
 
-    def narrow(leaf):
-        is_quantizer = isinstance(leaf, ActivationQuantizer)
-        return dataclasses.replace(leaf, clips=jnp.full_like(leaf.clips, 0.3)) if is_quantizer else leaf
-
-    narrowed = jax.tree.map(narrow, student, is_leaf=lambda leaf: isinstance(leaf, ActivationQuantizer))
+    narrowed = with_clips(student, 0.3)
     settings = ClipTrainingSettings(batch=4, dtype="float32", steps=18, rate=5e-2)
     trained, figures = clip_training.train_clips(narrowed, teacher, WINDOWS, settings, progress=False)
     assert figures["steps"] == 18
