@@ -8,25 +8,13 @@ JAX nor this library. Prints a JSON object: of each task the metrics in percent.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tasks_by_file import task
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "tasks"
-
-
-def task(name: str) -> dict:
-    """Return the configuration of a task with its file in `TWLA_DATA`."""
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    files = config["dataset_kwargs"]["data_files"]
-    folder = Path(os.environ["TWLA_DATA"], "zeroshot")
-    files.update({split: str(folder / file) for split, file in files.items()})
-    return config
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ RECIPES = schema.sequence(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a page is made from; what is None or empty leaves its sections out.
+    """Holds what a page is made from; what is None or empty leaves its sections out.
 
     Attributes:
       name: of the folder.
