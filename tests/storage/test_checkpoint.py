@@ -2,7 +2,9 @@
 
 import errno
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twla_jax.core import quantizers
+from twla_jax.core import packing, quantizers
 from twla_jax.core.settings import IntegerSettings, TwoPlaneSettings, WeightSettings
 from twla_jax.errors import TwlaError
 from twla_jax.recipe import Recipe
 from twla_jax.storage import accounting, checkpoint
+from twla_jax.storage.manifest import array_name
 
 REPORT = {"perplexity": 12.5, "corpus": {"name": "pydoc"}}
 
@@ -167,3 +170,28 @@ def test_other_weights_come_back_exactly_and_are_counted_to_the_byte(tiny_ternar
         sizes = {m: (-(-3 * m // 8), 2 * -(-m // 16) + -(-3 * -(-m // 16) // 8)) for m in rows}
     for place, part in enumerate(("codes", "scales_and_offsets")):
         assert account["breakdown"][part] == sum(count * sizes[m][place] for m, count in rows.items())
+
+
+def test_plain_orbax_and_numpy_restore_it_as_the_documentation_says(tiny_ternary, saved, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+    by_numpy, v0, v1 = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert not any("twla_jax" in code for code in (by_numpy, v0, v1))
+    monkeypatch.chdir(saved.parent)
+    names: dict = {}
+    exec(by_numpy.replace("smollm2-w1.58", "out"), names)
+    q = tiny_ternary.first_kernel
+    np.testing.assert_array_equal(names["T"], packing.unpack(q.codes, q.in_features) - 1.0)
+    stored = json.loads((saved / "twla.json").read_text())["tensors"]
+    expected = {
+        array_name(name, part): (saved / "params" / array_name(name, part), array)
+        for name, entry in stored.items()
+        for part, array in entry["arrays"].items()
+    }
+    for code in (v0, v1):
+        exec(code, names)
+        arrays = names["arrays"]
+        assert arrays.keys() == expected.keys()
+        for name, (folder, array) in expected.items():
+            (chunk,) = (path for path in folder.iterdir() if path.name[0] != ".")
+            assert np.asarray(arrays[name]).tobytes() == chunk.read_bytes()
+            assert list(arrays[name].shape) == array["shape"]
