@@ -2,9 +2,12 @@
 
     TWLA_DATA=… python benchmarks/tasks_by_file.py record requests.json          # needs lm_eval
     python benchmarks/tasks_by_file.py answer requests.json MODEL answers.json   # needs this library
+    python benchmarks/tasks_by_file.py transformers requests.json FOLDER answers.json   # needs lm_eval and PyTorch
     TWLA_DATA=… python benchmarks/tasks_by_file.py score requests.json ANSWERS.json …
 
-`score` prints the harness's own figures of every file of answers, and points lost against the first.
+`transformers` answers with the harness's own model of that name, for a folder that `twla export --format hf` wrote.
+`score` prints the harness's own figures of every file of answers, points lost against the first, and for how many
+documents another choice is the likeliest than in the first.
 """
 
 import argparse
@@ -17,8 +20,16 @@ from typing import Any
 TASKS = "hellaswag,arc_easy,piqa,boolq"
 
 
-def harness(tasks: list[str], limit: int | None, answer: Any) -> dict[str, dict[str, float]]:
-    """Return the harness's metrics in percent by task; `answer` takes requests and returns log-likelihoods."""
+def harness(
+    tasks: list[str], limit: int | None, answer: Any
+) -> tuple[dict[str, dict[str, float]], list[int]]:
+    """Return the harness's metrics in percent by task, and the choice that is the likeliest for each document.
+
+    Args:
+      tasks: names.
+      limit: documents of each.
+      answer: takes requests and returns their log-likelihoods.
+    """
     from lm_eval.api.model import LM
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
@@ -34,11 +45,31 @@ def harness(tasks: list[str], limit: int | None, answer: Any) -> dict[str, dict[
             raise NotImplementedError
 
     loaded = TaskManager(include_defaults=False).load([task(name) for name in tasks])
-    found = evaluate(Filed(), loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-    return {
-        name: {key.split(",")[0]: 100 * value for key, value in figures.items() if key.startswith("acc")}
+    found = evaluate(Filed(), loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    metrics = {
+        name: {
+            key.split(",")[0]: 100 * value
+            for key, value in figures.items()
+            if key in ("acc,none", "acc_norm,none")
+        }
         for name, figures in found["results"].items()
     }
+    return metrics, [
+        likeliest(sample, by_length="acc_norm" in metrics[name])
+        for name, samples in sorted(found["samples"].items())
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+    ]
+
+
+def likeliest(sample: dict[str, Any], *, by_length: bool) -> int:
+    """Return the choice with the highest log-likelihood; where `by_length`, the highest for each of its letters."""
+    values = [value for value, _ in sample["filtered_resps"]]
+    if by_length:  # the harness puts a space before a choice
+        values = [
+            value / len(choice.removeprefix(" "))
+            for value, (_, choice) in zip(values, sample["arguments"], strict=True)
+        ]
+    return values.index(max(values))
 
 
 def task(name: str) -> dict[str, Any]:
@@ -87,6 +118,23 @@ def answer(options: argparse.Namespace) -> None:
     options.answers.write_text(json.dumps(lm.loglikelihood(requests)), encoding="utf-8")
 
 
+def answer_with_transformers(options: argparse.Namespace) -> None:
+    """Write the log-likelihood of every request by the harness's own model of a Hugging Face folder."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(
+        pretrained=str(options.model),
+        device=options.device,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        max_length=2048,
+    )
+    asked = json.loads(options.requests.read_text(encoding="utf-8"))["requests"]
+    requests = [Instance("loglikelihood", {}, tuple(args), index) for index, args in enumerate(asked)]
+    options.answers.write_text(json.dumps(lm.loglikelihood(requests)), encoding="utf-8")
+
+
 def score(options: argparse.Namespace) -> None:
     """Print a row for every file of answers."""
     whole = json.loads(options.requests.read_text(encoding="utf-8"))
@@ -95,23 +143,24 @@ def score(options: argparse.Namespace) -> None:
         answers = dict(
             zip(map(tuple, whole["requests"]), map(tuple, json.loads(path.read_text())), strict=True)
         )
-        figures = harness(
+        figures, choices = harness(
             whole["tasks"],
             whole["limit"],
             lambda asked, found=answers: [found[tuple(each)] for each in asked],
         )
         scores = [metrics.get("acc_norm", metrics["acc"]) for metrics in figures.values()]
-        rows.append((path.stem, *scores, sum(scores) / len(scores)))
+        rows.append((path.stem, choices, *scores, sum(scores) / len(scores)))
     print(
         "| | "
         + " | ".join(whole["tasks"])
-        + " | average | lost |\n"
-        + "|---" * (len(whole["tasks"]) + 3)
+        + f" | average | lost | other answers of {len(rows[0][1])} |\n"
+        + "|---" * (len(whole["tasks"]) + 4)
         + "|"
     )
-    for name, *scores in rows:
+    for name, choices, *scores in rows:
         lost = rows[0][-1] - scores[-1]
-        print(f"| {name} | " + " | ".join(f"{each:.2f}" for each in scores) + f" | {lost:.2f} |")
+        others = sum(one != other for one, other in zip(rows[0][1], choices, strict=True))
+        print(f"| {name} | " + " | ".join(f"{each:.2f}" for each in scores) + f" | {lost:.2f} | {others} |")
 
 
 def main() -> None:
@@ -133,6 +182,14 @@ def main() -> None:
     two.add_argument("--batch-tokens", type=int, default=16384)
     two.add_argument("--dtype", default="bfloat16")
     two.set_defaults(run=answer)
+    other = steps.add_parser("transformers")
+    other.add_argument("requests", type=Path)
+    other.add_argument("model", type=Path)
+    other.add_argument("answers", type=Path)
+    other.add_argument("--batch-size", type=int, default=8)
+    other.add_argument("--device", default="cpu")
+    other.add_argument("--dtype", default="float32")
+    other.set_defaults(run=answer_with_transformers)
     three = steps.add_parser("score")
     three.add_argument("requests", type=Path)
     three.add_argument("answers", type=Path, nargs="+")
