@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int32
-from tqdm import tqdm
 
 from twla_jax.core import tensors
 from twla_jax.core.activation import BIT_CHOICES, ActivationQuantizer, fit_clips
@@ -21,6 +20,7 @@ from twla_jax.devices import on_device
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.models.sites import with_input_clips
+from twla_jax.progress import Bar
 from twla_jax.quantization.block import finish_block, sample_site
 from twla_jax.quantization.stream import ResidualStream
 
@@ -46,7 +46,7 @@ def refit_clips(
     stream.start()
     stride = max(1, stream.tokens // tokens)
     clips: dict[str, list[jax.Array]] = {site.name: [] for site in model.sites}
-    for index in tqdm(range(model.config.num_layers), desc="clips", unit="block", disable=not progress):
+    for index in Bar(range(model.config.num_layers), desc="clips", unit="block", disable=not progress):
         block = on_device(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks))
         context = stream.context.layer(index)
         for at, site in enumerate(block.sites):

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
-from tqdm import tqdm
 
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.ila_amp import SensitivityTable
@@ -32,6 +31,7 @@ from twla_jax.models.sites import (
     with_site_bits,
     work_shares,
 )
+from twla_jax.progress import Bar
 from twla_jax.storage import resume
 
 # Tokens of all candidates that go through the model together: three of 8 windows of 2048.
@@ -91,7 +91,7 @@ def measure(
     sites = [(layer, *span) for layer in range(layers) for span in site_spans(model, kind)]
     start = time.perf_counter()
     blocks = 0.0
-    with tqdm(
+    with Bar(
         total=len(sites), initial=len(results), desc="sensitivity", unit="site", disable=not progress
     ) as bar:
         for site, (layer, first, last) in enumerate(sites):

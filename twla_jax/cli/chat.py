@@ -82,6 +82,7 @@ def chat(
     from twla_jax.cli.use import load_for_use
     from twla_jax.inference.conversation import Conversation
     from twla_jax.jobs import loading
+    from twla_jax.progress import say
 
     system = None if system is None else read_text(system, "--system")
     suggested = {"temperature": 0.7, **loading.suggested_sampling(model)}
@@ -104,7 +105,7 @@ def chat(
         stop=stop_texts(stop),
         cache_dtype=kv_cache,
     )
-    print(f"twla: {path}, {decoder.dtype}, temperature {sampling.temperature:g}; {_HELP}", file=sys.stderr)
+    say(f"{path}, {decoder.dtype}, temperature {sampling.temperature:g}; {_HELP}")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is no text is seen as such by the model, too
     with interrupts.raised():

@@ -5,10 +5,8 @@ Heavy packages are imported only when a command runs, so that `--help` answers a
 
 import contextlib
 import functools
-import inspect as inspect_module
 import io
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -16,7 +14,7 @@ from collections.abc import Callable, Iterator
 import tyro
 
 from twla_jax import compilation_cache, xla_flags
-from twla_jax.cli import failures, interrupts
+from twla_jax.cli import command_line, failures, interrupts, loudness
 from twla_jax.cli.bench import bench
 from twla_jax.cli.chat import chat
 from twla_jax.cli.export import export
@@ -46,7 +44,8 @@ _SHELLS = ("bash", "zsh", "fish", "tcsh")
 _DESCRIPTION = (
     "Quantise language models to ternary weights and low-bit activations, and use them. twla COMMAND --help explains a"
     f" command, twla --version prints the version, and twla --completion {'|'.join(_SHELLS)} a script that completes"
-    " commands and options. Compiled programs are kept in ~/.cache/twla_jax/compiled, at most 1 GiB;"
+    " commands and options. With -q a command shows no progress, with -v also what the library logs."
+    " Compiled programs are kept in ~/.cache/twla_jax/compiled, at most 1 GiB;"
     " TWLA_COMPILATION_CACHE=off keeps none, and =FOLDER keeps them there."
 )
 
@@ -103,6 +102,9 @@ def _run(arguments: list[str]) -> None:
         print(_overview())
         return
     shell = _shell_to_complete(arguments)
+    words, flags = command_line.read(arguments, COMMANDS)
+    if flags == loudness.FLAGS.keys():
+        _fail("-q and -v: one says less than usual, the other more; leave one out", 2)
     chosen: list[Callable[[], None]] = []
 
     def deferred(command: Callable[..., None]) -> Callable[..., None]:
@@ -121,16 +123,17 @@ def _run(arguments: list[str]) -> None:
                 {name: deferred(command) for name, command in COMMANDS.items()},
                 prog="twla",
                 description=_DESCRIPTION,
-                args=["--tyro-print-completion", shell] if shell else _joined(arguments),
+                args=["--tyro-print-completion", shell] if shell else words,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if stop.code:
-            _fail(_one_line(message.getvalue()), 2)
+            _fail(command_line.one_line(message.getvalue()), 2)
         raise
     failures.require_address_space()
     compilation_cache.keep_compiled_programs()
-    chosen[0]()
+    with loudness.of(flags):
+        chosen[0]()
 
 
 def _shell_to_complete(arguments: list[str]) -> str | None:
@@ -163,48 +166,6 @@ def _colours() -> Iterator[None]:
             os.environ.pop("TERM", None)
         else:
             os.environ["TERM"] = terminal
-
-
-def _joined(arguments: list[str]) -> list[str]:
-    """Return the arguments, with values that begin with a dash (as a prompt may) joined to their options by `=`."""
-    if not arguments or arguments[0] not in COMMANDS:
-        return arguments
-    parameters = inspect_module.signature(COMMANDS[arguments[0]]).parameters.values()
-    options = {
-        f"--{each.name.replace('_', '-')}": each for each in parameters if each.kind is each.KEYWORD_ONLY
-    }
-    takes_value = {name for name, each in options.items() if each.annotation is not bool}
-    joined, rest = arguments[:1], arguments[1:]
-    while rest:
-        name = rest.pop(0)
-        if name in takes_value and rest and rest[0].startswith("-"):
-            value = rest[0].partition("=")[0]
-            if value not in options and value not in ("-h", "--help"):
-                name = f"{name}={rest.pop(0)}"
-        joined.append(name)
-    return joined
-
-
-def _one_line(box: str) -> str:
-    """Return the parser's message without its frame, help texts and line breaks."""
-    words = []
-    for line in box.splitlines():
-        content = line.strip("│─|-+ ").strip()
-        if content.startswith(("For full helptext", "Argument helptext", "Got errors")):
-            break
-        title = line.startswith(("╭", "╰")) or (line[:1] == " " and line[1:2] != " ")  # the latter in ASCII
-        if not title and content:
-            words.append(content)
-    message = " ".join(" ".join(words).split()).removeprefix("Error parsing ")
-    message = re.sub(r"Expected one of \(([^)]*)\)", lambda found: _choices(found[1]), message)
-    return message or "wrong command line; see twla --help"
-
-
-def _choices(listed: str) -> str:
-    """Return the values of an option in order: the parser lists them in any, with `None` where there is a default."""
-    values = {each.strip(" '\"") for each in listed.split(",")} - {"", "None"}
-    ordered = sorted(values, key=lambda each: (int(each) if each.isdecimal() else 0, each))
-    return f"Expected one of ({', '.join(ordered)})"
 
 
 def _fail(message: str, status: int) -> None:

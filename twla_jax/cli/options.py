@@ -46,6 +46,15 @@ def number(name: str, metavar: str = "N") -> Any:
     )
 
 
+# Any text, also the word None, which the parser takes for no text at all where there may be none.
+_ANY_TEXT = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="TEXT",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [str(value)],
+)
+
 Model = Annotated[tyro.conf.Positional[str], argument("MODEL")]
 Out = Annotated[tyro.conf.Positional[str], argument("OUT")]
 Seed = Annotated[int, number("seed")]
@@ -69,6 +78,7 @@ OptionalDtype = Annotated[Dtype | None, argument("{float32,bfloat16,float16}", o
 OptionalFile = Annotated[str | None, argument("FILE", optional=True)]
 OptionalMesh = Annotated[str | None, argument("data=N,model=N", optional=True)]
 OptionalHosts = Annotated[str | None, argument("auto|HOST:PORT,N,I", optional=True)]
+OptionalText = Annotated[str | None, _ANY_TEXT, _UNSET]
 OptionalCorpus = Annotated[str | None, argument("CORPUS", optional=True)]
 
 

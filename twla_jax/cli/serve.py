@@ -71,6 +71,7 @@ def serve(
             "serving needs starlette, uvicorn and prometheus-client: pip install 'twla-jax[serve]'"
         )
     from twla_jax.jobs import loading
+    from twla_jax.progress import say
     from twla_jax.serving import app, engine, server
     from twla_jax.serving.settings import EngineSettings
 
@@ -86,7 +87,7 @@ def serve(
             rows=(slots,) if one_shape else (),
             cache_dtype=kv_cache,
         )
-        _say(f"compiling for {', '.join(map(str, settings.row_counts))} rows ({path}, {decoder.dtype})")
+        say(f"compiling for {', '.join(map(str, settings.row_counts))} rows ({path}, {decoder.dtype})")
         running = engine.Engine(decoder, settings)
         called = model_name or Path(model).name or "model"
         suggested = _suggested(loading.suggested_sampling(model))
@@ -96,7 +97,7 @@ def serve(
         )
         service = app.Service(running, tokenizer, about)
         said = _ready(host, listening.getsockname()[1], called, running, key)
-        server.serve(service, listening, grace=grace, ready=lambda: _say(said))
+        server.serve(service, listening, grace=grace, ready=lambda: say(said))
 
 
 def key_of(file: str | None) -> str | None:
@@ -125,7 +126,7 @@ def _one_key(text: str, place: str) -> str:
 def _suggested(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the sampling settings that the model's files suggest, without what is not done here."""
     if settings.get("repetition_penalty", 1) != 1:
-        _say("the repetition_penalty that the model's files suggest is not applied")
+        _warn("the repetition_penalty that the model's files suggest is not applied")
     return {name: value for name, value in settings.items() if name != "repetition_penalty"}
 
 
@@ -139,5 +140,5 @@ def _ready(host: str, port: int, name: str, running: Any, key: str | None) -> st
     return said
 
 
-def _say(message: str) -> None:
+def _warn(message: str) -> None:
     print(f"twla: {message}", file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """Defines the commands that use a model, quantised or not: `eval`, `generate`, `inspect`."""
 
 import math
-import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -16,6 +15,7 @@ from twla_jax.cli.options import (
     OptionalLimit,
     OptionalMaxWindows,
     OptionalMesh,
+    OptionalText,
     Seed,
     SeqLen,
     argument,
@@ -220,9 +220,10 @@ def _evaluate_tasks(
 
 def generate(
     model: Model,
+    text: tyro.conf.Positional[OptionalText] = None,
     /,
     *,
-    prompt: Annotated[str, argument("TEXT")],
+    prompt: OptionalText = None,
     chat: bool = False,
     system: System = None,
     max_new_tokens: Annotated[int, number("max_new_tokens")] = 64,
@@ -247,7 +248,8 @@ def generate(
 
     Args:
         model: folder written by twla, Hugging Face folder, .gguf file, hub id (org/name), or smollm2
-        prompt: text to continue
+        text: prompt to continue
+        prompt: the same as TEXT, for prompts that begin with a dash
         chat: treat the prompt as a user's message and put it through the model's chat template
         system: system prompt before that message; needs --chat
         max_new_tokens: maximum number of tokens to add
@@ -268,9 +270,10 @@ def generate(
         json: print prompt, text and token ids as JSON at the end
     """
     from twla_jax.inference import text_generation
+    from twla_jax.progress import say
     from twla_jax.text import chat as chats
 
-    prompt = read_text(prompt, "--prompt")
+    prompt = _prompt(text, prompt)
     if samples > 1 and temperature == 0:
         raise TwlaError(f"--samples {samples}: all would be the same; set --temperature")
     if system is not None and not chat:
@@ -285,7 +288,7 @@ def generate(
         first = [] if system is None else [{"role": "system", "content": read_text(system, "--system")}]
         asked = chats.encode_chat(tokenizer, [*first, {"role": "user", "content": prompt}])
         settings["eos_token_ids"] = chats.ends_of_answer(tokenizer, decoder.config.eos_token_ids)
-    print(f"twla: {path}, {decoder.dtype}", file=sys.stderr)
+    say(f"{path}, {decoder.dtype}")
     figures: dict[str, Any] = {"prompt": prompt, "path": path, "dtype": str(decoder.dtype)}
     if samples != 1:
         texts, ids = text_generation.sample_texts(decoder, tokenizer, asked, samples=samples, **settings)
@@ -298,6 +301,17 @@ def generate(
         if not json:
             print(piece, end="", flush=True)
     show({**figures, "text": "".join(pieces), "tokens": ids}, json, lambda: "")
+
+
+def _prompt(text: str | None, option: str | None) -> str:
+    """Return the prompt, which stands behind the model or in `--prompt`."""
+    if text is not None and option is not None:
+        raise TwlaError("the prompt is given twice, as TEXT and as --prompt; leave one out")
+    if text is not None:
+        return read_text(text, "TEXT")
+    if option is None:
+        raise TwlaError('there is no prompt: twla generate MODEL "TEXT"')
+    return read_text(option, "--prompt")
 
 
 def inspect(

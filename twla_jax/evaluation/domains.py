@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import streamed
@@ -18,6 +17,7 @@ from twla_jax.models import sharding
 from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import in_files
+from twla_jax.progress import Bar
 
 
 def evaluate_domains(
@@ -113,7 +113,7 @@ def _rows(
     batch_size = sharding.batch_on(mesh, batch_size)
     total = sum(map(len, windows.values()))
     rows = []
-    with tqdm(total=total, desc="evaluate", unit="window", disable=not progress) as bar:
+    with Bar(total=total, desc="evaluate", unit="window", disable=not progress) as bar:
         for name, here in windows.items():
             bar.set_postfix(text=name)
             rows.append(_row(name, _means(model, original, here, batch_size, chunk, mesh, bar), here))
@@ -146,7 +146,7 @@ def _means(
     batch_size: int,
     chunk: int,
     mesh: jax.sharding.Mesh | None,
-    bar: tqdm,
+    bar: Bar,
 ) -> dict[str, float]:
     totals: dict[str, float] = {}
     for start in range(0, len(windows), batch_size):

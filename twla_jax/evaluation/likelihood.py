@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
-from tqdm import tqdm
 
 from twla_jax.devices import on_device
 from twla_jax.errors import TwlaError
 from twla_jax.inference.sampling import NOT_FINITE
 from twla_jax.models.arguments import checked_tokens, require_model
 from twla_jax.models.decoder import Decoder
+from twla_jax.progress import Bar
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -54,7 +54,7 @@ def continuation_loglikelihoods(
         length = _padded(len(tokens) - 1)
         groups.setdefault((length, _FEW if count <= _FEW else length), []).append(index)
     found: list[tuple[float, bool]] = [(0.0, False)] * len(cut)
-    with tqdm(total=len(cut), desc="score", unit="text", disable=not progress) as bar:
+    with Bar(total=len(cut), desc="score", unit="text", disable=not progress) as bar:
         # The longest first: if memory is short, that shows at once.
         for (length, count), members in sorted(groups.items(), reverse=True):
             rows = max(1, batch_tokens // length)

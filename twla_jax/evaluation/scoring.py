@@ -5,7 +5,6 @@ import math
 import jax
 import numpy as np
 from jaxtyping import Int, Int32
-from tqdm import tqdm
 
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import streamed
@@ -16,6 +15,7 @@ from twla_jax.models.arguments import checked_tokens, require_model
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import in_files
+from twla_jax.progress import Bar
 from twla_jax.text.token_ids import cut, text_length
 
 
@@ -80,7 +80,7 @@ def evaluate(
     # Host parameters move to the device once, not at every call.
     model = sharding.place(model, mesh)
     total = 0.0
-    with tqdm(total=len(windows), desc="evaluate", unit="window", disable=not progress) as bar:
+    with Bar(total=len(windows), desc="evaluate", unit="window", disable=not progress) as bar:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
             # A short last batch is filled up, so that nothing compiles twice.

@@ -5,13 +5,13 @@ import functools
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32
-from tqdm import tqdm
 
 from twla_jax.evaluation.divergence import hidden_divergence
 from twla_jax.evaluation.nll import hidden_nll
 from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import in_turn, without_blocks
+from twla_jax.progress import Bar
 from twla_jax.quantization.block import finish_block
 from twla_jax.quantization.stream import ResidualStream
 
@@ -37,7 +37,7 @@ def window_figures(
     """
     models = [each for each in (model, original) if each is not None]
     total = sum(each.config.num_layers for each in models)
-    with tqdm(total=total, desc="evaluate", unit="block", disable=not progress) as bar:
+    with Bar(total=total, desc="evaluate", unit="block", disable=not progress) as bar:
         streams = [_past_all_blocks(each, windows, mesh, len(models), bar) for each in models]
     heads = [sharding.place(without_blocks(each), mesh) for each in models]
     found: dict[str, list[np.ndarray]] = {}
@@ -50,7 +50,7 @@ def window_figures(
 
 
 def _past_all_blocks(
-    model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None, streams: int, bar: tqdm
+    model: Decoder, windows: np.ndarray, mesh: jax.sharding.Mesh | None, streams: int, bar: Bar
 ) -> ResidualStream:
     stream = ResidualStream(model, windows, mesh, streams=streams)
     stream.start()

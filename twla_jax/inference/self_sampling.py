@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int32
-from tqdm import tqdm
 
 from twla_jax.devices import on_device
 from twla_jax.inference import generation
@@ -19,6 +18,7 @@ from twla_jax.limits import check_number
 from twla_jax.models.arguments import require_model
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder, computing_in
+from twla_jax.progress import Bar
 from twla_jax.storage import resume
 
 _CACHE_BYTES = 4e9  # of keys and values, at most, which bounds the rows at a time
@@ -60,7 +60,7 @@ def sample_text(
     store = None if work_dir is None else _open_work_dir(Path(work_dir), model, seq_len, seed, batch)
     done: list[np.ndarray] = []
     prepared = None
-    with tqdm(total=rows, desc="sample", unit="window", disable=not progress) as bar:
+    with Bar(total=rows, desc="sample", unit="window", disable=not progress) as bar:
         for index in range(-(-rows // batch)):
             saved = store.load(f"batch-{index}") if store else None
             if saved is None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Int32
-from tqdm import tqdm
 
 from twla_jax.core import quantizers
 from twla_jax.core.kotms import KroneckerRotation
@@ -28,6 +27,7 @@ from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import Linear, replace
 from twla_jax.models.stored_layers import StoredLayers
+from twla_jax.progress import Bar
 from twla_jax.quantization import rotation_fitting
 from twla_jax.quantization.block import finish_block, input_changes, quantize_block, sample_site
 from twla_jax.quantization.snapshots import Snapshots
@@ -198,7 +198,7 @@ def _quantize_blocks(
         for name, each in streams.items():
             if each is not None and first < count:
                 each.start() if kept is None else each.restore(kept[name])
-        bar = tqdm(total=count, initial=first, desc="blocks", unit="block", disable=not progress)
+        bar = Bar(total=count, initial=first, desc="blocks", unit="block", disable=not progress)
         with bar:
             for index, block in enumerate(stored_layers.in_turn(model.blocks, first, count), first):
                 here = {

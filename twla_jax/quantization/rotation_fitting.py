@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from twla_jax.core import kotms
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import RotationSettings
 from twla_jax.devices import on_device
 from twla_jax.models.decoder import Decoder
+from twla_jax.progress import Bar
 from twla_jax.storage import resume
 
 _WEIGHTS = 2**23  # whose rotations are fitted at the same time
@@ -43,7 +43,7 @@ def fit_rotations(
     if settings is None:
         return rotations, losses
     layers = model.config.num_layers
-    with tqdm(total=len(model.sites) * layers, desc="rotations", unit="input", disable=not progress) as bar:
+    with Bar(total=len(model.sites) * layers, desc="rotations", unit="input", disable=not progress) as bar:
         for index, (site, names, *_) in enumerate(model.sites):
             saved = store.load(f"rotation-{site}") if store else None
             if saved is None:
@@ -64,7 +64,7 @@ def _fit_site(
     key: jax.Array,
     sample: np.ndarray | None,
     settings: RotationSettings,
-    bar: tqdm,
+    bar: Bar,
 ) -> dict[str, np.ndarray]:
     kernels = [getattr(model.blocks, name).kernel.get_value() for name in names]
     layers, m = kernels[0].shape[0], kernels[0].shape[-2]

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32
-from tqdm import tqdm
 
 from twla_jax.core.activation import OFF
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
+from twla_jax.progress import Bar
 from twla_jax.recipe import BlockRefinementSettings
 from twla_jax.refinement import end_to_end
 from twla_jax.refinement.latents import apply, flipped, harden, init_latents
@@ -79,7 +79,7 @@ def refine_blocks(
     def part(first: int, count: int) -> Any:
         return _part((blocks, student.blocks, teacher.blocks), first, count=count)
 
-    bar = tqdm(total=count, initial=len(losses), desc="refine blocks", unit="block", disable=not progress)
+    bar = Bar(total=count, initial=len(losses), desc="refine blocks", unit="block", disable=not progress)
     with bar:
         for first in range(len(losses), count):
             rng = np.random.default_rng(first)

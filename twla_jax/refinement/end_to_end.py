@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32
-from tqdm import tqdm
 
 from twla_jax.core.activation import (
     OFF,
@@ -33,6 +32,7 @@ from twla_jax.models.arguments import checked_tokens, require_pair, require_sett
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.layers import replace
+from twla_jax.progress import Bar
 from twla_jax.recipe import EndToEndSettings, LearningSettings
 from twla_jax.refinement.divergence import kl_of_hidden
 from twla_jax.refinement.latent_shardings import place_latents, place_state
@@ -238,7 +238,7 @@ def descend(
         if store:
             store.save("state", {**resume.flatten(training.values), "losses": np.asarray(losses)})
 
-    with tqdm(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
+    with Bar(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
             rates = rates_at(settings, len(losses), steps)
             losses.append(float(training.step(batch, rates, len(losses))))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from twla_jax.progress import say
 from twla_jax.version import __version__
 
 _PACKAGES = (
@@ -43,7 +44,7 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Time what runs inside `with phases(name):`."""
         if self._verbose:
-            print(f"twla: {name} …", file=sys.stderr, flush=True)
+            say(f"{name} …")
         start = time.perf_counter()
         try:
             yield
