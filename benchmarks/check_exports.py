@@ -6,6 +6,7 @@
     python benchmarks/check_exports.py compressed DEST OUT.npz          the compressed-tensors package, bit for bit
     python benchmarks/check_exports.py hqq DEST OUT.npz                 the hqq package, to the rounding of float32
     python benchmarks/check_exports.py hqq_scores DEST scores.npz       the hqq package in transformers' model
+    python benchmarks/check_exports.py packed DEST OUT.npz              numpy alone, through examples/read_packed.py
     python benchmarks/check_exports.py codes OUT OUT.npz                this library: the weights that it is to find
 
 Each prints one line, and ends with status 1 where figures differ by more than `--tolerance`.
@@ -133,6 +134,21 @@ def compressed(dest, file, args):
     return wrong == 0
 
 
+def packed(dest, file, args):
+    """Reads every linear of a family named as Llama's with numpy alone; float32 rounds a sum of α·T and μ."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    from read_packed import PackedModel
+
+    model, expected = PackedModel(Path(dest) / "model.safetensors"), np.load(file)
+    largest = 0.0
+    for name in expected.files:  # model.layers.3.self_attn.q_proj.weight
+        *_, layer, _, linear, _ = name.split(".")
+        dense = model.weight(f"blocks.{linear.removesuffix('_proj')}.kernel", int(layer))
+        largest = max(largest, float(np.abs(dense - expected[name]).max() / np.abs(expected[name]).max()))
+    print(f"packed: {len(expected.files)} matrices, largest difference {largest:.2g} of the largest weight")
+    return largest < 1e-6
+
+
 def hqq_linears(dest):
     """Returns the modules that the hqq package makes of the packed linears, by name, and all other tensors."""
     import torch
@@ -196,7 +212,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = {
-        part.__name__: part for part in (reference, transformers, llama, codes, compressed, hqq, hqq_scores)
+        part.__name__: part
+        for part in (reference, transformers, llama, codes, compressed, packed, hqq, hqq_scores)
     }
     parser.add_argument("part", choices=parts)
     parser.add_argument("model")
