@@ -65,6 +65,21 @@ def test_a_folder_that_cannot_be_written_is_refused_only_if_it_was_asked_for(hom
         keep_compiled_programs()
 
 
+def test_programs_that_were_cut_short_are_removed(tmp_path, monkeypatch):
+    """JAX could not read them, and would compile them at every start as it replaces none."""
+    monkeypatch.setenv("TWLA_COMPILATION_CACHE", str(tmp_path))
+    for name in ("whole-cache", "whole-atime", "cut-cache"):
+        (tmp_path / name).write_bytes(b"12345678")
+    keep_compiled_programs()
+    assert {path.name for path in tmp_path.iterdir()} - {".lockfile"} == {"whole-cache", "whole-atime"}
+    # Without a bound, JAX does not note when a program was used.
+    (tmp_path / "whole-atime").unlink()
+    monkeypatch.delenv(JAX)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    keep_compiled_programs()
+    assert (tmp_path / "whole-cache").exists()
+
+
 PROGRAM = """
 import sys
 from twla_jax.cli import main

@@ -1,5 +1,6 @@
 """Keeps what JAX compiles for the command line in the user's cache folder, so that the next command starts sooner."""
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -8,8 +9,11 @@ from twla_jax.errors import TwlaError
 
 SETTING = "TWLA_COMPILATION_CACHE"
 _JAX = "JAX_COMPILATION_CACHE_DIR"
+_JAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
+_PROGRAM, _USED = "-cache", "-atime"  # endings of JAX's files
 _MOST_BYTES = 2**30  # beyond, programs that were not used for longest are deleted
 _LEAST_SECONDS = 0.1  # what compiles faster is not worth a file
+_PATIENCE = 1.0  # seconds to wait for another run's lock
 
 
 def keep_compiled_programs() -> Path | None:
@@ -35,11 +39,33 @@ def keep_compiled_programs() -> Path | None:
             raise TwlaError(f"{SETTING}={wanted}: is no folder that can be written; 'off' keeps nothing")
         return None
     os.environ[_JAX] = str(folder)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MOST_BYTES))
+    if os.environ.setdefault(_JAX_SIZE, str(_MOST_BYTES)) == str(_MOST_BYTES):
+        _remove_unfinished(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_LEAST_SECONDS))
     # As on a full disk: the program is compiled and runs all the same.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     return folder
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove programs that a killed run or a full disk cut short: JAX could not read them, and never replaces them.
+
+    JAX writes a program and then, in a file beside it, when it was used; so what lacks that file may not be whole.
+    """
+
+    def unfinished() -> list[Path]:
+        names = set(os.listdir(folder))
+        cut = (name for name in names if name.endswith(_PROGRAM))
+        return [folder / name for name in cut if name.removesuffix(_PROGRAM) + _USED not in names]
+
+    with contextlib.suppress(OSError):
+        if unfinished():
+            import filelock
+
+            # JAX holds this lock while it writes.
+            with filelock.FileLock(folder / ".lockfile", timeout=_PATIENCE):
+                for path in unfinished():
+                    path.unlink(missing_ok=True)
 
 
 def _default_folder() -> Path:

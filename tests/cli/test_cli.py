@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from twla_jax.cli import main, make
 from twla_jax.inference import self_sampling
@@ -237,8 +238,12 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
     quantize = ["quantize", stories_model, folder, *options, "--json"]
     with monkeypatch.context() as patch:
         patch.setattr(end_to_end, "_SNAPSHOT_SECONDS", 0)
-        patch.setattr(end_to_end, "harden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert fails(capsys, *quantize)[1] == 130
+        full = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        patch.setattr(end_to_end, "harden", lambda *_: (_ for _ in ()).throw(full))
+        line, status = fails(capsys, *quantize)
+        assert status == 1
+        assert "a smaller batch or streaming = true in the recipe's [refine.end_to_end]" in line
+        assert f"what is finished is kept in {folder}.partial" in line
     # What is finished is not done again.
     for module, name in ((self_sampling, "_sample_batch"), (pipeline, "quantize_block")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done twice"))

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -13,7 +14,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from twla_jax import json_text
-from twla_jax.cli import interrupts, main, options, use
+from twla_jax.cli import failures, interrupts, main, options, use
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import domains
 from twla_jax.jobs import loading
@@ -194,15 +195,27 @@ def test_a_limit_of_the_address_space_that_jax_may_abort_under_is_told(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "error",
-    [MemoryError("std::bad_alloc"), JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nAllocator: 9 GB")],
+    ("kind", "said"),
+    [
+        (MemoryError, "std::bad_alloc"),
+        (JaxRuntimeError, "RESOURCE_EXHAUSTED: Out of memory\nAllocator: 9 GB"),
+    ],
 )
-def test_memory_that_does_not_suffice_is_one_line(error, monkeypatch, capsys):
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_memory_that_does_not_suffice_is_one_line_that_names_what_helps(
+    kind, said, command, monkeypatch, capsys
+):
+    error = kind(said)
+    error.add_note("what is finished is kept in out.partial")
     monkeypatch.setattr(main, "_run", lambda _: (_ for _ in ()).throw(error))
-    line, status = fails(capsys, "eval", "m")
+    line, status = fails(capsys, command, "m")
     assert status == 1
     assert line.startswith("twla: error: the memory does not suffice (")
+    assert line.endswith("; what is finished is kept in out.partial")
     assert "Allocator" not in line
+    named = {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", line)}
+    assert named <= inspect.signature(main.COMMANDS[command]).parameters.keys()
+    assert bool(named) == (command in failures.CURES)
 
 
 def test_a_current_folder_that_was_removed_is_named(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,16 @@
 """A job writes where it was told to, keeps the place from others, and says what an interrupt leaves."""
 
+import errno
+import types
+from pathlib import Path
+
 import pytest
+from jax.errors import JaxRuntimeError
 
 from twla_jax.errors import TwlaError
 from twla_jax.jobs import compare_recipes, loading, places
 from twla_jax.recipe import Recipe
+from twla_jax.reports import plotting
 from twla_jax.storage import folders, locks
 
 
@@ -19,11 +25,11 @@ def replace(out):
         (temporary / "twla.json").write_text("{}")
 
 
-def interrupted(*acts):
+def stopped(error, *acts):
     def run(out):
         for act in acts:
             act(out)
-        raise KeyboardInterrupt
+        raise error
 
     return run
 
@@ -70,10 +76,11 @@ def test_a_second_job_on_the_same_place_does_not_begin(tmp_path):
         ([work, replace], ["{out} is written and whole"]),
     ],
 )
-def test_an_interrupt_says_what_is_kept(tmp_path, acts, notes):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, JaxRuntimeError])
+def test_an_interrupt_and_a_lack_of_memory_say_what_is_kept(tmp_path, acts, notes, error):
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt) as caught:
-        job("m", out, act=interrupted(*acts))
+    with pytest.raises(error) as caught:
+        job("m", out, act=stopped(error(), *acts))
     assert len(caught.value.__notes__) == len(notes)
     for note, said in zip(notes, caught.value.__notes__, strict=True):
         assert said.startswith(note.format(out=out))
@@ -105,6 +112,28 @@ def test_figures_of_other_runs_are_checked_before_they_are_believed(tmp_path):
     path.unlink()
     compare_recipes._Measured(path).add("k", score)
     assert compare_recipes._Measured(path).scores["k"]["nll"] == 800.0
+
+
+@pytest.mark.parametrize("file", ["compare.json", "plot.png", "plot"])
+def test_figures_and_plots_of_before_stay_when_the_disk_is_full(tmp_path, monkeypatch, file):
+    def write(data):
+        def write_some(path, *_, **options):
+            Path(path).write_bytes(data)
+            if data == b"half":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            assert options.get("format", "png") == "png"
+
+        if file == "compare.json":
+            monkeypatch.setattr(Path, "write_text", write_some)
+            measured.add("k", {})
+        else:
+            plotting._save(types.SimpleNamespace(savefig=write_some), tmp_path / file)
+
+    measured = compare_recipes._Measured(tmp_path / "compare.json")
+    write(b"whole")
+    with pytest.raises(TwlaError, match="No space left on device; nothing was written"):
+        write(b"half")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\0b", "x" * 5000, "nothing"])

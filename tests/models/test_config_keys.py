@@ -115,6 +115,12 @@ def test_what_transformers_passes_over_in_a_family_is_refused_or_changes_nothing
     assert config_from_hf({**olmo, "rope_local_base_freq": 7.0}) == config_from_hf(olmo)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_value_that_a_family_takes_from_a_file_is_checked(family):
+    """A default under a key of its own would be replaced by whatever a file says under that key."""
+    assert FAMILIES[family].defaults.keys() <= READ.keys() | FAMILIES[family].keys.keys()
+
+
 def test_settings_of_gemmas_text_may_stand_outside():
     text = {key: value for key, value in BASE.items() if key != "model_type"}
     outside = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": {**text, "head_dim": 16}}

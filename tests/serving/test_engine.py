@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.errors import JaxRuntimeError
 
 from twla_jax.core.tensors import TernaryTensor
 from twla_jax.errors import TwlaError
@@ -17,6 +18,7 @@ from twla_jax.inference.sampling import Sampling
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.rope_settings import RopeScaling
 from twla_jax.models.sites import set_activation_bits
+from twla_jax.serving import slots
 from twla_jax.serving.engine import Engine
 from twla_jax.serving.requests import Busy, Generation, check
 from twla_jax.serving.settings import EngineSettings
@@ -229,6 +231,13 @@ def test_what_will_never_have_a_place_is_a_mistake(engine):
     asked = [(Generation(prompt=(1, 2), max_new_tokens=1), Answer())]
     with pytest.raises(TwlaError, match="73 answers are asked for at once; there are places for 72"):
         engine.submit_all(asked * 73)
+
+
+def test_memory_that_is_too_small_for_all_slots_is_told_with_what_helps(model, monkeypatch):
+    full = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    monkeypatch.setattr(slots, "empty_slots", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(TwlaError, match=r"too small .* lower slots or max_length, or .* --kv-cache int8"):
+        started(model)
 
 
 def test_an_answer_lies_on_one_side_of_where_longrope_changes(tiny_config):

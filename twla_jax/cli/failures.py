@@ -5,6 +5,19 @@ import resource
 
 from twla_jax.errors import TwlaError
 
+_CURE = "a device or a machine with more"
+_CACHE = "--kv-cache int8 or --dtype bfloat16"
+# The settings of each command that need less memory.
+CURES = {
+    "quantize": "a shorter --seq-len, fewer --windows, --dtype bfloat16, or for a refinement a smaller batch or"
+    " streaming = true in the recipe's [refine.end_to_end]; --dry-run predicts the memory",
+    "allocate": "a shorter --seq-len, fewer --windows or --dtype bfloat16",
+    "eval": "a smaller --batch-size, a shorter --seq-len or --dtype bfloat16",
+    "compare": "a smaller --batch-size, a shorter --seq-len or --dtype bfloat16",
+    "generate": f"fewer --samples, fewer --max-new-tokens, {_CACHE}",
+    "chat": f"fewer --max-new-tokens, {_CACHE}",
+    "serve": f"fewer --slots, a shorter --max-length, {_CACHE}",
+}
 _LEAST = 1_900_000_000  # bytes that the runtime's threads and libraries reserve; with fewer it may abort
 
 
@@ -33,12 +46,20 @@ def of_the_current_folder() -> str:
 
 
 def is_of_memory(error: Exception) -> bool:
-    """Return whether an error says that the device is out of memory; JAX has no class of its own for this."""
-    return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    """Return whether an error says that the host or the device, for which JAX has no class, is out of memory."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    )
 
 
-def of_memory(error: Exception) -> str:
-    """Return a message that the memory does not suffice, with the first line of what the system says."""
+def of_memory(error: Exception, command: str) -> str:
+    """Return a message that the memory does not suffice: what the system says, what helps, and what is kept.
+
+    Args:
+      error: whose first line is told, and whose notes say what is kept.
+      command: that was running.
+    """
     said = str(error).strip().removeprefix("RESOURCE_EXHAUSTED:").splitlines()
     detail = f" ({said[0].strip()[:160]})" if said and said[0].strip() else ""
-    return f"the memory does not suffice{detail}; take a smaller batch, shorter windows or --dtype bfloat16"
+    message = f"the memory does not suffice{detail}; take {CURES.get(command, _CURE)}"
+    return "; ".join([message, *getattr(error, "__notes__", [])])

@@ -55,9 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _open_streams()
     xla_flags.disable_triton_gemm()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with interrupts.heard():
-            _run(sys.argv[1:] if arguments is None else arguments)
+            _run(arguments)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,11 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    except MemoryError as error:
-        _fail(failures.of_memory(error), 1)
     except Exception as error:
         if failures.is_of_memory(error):
-            _fail(failures.of_memory(error), 1)
+            _fail(failures.of_memory(error, arguments[0] if arguments else ""), 1)
         if os.environ.get("TWLA_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (TWLA_DEBUG=1 shows where)", 1)

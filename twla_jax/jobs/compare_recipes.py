@@ -24,7 +24,7 @@ from twla_jax.recipe import Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases, environment
 from twla_jax.schema import check_values
-from twla_jax.storage import accounting, checkpoint, resume
+from twla_jax.storage import accounting, checkpoint, resume, whole_files
 from twla_jax.text import corpora
 from twla_jax.text.corpora import Corpus
 
@@ -174,12 +174,8 @@ class _Measured:
 
     def add(self, fingerprint: str, score: dict[str, Any]) -> None:
         self.scores[fingerprint] = score
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        try:
+        with whole_files.beside(self._path) as temporary:
             temporary.write_text(json_text.dumps({"scores": self.scores}))
-            temporary.rename(self._path)
-        except OSError as error:
-            raise TwlaError(f"{self._path}: {error.strerror}") from None
 
 
 class _Scorer:

@@ -19,7 +19,8 @@ def writes(*, work: str, changes_saved: bool = False) -> Callable[[Callable[P, R
     """Return a decorator for jobs that write the folder given as `out`.
 
     The folder is checked and kept before the job begins: see `checkpoint.claim`. The job gets the path that is really
-    written, where `out` was a link. An interrupt says what is kept.
+    written, where `out` was a link. An interrupt and an error for want of memory
+    say what is kept.
 
     Args:
       work: ending of the folder beside `out` in which the job leaves finished parts.
@@ -37,7 +38,7 @@ def writes(*, work: str, changes_saved: bool = False) -> Callable[[Callable[P, R
             claim = (
                 checkpoint.claim_saved(out) if changes_saved else checkpoint.claim(out, overwrite=overwrite)
             )
-            with claim as place, told_when_interrupted(place, place.with_name(place.name + work)):
+            with claim as place, told_when_stopped(place, place.with_name(place.name + work)):
                 bound.arguments["out"] = place
                 return job(*bound.args, **bound.kwargs)
 
@@ -67,7 +68,7 @@ def writes_into(file: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             with locks.hold(out / file):
                 try:
                     return job(*bound.args, **bound.kwargs)
-                except KeyboardInterrupt as stop:
+                except (KeyboardInterrupt, MemoryError, RuntimeError) as stop:
                     stop.add_note(f"what is finished is kept in {out}, from where the same command goes on")
                     raise
 
@@ -88,8 +89,8 @@ def check_name(name: str) -> None:
 
 
 @contextlib.contextmanager
-def told_when_interrupted(place: Path, work: Path) -> Iterator[None]:
-    """Add to an interrupt a note of what is written and what is kept.
+def told_when_stopped(place: Path, work: Path) -> Iterator[None]:
+    """Add to an interrupt, or an error for want of memory, a note of what is written and what is kept.
 
     Args:
       place: the folder that appears or changes at once.
@@ -98,7 +99,7 @@ def told_when_interrupted(place: Path, work: Path) -> Iterator[None]:
     before = _identity(place)
     try:
         yield
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, MemoryError, RuntimeError) as stop:  # the last is that of JAX
         if _identity(place) != before:
             stop.add_note(f"{place} is written and whole")
         else:

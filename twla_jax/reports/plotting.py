@@ -1,6 +1,7 @@
 """Plots what was measured; this needs the extra `plot`."""
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from twla_jax.core.ila_amp import SensitivityTable
 from twla_jax.errors import TwlaError
+from twla_jax.storage import locks, whole_files
 
 _COLOURS = ("#b2182b", "#ef8a62", "#67a9cf", "#2166ac")
 
@@ -162,10 +164,14 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise TwlaError(f"{path}: {error}") from None
+    """Write an image that appears whole or not at all; without an ending it gets `.png`. A link is followed."""
+    place = Path(os.path.realpath(path))
+    place = place if place.suffix else place.with_name(f"{place.name}.png")
+    with locks.hold(place), whole_files.beside(place) as temporary:
+        try:
+            figure.savefig(temporary, dpi=150, format=place.suffix[1:].lower())
+        except ValueError as error:
+            raise TwlaError(f"{path}: {error}") from None
 
 
 def draw_costs(axes: Any, table: SensitivityTable) -> None:

@@ -71,7 +71,7 @@ class GemmaBlock(LlamaBlock):
 def _common(config: HfConfig, source: str) -> dict[str, Any]:
     bias, kinds = config.get("attention_bias", False), layer_kinds(config, source)
     if kinds is None:
-        period = config.get("sliding_window_pattern") or config["period"]
+        period = config.get("sliding_window_pattern") or _PERIODS[config["model_type"]]
         layers = [index for index in range(config["num_hidden_layers"]) if (index + 1) % period]
     else:
         layers = [index for index, kind in enumerate(kinds) if kind == "sliding_attention"]
@@ -147,6 +147,7 @@ _DEFAULTS = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
+_PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one layer in so many reaches over the whole text
 _KEYS = {
     "hidden_activation": optional(one_of("gelu_pytorch_tanh")),
     "head_dim": integer(2, 2**16),
@@ -165,7 +166,6 @@ FAMILIES = {
         defaults={
             **_DEFAULTS,
             "max_position_embeddings": 8192,
-            "period": 2,
             "final_logit_softcapping": 30.0,
             "attn_logit_softcapping": 50.0,
         },
@@ -182,7 +182,7 @@ FAMILIES = {
     "gemma3_text": Family(
         block=GemmaBlock,
         settings=_settings3,
-        defaults={**_DEFAULTS, "max_position_embeddings": 131072, "period": 6},
+        defaults={**_DEFAULTS, "max_position_embeddings": 131072},
         # transformers has no cap of scores there, whatever the file says.
         keys={**_KEYS, "attn_logit_softcapping": one_of(None)},
         rope=functools.partial(
