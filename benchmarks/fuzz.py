@@ -49,13 +49,16 @@ def gguf(data: bytes) -> None:
 
 
 def safetensors(data: bytes) -> None:
-    """Read `model.safetensors` beside a configuration, of plain weights and of such in eight bits."""
+    """Read `model.safetensors` beside a configuration of plain weights, or of such in eight bits, or of experts."""
     from twla_jax.models.io.huggingface import load_model
 
-    for more in ({}, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}):
-        files = {"model.safetensors": data, "config.json": json.dumps({**CONFIG, **more}).encode()}
-        with _folder(files) as folder, _refused():
-            load_model(folder)
+    scaled = b"F8_" in data or b"scale" in data
+    more = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}} if scaled else {}
+    if b"experts" in data:
+        more["model_type"], more["num_local_experts"] = "mixtral", 2
+    files = {"model.safetensors": data, "config.json": json.dumps({**CONFIG, **more}).encode()}
+    with _folder(files) as folder:
+        load_model(folder)
 
 
 def index(data: bytes) -> None:
@@ -147,6 +150,10 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
+# Changed as JSON, after so many bytes.
+JSON = {"config": 0, "index": 0, "manifest": 0, "safetensors": 8, "tokenizer": 1}
+
+
 def run(target: str, data: bytes) -> None:
     """Give one input to a target; what the library refuses is right."""
     with _refused():
@@ -166,10 +173,23 @@ def _refused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _folder(files: dict[str, bytes]) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
-        for file, content in files.items():
-            Path(name, file).write_bytes(content)
-        yield Path(name)
+    """Yield a folder with these files and no other; it is the same one every time."""
+    folder = _place()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    try:
+        yield folder
+    finally:
+        for name in files:
+            (folder / name).unlink()
+
+
+@functools.cache
+def _place() -> Path:
+    """Return an empty folder in memory, where there is such, that ends with the process."""
+    keep = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    atexit.register(shutil.rmtree, keep, ignore_errors=True)
+    return keep
 
 
 def _merged(values: Any, change: dict[str, Any]) -> Any:
@@ -196,10 +216,9 @@ def _quantized_folder() -> Path:
     settings = {"weights": {"group_size": 4}, "rotation": False}
     windows = np.arange(16).reshape(2, 8) % 8
     quantized, _ = twla_jax.quantize(model, windows, twla_jax.Recipe.from_dict(settings), progress=False)
-    keep = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, keep, ignore_errors=True)
-    twla_jax.save(quantized, None, keep / "out", twla_jax.Recipe.from_dict(settings), {})
-    return keep / "out"
+    out = _place() / "out"
+    twla_jax.save(quantized, None, out, twla_jax.Recipe.from_dict(settings), {})
+    return out
 
 
 @functools.cache
@@ -209,74 +228,60 @@ def _manifest() -> str:
     return (_quantized_folder() / MANIFEST).read_text()
 
 
-def seeds() -> dict[str, dict[str, bytes]]:
-    """Return small valid inputs of the binary targets, as they are in the corpus."""
-    names = {
-        "model.embed_tokens.weight": (8, 4),
-        "model.norm.weight": (4,),
-        **{f"model.layers.0.{each}_layernorm.weight": (4,) for each in ("input", "post_attention")},
-        **{f"model.layers.0.self_attn.{each}_proj.weight": (4, 4) for each in "qkvo"},
-        **{f"model.layers.0.mlp.{each}_proj.weight": (4, 4) for each in ("gate", "up", "down")},
-    }
+def _known(target: str) -> list[Any]:
+    """Return JSON whose keys and values the mutator tries."""
+    from twla_jax.models.families import FAMILIES
 
-    def written(kind: str, width: int, scaled: bool) -> bytes:
-        header, end = {}, 0
-        for name, shape in names.items():
-            eight = scaled and "proj" in name
-            size = (1 if eight else width) * (
-                16 if len(shape) == 2 and shape[0] == 4 else 32 if len(shape) == 2 else 4
-            )
-            entry = {
-                "dtype": "F8_E4M3" if eight else kind,
-                "shape": list(shape),
-                "data_offsets": [end, end + size],
-            }
-            header[name], end = entry, end + size
-            if eight:
-                header[f"{name}_scale_inv"] = {
-                    "dtype": "F32",
-                    "shape": [2, 2],
-                    "data_offsets": [end, end + 16],
-                }
-                end += 16
-        head = json.dumps(header).encode()
-        return struct.pack("<Q", len(head)) + head + bytes(end)
-
-    return {
-        "safetensors": {"llama": written("F32", 4, False), "eight-bits": written("BF16", 2, True)},
-        "gguf": {"llama": _small_gguf()},
-    }
+    if target == "manifest":
+        return [json.loads(_manifest())]
+    if target == "safetensors":
+        files = [(CORPUS / target / name).read_bytes() for name in ("llama", "eight-bits", "experts")]
+        return [json.loads(file[8 : 8 + struct.unpack("<Q", file[:8])[0]]) for file in files]
+    known = [_object(path.read_bytes()[JSON[target] :]) for path in sorted((CORPUS / target).iterdir())]
+    if target == "config":
+        known += [{"model_type": name, **SIZES, **family.defaults} for name, family in FAMILIES.items()]
+    return known
 
 
-def _small_gguf() -> bytes:
-    import gguf as writers
-    import numpy as np
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
-    with tempfile.TemporaryDirectory() as name:
-        writer = writers.GGUFWriter(Path(name) / "a.gguf", "llama")
-        for key, value in (
-            ("context_length", 16),
-            ("embedding_length", 4),
-            ("block_count", 1),
-            ("feed_forward_length", 4),
-            ("head_count", 1),
-        ):
-            getattr(writer, f"add_{key}")(value)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list(["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab"])
-        writer.add_token_scores([0.0, 0.0, 0.0, -3.0, -4.0, -5.0, -1.0, -2.0])
-        writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 1])
-        writer.add_tensor("token_embd.weight", np.zeros((8, 4), np.float32))
-        writer.add_tensor("output_norm.weight", np.ones(4, np.float32))
-        for each in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.0.{each}.weight", np.ones(4, np.float32))
-        for each in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-            writer.add_tensor(f"blk.0.{each}.weight", np.zeros((4, 4), np.float16))
-        for step in ("header", "kv_data", "tensors"):
-            getattr(writer, f"write_{step}_to_file")()
-        writer.close()
-        return (Path(name) / "a.gguf").read_bytes()
+
+def _repeat_nothing() -> None:
+    """Keep what takes most of an execution's time and is the same in the next: traced shapes, arrays, checksums."""
+    from flax import nnx
+
+    from twla_jax import json_files
+    from twla_jax.storage import folders, parameters
+
+    trace, restore, fingerprint = nnx.eval_shape, parameters.restore, folders.fingerprint
+    read = json_files.read_json
+    read_once = functools.cache(read)
+    traced: dict[str, Any] = {}
+    restored: set[str] = set()
+
+    def eval_shape(function):
+        key = repr([cell.cell_contents for cell in function.__closure__ or ()])
+        if key not in traced:
+            if len(traced) > 1000:
+                traced.clear()
+            traced[key] = nnx.split(trace(function))
+        graph, state = traced[key]
+        return nnx.merge(graph, state, copy=True)
+
+    def restore_once(model, params, tensors, mesh):
+        key = json.dumps(tensors, sort_keys=True)
+        if key not in restored:
+            restored.add(key)
+            restore(model, params, tensors, mesh)
+
+    nnx.eval_shape, parameters.restore = eval_shape, restore_once
+    folders.fingerprint = functools.cache(fingerprint)
+    json_files.read_json = lambda path: (read_once if path.name == ".zarray" else read)(path)
 
 
 # Whose branches the fuzzer looks at: the readers, and not the kernels.
@@ -298,14 +303,25 @@ def main() -> None:
     import atheris  # pyright: ignore[reportMissingImports]
 
     with atheris.instrument_imports(include=_WATCHED):
+        import fuzz_json
+
         from twla_jax.jobs import stages  # noqa: F401 - which imports every reader
         from twla_jax.models.io import readers  # noqa: F401
     run(target, b"{}")  # what is imported and made for the first input takes longer than one may
+    _repeat_nothing()
+    options = {}
+    if target in JSON:
+        # Looked up at every call: until the fuzzer runs, atheris has another function of that name.
+        options["custom_mutator"] = fuzz_json.mutator(
+            _known(target), lambda data, most: atheris.Mutate(data, most), JSON[target]
+        )
     with tempfile.TemporaryDirectory() as found:  # new inputs go to the first folder
         given = any(not each.startswith("-") for each in sys.argv[1:])
         folders = [] if given else [found, str(CORPUS / target)]
         limits = ["-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
-        atheris.Setup([sys.argv[0], *limits, *sys.argv[1:], *folders], functools.partial(run, target))
+        atheris.Setup(
+            [sys.argv[0], *limits, *sys.argv[1:], *folders], functools.partial(run, target), **options
+        )
         atheris.Fuzz()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -136,8 +137,12 @@ def verify(folder: str | Path, manifest: dict[str, Any], *, sizes_alone: bool = 
 def unlisted(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     """Return the files below a folder that its manifest does not list, but for the manifest itself."""
     known = {MANIFEST, *manifest["files"]}
-    paths = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    return sorted(path for path in paths if path.relative_to(folder).as_posix() not in known)
+    found = []
+    for inside, folders_there, names in os.walk(folder):
+        begin = inside[len(str(folder)) :].strip(os.sep)
+        links = [name for name in folders_there if os.path.islink(os.path.join(inside, name))]
+        found += [f"{begin}{os.sep}{name}" if begin else name for name in (*names, *links)]
+    return sorted(folder / name for name in found if name not in known)
 
 
 def checksum(manifest: dict[str, Any]) -> str:
