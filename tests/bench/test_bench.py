@@ -14,6 +14,8 @@ from twla_jax.errors import TwlaError
 SMALL = ["--shape", "tiny", "--layers", "1", "--tokens", "8", "--context", "8", "--steps", "2"]
 HEAD = 4  # bits of the ternary models' head
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_call():

@@ -32,6 +32,7 @@ def ablation():
     return script("ablation")
 
 
+@pytest.mark.slow
 def test_check_tells_right_from_wrong(monkeypatch):
     check_gpu, check_gpu_attention = map(script, ("check_gpu", "check_gpu_attention"))
     products = check_gpu.PRODUCTS[3:5]
@@ -132,6 +133,7 @@ def test_the_ablation_stops_in_time_and_goes_on(ablation, tmp_path, monkeypatch)
     assert len(ablation.ablate(ablation.parse([*arguments, "--steps", "7", "--seeds", "0"]))) == 2
 
 
+@pytest.mark.slow
 def test_the_worst_domain_of_every_calibration_is_shown(stories_model, texts, tmp_path, capsys):
     (tmp_path / "quick.toml").write_text(QUICK)
     text, results = texts / "calibration.txt", tmp_path / "results.jsonl"
@@ -146,6 +148,7 @@ def test_the_worst_domain_of_every_calibration_is_shown(stories_model, texts, tm
     assert f"| quick | {text} | 256 | {worst:.2f} |" in printed[-1]
 
 
+@pytest.mark.slow
 def test_every_refinement_starts_from_the_same_model(stories_model, texts, tmp_path, capsys):
     (tmp_path / "quick.toml").write_text(COARSE)
     results = tmp_path / "results.jsonl"

@@ -146,6 +146,7 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
     jax.tree.map(np.testing.assert_array_equal, on_mesh, result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_prepared_model_generates_on_the_mesh_what_it_does_on_one_device(quantised, mesh, bits):
     result = jax.tree.map(jnp.asarray, set_activation_bits(quantised, bits))

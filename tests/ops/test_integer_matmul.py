@@ -97,7 +97,7 @@ def test_group_sizes_without_a_place_are_refused():
 
 
 def test_kernels_leave_float32_activations_to_the_reference():
-    x, weight = activations(1, 172, jnp.float32), packed(matrix(64, 172, 128, 8))
+    x, weight = jnp.asarray(activations(1, 172, jnp.float32)), packed(matrix(64, 172, 128, 8))
     with pytest.raises(TwlaError, match="float32, not bfloat16"):
         integer_matmul(x, weight, implementation="tpu")
 

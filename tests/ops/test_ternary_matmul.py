@@ -161,7 +161,7 @@ def test_what_no_quantiser_made_is_rounded_to_half_a_step():
 
 def test_scales_of_every_size_survive_the_way_through_their_bits():
     # The TPU kernel reads float16 as integers: normal, subnormal and negative ones, and both zeros.
-    values = np.array([1.0, -2.5, 65504, 6.1e-5, 5.96e-8, -3e-6, 0.0, -0.0], np.float16)
+    values = jnp.array([1.0, -2.5, 65504, 6.1e-5, 5.96e-8, -3e-6, 0.0, -0.0], jnp.float16)
     weight = kernel_weight(
         [tensors.from_codes(jnp.ones((8, 128), jnp.int8), values[:, None], values[:, None], 128)]
     )

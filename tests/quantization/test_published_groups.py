@@ -44,6 +44,7 @@ def quantized(model):
     return pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)[0]
 
 
+@pytest.mark.slow
 def test_a_folder_holds_the_model_as_it_is_and_the_bits_of_every_part(quantized, tmp_path):
     folder = tmp_path / "out"
     checkpoint.save(quantized, None, folder, RECIPE, {})
@@ -63,6 +64,7 @@ def test_a_folder_holds_the_model_as_it_is_and_the_bits_of_every_part(quantized,
     assert size["bytes_on_disk"] == size["bytes_accounted"]
 
 
+@pytest.mark.slow
 def test_it_predicts_nearer_to_the_original_than_the_published_fit_in_one_plane(model, quantized):
     one_plane = Recipe(
         weights=WeightSettings(
@@ -82,6 +84,7 @@ def test_it_predicts_nearer_to_the_original_than_the_published_fit_in_one_plane(
     assert np.isfinite(evaluate(quantized, WINDOWS, progress=False)["perplexity"])
 
 
+@pytest.mark.slow
 def test_kernels_and_refinement_refuse_it_in_one_line(quantized):
     with pytest.raises(TwlaError, match="published layout"):
         prepare_for_inference(quantized, unpack=False)

@@ -252,6 +252,7 @@ def test_a_real_model_gets_most_of_its_language_back(stories):
     assert nll(refined) - full < 0.5 * (nll(student) - full)
 
 
+@pytest.mark.slow
 def test_two_planes_are_refined_through_one_latent_over_nine_levels(teacher):
     weights = dataclasses.replace(RECIPE.weights, quantizer=TwoPlaneSettings(euclidean_steps=5, rounds=1))
     student, _ = pipeline.quantize_blocks(

@@ -19,7 +19,7 @@ _SMALLEST_STEP = 2.0**-21  # float16 holds eight times less, and so every multip
 class Dequantizable(Protocol):
     """A packed weight matrix that knows its own way back."""
 
-    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*batch n m"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*rows m"]:
         """Return the matrix `Ŵ` in `dtype`."""
         ...
 
@@ -47,7 +47,7 @@ class IntegerTensor:
         """Return `[..., n, m]`, the shape of the matrix it stands for."""
         return (*self.codes.shape[:-1], self.in_features)
 
-    def dequantize(self, dtype=jnp.float32) -> Float[Array, "*batch n m"]:
+    def dequantize(self, dtype=jnp.float32) -> Float[Array, "*rows m"]:
         """Return the matrix `Ŵ`, `[..., n, m]`, in `dtype`."""
         scale, zero = (
             per_column(p.astype(dtype), self.in_features, self.group_size)
@@ -103,7 +103,7 @@ class TernaryTensor:
         return (*self.codes.shape[:-1], self.in_features)
 
 
-def dequantize(weight: "TernaryTensor | Dequantizable", dtype=jnp.float32) -> Float[Array, "*batch n m"]:
+def dequantize(weight: "TernaryTensor | Dequantizable", dtype=jnp.float32) -> Float[Array, "*rows m"]:
     """Return the matrix `Ŵ`, `[..., n, m]`, in `dtype`; α and μ are applied in `dtype`."""
     if not isinstance(weight, TernaryTensor):
         return weight.dequantize(dtype)
@@ -214,8 +214,8 @@ def take_rows(
 
 
 def per_column(
-    parameter: Float[Array, "*batch n groups"], in_features: int, group_size: int
-) -> Float[Array, "*batch n m"]:
-    """Return a parameter of every group, repeated for each of the group's columns, `[..., n, in_features]`."""
+    parameter: Float[Array, "*batch groups"], in_features: int, group_size: int
+) -> Float[Array, "*batch m"]:
+    """Return a parameter of every group, repeated for each of the group's columns, `[..., in_features]`."""
     repeated = jnp.broadcast_to(parameter[..., None], (*parameter.shape, group_size))
     return repeated.reshape(*parameter.shape[:-1], -1)[..., :in_features]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ class Positions:
 
     Queries and angles have a leading axis where every row of the batch is at positions of its own.
     """
+
+    __no_type_check__: ClassVar[bool] = True  # a pytree may hold shardings or shapes in place of its arrays
 
     query: Int32[Array, "*b t"]
     key: Int32[Array, " s"]

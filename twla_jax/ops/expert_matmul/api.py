@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int8, Int32
 
 from twla_jax.ops.dispatch import Implementation, dispatch
 from twla_jax.ops.expert_matmul import gpu, tpu
@@ -68,7 +68,9 @@ def expert_matmul(
 
 
 def products(
-    x: Float[Array, "count size m"], weight: KernelWeight, experts: Int32[Array, " count"]
+    x: Float[Array, "count size m"] | Int8[Array, "count size m"],
+    weight: KernelWeight,
+    experts: Int32[Array, " count"],
 ) -> Float[Array, "count size rows"]:
     """Return the products of blocks of rows with their experts' matrices, in steps of a row, float32, in plain XLA."""
 
