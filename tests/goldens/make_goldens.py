@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 HERE = Path(__file__).parent
 TOKENS = 24
@@ -127,8 +128,29 @@ CASES = {
         "mixtral",
         {**SPECIAL, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **SPECIAL,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 0.75,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
-    "qwen3_moe_plain": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
+    "qwen3_moe_plain": (
+        "qwen3_moe",
+        {
+            **EXPERTS,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
     "phi3": ("phi3", {**SPECIAL, "sliding_window": 7}),
     "phi4_mini": (
         "phi3",
@@ -160,7 +182,7 @@ def small_model(name: str, seed: int) -> None:
         config, dtype=torch.float32, attn_implementation="eager"
     )
     for key, parameter in model.named_parameters():
-        if "norm" in key or key.endswith("bias"):  # otherwise all ones, or all zeros
+        if "norm" in key or key.endswith(("bias", "sinks")):  # otherwise all ones, all zeros, or small
             parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
         parameter.data = parameter.data.half().float()
     tokens = torch.randint(0, config.vocab_size, (2, TOKENS))
@@ -202,6 +224,19 @@ def generated_longrope() -> None:
     )
 
 
+def mxfp4() -> None:
+    """What transformers makes of experts in MXFP4: all bytes, with the exponents of usual and extreme values."""
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (2, 12, 3, 16), np.uint8)
+    blocks.reshape(-1)[:256] = np.arange(256)
+    scales = random.integers(110, 135, (2, 12, 3), np.uint8)
+    scales.reshape(-1)[16:20] = 0, 1, 253, 254
+    blocks.reshape(-1, 16)[19] &= 0x33  # 3 and more times 2^127 is infinite
+    found = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales))
+    found = found.view(torch.int16).numpy().view(np.uint16)
+    np.savez_compressed(HERE / "generated" / "mxfp4.npz", blocks=blocks, scales=scales, bits=found)
+
+
 def published_tensors(model) -> dict[str, torch.Tensor]:
     """Tensors under the names of published files: in memory, transformers has all experts of a layer in one."""
     if not any(".experts." in key for key in model.state_dict()):
@@ -241,5 +276,7 @@ if __name__ == "__main__":
         small_model(case, zlib.crc32(case.encode()))
     if not named or "phi4_mini" in named:
         generated_longrope()
+    if not named or "gpt_oss" in named:
+        mxfp4()
     if files:
         smollm2(Path(files[0]))

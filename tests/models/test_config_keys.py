@@ -48,6 +48,7 @@ CLASSES = {
     "phi3": "Phi3Config",
     "mixtral": "MixtralConfig",
     "qwen3_moe": "Qwen3MoeConfig",
+    "gpt_oss": "GptOssConfig",
 }
 
 
@@ -96,8 +97,16 @@ def test_where_a_file_is_silent_the_class_of_the_family_decides(family):
     assert (config.sliding_layers if config.sliding_window is not None else ()) == sliding
     rotary = theirs.rope_parameters
     full = rotary.get("full_attention", rotary)
-    assert (config.rope_theta, config.rope_scaling) == (full["rope_theta"], None)
-    assert full["rope_type"] == "default"
+    assert config.rope_theta == full["rope_theta"]
+    if family == "gpt_oss":  # which has YaRN unless a file says something else
+        stated = {key: getattr(config.rope_scaling, key) for key in full.keys() - {"rope_type", "rope_theta"}}
+        assert {"rope_type": config.rope_scaling.kind, **stated} == {
+            key: value for key, value in full.items() if key != "rope_theta"
+        }
+        assert (theirs.swiglu_alpha, theirs.swiglu_limit) == (config.swiglu_alpha, config.swiglu_limit)
+    else:
+        assert config.rope_scaling is None
+        assert full["rope_type"] == "default"
 
 
 def test_what_transformers_passes_over_in_a_family_is_refused_or_changes_nothing():

@@ -29,7 +29,9 @@ def test_the_goldens_cover_every_supported_family(golden):
     assert {golden(name).config["model_type"] for name in GOLDEN_NAMES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["smollm3", "granite", "gemma3_linear", "gemma2", "olmo3_yarn", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["smollm3", "granite", "gemma3_linear", "gemma2", "olmo3_yarn", "phi3", "gpt_oss"]
+)
 def test_tokens_that_follow_a_cache_have_the_logits_of_the_whole(name, golden, tmp_path):
     case = golden(name)
     model = load_model(case.write(tmp_path))
@@ -40,7 +42,7 @@ def test_tokens_that_follow_a_cache_have_the_logits_of_the_whole(name, golden, t
     case.assert_logits(model.logits(jnp.concatenate(found, axis=1)))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "olmo2", "granite", "gemma2"])
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "granite", "gemma2", "gpt_oss"])
 def test_packed_blocks_of_other_families_compute_the_same(name, golden, tmp_path):
     case = golden(name)
     packed, words = for_inference(jax.tree.map(jnp.asarray, load_model(case.write(tmp_path))), "on")

@@ -42,6 +42,8 @@ class PackedExperts(nnx.Module):
         else:
             weights = [jnp.concatenate([jnp.asarray(kernel, dtype) for kernel in kernels], axis=-1)]
         self.weights = nnx.List([nnx.Param(weight) for weight in weights])
+        biases = [linear.bias.get_value() for linear in block.linears(site) if linear.bias is not None]
+        self.bias = nnx.data(nnx.Param(jnp.concatenate(biases, axis=-1).astype(dtype)) if biases else None)
         self.splits = tuple(linear.features[1] for linear in block.linears(site))
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
@@ -58,4 +60,6 @@ class PackedExperts(nnx.Module):
         else:
             assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
             y = expert_products(x, weights[0], experts)
-        return tuple(jnp.split(jnp.asarray(y, self.dtype), np.cumsum(self.splits)[:-1], axis=-1))
+        y = jnp.asarray(y, self.dtype)
+        y = y if self.bias is None else y + self.bias.get_value()[experts]
+        return tuple(jnp.split(y, np.cumsum(self.splits)[:-1], axis=-1))

@@ -31,6 +31,8 @@ _RANGES = {
     "num_experts": integer(0, 2**16),
     "experts_per_token": integer(0, 2**16),
     "rotary_dim": optional(integer(2, 2**16)),
+    "swiglu_alpha": number(0, 1e6),
+    "swiglu_limit": optional(number(0, 1e9, above=True)),
     **dict.fromkeys(
         ("query_scale", "embed_scale", "residual_scale", "logit_scale"), number(0, 1e9, above=True)
     ),
@@ -53,6 +55,8 @@ class DecoderConfig:
       num_experts: of a mixture's layers, each with an MLP of `intermediate_size`; 0 where there are none.
       experts_per_token: those that a token goes to.
       normalize_routing: whether the weights of a token's experts add up to 1.
+      swiglu_alpha, swiglu_limit: a and c of the gate `min(g, c) · σ(a · min(g, c)) · (clip(u, −c, c) + 1)`, which one
+        family has.
       embed_scale, residual_scale, logit_scale: what embeddings, a sublayer's output and logits are multiplied by.
     """
 
@@ -89,6 +93,8 @@ class DecoderConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     normalize_routing: bool = False
+    swiglu_alpha: float = 1.0
+    swiglu_limit: float | None = None
 
     def checked(self, source: str) -> "DecoderConfig":
         """Return these settings, if their sizes are in range and fit together.

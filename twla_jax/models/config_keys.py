@@ -106,13 +106,20 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
-def check_keys(config: Mapping[str, Any], source: str, of_family: Mapping[str, Check] | None = None) -> None:
+def check_keys(
+    config: Mapping[str, Any],
+    source: str,
+    of_family: Mapping[str, Check] | None = None,
+    *,
+    mxfp4: bool = False,
+) -> None:
     """Check types and ranges of all keys, and refuse what would change the forward pass unseen.
 
     Args:
       config: contents of a `config.json`.
       source: the file's name, for messages.
       of_family: checks of keys that only this family reads, or that have other values there.
+      mxfp4: whether its experts may be in MXFP4.
 
     Raises:
       TwlaError: the first key that is wrong, by name.
@@ -124,6 +131,8 @@ def check_keys(config: Mapping[str, Any], source: str, of_family: Mapping[str, C
             continue
         value = config.get(key)
         if key in config and not any(value is item or value == item for item in harmless):
+            if key == "quantization_config" and mxfp4 and is_mxfp4(config):
+                continue
             if key == "quantization_config" and (settings := float8_settings(config)) is not None:
                 check_values(settings, _FLOAT8_CHECKS, f"{source}: quantization_config")
                 continue
@@ -137,6 +146,12 @@ def float8_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the `quantization_config` of a `config.json` if it is that of weights in eight bits, else None."""
     settings = config.get("quantization_config")
     return settings if isinstance(settings, Mapping) and settings.get("quant_method") == "fp8" else None
+
+
+def is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Return whether the `quantization_config` of a `config.json` says that experts are in MXFP4, which is read."""
+    settings = config.get("quantization_config")
+    return isinstance(settings, Mapping) and settings.get("quant_method") == "mxfp4"
 
 
 def already_quantized(settings: Any) -> str:

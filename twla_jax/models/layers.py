@@ -83,7 +83,7 @@ class Linear(nnx.Module):
 
 
 class ExpertLinear(Linear):
-    """A linear for each of several experts, without biases: `kernel` has an axis of experts after those of layers."""
+    """A linear for each of several experts: `kernel` and `bias` have an axis of experts after those of layers."""
 
     def __init__(
         self,
@@ -94,9 +94,10 @@ class ExpertLinear(Linear):
         leading: tuple[int, ...],
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
+        bias: bool = False,
     ):
         leading = (*leading, experts)
-        super().__init__(in_features, out_features, bias=False, leading=leading, rngs=rngs, dtype=dtype)
+        super().__init__(in_features, out_features, bias=bias, leading=leading, rngs=rngs, dtype=dtype)
 
     def of_experts(
         self, x: Float[Array, "*tokens m"] | Float[Array, "*tokens k m"], experts: Int32[Array, "*tokens k"]
@@ -107,7 +108,8 @@ class ExpertLinear(Linear):
           x: one input a token, or one for each of its experts.
           experts: of each token.
         """
-        return expert_products(x, self.kernel.get_value(), experts)
+        y = expert_products(x, self.kernel.get_value(), experts)
+        return y if self.bias is None else y + self.bias.get_value()[experts].astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):

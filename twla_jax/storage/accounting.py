@@ -138,7 +138,8 @@ def _activated(config: dict[str, Any]) -> Callable[[str], Fraction]:
     """Return what gives the share of a tensor that one token reads, from its name."""
     family = FAMILIES.get(config["model_type"])
     sites = [site for site in family.block.sites if site.experts] if family else []
-    of_experts = {f"blocks.{name}.kernel" for site in sites for name in site.linears}
+    leaves = ("kernel", "bias")
+    of_experts = {f"blocks.{name}.{leaf}" for site in sites for name in site.linears for leaf in leaves}
 
     def share(name: str) -> Fraction:
         if name in of_experts:

@@ -1,4 +1,4 @@
-"""Attention to an int8 cache."""
+"""Attention to an int8 cache, and with sinks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from twla_jax.ops.attention import reference
-from twla_jax.ops.attention.kv_cache import dequantize, empty_layer, write
+from twla_jax.ops.attention.kv_cache import LayerKV, dequantize, empty_layer, write
 from twla_jax.ops.attention.reference import Positions
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [9, 1000])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-def test_a_decode_step_mixes_what_the_cache_stands_for(heads, kv_heads, window):
+def test_a_decode_step_mixes_what_the_cache_stands_for(heads, kv_heads, window, with_sinks):
     keys = jax.random.split(jax.random.key(0), 3)
     k, v = jax.random.normal(keys[0], (2, 2, 30, kv_heads, 16))
     layer = write(empty_layer((2, 2, kv_heads, 40, 16), jnp.int8), k, v, jnp.int32(0))
@@ -25,8 +26,32 @@ def test_a_decode_step_mixes_what_the_cache_stands_for(heads, kv_heads, window):
         for each in dequantize(layer, jnp.float32)
     )
     scores = np.einsum("bhd,bhsd->bhs", np.asarray(q[:, 0], float), k) / 4
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    expected = np.einsum("bhs,bhsd->bhd", weights / weights.sum(-1, keepdims=True), v).reshape(2, 1, -1)
+    sinks = np.linspace(-1, 6, heads) if with_sinks else np.full(heads, -np.inf)
+    weights = np.exp(scores) / (np.exp(scores).sum(-1) + np.exp(sinks))[..., None]
+    expected = np.einsum("bhs,bhsd->bhd", weights, v).reshape(2, 1, -1)
+    of_heads = jnp.asarray(sinks, jnp.float32) if with_sinks else None
     for form in (reference.attention, reference._one_query, reference._scaled_products):
-        found = form(q, layer, positions, jnp.int32(window))
+        found = form(q, layer, positions, jnp.int32(window), sinks=of_heads)
         np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_sinks_take_their_part_of_every_query_also_of_many_at_a_time(monkeypatch):
+    monkeypatch.setattr(reference, "_QUERY_CHUNK", 8)
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=(2, 21, heads, 16)) for heads in (6, 2, 2))
+    sinks, window = np.linspace(-1, 3, 6), 5
+    angles = jnp.zeros((21, 8))
+    positions = Positions(query=jnp.arange(21), key=jnp.arange(21), cos=angles, sin=angles)
+    entries = jnp.asarray(np.stack([k, v]).swapaxes(2, 3), jnp.float32)
+    found = reference.attention(
+        jnp.asarray(q, jnp.float32),
+        LayerKV(entries=entries),
+        positions,
+        jnp.int32(window),
+        sinks=jnp.asarray(sinks, jnp.float32),
+    ).reshape(2, 21, 6, 16)
+    for row, at, head in np.ndindex(2, 21, 6):
+        seen = slice(max(0, at + 1 - window), at + 1)
+        weights = np.exp(k[row, seen, head // 3] @ q[row, at, head] / 4)
+        expected = weights @ v[row, seen, head // 3] / (weights.sum() + np.exp(sinks[head]))
+        np.testing.assert_allclose(found[row, at, head], expected, atol=1e-5)

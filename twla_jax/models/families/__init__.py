@@ -5,6 +5,7 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import REFUSED
 from twla_jax.models.families import (
     gemma,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     **phi.FAMILIES,
     **mixtral.FAMILIES,
     **qwen_moe.FAMILIES,
+    **gpt_oss.FAMILIES,
 }
 
 _OUTSIDE = ("bos_token_id", "eos_token_id", "tie_word_embeddings", *REFUSED)
@@ -61,9 +63,20 @@ def config_from_hf(config: HfConfig, *, source: str = "config.json") -> DecoderC
     return _family(config.get("model_type"), source).read_config(config, source)
 
 
-def by_gguf_architecture() -> dict[str, str]:
-    """Return the `model_type` of the families that GGUF files come in, by the name these have for them."""
-    return {family.gguf_architecture: name for name, family in FAMILIES.items() if family.gguf_architecture}
+def by_gguf_architecture(*, experts: bool = False) -> dict[str, str]:
+    """Return the `model_type` of the families that GGUF files come in, by the name these have for them.
+
+    Args:
+      experts: whether the file has experts: of two families of one name, the one that has them is meant.
+    """
+    named = [(family.gguf_architecture, name, family) for name, family in FAMILIES.items()]
+    known = {architecture: name for architecture, name, _ in named if architecture is not None}
+    meant = {
+        architecture: name
+        for architecture, name, family in named
+        if architecture is not None and any(site.experts for site in family.block.sites) == experts
+    }
+    return known | meant
 
 
 def _family(model_type: object, source: str) -> Family:

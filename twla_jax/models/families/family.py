@@ -43,6 +43,9 @@ class Family:
       rotated: how many features of a head are rotated, from the file's contents and a head's size.
       hf_source: gives the tensors of safetensors files the decoder's form, where they are stored in another.
       hf_fused: by the name of a tensor in safetensors files, the names of those that it holds, one above the other.
+      hf_alternating: by the name of a tensor of all experts in safetensors files, the names of the two whose columns
+        it holds in turn; these families' files hold such tensors inputs first.
+      hf_mxfp4: whether its experts may be in MXFP4 there.
       hf_norms_less_one: whether norms are stored there as what they differ from 1 by.
       gguf_settings: the fields of `DecoderConfig` that this family's GGUF files decide in another way, from a function
         that looks up metadata and the fields read so far.
@@ -63,6 +66,8 @@ class Family:
     hf_tensors: Mapping[str, str]
     hf_source: Callable[[TensorSource, DecoderConfig], TensorSource] = _as_stored
     hf_fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    hf_alternating: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    hf_mxfp4: bool = False
     hf_norms_less_one: bool = False
     gguf_settings: Callable[[Callable[..., Any], Mapping[str, Any]], dict[str, Any]] = _nothing_more
     gguf_keys: Collection[str] = ()
@@ -82,7 +87,7 @@ class Family:
         Raises:
           TwlaError: a setting that is out of range or that the block has no part for, or a missing key.
         """
-        check_keys(config, source, self.keys)
+        check_keys(config, source, self.keys, mxfp4=self.hf_mxfp4)
         known = {**self.defaults, **config}
 
         def required(key: str) -> Any:

@@ -11,7 +11,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.models.blocks import Context, Site, State
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families.family import HfConfig
-from twla_jax.models.families.llama import HF_TENSORS, LlamaBlock
+from twla_jax.models.families.llama import GGUF_TENSORS, HF_TENSORS, LlamaBlock
 from twla_jax.models.layers import ExpertLinear, Linear, precision
 from twla_jax.models.routing import Routing
 from twla_jax.schema import Check, integer
@@ -36,7 +36,8 @@ class MoeBlock(LlamaBlock):
         d, hidden, experts = config.hidden_size, config.intermediate_size, config.num_experts
 
         def linear(m: int, n: int) -> ExpertLinear:
-            return ExpertLinear(m, n, experts=experts, leading=leading, rngs=rngs, dtype=dtype)
+            bias = config.mlp_bias
+            return ExpertLinear(m, n, experts=experts, leading=leading, rngs=rngs, dtype=dtype, bias=bias)
 
         self.router = Linear(d, experts, bias=False, leading=leading, rngs=rngs, dtype=dtype)
         self.gate, self.up, self.down = linear(d, hidden), linear(d, hidden), linear(hidden, d)
@@ -51,10 +52,16 @@ class MoeBlock(LlamaBlock):
         outputs = self.expert_outputs(site, h, routing)
         if site.name == "mlp":
             gate, up = outputs
-            return State(state.x, self.activate(gate) * up, state.cache)
+            return State(state.x, self.gated(gate, up), state.cache)
         (y,) = outputs
         mixed = jnp.einsum("btkd,btk->btd", y, routing.weights, precision=precision(y.dtype))
         return State(state.x + mixed.astype(state.x.dtype), None, state.cache)
+
+    def gated(
+        self, gate: Float[Array, "b t k hidden"], up: Float[Array, "b t k hidden"]
+    ) -> Float[Array, "b t k hidden"]:
+        """Return what `down` reads, `activate(gate) · up`."""
+        return self.activate(gate) * up
 
     def route(self, state: State, context: Context) -> Routing:
         """Return each token's experts and their weights, from the stream as it is before the MLP."""
@@ -77,6 +84,16 @@ class MoeBlock(LlamaBlock):
         return self.linears(site)  # pyright: ignore[reportReturnType]
 
 
+_MLP = ("gate", "up", "down")
+_DENSE = {f"blocks.{name}.{leaf}" for name in _MLP for leaf in ("kernel", "bias")}
+# In GGUF files: the experts of a layer are one tensor.
+GGUF_EXPERT_TENSORS = {
+    **{path: name for path, name in GGUF_TENSORS.items() if path not in _DENSE},
+    **{f"blocks.{name}.kernel": f"blk.{{}}.ffn_{name}_exps.weight" for name in _MLP},
+    "blocks.router.kernel": "blk.{}.ffn_gate_inp.weight",
+}
+
+
 def expert_tensors(router: str, experts: dict[str, str]) -> dict[str, str]:
     """Return the names of a family's tensors in safetensors files.
 
@@ -84,8 +101,7 @@ def expert_tensors(router: str, experts: dict[str, str]) -> dict[str, str]:
       router: of the router in a layer.
       experts: of `gate`, `up` and `down`, below `model.layers.{}.`; `{}` is the expert.
     """
-    dense = {f"blocks.{name}.{leaf}" for name in ("gate", "up", "down") for leaf in ("kernel", "bias")}
-    names = {path: name for path, name in HF_TENSORS.items() if path not in dense}
+    names = {path: name for path, name in HF_TENSORS.items() if path not in _DENSE}
     names |= {f"blocks.{path}.kernel": f"model.layers.{{}}.{name}" for path, name in experts.items()}
     return names | {"blocks.router.kernel": f"model.layers.{{}}.{router}"}
 

@@ -19,6 +19,7 @@ from twla_jax.models.io.shards import Shards
 
 _log = logging.getLogger(__name__)
 _SCALE = "_scale_inv"
+SCALES = f".weight{_SCALE}"  # how the names of scales end
 _OF_ACTIVATIONS = (".activation_scale", ".input_scale")
 _VALUES = {
     "F8_E4M3": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
@@ -69,7 +70,7 @@ class Float8Source:
             _log.warning(
                 "%s: %d scales of activations are left out (%s, …)", folder, len(unread), min(unread)
             )
-        scales = {name.removesuffix(_SCALE): name for name in held if name.endswith(f".weight{_SCALE}")}
+        scales = {name.removesuffix(_SCALE): name for name in held if name.endswith(SCALES)}
         left_out = {*scales.values(), *unread}
         self._names = [name for name in held if name not in left_out]
         self._scaled = {name: (scale, self._block(name, scale, block)) for name, scale in scales.items()}

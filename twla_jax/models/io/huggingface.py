@@ -7,10 +7,10 @@ from pathlib import Path
 
 from twla_jax.json_files import read_json
 from twla_jax.models.config import DecoderConfig
-from twla_jax.models.config_keys import READ, float8_settings
+from twla_jax.models.config_keys import READ, float8_settings, is_mxfp4
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.families import config_from_hf, family_of
-from twla_jax.models.io import float8
+from twla_jax.models.io import float8, mxfp4
 from twla_jax.models.io.loading import fill_decoder
 from twla_jax.models.io.shards import Shards
 from twla_jax.schema import check_values
@@ -41,7 +41,7 @@ def read_config(folder: Path) -> DecoderConfig:
 def load_model(folder: Path, *, dtype=None, in_files: bool = False) -> Decoder:
     """Return the decoder in `folder`, parameters as numpy arrays in their stored type (float32, float16 or bfloat16).
 
-    Weights of eight bits with scales, and those of 64 bits, become float32.
+    Weights of eight bits with scales, and those of 64 bits, become float32, those in MXFP4 bfloat16.
 
     A head that the configuration ties to the embedding, but that the file holds with other values, is kept apart, as
     transformers 5 does; of a tied pair, either may be the one that is stored.
@@ -56,7 +56,8 @@ def load_model(folder: Path, *, dtype=None, in_files: bool = False) -> Decoder:
     """
     config = read_config(folder)
     stated = read_json(folder / "config.json")
-    shards = Shards(folder, scaled=float8_settings(stated) is not None)
+    in_four, in_eight = is_mxfp4(stated), float8_settings(stated) is not None
+    shards = Shards(folder, packed=[mxfp4.BLOCKS] * in_four + [float8.SCALES] * in_eight)
     table, ignored = dict(family_of(config).hf_tensors), _left_out(shards.names(), folder)
     embed, head = table["embed"], table["head.kernel"]
     if config.tie_word_embeddings and head in shards.names():
@@ -67,7 +68,8 @@ def load_model(folder: Path, *, dtype=None, in_files: bool = False) -> Decoder:
         else:
             _log.warning("%s: tie_word_embeddings is true, but the head differs; it is kept apart", folder)
             config = dataclasses.replace(config, tie_word_embeddings=False)
-    source = family_of(config).hf_source(float8.dequantized(shards, stated, folder), config)
+    source = mxfp4.Mxfp4Source(shards) if in_four else float8.dequantized(shards, stated, folder)
+    source = family_of(config).hf_source(source, config)
     return fill_decoder(config, source, table, ignored=ignored, dtype=dtype, in_files=in_files)
 
 

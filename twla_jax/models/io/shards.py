@@ -42,12 +42,12 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.0
 class Shards:
     """Every tensor of every file; the files are mapped, and read tensor by tensor."""
 
-    def __init__(self, folder: Path, *, scaled: bool = False):
+    def __init__(self, folder: Path, *, packed: Collection[str] = ()):
         """Open the files that the index names, or the single one.
 
         Args:
           folder: of the model.
-          scaled: whether weights of eight bits may have scales beside them.
+          packed: endings of names, of those that tell weights in few bits, which the caller makes numbers of.
 
         Raises:
           TwlaError: a file is missing, unreadable, not safetensors, or lacks what the index places there; or there are
@@ -63,7 +63,7 @@ class Shards:
         # What a file holds beyond the index is not passed over: it has to have a place, too.
         held = {name: path for path, file in self._opened.items() for name in file.keys()}  # noqa: SIM118
         self._files = {**held, **promised}
-        _refuse_quantized(self._files, scaled=scaled)
+        _refuse_quantized(self._files, packed)
         self._stored = _published_names(self._files)
 
     def names(self) -> Collection[str]:
@@ -186,10 +186,10 @@ def _nothing_to_read(folder: Path) -> str:
     return f"{folder}: neither {SINGLE} nor {INDEX} is there"
 
 
-def _refuse_quantized(files: dict[str, Path], *, scaled: bool) -> None:
+def _refuse_quantized(files: dict[str, Path], packed: Collection[str]) -> None:
     for name, path in files.items():
         for ending, tool in _QUANTIZED.items():
-            if name.endswith(ending) and not (scaled and ending == ".weight_scale_inv"):
+            if name.endswith(ending) and ending not in packed:
                 raise TwlaError(
                     f"{path}: its weights are quantised already ({tool}, tensor {name!r});"
                     " bring the model in 16 or 32 bits"

@@ -45,6 +45,7 @@ def attention(
     positions: Positions,
     window: Int32[Array, ""],
     softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "b t heads_d"]:
     """Return every query's mix of the values at or before it, no further back than `window`, in `q.dtype`.
 
@@ -54,17 +55,18 @@ def attention(
       positions: of queries and keys.
       window: how far back a query sees, itself included.
       softcap: c of `c · tanh(scores / c)`, which keeps scores in `(−c, c)`; None leaves them.
+      sinks: of each head, a score that has its part of the softmax and no value (arXiv 2309.17453); None for none.
     """
     kv = kv.first_rows(len(q))
     one_query = functools.partial(_one_query, softcap=softcap)
     if q.shape[1] == 1 and kv.scales is not None:
-        operands = q, kv, positions, window
+        operands = q, kv, positions, window, sinks
         products = functools.partial(_scaled_products, softcap=softcap)
         return jax.lax.platform_dependent(*operands, tpu=products, default=one_query)
     if q.shape[1] == 1 and q.shape[2] == kv.entries.shape[2]:
-        return one_query(q, kv, positions, window)
+        return one_query(q, kv, positions, window, sinks)
     k, v = dequantize(kv, q.dtype)
-    return _many_queries(q, k, v, positions, window, softcap=softcap)
+    return _many_queries(q, k, v, positions, window, sinks, softcap=softcap)
 
 
 def fused_attention(
@@ -79,7 +81,9 @@ def fused_attention(
     return mixed.reshape(*q.shape[:2], -1)
 
 
-def _one_query(q, kv: LayerKV, positions: Positions, window, softcap: float | None = None) -> jax.Array:
+def _one_query(
+    q, kv: LayerKV, positions: Positions, window, sinks=None, *, softcap: float | None = None
+) -> jax.Array:
     """Return one decode step as sums that XLA fuses with the reading of the cache, int8 or not.
 
     A matrix product would want int8 entries in another type first, written out and read again; and for a single query a
@@ -94,23 +98,25 @@ def _one_query(q, kv: LayerKV, positions: Positions, window, softcap: float | No
     scores = (queries * k).sum(-1)
     if kv.scales is not None:
         scores = scores * kv.scales[0, :, :, None]
-    weights, total = _softmax(
-        _capped(scores, softcap), _visible(positions.query[..., None, None, :], positions.key, window)
-    )
+    visible = _visible(positions.query[..., None, None, :], positions.key, window)
+    sinks = None if sinks is None else sinks.reshape(kv_heads, -1, 1)
+    weights, total = _softmax(_capped(scores, softcap), visible, sinks)
     if kv.scales is not None:
         weights = weights * kv.scales[1, :, :, None]
     mixed = (weights[..., None] * v).sum(-2) / total
     return mixed.astype(q.dtype).reshape(b, 1, heads * d)
 
 
-def _scaled_products(q, kv: LayerKV, positions: Positions, window, softcap: float | None = None) -> jax.Array:
+def _scaled_products(
+    q, kv: LayerKV, positions: Positions, window, sinks=None, *, softcap: float | None = None
+) -> jax.Array:
     """Return one decode step on int8 entries as matrix products: TPUs widen them on load, and sums take far longer."""
     k, v = kv.entries.astype(q.dtype)
-    return _many_queries(q, k, v, positions, window, kv.scales, softcap)
+    return _many_queries(q, k, v, positions, window, sinks, kv.scales, softcap)
 
 
 def _many_queries(
-    q, k, v, positions: Positions, window, scales=None, softcap: float | None = None
+    q, k, v, positions: Positions, window, sinks=None, scales=None, softcap: float | None = None
 ) -> jax.Array:
     """Return attention by matrix products, some queries at a time; `scales` belong to unscaled keys and values."""
     b, t, heads, d = q.shape
@@ -124,6 +130,7 @@ def _many_queries(
     query = jnp.atleast_2d(positions.query)
     query = jnp.pad(query, ((0, 0), (0, padding)), mode="edge").reshape(len(query), -1, chunk)
     query = query.swapaxes(0, 1)[:, :, None, None, :, None]
+    sinks = None if sinks is None else sinks.reshape(kv_heads, -1, 1, 1)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     matmul = functools.partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
 
@@ -133,7 +140,7 @@ def _many_queries(
         if scales is not None:
             scores *= scales[0][:, :, None, None]
         scores = _capped(scores * d**-0.5, softcap)
-        weights, total = _softmax(scores, _visible(query, positions.key, window))
+        weights, total = _softmax(scores, _visible(query, positions.key, window), sinks)
         if scales is not None:
             weights *= scales[1][:, :, None, None]
         flat = weights.reshape(b, kv_heads, -1, weights.shape[-1]).astype(v.dtype)
@@ -152,8 +159,14 @@ def _visible(query: jax.Array, key: jax.Array, window) -> jax.Array:
     return (distance >= 0) & (distance < window)
 
 
-def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the weights before they are divided by their total, and the total."""
+def _softmax(scores: jax.Array, visible: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the weights before they are divided by their total, and the total, in which sinks have their part."""
     scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return weights, weights.sum(-1, keepdims=True)
+    largest = scores.max(-1, keepdims=True)
+    if sinks is None:
+        weights = jnp.exp(scores - largest)
+        return weights, weights.sum(-1, keepdims=True)
+    sinks = sinks.astype(scores.dtype)
+    largest = jnp.maximum(largest, sinks)
+    weights = jnp.exp(scores - largest)
+    return weights, weights.sum(-1, keepdims=True) + jnp.exp(sinks - largest)
