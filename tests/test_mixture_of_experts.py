@@ -19,17 +19,21 @@ from twla_jax.core.settings import (
     TernarySettings,
     WeightSettings,
 )
-from twla_jax.core.tensors import TernaryTensor
+from twla_jax.core.tensors import TernaryTensor, dequantize
 from twla_jax.errors import TwlaError
+from twla_jax.jobs.export_model import export_model
 from twla_jax.models import sites
 from twla_jax.models.blocks import State, run
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.io import readers
 from twla_jax.quantization.experts import ExpertMoments, quantize_experts
 from twla_jax.recipe import BlockRefinementSettings, CalibrationSettings, Recipe
 from twla_jax.refinement import blockwise
 from twla_jax.storage import accounting, checkpoint, prediction
-from twla_jax.storage.export import compressed_tensors, gguf_file
+from twla_jax.storage.export import gguf_file
+
+from helpers.plain_planes import EXPERTS, plain_model
 
 CONFIG = DecoderConfig(
     model_type="qwen3_moe",
@@ -57,6 +61,7 @@ RECIPE = Recipe(
     activations=SETTINGS.activations,
     calibration=CalibrationSettings(windows=4, seq_len=16),
 )
+forward = jax.jit(lambda model, tokens: model(tokens))
 WINDOWS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 16)).astype(np.int32)
 
 
@@ -200,7 +205,7 @@ def test_refinement_moves_it_towards_its_teacher(model, quantized):
 def test_packed_it_computes_and_generates_the_same(loaded):
     sixteen = twla_jax.set_activation_bits(loaded[0], bits=16)
     packed = twla_jax.prepare_for_inference(sixteen, unpack=False)
-    logits = [jax.jit(lambda model, tokens: model(tokens))(each, WINDOWS) for each in (sixteen, packed)]
+    logits = [forward(each, WINDOWS) for each in (sixteen, packed)]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
     # With a cache, and a few tokens at a time, it continues the text as the whole of it says.
     found = twla_jax.generate(packed, WINDOWS[:, :15], max_new_tokens=1, eos_token_ids=())
@@ -214,10 +219,33 @@ def test_the_published_layout_is_refused(model):
         twla_jax.quantize_blocks(model, WINDOWS, settings, progress=False)
 
 
-def test_formats_without_a_form_for_experts_refuse_it(model, tmp_path):
-    """By its type, before its linears, among which the router is none."""
-    with pytest.raises(TwlaError, match="type qwen3_moe cannot be written as GGUF"):
-        gguf_file.write(model, None, tmp_path / "model.gguf", kind="tq2_0")
-    with pytest.raises(TwlaError, match="type qwen3_moe cannot be written as a Hugging Face folder"):
-        compressed_tensors.write(model, None, tmp_path, files={})
+@pytest.mark.parametrize(("format", "options"), [("hf", {"dtype": "float32"}), ("gguf", {})])
+def test_exported_it_scores_as_the_quantised_model_with_16_bit_activations(loaded, tmp_path, format, options):
+    export_model(loaded[1], tmp_path / "dest", format=format, **options)
+    again = jax.tree.map(jnp.asarray, readers.load_model(tmp_path / "dest"))
+    sixteen = twla_jax.set_activation_bits(loaded[0], bits=16)
+    expected, found = (np.asarray(forward(each, WINDOWS)) for each in (sixteen, again))
+    tolerance = 1e-4 if format == "hf" else 0.02  # float16 rounds the folded weights
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "hqq"])
+def test_formats_without_a_form_for_experts_refuse_it(loaded, tmp_path, format):
+    with pytest.raises(
+        TwlaError, match=f"^{format} is not written for mixtures of experts; give --format hf"
+    ):
+        export_model(loaded[1], tmp_path / "dest", format=format)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_llama_cpps_ternary_type_holds_every_expert_exactly(family, tmp_path):
+    config = dataclasses.replace(EXPERTS, model_type=family, qk_norm=family == "qwen3_moe")
+    planes = plain_model(64, config=config)
+    gguf_file.write(planes, None, tmp_path / "model.gguf", kind="q2_0")
+    again = readers.load_model(tmp_path / "model.gguf").blocks
+    for name in ("q", "gate", "up", "down"):
+        expected = np.asarray(dequantize(getattr(planes.blocks, name).kernel.get_value()))
+        np.testing.assert_array_equal(getattr(again, name).kernel.get_value(), expected.swapaxes(-1, -2))
+    router = np.asarray(planes.blocks.router.kernel.get_value())
+    np.testing.assert_array_equal(again.router.kernel.get_value(), router)

@@ -1,5 +1,7 @@
 """A decoder of single ternary planes without rotations, as other tools' formats can hold it."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -24,17 +26,29 @@ CONFIG = DecoderConfig(
     tie_word_embeddings=True,
 )
 
+EXPERTS = dataclasses.replace(
+    CONFIG,
+    model_type="qwen3_moe",
+    hidden_size=64,
+    intermediate_size=128,
+    head_dim=16,
+    qk_norm=True,
+    num_experts=3,
+    experts_per_token=2,
+    normalize_routing=True,
+)
 
-def plain_model(group_size, intermediate=320, offset=0.0):
+
+def plain_model(group_size, intermediate=320, offset=0.0, config=None):
     """A decoder of random planes without rotations, whose μ have this standard deviation."""
-    config = DecoderConfig(**CONFIG.to_dict() | {"intermediate_size": intermediate})
+    config = config or DecoderConfig(**CONFIG.to_dict() | {"intermediate_size": intermediate})
     model = Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
     rng = np.random.default_rng(0)
     for name in ("q", "k", "v", "o", "gate", "up", "down"):
-        layers, m, n = getattr(model.blocks, name).kernel.get_value().shape
+        *leading, m, n = getattr(model.blocks, name).kernel.get_value().shape
         groups = -(-m // group_size)
-        alpha = rng.uniform(0.01, 0.1, (layers, n, groups))
-        codes = rng.integers(-1, 2, (layers, n, m))
+        alpha = rng.uniform(0.01, 0.1, (*leading, n, groups))
+        codes = rng.integers(-1, 2, (*leading, n, m))
         mu = offset * rng.normal(size=alpha.shape)
         plane = tensors.from_codes(
             jnp.asarray(codes, jnp.int8), jnp.asarray(alpha), jnp.asarray(mu), group_size

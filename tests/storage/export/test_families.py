@@ -1,5 +1,8 @@
 """Hugging Face folders of every family: transformers reads the settings, and weights have their published names."""
 
+import re
+
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from twla_jax.storage.export.hf_config import hf_config
 from helpers.golden import NAMES, Golden
 
 forward = jax.jit(lambda model, tokens: model(tokens))
-DENSE = [name for name in NAMES if Golden(name).config["model_type"] in hf_families.FAMILIES]
+WRITTEN = [name for name in NAMES if Golden(name).config["model_type"] in hf_families.FAMILIES]
 # What decides the forward pass, and is not of one family alone.
 KEYS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -37,19 +40,17 @@ KEYS = (
         "hidden_activation",
     ),
     *("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier", "hidden_act"),
+    *("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("swiglu_alpha", "swiglu_limit"),
     *("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "use_sliding_window"),
 )
 
 
-def test_the_families_before_mixtures_can_all_be_written():
-    assert (
-        {"llama", "smollm3", "granite", "gemma2", "gemma3_text", "olmo2", "olmo3", "phi3"}
-        <= {*hf_families.FAMILIES}
-        <= {*FAMILIES}
-    )
+def test_every_family_can_be_written():
+    assert hf_families.FAMILIES.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_transformers_reads_the_settings_that_the_model_came_with(name):
     original = Golden(name).config
     written = hf_config(config_from_hf(original), "float32")
@@ -57,6 +58,8 @@ def test_transformers_reads_the_settings_that_the_model_came_with(name):
     found = transformers.AutoConfig.for_model(**written).to_dict()
     for key in KEYS:
         value = expected.get(key)
+        if key == "intermediate_size" and "moe_intermediate_size" in expected:
+            continue  # of an MLP without experts, which no layer has
         if key == "rope_parameters":
             _assert_rope(found[key], value)
         elif isinstance(value, int | float):
@@ -76,7 +79,7 @@ def _assert_rope(found, expected):
             assert found[key] == value, key
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_settings_are_read_back_as_they_were(name):
     config = config_from_hf(Golden(name).config)
     again = config_from_hf(hf_config(config, "float32"))
@@ -86,7 +89,13 @@ def test_settings_are_read_back_as_they_were(name):
         assert found[key] == expected, key
 
 
-@pytest.mark.parametrize("name", ["smollm3", "granite", "gemma2", "gemma3", "olmo3", "phi3", "phi4_mini"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("smollm3", "granite", "gemma2", "gemma3", "olmo3", "phi3", "phi4_mini"),
+        *("mixtral", "qwen3_moe", "gpt_oss"),
+    ],
+)
 def test_weights_have_the_names_and_values_that_they_came_with(name, tmp_path):
     case = Golden(name)
     (tmp_path / "in").mkdir()
@@ -111,10 +120,12 @@ WITHOUT_A_FORM = {
     "qwen2_sliding": "windows in only some layers",
     "gemma3_linear": "for sliding_layers of gemma3_text",
     "olmo3_yarn": "the rotary scaling of olmo3",
+    "qwen3_moe_plain": "windows in models of type qwen3_moe",
+    "gpt_oss": "type gpt_oss are not written as GGUF",
 }
 
 
-@pytest.mark.parametrize("name", sorted({*DENSE} - {*WITHOUT_A_FORM}))
+@pytest.mark.parametrize("name", sorted({*WRITTEN} - {*WITHOUT_A_FORM}))
 def test_a_gguf_file_holds_the_same_model(name, tmp_path):
     case = Golden(name)
     case.config |= AS_LLAMA_CPP_HAS_IT.get(name, {})
@@ -137,6 +148,33 @@ def test_what_llama_cpp_would_take_for_something_else_is_refused(name, tmp_path)
         gguf_file.write(load_model(Golden(name).write(tmp_path)), None, tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(("name", "architecture"), [("mixtral", "LLAMA"), ("qwen3_moe", "QWEN3MOE")])
+def test_experts_in_gguf_are_stacked_under_llama_cpps_own_names(name, architecture, tmp_path):
+    case = Golden(name)
+    gguf_file.write(load_model(case.write(tmp_path)), None, tmp_path / "model.gguf")
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], 2)
+    seen = set()
+    for stored, weight in case.weights.items():
+        name = table.get_name(re.sub(r"experts\.\d+", "experts", stored), (".weight",))
+        seen.add(name)
+        if "attn_q.w" in name or "attn_k.w" in name:
+            continue  # whose rows have another order
+        expert = re.search(r"experts\.(\d+)", stored)
+        data = held[name].data if expert is None else held[name].data[int(expert[1])]
+        np.testing.assert_array_equal(data, weight)
+        matrix = weight.ndim == 2 and "ffn_gate_inp" not in name
+        assert held[name].tensor_type.name == ("F16" if matrix else "F32")
+    assert seen == held.keys()
+
+
+def test_experts_whose_weights_llama_cpp_would_change_are_refused(tmp_path):
+    case = Golden("qwen3_moe")
+    case.config |= {"norm_topk_prob": False}
+    with pytest.raises(TwlaError, match="takes True for normalize_routing of qwen3_moe, not False"):
+        gguf_file.write(load_model(case.write(tmp_path)), None, tmp_path / "model.gguf")
+
+
 def test_settings_that_a_class_cannot_have_are_refused():
     config = config_from_hf(Golden("phi3").config)
     for family, change, message in (
@@ -145,6 +183,12 @@ def test_settings_that_a_class_cannot_have_are_refused():
         ("gemma2", {"embed_scale": 1.0}, "no gemma2 with this scale of embeddings"),
         ("olmo2", {"o_bias": True}, "no olmo2 with the biases"),
         ("mistral", {"sliding_window": 7, "sliding_layers": (0,)}, "no mistral with windows in only some"),
+        (
+            "mixtral",
+            {"normalize_routing": False},
+            "no mixtral with weights of experts that do not add up to 1",
+        ),
+        ("gpt_oss", {"qkv_bias": True}, "no gpt_oss with the biases"),
     ):
         settings = config.to_dict() | {"model_type": family, "rope_scaling": None} | change
         with pytest.raises(TwlaError, match=message):

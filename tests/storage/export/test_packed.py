@@ -12,6 +12,8 @@ from twla_jax.jobs.export_model import export_model
 from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint
 
+from helpers.plain_planes import EXPERTS, exported, plain_model
+
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "read_packed.py"
 
 
@@ -60,3 +62,12 @@ def test_it_reads_two_planes_integers_and_bfloat16(tiny_ternary, packed_model, t
     np.testing.assert_allclose(model.weight("blocks.o.kernel"), tensors.dequantize(two), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(model.weight("embed"), integers.dequantize())
     np.testing.assert_array_equal(model.weight("norm.scale"), np.asarray(norm, np.float64))
+
+
+def test_it_reads_every_expert(packed_model, tmp_path):
+    planes = plain_model(64, offset=0.1, config=EXPERTS)
+    model = packed_model(exported(planes, tmp_path, format="safetensors") / "model.safetensors")
+    for name in ("gate", "down"):
+        kernel = getattr(planes.blocks, name).kernel.get_value()
+        expected = tensors.dequantize(kernel)[1]
+        np.testing.assert_allclose(model.weight(f"blocks.{name}.kernel", 1), expected, rtol=1e-5, atol=1e-6)

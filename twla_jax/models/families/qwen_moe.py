@@ -5,10 +5,14 @@ from typing import Any
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.config_keys import MOST_LAYERS
-from twla_jax.models.families import qwen
-from twla_jax.models.families.family import Family, HfConfig
-from twla_jax.models.families.llama import GGUF_TENSORS
-from twla_jax.models.families.moe import EXPERT_KEYS, MoeBlock, expert_settings, expert_tensors
+from twla_jax.models.families.family import Family, HfConfig, layer_kinds, sliding_settings
+from twla_jax.models.families.moe import (
+    EXPERT_KEYS,
+    GGUF_EXPERT_TENSORS,
+    MoeBlock,
+    expert_settings,
+    expert_tensors,
+)
 from twla_jax.schema import boolean, integer, optional, sequence
 
 
@@ -19,13 +23,24 @@ def _settings(config: HfConfig, source: str) -> dict[str, Any]:
         raise TwlaError(
             f"{source}: {key} {value}: layers without experts are not supported beside those with"
         )
-    attention = qwen.FAMILIES["qwen3"].settings(config, source)
+    bias = config.get("attention_bias", False)
     return {
-        **attention,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "qk_norm": True,
+        **_windows(config, source),
         **expert_settings(config, source, default=128),
         "intermediate_size": config["moe_intermediate_size"],
         "normalize_routing": config["norm_topk_prob"],
     }
+
+
+def _windows(config: HfConfig, source: str) -> dict[str, Any]:
+    """Return the windows: in all layers, where switched on; transformers reads no other key of them here."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    if window is not None and "full_attention" in (layer_kinds(config, source) or []):
+        raise TwlaError(f"{source}: layer_types with full layers are not supported for qwen3_moe")
+    return sliding_settings(config, window, range(config["num_hidden_layers"]), source)
 
 
 def _gguf_settings(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,13 +52,6 @@ def _gguf_settings(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict
     }
 
 
-_DENSE = {f"blocks.{name}.{leaf}" for name in ("gate", "up", "down") for leaf in ("kernel", "bias")}
-_GGUF_TENSORS = {path: name for path, name in GGUF_TENSORS.items() if path not in _DENSE}
-_GGUF_TENSORS |= {
-    f"blocks.{name}.kernel": f"blk.{{}}.ffn_{name}_exps.weight" for name in ("gate", "up", "down")
-}
-_GGUF_TENSORS["blocks.router.kernel"] = "blk.{}.ffn_gate_inp.weight"
-
 FAMILIES = {
     "qwen3_moe": Family(
         block=MoeBlock,
@@ -51,7 +59,6 @@ FAMILIES = {
         defaults={
             "num_key_value_heads": 4,
             "sliding_window": 4096,
-            "max_window_layers": 28,
             "max_position_embeddings": 32768,
             "intermediate_size": 6144,
             "moe_intermediate_size": 768,
@@ -72,6 +79,6 @@ FAMILIES = {
         ),
         gguf_settings=_gguf_settings,
         gguf_architecture="qwen3moe",
-        gguf_tensors=_GGUF_TENSORS,
+        gguf_tensors=GGUF_EXPERT_TENSORS,
     )
 }

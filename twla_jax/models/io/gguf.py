@@ -89,7 +89,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
     """
     source = str(file.path)
     architecture = file.require("general.architecture")
-    families = by_gguf_architecture()
+    families = by_gguf_architecture(experts=bool(file.get(f"{architecture}.expert_count")))
     if not isinstance(architecture, str) or architecture not in families:
         raise TwlaError(
             f"{source}: architecture {shown(architecture)} is not supported; supported are {', '.join(families)}"

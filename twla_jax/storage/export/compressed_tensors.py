@@ -16,7 +16,13 @@ from twla_jax.storage.export import safetensors_file
 from twla_jax.storage.export.folding import Parameter, parameters
 from twla_jax.storage.export.hf_config import hf_config
 from twla_jax.storage.export.huggingface import DTYPES, cast, published_name, write_settings
-from twla_jax.storage.export.plain_planes import common_group, is_linear, plane, require_plain
+from twla_jax.storage.export.plain_planes import (
+    common_group,
+    is_linear,
+    plane,
+    require_no_experts,
+    require_plain,
+)
 from twla_jax.storage.export.safetensors_file import Tensor
 
 if TYPE_CHECKING:
@@ -35,6 +41,7 @@ def write(
     Raises:
       TwlaError: the linears have offsets, a second plane or rotated inputs, or groups that the format cannot hold.
     """
+    require_no_experts(model, "compressed-tensors")
     config = hf_config(model.config, _DTYPE)
     tensors = require_plain(model, "compressed-tensors")
     family = family_of(model.config)

@@ -46,11 +46,13 @@ def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> N
     config = model.config
     if config.model_type not in hf_families.FAMILIES:
         raise TwlaError(f"models of type {config.model_type} cannot be written as GGUF")
+    family = FAMILIES[_AS.get(config.model_type, config.model_type)]
+    if family.gguf_architecture is None:
+        raise TwlaError(f"models of type {config.model_type} are not written as GGUF; give --format hf")
     ternary = TYPES.get(kind)
     if ternary is not None:
         ternary.require(require_plain(model, ternary.name))
-    family = FAMILIES[_AS.get(config.model_type, config.model_type)]
-    writer = gguf.GGUFWriter(path, str(family.gguf_architecture))
+    writer = gguf.GGUFWriter(path, family.gguf_architecture)
     add_settings(writer, config)
     writer.add_file_type(ternary.file_type if ternary else _FILE_TYPE_F16)
     add_vocabulary(writer, tokenizer, config.vocab_size, config.eos_token_ids)
@@ -66,7 +68,9 @@ def write(model: Decoder, tokenizer: Any, path: Path, *, kind: str = "f16") -> N
             writer.add_tensor_info(name, shape, np.dtype(np.float16), ternary.nbytes(shape), number)
             make = functools.partial(_ternary_rows, kind=ternary, config=config, family=family)
         else:
-            dtype = np.dtype(np.float16 if len(shape) == 2 else np.float32)
+            # A router decides between experts: its matrix is as llama.cpp's own converter writes it.
+            matrix = len(shape) > 1 and not parts[0].name.startswith("blocks.router.")
+            dtype = np.dtype(np.float16 if matrix else np.float32)
             writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize)
             make = functools.partial(_cast, dtype=dtype, config=config, family=family)
         makers.append(lambda make=make, parts=parts: np.concatenate([make(part) for part in parts]))

@@ -19,6 +19,8 @@ def add_settings(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
       TwlaError: it has no form for one of them.
     """
     sliding = config.sliding_layers if config.sliding_window is not None else ()
+    if writer.arch == "qwen3moe" and sliding:
+        raise TwlaError("llama.cpp has no form for windows in models of type qwen3_moe; give --format hf")
     if writer.arch in ("llama", "qwen2", "qwen3") and sliding and len(sliding) != config.num_layers:
         raise TwlaError("llama.cpp has no form for windows in only some layers; give --format hf")
     writer.add_context_length(config.max_position_embeddings)
@@ -94,6 +96,16 @@ def _olmo3(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     writer.add_array(f"{writer.arch}.attention.sliding_window_pattern", slides)
 
 
+def _mixtral(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.experts_per_token)
+
+
+def _qwen3_moe(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
+    _mixtral(writer, config)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+
+
 def _phi3(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     if config.sliding_window is None:
         writer.add_sliding_window(0)  # by which llama.cpp tells Phi-4
@@ -105,4 +117,6 @@ _OWN: dict[str, Callable[[gguf.GGUFWriter, DecoderConfig], None]] = {
     "gemma3_text": _sliding_theta,
     "olmo3": _olmo3,
     "phi3": _phi3,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
 }

@@ -1,6 +1,7 @@
 """Packs planes into llama.cpp's ternary types: one float16 scale over 64 or 256 columns, two bits a weight."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -49,8 +50,8 @@ class TernaryType:
                 )
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes that a matrix takes."""
-        return shape[0] * (shape[1] // self.block) * self.block_bytes
+        """Return the bytes that a matrix takes, or a stack of them."""
+        return math.prod(shape) // self.block * self.block_bytes
 
     def rows(self, plane: Plane) -> UInt8[np.ndarray, "n bytes"]:
         """Return a matrix as this type holds it; `plane` has a scale for every block."""

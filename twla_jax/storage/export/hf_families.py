@@ -35,6 +35,10 @@ def _llama(config: DecoderConfig) -> dict[str, Any]:
 
 def _mistral(config: DecoderConfig) -> dict[str, Any]:
     require(not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm), config)
+    return _one_window(config)
+
+
+def _one_window(config: DecoderConfig) -> dict[str, Any]:
     some = config.sliding_window is not None and len(config.sliding_layers) != config.num_layers
     require(not some, config, "windows in only some layers")
     return {"sliding_window": config.sliding_window}
@@ -110,6 +114,41 @@ def _phi3(config: DecoderConfig) -> dict[str, Any]:
     return _mistral(config)
 
 
+def _mixtral(config: DecoderConfig) -> dict[str, Any]:
+    require(config.normalize_routing, config, "weights of experts that do not add up to 1")
+    experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token}
+    return {**_mistral(config), **experts}
+
+
+def _qwen3_moe(config: DecoderConfig) -> dict[str, Any]:
+    require(config.qkv_bias == config.o_bias and not config.mlp_bias and config.qk_norm, config)
+    return {
+        "attention_bias": config.qkv_bias,
+        "use_sliding_window": config.sliding_window is not None,
+        **_one_window(config),
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.intermediate_size,
+        "norm_topk_prob": config.normalize_routing,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _gpt_oss(config: DecoderConfig) -> dict[str, Any]:
+    bounded = config.mlp_bias and config.swiglu_limit is not None
+    require(bounded and config.qkv_bias == config.o_bias and not config.qk_norm, config)
+    return {
+        "attention_bias": config.qkv_bias,
+        "sliding_window": config.sliding_window,
+        "layer_types": _layer_types(config),
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "swiglu_alpha": config.swiglu_alpha,
+        "swiglu_limit": config.swiglu_limit,
+    }
+
+
 class Published(NamedTuple):
     """Names a family's class in transformers and its own keys; `layered`: rotary settings differ by kind of layer."""
 
@@ -131,4 +170,7 @@ FAMILIES = {
     "olmo2": Published("Olmo2ForCausalLM", _olmo2),
     "olmo3": Published("Olmo3ForCausalLM", _olmo3, layered=True),
     "phi3": Published("Phi3ForCausalLM", _phi3),
+    "mixtral": Published("MixtralForCausalLM", _mixtral),
+    "qwen3_moe": Published("Qwen3MoeForCausalLM", _qwen3_moe),
+    "gpt_oss": Published("GptOssForCausalLM", _gpt_oss),
 }

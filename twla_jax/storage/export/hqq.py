@@ -19,7 +19,13 @@ from twla_jax.storage.export import safetensors_file
 from twla_jax.storage.export.folding import Parameter, parameters
 from twla_jax.storage.export.hf_config import hf_config
 from twla_jax.storage.export.huggingface import DTYPES, cast, published_name, write_settings
-from twla_jax.storage.export.plain_planes import common_group, is_linear, plane, require_plain
+from twla_jax.storage.export.plain_planes import (
+    common_group,
+    is_linear,
+    plane,
+    require_no_experts,
+    require_plain,
+)
 from twla_jax.storage.export.safetensors_file import Tensor
 
 if TYPE_CHECKING:
@@ -64,6 +70,7 @@ def write(
     Raises:
       TwlaError: the linears have a second plane or rotated inputs, or groups that the format cannot hold.
     """
+    require_no_experts(model, "hqq")
     tensors = require_plain(model, "hqq", offsets=True)
     family = family_of(model.config)
     if family.hf_fused or family.hf_norms_less_one:

@@ -26,8 +26,8 @@ class Plane(NamedTuple):
 
 
 def is_linear(parameter: Parameter) -> bool:
-    """Return whether a parameter is the kernel of a linear of a block."""
-    return parameter.layer is not None and parameter.name.endswith(".kernel")
+    """Return whether a parameter is the kernel of a linear of a block that is quantised: a router's is not."""
+    return parameter.site is not None
 
 
 def require_plain(model: Decoder, format: str, *, offsets: bool = False) -> list[TernaryTensor]:
@@ -62,8 +62,20 @@ def require_plain(model: Decoder, format: str, *, offsets: bool = False) -> list
     return list(held.values())
 
 
+def require_no_experts(model: Decoder, format: str) -> None:
+    """Refuse mixtures of experts.
+
+    Raises:
+      TwlaError: the model is one.
+    """
+    if model.config.num_experts:
+        raise TwlaError(f"{format} is not written for mixtures of experts; give --format hf or safetensors")
+
+
 def plane(parameter: Parameter, group_size: int) -> Plane:
     """Return codes, scales and offsets of one layer, the latter repeated for groups of `group_size` columns.
+
+    The rows of all experts are one below the other.
 
     Args:
       parameter: the kernel.
@@ -72,7 +84,8 @@ def plane(parameter: Parameter, group_size: int) -> Plane:
     tensor = parameter.value
     codes = np.asarray(packing.unpack(tensor.codes, tensor.in_features)).astype(np.int8) - np.int8(1)
     first = jnp.arange(0, tensor.in_features, group_size) // tensor.group_size
-    return Plane(codes, np.asarray(tensor.alpha[:, first]), np.asarray(tensor.mu[:, first]))
+    parts = codes, np.asarray(tensor.alpha[..., first]), np.asarray(tensor.mu[..., first])
+    return Plane(*(part.reshape(-1, part.shape[-1]) for part in parts))
 
 
 def common_group(tensors: list[TernaryTensor], format: str) -> int:
