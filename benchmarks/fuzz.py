@@ -48,6 +48,25 @@ def gguf(data: bytes) -> None:
                 read(file)
 
 
+def metadata(data: bytes) -> None:
+    """Read the settings of a `.gguf` file with this JSON as its metadata; `factors` is the length of LongRoPE's."""
+    from fuzz_seeds import gguf_file
+
+    from twla_jax.models.io import gguf as reader
+    from twla_jax.models.io.gguf_file import GgufFile
+    from twla_jax.models.io.tokenizer import tokenizer_from_gguf
+
+    try:
+        file = gguf_file(_object(data))
+    except (ValueError, RecursionError, struct.error):
+        return
+    with _folder({"model.gguf": file}) as folder:
+        opened = GgufFile(folder / "model.gguf")
+        for read in (reader.read_config, tokenizer_from_gguf):
+            with _refused():
+                read(opened)
+
+
 def safetensors(data: bytes) -> None:
     """Read `model.safetensors` beside a configuration of plain weights, or of such in eight bits, or of experts."""
     from twla_jax.models.io.huggingface import load_model
@@ -140,6 +159,7 @@ def manifest(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "gguf": gguf,
+    "metadata": metadata,
     "safetensors": safetensors,
     "index": index,
     "config": config,
@@ -151,7 +171,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 # Changed as JSON, after so many bytes.
-JSON = {"config": 0, "index": 0, "manifest": 0, "safetensors": 8, "tokenizer": 1}
+JSON = {"config": 0, "index": 0, "manifest": 0, "metadata": 0, "safetensors": 8, "tokenizer": 1}
 
 
 def run(target: str, data: bytes) -> None:
@@ -238,6 +258,13 @@ def _known(target: str) -> list[Any]:
         files = [(CORPUS / target / name).read_bytes() for name in ("llama", "eight-bits", "experts")]
         return [json.loads(file[8 : 8 + struct.unpack("<Q", file[:8])[0]]) for file in files]
     known = [_object(path.read_bytes()[JSON[target] :]) for path in sorted((CORPUS / target).iterdir())]
+    if target == "metadata":
+        from twla_jax.models.families import by_gguf_architecture
+        from twla_jax.models.io import gguf as reader
+
+        for name in by_gguf_architecture():
+            keys = (*reader._CHECKS, *reader._REFUSED)
+            known.append({"general.architecture": name, **{f"{name}.{key}": 1 for key in keys}})
     if target == "config":
         known += [{"model_type": name, **SIZES, **family.defaults} for name, family in FAMILIES.items()]
     return known

@@ -5,6 +5,7 @@ import math
 import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 CORPUS = Path(__file__).parent / "fuzz_corpus"
 
@@ -58,6 +59,42 @@ def seeds() -> dict[str, dict[str, bytes]]:
         },
         "gguf": {"llama": _small_gguf()},
     }
+
+
+def gguf_file(metadata: dict[str, Any]) -> bytes:
+    """Return a GGUF file with this metadata; the types of values are those that writers choose."""
+
+    def text(value: str) -> bytes:
+        data = value.encode("utf-8", "surrogatepass")
+        return struct.pack("<Q", len(data)) + data
+
+    def typed(value: Any) -> tuple[int, bytes]:
+        if isinstance(value, bool):
+            return 7, bytes([value])
+        if isinstance(value, int):
+            return (4, struct.pack("<I", value)) if 0 <= value < 2**32 else (11, struct.pack("<q", value))
+        if isinstance(value, float):
+            return (6, struct.pack("<f", value)) if abs(value) < 3e38 else (12, struct.pack("<d", value))
+        if isinstance(value, list):
+            parts = [typed(each) for each in value]
+            kind = parts[0][0] if parts else 4
+            return 9, struct.pack("<IQ", kind, len(parts)) + b"".join(data for _, data in parts)
+        return 8, text(value if isinstance(value, str) else json.dumps(value))
+
+    metadata = dict(metadata)
+    count = metadata.pop("factors", 0)
+    rows = [1.0] * count if isinstance(count, int) and 0 < count <= 32 else []
+    tensors = [("token_embd.weight", (4, 8), [0.0] * 32)]
+    tensors += [(f"rope_factors_{each}.weight", (count,), rows) for each in ("long", "short") if rows]
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
+    for key, value in metadata.items():
+        kind, data = typed(value)
+        head += text(key) + struct.pack("<I", kind) + data
+    body = b""
+    for name, shape, values in tensors:
+        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(body))
+        body += struct.pack("<32f", *values, *[0.0] * (32 - len(values)))
+    return head + bytes(-len(head) % 32) + body
 
 
 def _small_gguf() -> bytes:

@@ -123,6 +123,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
     hidden, heads = require("embedding_length"), require("attention.head_count")
     layers, kv_heads = require("block_count"), get("attention.head_count_kv", heads)
     head_dim = get("attention.key_length", hidden // heads)
+    if head_dim < 1:
+        raise TwlaError(f"{source}: {architecture}.embedding_length {hidden} is too small for {heads} heads")
     if get("attention.value_length", head_dim) != head_dim:
         raise TwlaError(f"{source}: keys and values of different sizes are not supported")
     rotated = get("rope.dimension_count", head_dim)
@@ -144,7 +146,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
         "head_dim": head_dim,
         "rms_norm_eps": require("attention.layer_norm_rms_epsilon"),
         "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(file, get, rotated // 2),
+        "rope_scaling": _rope_scaling(file, get, rotated // 2, require("context_length")),
         "rotary_dim": None if rotated == head_dim else rotated,
         "max_position_embeddings": require("context_length"),
         "tie_word_embeddings": not has("head.kernel"),
@@ -224,8 +226,15 @@ def _prefixed(getter, architecture: str, key: str, *default):
     return getter(f"{architecture}.{key}", *default)
 
 
-def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeScaling | None:
-    """Return the scaling of rotary frequencies, with llama.cpp's defaults: a factor alone means linear."""
+def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int, length: int) -> RopeScaling | None:
+    """Return the scaling of rotary frequencies, with llama.cpp's defaults: a factor alone means linear.
+
+    Args:
+      file: whose tables are read.
+      get: returns a setting.
+      pairs: of elements that are rotated.
+      length: most positions of the model.
+    """
     kind = get("rope.scaling.type", "linear")
     tables = [name for name in (ROPE_FACTORS, SHORT, LONG) if name in file.tensors]
     if kind not in ("none", "linear", "yarn") and not (kind == "longrope" and tables):
@@ -245,14 +254,14 @@ def _rope_scaling(file: GgufFile, get: Callable[..., Any], pairs: int) -> RopeSc
         )
     if ROPE_FACTORS in file.tensors:
         return RopeScaling(kind="factors", factors=_factors(file, ROPE_FACTORS, pairs))
-    original = get("rope.scaling.original_context_length", get("context_length"))
+    original = get("rope.scaling.original_context_length", length)
     if tables:
         return RopeScaling(
             kind="longrope",
             factors=_factors(file, SHORT, pairs),
             long_factors=_factors(file, LONG, pairs),
             original_max_position_embeddings=original,
-            factor=get("context_length") / original,
+            factor=length / original,
             attention_factor=of_attention,
         )
     if kind == "none" or factor == 1.0:
