@@ -120,7 +120,7 @@ WITHOUT_A_FORM = {
     "qwen2_sliding": "windows in only some layers",
     "gemma3_linear": "for sliding_layers of gemma3_text",
     "olmo3_yarn": "the rotary scaling of olmo3",
-    "qwen3_moe_plain": "windows in models of type qwen3_moe",
+    "qwen3_moe_plain": "takes True for normalize_routing of qwen3_moe, not False",
     "gpt_oss": "type gpt_oss are not written as GGUF",
 }
 
@@ -168,11 +168,11 @@ def test_experts_in_gguf_are_stacked_under_llama_cpps_own_names(name, architectu
     assert seen == held.keys()
 
 
-def test_experts_whose_weights_llama_cpp_would_change_are_refused(tmp_path):
-    case = Golden("qwen3_moe")
-    case.config |= {"norm_topk_prob": False}
-    with pytest.raises(TwlaError, match="takes True for normalize_routing of qwen3_moe, not False"):
-        gguf_file.write(load_model(case.write(tmp_path)), None, tmp_path / "model.gguf")
+@pytest.mark.parametrize("name", ["mistral_sliding", "mixtral"])
+def test_a_window_that_llama_cpp_passes_over_is_named(name, tmp_path, caplog):
+    gguf_file.write(load_model(Golden(name).write(tmp_path)), None, tmp_path / "model.gguf")
+    model_type = Golden(name).config["model_type"]
+    assert f"passes over the window of {model_type} models: with more than 7 tokens" in caplog.text
 
 
 def test_settings_that_a_class_cannot_have_are_refused():

@@ -1,5 +1,6 @@
 """Writes a decoder's settings as GGUF metadata, family by family: what `models.io.gguf` reads, the other way round."""
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.io.gguf import LONG, ROPE_FACTORS, SHORT
 from twla_jax.models.rope import inverse_frequencies
 
+_log = logging.getLogger(__name__)
+
 
 def add_settings(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     """Write what llama.cpp reads of a decoder's settings.
@@ -19,10 +22,14 @@ def add_settings(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
       TwlaError: it has no form for one of them.
     """
     sliding = config.sliding_layers if config.sliding_window is not None else ()
-    if writer.arch == "qwen3moe" and sliding:
-        raise TwlaError("llama.cpp has no form for windows in models of type qwen3_moe; give --format hf")
-    if writer.arch in ("llama", "qwen2", "qwen3") and sliding and len(sliding) != config.num_layers:
-        raise TwlaError("llama.cpp has no form for windows in only some layers; give --format hf")
+    if writer.arch in ("llama", "qwen2", "qwen3", "qwen3moe") and sliding:
+        if len(sliding) != config.num_layers:
+            raise TwlaError("llama.cpp has no form for windows in only some layers; give --format hf")
+        _log.warning(
+            "llama.cpp passes over the window of %s models: with more than %d tokens it computes something else",
+            config.model_type,
+            config.sliding_window,
+        )
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
