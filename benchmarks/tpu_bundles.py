@@ -7,7 +7,7 @@ loop that it is in, and its instructions. What waits for memory is not counted.
 import dataclasses
 import re
 
-_LINE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(L[HBE]|P[BF]|CT)? *: *>* *(\{.*)")
+_LINE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(L[HBE]|P[BF]|CT)? *: *(>*) *(\{.*)")
 _EXIT = re.compile(r"%(p\d+)\S* = scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
 _FORWARD = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
 _BACK = re.compile(r"sbr\.rel \(!%(p\d+)\S*\) target")
@@ -21,7 +21,7 @@ class Loop:
     """Holds the bundles of a loop, those of the loops in it apart; the outermost one is the program."""
 
     parts: list["str | Loop"] = dataclasses.field(default_factory=list)
-    trips: int = 1
+    trips: int | None = 1  # None where only the running program knows
 
     def cycles(self, *, grid: bool = False) -> int:
         """Return the bundles of all trips, every branch taken to be run, but for a grid's body in its extra trips.
@@ -32,13 +32,17 @@ class Loop:
         body = self._body() if grid else range(0)
         total = 0
         for index, part in enumerate(self.parts):
-            trips = self.trips - _PIPELINE if index in body else self.trips
+            trips = (self.trips or 1) - (_PIPELINE if index in body else 0)
             total += trips * (1 if isinstance(part, str) else part.cycles())
         return total
 
     def has(self, name: str) -> bool:
         """Return whether an instruction of this name is in it."""
         return any(name in part if isinstance(part, str) else part.has(name) for part in self.parts)
+
+    def unknown(self) -> bool:
+        """Return whether the trips of a loop are not in the text."""
+        return self.trips is None or any(part.unknown() for part in self.parts if isinstance(part, Loop))
 
     def _body(self) -> range:
         """Return the places of what a branch skips in the first and last trips: the widest one that multiplies."""
@@ -59,43 +63,50 @@ class Loop:
 
 
 def program(text: str) -> Loop:
-    """Return the loops of a file of final bundles.
-
-    Raises:
-      ValueError: the trips of a loop are not a constant.
-    """
-    stack, exits, ends = [Loop()], {}, set()
-    for index, (label, bundle) in enumerate(_bundles(text)):
+    """Return the loops of a file of final bundles."""
+    stack, exits, ends = [Loop()], {}, {}
+    for index, (label, depth, bundle) in enumerate(_bundles(text)):
         if label == "LB":
-            stack.append(Loop())
+            del stack[depth:]
+            stack.append(Loop(trips=None))
             stack[-2].parts.append(stack[-1])
         stack[-1].parts.append(bundle)
         exits |= {name: int(trips) for name, trips in _EXIT.findall(bundle)}
         back = _BACK.search(bundle)
         if back and back[1] in exits and len(stack) > 1:
+            del stack[max(depth, 1) + 1 :]
             stack[-1].trips = exits.pop(back[1])
-            ends.add(index + _DELAY)
+            ends[index + _DELAY] = len(stack) - 1
         if index in ends:
-            stack.pop()
-    if len(stack) > 1:
-        raise ValueError("the trips of a loop are not a constant")
+            del stack[ends[index] :]
     return stack[0]
 
 
-def cycles(text: str) -> int:
-    """Return the cycles of a program, from its final bundles."""
+def cycles(text: str, *, lenient: bool = False) -> int:
+    """Return the cycles of a program, from its final bundles.
+
+    Args:
+      text: of the file.
+      lenient: count loops once if their trips are known only when they run.
+
+    Raises:
+      ValueError: the trips of a loop are not a constant, and that is not allowed.
+    """
     outermost = program(text)
+    if not lenient and outermost.unknown():
+        raise ValueError("the trips of a loop are not a constant")
     return sum(
         1 if isinstance(part, str) else part.cycles(grid=part.has(_MULTIPLY)) for part in outermost.parts
     )
 
 
-def _bundles(text: str) -> list[tuple[str, str]]:
-    """Return each bundle's label and instructions."""
-    found: list[tuple[str, str]] = []
+def _bundles(text: str) -> list[tuple[str, int, str]]:
+    """Return each bundle's label, the number of loops that it is in, and its instructions."""
+    found: list[tuple[str, int, str]] = []
     for line in text.splitlines():
         if match := _LINE.match(line):
-            found.append((match[1] or "", match[2]))
+            found.append((match[1] or "", len(match[2]), match[3]))
         elif found:
-            found[-1] = (found[-1][0], found[-1][1] + line)
+            label, depth, bundle = found[-1]
+            found[-1] = (label, depth, bundle + line)
     return found

@@ -117,7 +117,7 @@ class Compiler:
         # Read when libtpu is loaded, with the first topology.
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         self._topology = functools.cache(
             lambda chip: topologies.get_topology_desc(CHIPS[chip].topology, platform="tpu")
         )
@@ -144,7 +144,8 @@ class Compiler:
         for file in self.folder.glob("*-final_bundles.txt"):
             match = re.match(r"\d+-(.*)-\d+-final_bundles", file.name)
             if match and not re.fullmatch(r"TLP|<.*>", match[1]):
-                found[match[1] in calls] += tpu_bundles.cycles(file.read_text())
+                own = match[1] in calls
+                found[own] += tpu_bundles.cycles(file.read_text(), lenient=not own)
         return found[True], found[False]
 
 

@@ -23,7 +23,9 @@ from twla_jax.ops.ternary_matmul import (
     reference,
     ring_tiles,
     ternary_matmul,
+    tile_configs,
     tpu,
+    tpu_unpack,
 )
 from twla_jax.ops.ternary_matmul.weight import fields_of_pair, pair
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
@@ -71,6 +73,38 @@ def test_tpu_kernel_equals_the_reference(n, m, size, kind):
     x = operands(activations(kind, 5, m))
     expected = by_reference(*x, weight)
     np.testing.assert_allclose(by_tpu_kernel(*x, weight), expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("kind", "size"), [("int8", 128), ("int8", 576), ("bfloat16", 128)])
+def test_tpu_kernel_of_many_tokens_equals_the_reference(kind, size):
+    weight = packed([matrix(192, 576, size)], [np.linspace(-1, 1, 192, dtype=np.float32)])
+    x = operands(activations(kind, tile_configs.TPU_FEW_TOKENS + 40, 576))
+    expected = by_reference(*x, weight)
+    # Weights of bf16 are whole numbers, which it holds; the sums of float tokens are rounded in another order.
+    np.testing.assert_allclose(by_tpu_kernel(*x, weight), expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_two_planes_at_once_are_the_same_as_one(monkeypatch):
+    weight = packed([matrix(128, 1024, 128)])
+    x = operands(tokens(5, 1024))
+    expected = by_tpu_kernel(*x, weight)
+    monkeypatch.setattr(tpu_unpack, "planes_together", lambda: 2)
+    found = jax.jit(functools.partial(tpu.matmul, out_dtype=jnp.float32, interpret=True))(*x, weight)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_blocks_of_many_tokens_fit_memory():
+    for config in shapes.SHAPES.values():
+        for n, m in shapes.matrices(config).values():
+            columns, rows = -(-m // 512) * 512, -(-n // 128) * 128
+            for t, size in itertools.product((257, 300, 2048, 5000), (1, 2)):
+                tile = tile_configs.tpu_tile_config(t, rows, columns, size, many=True)
+                assert rows % tile.rows == 0
+                blocks = -(-t // tile.tokens)
+                assert blocks * tile.tokens - t < 128 * blocks
+                x, weights = tile.tokens * columns * size, 2 * tile.rows * columns
+                codes, out = tile.rows * (columns // 4 + columns // 64), 4 * tile.tokens * tile.rows
+                assert 2 * (x + codes + out) + weights <= tile_configs.TPU_MEMORY
 
 
 def test_scales_are_the_same_as_their_bits():

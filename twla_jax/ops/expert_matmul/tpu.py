@@ -3,6 +3,8 @@
 The experts of the blocks are known before the kernel runs, and say which codes are fetched: no other matrix is read.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -10,11 +12,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.ternary_matmul import tile_configs, tpu
+from twla_jax.ops.ternary_matmul import tile_configs, tpu, tpu_unpack
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, shapes_of_one
-from twla_jax.ops.tokens import group_sums
 
-LEAST_ROWS = 32  # of a block: a tile of int8
+LEAST_ROWS = 8  # of a block
 
 
 def products(
@@ -27,37 +28,39 @@ def products(
     """Return what `api.products` does, for int8 or bf16 x."""
     count, size, _ = x.shape
     one = shapes_of_one(weight)
-    block = tile_configs.tpu_tile_config(size, one.rows).rows
-    groups = one.column_tiles * one.planes
-    x = jnp.pad(x.reshape(count * size, -1), ((0, 0), (0, groups * PLANE - x.shape[-1])))
-    totals = group_sums(x).reshape(len(x), one.column_tiles, one.planes).swapaxes(0, 1)
-    exact = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
-
-    def kernel(experts_ref, *refs):
-        tpu.accumulate(*refs, weight=one, operand=tpu.operand(x.dtype))
-
-    y = pl.pallas_call(
-        kernel,
+    columns = one.column_tiles * one.planes * PLANE
+    config = tile_configs.tpu_tile_config(size, one.rows, columns, x.dtype.itemsize, many=False)
+    block = config.rows
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[-1])))
+    sums = jax.vmap(functools.partial(tpu.block_totals, weight=one, many=False))(_group_sums(x))
+    body = tpu.kernel(one, tpu_unpack.operand(x.dtype), many=False)
+    return pl.pallas_call(
+        lambda experts_ref, *refs: body(*refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(count, one.rows // block, one.column_tiles),
+            grid=(count, one.rows // block),
             in_specs=[
-                pl.BlockSpec((size, one.planes * PLANE), lambda i, j, k, experts: (i, k)),
-                pl.BlockSpec((1, size, one.planes), lambda i, j, k, experts: (k, i, 0)),
-                pl.BlockSpec((None, 1, block, PLANE), lambda i, j, k, experts: (experts[i], k, j, 0)),
+                pl.BlockSpec((None, size, columns), lambda i, j, experts: (i, 0, 0)),
+                pl.BlockSpec((None, *sums.shape[1:]), lambda i, j, experts: (i, 0, 0, 0)),
                 pl.BlockSpec(
-                    (None, 1, one.parameters, block),
-                    lambda i, j, k, experts: (experts[i], k if one.grouped else 0, 0, j),
+                    (None, one.column_tiles, block, PLANE), lambda i, j, experts: (experts[i], 0, j, 0)
+                ),
+                pl.BlockSpec(
+                    (None, *one.scales.shape[:2], block), lambda i, j, experts: (experts[i], 0, 0, j)
                 ),
             ],
-            out_specs=pl.BlockSpec((size, block), lambda i, j, k, experts: (i, j)),
-            scratch_shapes=[
-                pltpu.VMEM((size, block), jnp.float32 if one.grouped else exact),
-                pltpu.VMEM((size, 1), exact),
-            ],
+            out_specs=pl.BlockSpec((None, size, block), lambda i, j, experts: (i, 0, j)),
         ),
-        out_shape=jax.ShapeDtypeStruct((len(x), one.rows), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        out_shape=jax.ShapeDtypeStruct((count, size, one.rows), jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"),
+            vmem_limit_bytes=tile_configs.tpu_memory(config, columns, x.dtype.itemsize, one.bits, many=False),
+        ),
         interpret=interpret,
-    )(experts, x, totals, weight.codes, weight.scale_bits)
-    return y.reshape(count, size, one.rows)
+    )(experts, x, sums, weight.codes, weight.scale_bits)
+
+
+def _group_sums(x: Float[Array, "count size m"]) -> Float[Array, "count size groups"]:
+    """Return the sums over groups of 128 columns, by a product: XLA's sums of bytes take as long as all the rest."""
+    groups = jnp.repeat(jnp.eye(x.shape[-1] // PLANE, dtype=x.dtype), PLANE, axis=0)
+    return jnp.matmul(x, groups, preferred_element_type=tpu_unpack.exact(x.dtype))

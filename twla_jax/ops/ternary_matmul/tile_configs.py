@@ -123,6 +123,13 @@ def tile_bytes(rows: int) -> int:
     return PLANE * rows + 8 * filled_up(rows)
 
 
+TPU_FEW_TOKENS = 256  # up to which scaling sums takes fewer operations than scaling weights
+TPU_MEMORY = 60 * 1024 * 1024  # of VMEM, of which v7x has the least: 64 MiB
+_TPU_LEAST_MEMORY = 16 * 1024 * 1024
+_TPU_LARGE_BLOCK = 1024  # rows
+_TPU_BLOCK_BYTES = 16 * 1024 * 1024  # of a block of tokens, which is there twice, and of unpacked weights
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuTileConfig:
     """Describes the tokens and weight rows of a block."""
@@ -131,7 +138,45 @@ class TpuTileConfig:
     rows: int
 
 
-def tpu_tile_config(tokens: int, rows: int) -> TpuTileConfig:
-    """Return the config for `tokens` tokens and `rows` weight rows, a multiple of 128."""
-    block = next(size for size in (512, 384, 256, 128) if rows % size == 0)
-    return TpuTileConfig(tokens=min(256, -(-tokens // 32) * 32), rows=block)
+def tpu_tile_config(tokens: int, rows: int, columns: int, itemsize: int, *, many: bool) -> TpuTileConfig:
+    """Return the config for `tokens` tokens and `rows` weight rows, a multiple of 128.
+
+    Args:
+      tokens: of all blocks.
+      rows: of the weight.
+      columns: of both, filled up to whole tiles.
+      itemsize: bytes of a token's number.
+      many: weights are unpacked for each block of tokens, which is as large as there is memory.
+    """
+    blocks = [size for size in (512, 384, 256, 128) if rows % size == 0]
+    if not many:
+        each = -(-tokens // -(-tokens // 128))
+        filled = -(-each // 8) * 8 if each == tokens else -(-each // 32) * 32
+        # The larger a block, the fewer steps begin and end, but nothing hides the loading of the first one.
+        large = rows % _TPU_LARGE_BLOCK == 0 and rows >= 8 * _TPU_LARGE_BLOCK and filled <= 32
+        return TpuTileConfig(tokens=filled, rows=_TPU_LARGE_BLOCK if large else blocks[0])
+    # Weights are unpacked to int8, or to bf16 where a chip has no products of int8.
+    fitting = [size for size in blocks if 2 * size * columns <= _TPU_BLOCK_BYTES]
+    most = max(256, min(2048, _TPU_BLOCK_BYTES // (columns * itemsize) // 256 * 256))
+    each = -(-tokens // -(-tokens // most))
+    filled = -(-each // 128) * 128 if each > 256 else -(-each // 32) * 32
+    return TpuTileConfig(tokens=filled, rows=(fitting or blocks[-1:])[0])
+
+
+def tpu_memory(config: TpuTileConfig, columns: int, itemsize: int, bits: int, *, many: bool) -> int:
+    """Return the bytes of VMEM that a kernel may use, hardly more than it needs: XLA keeps arrays in the rest.
+
+    Args:
+      config: from `tpu_tile_config`.
+      columns: of both operands.
+      itemsize: bytes of a token's number.
+      bits: of a code.
+      many: as in `tpu_tile_config`.
+    """
+    tokens, rows = config.tokens, config.rows
+    blocks = (
+        tokens * columns * itemsize + 4 * tokens * rows + rows * columns * bits // 8 + rows * columns // 16
+    )
+    chunk = min(tokens, 512)
+    unpacked = 2 * rows * columns + 2 * chunk * columns + 4 * chunk * rows if many else 0
+    return min(max(5 * (2 * blocks + unpacked) // 4, _TPU_LEAST_MEMORY), TPU_MEMORY)

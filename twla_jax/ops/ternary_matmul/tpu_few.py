@@ -1,0 +1,117 @@
+"""Multiplies few tokens by packed weights on TPUs: all columns of some rows in one step, scales applied to sums."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from twla_jax.core.packing import PLANE
+from twla_jax.ops.ternary_matmul import tpu_unpack
+from twla_jax.ops.ternary_matmul.weight import PackedWeight
+
+_UNROLLED = (
+    8  # column tiles: the matrix unit takes long to answer, so it is asked for many before the first is read
+)
+
+
+def kernel(
+    x_ref, totals_ref, codes_ref, scales_ref, *refs, weight: PackedWeight, operand, together: int
+) -> None:
+    """Write the products of a block: the kernel's body.
+
+    Args:
+      x_ref: `[t, columns]`.
+      totals_ref: `[tiles, t, planes]`, the sums of x over groups, or `[1, t, 1]` where rows are single groups.
+      codes_ref: `[tiles, rows, 128]`.
+      scales_ref: `[tiles, parameters, rows]`.
+      *refs: scale and zero point of tokens `[t, 1]`, row sums, biases and steps `[1, rows]`, or none of these; the
+        output `[t, rows]`.
+      weight: its shapes.
+      operand: what the matrix unit multiplies.
+      together: planes that are multiplied at once, 1 or 2: as wide as the matrix unit is.
+    """
+    *affine_refs, out_ref = refs
+    planes, exact = weight.planes, tpu_unpack.exact(operand)
+
+    def tile(k, y):
+        packed = tpu_unpack.words(codes_ref[k])
+        found = [
+            tpu_unpack.plane_codes(packed, plane, weight, scaled=weight.grouped) for plane in range(planes)
+        ]
+        columns = planes * PLANE * k
+        xs = [
+            x_ref[:, pl.ds(_aligned(columns + PLANE * plane), PLANE)].astype(operand)
+            for plane in range(planes)
+        ]
+        sums = _products(xs, [codes.astype(operand) for codes, _ in found], together, exact)
+        if not weight.grouped:
+            return y + sum(sums)
+        alpha, mu = tpu_unpack.scales(scales_ref[k], weight)
+        for plane, (_, factor) in enumerate(found):
+            own = slice(plane, plane + 1)
+            acc, total = sums[plane].astype(jnp.float32), totals_ref[k, :, own].astype(jnp.float32)
+            if weight.relative:
+                acc = acc + (mu[own] - tpu_unpack.code_offset(weight)) * total
+                y += alpha[own] * acc
+            else:
+                y += alpha[own] * factor * acc + mu[own] * total
+        return y
+
+    y = jnp.zeros(out_ref.shape, jnp.float32 if weight.grouped else exact)
+    y = _over_tiles(weight.column_tiles, tile, y)
+    if not weight.grouped:
+        alpha, mu = tpu_unpack.scales(scales_ref[0], weight)
+        y = single_group(y, totals_ref[0], alpha, mu, weight)
+    out_ref[...] = finished(y, *(ref[...] for ref in affine_refs)).astype(out_ref.dtype)
+
+
+def single_group(acc, total, alpha, mu, weight: PackedWeight) -> jax.Array:
+    """Return `α·Σ C·x + μ·Σ x` of rows that are single groups, from the sums of codes with their offset."""
+    acc = (acc - tpu_unpack.code_offset(weight) * total).astype(jnp.float32)
+    return alpha * acc + mu * total.astype(jnp.float32)
+
+
+def finished(y, *affine) -> jax.Array:
+    """Return `scale·(steps·y − zero_point·row_sums) + bias`, or y where these are not given."""
+    if not affine:
+        return y
+    scale, zero_point, row_sums, bias, steps = affine
+    return scale * (steps * y - zero_point * row_sums) + bias
+
+
+def _products(xs: list, codes: list, together: int, exact) -> list[jax.Array]:
+    """Return the product `[t, rows]` of each plane."""
+    if together == 1 or len(xs) == 1:
+        return [_product(x, each, exact) for x, each in zip(xs, codes, strict=True)]
+    found = []
+    for first in range(0, len(xs), 2):
+        a, b = xs[first : first + 2]
+        # One pass for both: a's tokens meet zeros in b's columns, and the other way round.
+        apart = jnp.concatenate(
+            [jnp.concatenate([a, jnp.zeros_like(b)], 1), jnp.concatenate([jnp.zeros_like(a), b], 1)]
+        )
+        both = _product(apart, jnp.concatenate(codes[first : first + 2], axis=1), exact)
+        found += [both[: len(a)], both[len(a) :]]
+    return found
+
+
+def _product(x, codes, exact) -> jax.Array:
+    return lax.dot_general(x, codes, (((1,), (1,)), ((), ())), preferred_element_type=exact)
+
+
+def _over_tiles(count: int, tile, y):
+    whole = count // _UNROLLED
+
+    def some(step, y):
+        for k in range(_UNROLLED):
+            y = tile(_UNROLLED * step + k, y)
+        return y
+
+    y = lax.fori_loop(0, whole, some, y) if whole > 1 else some(0, y) if whole else y
+    for k in range(whole * _UNROLLED, count):
+        y = tile(k, y)
+    return y
+
+
+def _aligned(column):
+    return column if isinstance(column, int) else pl.multiple_of(column, PLANE)
