@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--only", default="off,on,auto", help="values of --kernels, with commas between them")
     parser.add_argument("--llama", metavar="FILE.gguf")
     parser.add_argument("--llama-python", default=sys.executable)
     options = parser.parse_args()
@@ -82,9 +83,10 @@ def main() -> None:
     theirs = llama(options.llama, options.llama_python, threads) if options.llama else None
     theirs_seconds = []
     models = {"MODEL": loading.load(options.model)[0], "OUT": loading.load(options.out)[0]}
-    seconds = {form: [] for form in FORMS}
+    forms = [form for form in FORMS if form[1] in options.only.split(",")]
+    seconds = {form: [] for form in forms}
     prepared = {}
-    for name, kernels, bits in FORMS:
+    for name, kernels, bits in forms:
         model = models[name] if name == "MODEL" else sites.set_activation_bits(models[name], bits)
         form, path = execution.for_inference(model, kernels)
         prepared[name, kernels, bits] = jax.tree.map(jnp.asarray, form), path

@@ -27,7 +27,7 @@ def test_it_computes_what_the_packed_model_does(model):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     # The weights are the very numbers; bits of activations differ from layer to layer, and count.
     down = dequantize(jax.tree.map(lambda leaf: leaf[1], model.blocks.down.kernel.get_value()), jnp.float32)
-    np.testing.assert_array_equal(prepared.layers[1].down_linear.weight.get_value(), down.T)
+    np.testing.assert_array_equal(prepared.layers[1].down_linear.weight.get_value(), down)
     assert {leaf.dtype for leaf in jax.tree.leaves(prepared) if leaf.size > 999} == {jnp.dtype("float32")}
     with pytest.raises(TwlaError, match="one device only"):
         prepare_for_inference(model, unpack=True, mesh=make_mesh("model=1"))

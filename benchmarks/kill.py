@@ -1,0 +1,173 @@
+"""Kills a command where it writes and at random moments, and runs it again.
+
+    python benchmarks/kill.py COMMAND --model MODEL --text FILE --times 24
+
+COMMAND is quantize, refine (a quantisation that refines), allocate, compare, report, generate, chat, serve, export-hf
+or export-gguf. Half of the attacks come just before a change of the file system, drawn from all that a run makes: a
+signal, or a disk that is full from there on. The others are signals at random moments. After each attack every file
+and folder must be the old one or the new one; then the command runs again, and must leave the same bytes as a run that
+nothing disturbed (but for seconds and memory in reports) and no other file. It ends with a table, and fails otherwise.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kill_cases import FULL, Case, Ended, make_case, run
+
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+SPENT = {"seconds", "peak_memory", "peak_memory_by_phase", "checksum"}  # what no two runs share
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return a digest of every file below a folder by its name, without what no two runs share."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes()
+            if path.name in ("report.json", "ila_amp.json", "twla.json"):
+                data = json.dumps(plain(json.loads(data)), sort_keys=True).encode()
+            elif path.name == "compare.json":  # whose keys are made from checksums of reports
+                data = json.dumps(
+                    sorted(each["nll"] for each in json.loads(data)["scores"].values())
+                ).encode()
+            elif path.name.endswith(("-cache", "-atime")):  # programs hold the time that compiling them took
+                data = b""
+            found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return JSON without seconds, memory, and the checksums of files that hold these."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    left_out = SPENT | {"report.json", "ila_amp.json"}
+    return {name: plain(each) for name, each in value.items() if name not in left_out}
+
+
+def units(found: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Return the files by what appears at once: a folder of a model or a file; nothing hidden or unfinished."""
+    roots = sorted(name.rpartition("/")[0] for name in found if name.endswith(("twla.json", "config.json")))
+    parts: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for name, digest in found.items():
+        if not re.search(r"(^|/)\.|\.(partial|allocate)/", name) and not name.startswith("cache/"):
+            inside = [root for root in roots if name.startswith(f"{root}/")]
+            parts[inside[0] if inside else name][name] = digest
+    return parts
+
+
+def state(found: dict[str, str], old: dict[str, str], new: dict[str, str]) -> str:
+    """Return whether all is old, all new, or some of both; "mixed" if a unit is neither, which may not be."""
+    seen = set()
+    parts, before, whole = units(found), units(old), units(new)
+    for name in parts.keys() | before.keys() | whole.keys():
+        here = parts.get(name, {})
+        if before.get(name, {}) == whole.get(name, {}) == here:
+            continue
+        if name.endswith("compare.json") and here:  # grows with every score
+            seen.add("some of both")
+        elif here in (before.get(name, {}), whole.get(name, {})):
+            seen.add("old" if here == before.get(name, {}) else "new")
+        else:
+            return "mixed"
+    return seen.pop() if len(seen) == 1 else "some of both" if seen else "old"
+
+
+def restore(case: Case) -> None:
+    """Make the place as it was before the command."""
+    shutil.rmtree(case.to, ignore_errors=True)
+    shutil.copytree(case.before, case.to)
+
+
+def attack(case: Case, whole: Ended, new: dict[str, str], **how: Any) -> tuple[str, list[str]]:
+    """Return what was found after one attack and what was wrong with it and with the next run."""
+    restore(case)
+    old, ended = contents(case.to), run(case, **how)
+    found, wrong = state(contents(case.to), old, new), []
+    if found == "mixed":
+        wrong.append("neither the old nor the new contents")
+    if any(not line.startswith("twla: error") for line in ended.errors) or len(ended.errors) > 1:
+        wrong.append(f"no message of one line: {ended.errors}")
+    allowed = {"SIGKILL": {-9}, "SIGTERM": {-15}, "SIGINT": {130, -2}, FULL: {1}}[how["how"]]
+    if ended.status not in allowed | {whole.status} | ({0} if case.keeps_programs else set()):
+        wrong.append(f"status {ended.status}")
+    exports = case.command[0] == "export" and found == "new"  # what is there is not written again
+    again = None if exports else run(case)
+    left = contents(case.to)
+    said = case.keeps_programs and again is not None and again.output != whole.output  # others print seconds
+    if said or (again is not None and again.status != whole.status):
+        wrong.append(f"the next run: status {again.status}, {again.errors}")
+    hidden = {name for name in left if exports and Path(name).name.startswith(".")}
+    differs = {name for name in new.keys() | left.keys() if new.get(name) != left.get(name)} - hidden
+    if differs:
+        wrong.append(f"other bytes after the next run: {sorted(differs)[:6]}")
+    if ended.status == whole.status and how["how"] != "SIGTERM":
+        found = "ended before"
+    return found, wrong
+
+
+def attacks(case: Case, times: int, seed: int = 0) -> tuple[dict[str, collections.Counter[str]], list[str]]:
+    """Return how often what was found after each kind of attack, and what was wrong.
+
+    Args:
+      case: what is run.
+      times: attacks at changes of the file system, and as many at random moments.
+      seed: of the moments.
+    """
+    restore(case)
+    run(case)
+    restore(case)
+    whole = run(case)
+    new, chance = contents(case.to), random.Random(seed)
+    assert whole.changes, whole.errors
+    assert whole.status in (0, -signal.SIGTERM), whole.errors
+    print(f"{whole.changes} changes, {whole.seconds:.1f} s", file=sys.stderr)
+    kinds = (*SIGNALS, FULL)
+    moments = [chance.sample(range(whole.changes), whole.changes) for _ in kinds]
+    every = [{"how": kinds[i % 4], "last": moments[i % 4][i // 4 % whole.changes]} for i in range(times)]
+    every += [{"how": SIGNALS[i % 3], "after": chance.uniform(0, whole.seconds)} for i in range(times)]
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    wrong = []
+    for how in every:
+        found, faults = attack(case, whole, new, **how)
+        counts[f"{how['how']}, {'at a change' if 'last' in how else 'at a moment'}"][found] += 1
+        wrong += [f"{how}: {fault}" for fault in faults]
+        print(how, found, *faults, file=sys.stderr, flush=True)
+    return counts, wrong
+
+
+def main() -> None:
+    """Attack the command that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, as small as can be")
+    parser.add_argument("--text", type=Path, required=True, help="to calibrate on and to score")
+    parser.add_argument("--times", type=int, default=12, help="attacks at changes, and as many at moments")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        case = make_case(options.command, options.model.resolve(), options.text.resolve(), Path(work))
+        counts, wrong = attacks(case, options.times, options.seed)
+    columns = ("old", "some of both", "new", "ended before", "mixed")
+    print(f"\n| {options.command} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for kind, found in counts.items():
+        print(f"| {kind} | {' | '.join(str(found[each]) for each in columns)} |")
+    print(f"\n{2 * options.times} attacks, {len(wrong)} wrong", *wrong, sep="\n")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
