@@ -20,7 +20,7 @@ Products = Callable[[jax.Array, KernelWeight, jax.Array], jax.Array]
 
 
 def expert_matmul(
-    x: Float[Array, "*tokens m"] | QuantizedTokens,
+    x: Float[Array, "*rows m"] | QuantizedTokens,
     weight: KernelWeight,
     experts: Int32[Array, "*tokens k"],
     *,
