@@ -2,7 +2,10 @@
 
 Random weights of a published shape, two blocks of them, stand in for files that are read a block at a time. The second
 block is timed, and each rotation once it is compiled; the whole model takes as many of both as it has blocks. Figures
-of several runs add up in FILE, from which `--fit` predicts models that were not run, for `docs/scaling.md`.
+of several runs add up in FILE. From these `--fit` predicts models and machines that were not run, and `--plot` draws
+both, for `docs/scaling.md`:
+
+    python benchmarks/scaling.py --json benchmarks/scaling_h200.json --fit --plot docs/images/scaling.png
 """
 
 import argparse
@@ -11,7 +14,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +23,15 @@ import numpy as np
 from flax import nnx
 
 from twla_jax import xla_flags
-from twla_jax.bench.shapes import SHAPES
+from twla_jax.bench.shapes import SHAPES, quantized_weights
 from twla_jax.jobs import forecast
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import StoredLayers
 from twla_jax.quantization import block, pipeline, rotation_fitting
+from twla_jax.quantization.work import BlockWork, Speed, block_work, seconds
 from twla_jax.recipe import Recipe, load_recipe
+from twla_jax.reports import plotting
 from twla_jax.reports.run import peak_memory
 
 BLOCKS = 2
@@ -47,6 +52,12 @@ MORE = {
         "num_heads": 16,
     },
     "qwen3-4b": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_layers": 36, "num_heads": 32},
+    "qwen3-235b-a22b": {
+        **QWEN3,
+        **{"model_type": "qwen3_moe", "hidden_size": 4096, "intermediate_size": 1536, "num_layers": 94},
+        **{"num_heads": 64, "num_kv_heads": 4, "num_experts": 128, "experts_per_token": 8},
+        "normalize_routing": True,
+    },
     "llama-3.1-405b": {
         **{"model_type": "llama", "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248},
         **{"num_layers": 126, "num_heads": 128, "num_kv_heads": 8, "head_dim": 128},
@@ -55,9 +66,27 @@ MORE = {
 CONFIGS = SHAPES | {
     name: DecoderConfig(max_position_embeddings=8192, **shape) for name, shape in MORE.items()
 }
-# Devices, and their speed in products relative to that of the one that was measured: an H200's are an H100's.
-MACHINES = {"1 × H100": (1, 1.0), "8 × H100": (8, 1.0), "v5e-8": (8, 0.2), "v5p-64": (32, 0.46)}
-PREDICTED = ("qwen3-8b", "llama-2-70b", "llama-3.1-405b")
+# Taken as usual, where it was not measured: three quarters of the data sheet's bf16 and float32. A TPU computes true
+# float32 in six passes of bf16.
+H200 = Speed(products=7.4e14, float32=5e13)
+
+
+class Machine(NamedTuple):
+    """Devices that windows and rotations are spread over, their speed, and the memory of each."""
+
+    devices: int
+    speed: Speed
+    room: float
+
+
+MACHINES = {
+    "1 × H200": Machine(1, H200, 141e9),
+    "1 × H100": Machine(1, H200, 80e9),  # whose products are an H200's
+    "8 × H100": Machine(8, H200, 80e9),
+    "v5e-8": Machine(8, Speed(products=1.5e14, float32=2.5e13), 16e9),
+    "v5p-64": Machine(32, Speed(products=3.4e14, float32=5.7e13), 95e9),
+}
+PREDICTED = ("qwen3-8b", "llama-2-70b", "qwen3-235b-a22b", "llama-3.1-405b")
 
 
 def stored_model(config: DecoderConfig, dtype: str) -> Decoder:
@@ -104,16 +133,17 @@ def measure(name: str, recipe: Recipe, dtype: str) -> dict[str, Any]:
         print(f"block {len(blocks) - 1}: {blocks[-1]:.1f} s", flush=True)
         return result
 
-    def timed_rotation(kernels: Any, *args: Any) -> Any:
-        result = jax.block_until_ready(fit_chunk(kernels, *args))
+    def timed_rotation(kernels: Any, *args: Any, **static: Any) -> Any:
+        result = jax.block_until_ready(fit_chunk(kernels, *args, **static))
         key = tuple(kernel.shape for kernel in kernels)
         if key not in rotations:
             begin = time.perf_counter()
-            jax.block_until_ready(fit_chunk(kernels, *args))
+            jax.block_until_ready(fit_chunk(kernels, *args, **static))
             rotations[key] = (time.perf_counter() - begin) / len(kernels[0])
         return result
 
-    predicted = forecast.forecast(config, recipe, dtype=dtype)
+    speed = forecast.measured_speed(dtype)
+    predicted = forecast.forecast(config, recipe, dtype=dtype, speed=speed)
     pipeline.quantize_block, rotation_fitting._fit_chunk = timed_block, timed_rotation
     try:
         with tempfile.TemporaryDirectory() as work:
@@ -127,7 +157,8 @@ def measure(name: str, recipe: Recipe, dtype: str) -> dict[str, Any]:
     return {
         "shape": name,
         "device": jax.devices()[0].device_kind,
-        "weights": predicted["output"]["weights"],
+        "speed": dataclasses.asdict(speed),
+        "weights": quantized_weights(config),
         "layers": config.num_layers,
         "tokens": int(windows.size),
         "dtype": dtype,
@@ -142,41 +173,82 @@ def measure(name: str, recipe: Recipe, dtype: str) -> dict[str, Any]:
     }
 
 
-def work(config: DecoderConfig, recipe: Recipe, devices: int = 1) -> tuple[float, float]:
-    """Return the operations of one block that devices share, and the columns of its sweeps, which they do not."""
-    d, heads = config.hidden_size, config.num_heads * config.head_dim
-    rows = heads + 2 * config.num_kv_heads * config.head_dim
-    inputs = ((d, rows), (heads, d), (d, 2 * config.intermediate_size), (config.intermediate_size, d))
-    tokens = recipe.calibration.windows * recipe.calibration.seq_len
-    return sum(2.0 * tokens * (m * n + m * m) for m, n in inputs) / devices, float(sum(m for m, _ in inputs))
+def shapes_of(name: str, dtype: str) -> Decoder:
+    """Return a model of a published shape without its arrays."""
+    return nnx.eval_shape(lambda: Decoder(CONFIGS[name], rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+
+
+def counted(name: str, recipe: Recipe, dtype: str) -> BlockWork:
+    """Return the work of a block of a published shape."""
+    text = recipe.calibration
+    return block_work(shapes_of(name, dtype), text.windows, text.seq_len, recipe.quantization)
 
 
 def fitted(rows: list[dict[str, Any]], recipe: Recipe) -> np.ndarray:
-    """Return the seconds of an operation and of a column that come nearest, relatively, to the measured blocks."""
-    parts = np.asarray([work(CONFIGS[row["shape"]], recipe) for row in rows])
-    seconds = np.asarray([row["rotation_seconds"] + row["block_seconds"] for row in rows])
-    found, *_ = np.linalg.lstsq(parts / seconds[:, None], np.ones(len(rows)), rcond=None)
-    return np.maximum(found, 0)
-
-
-def print_fit(rows: list[dict[str, Any]], recipe: Recipe) -> None:
-    """Print measured beside fitted times, and predictions by machine."""
-    cost = fitted(rows, recipe)
-    print(f"\nseconds = {cost[0]:.3g} · operations + {cost[1]:.3g} · columns, a block")
+    """Return by what the seconds of a rotation and of a block are to be multiplied: measured by counted, on average."""
+    ratios = []
     for row in rows:
-        config = CONFIGS[row["shape"]]
+        speed = Speed(**row["speed"]) if row.get("speed") else H200
+        measured = np.asarray([row["rotation_seconds"], row["block_seconds"]])
+        ratios.append(measured / np.asarray(seconds(counted(row["shape"], recipe, row["dtype"]), speed)))
+    return np.exp(np.log(ratios).mean(0))
+
+
+def predict(
+    name: str, recipe: Recipe, dtype: str, machine: Machine, factors: np.ndarray
+) -> tuple[float, float]:
+    """Return minutes, and the bytes of a device; windows are spread over a machine's devices, moments are not."""
+    layers = CONFIGS[name].num_layers
+    times = np.asarray(seconds(counted(name, recipe, dtype), machine.speed, machine.devices))
+    parts = forecast.device_bytes(shapes_of(name, dtype), recipe, int(machine.room * machine.devices))
+    parts["streams"] //= machine.devices
+    return layers * float(factors @ times) / 60, float(sum(parts.values()))
+
+
+def print_fit(rows: list[dict[str, Any]], recipe: Recipe, dtype: str) -> dict[str, dict[str, float]]:
+    """Print measured beside fitted times, then predictions by machine; return the predicted minutes that fit."""
+    factors = fitted(rows, recipe)
+    print(f"\ncounted seconds × {factors[0]:.2f} for rotations, × {factors[1]:.2f} for blocks\n\nmeasured:")
+    for row in rows:
+        speed = Speed(**row["speed"]) if row.get("speed") else H200
+        times = np.asarray(seconds(counted(row["shape"], recipe, row["dtype"]), speed))
         print(
             f"{row['shape']:16}{row['weights'] / 1e9:8.2f} B   measured {row['model_seconds'] / 60:8.1f} min"
-            f"   fitted {config.num_layers * np.dot(work(config, recipe), cost) / 60:8.1f} min"
+            f"   fitted {row['layers'] * float(factors @ times) / 60:8.1f} min"
         )
-    print(f"\n{'predicted, minutes':20}" + "".join(f"{machine:>12}" for machine in MACHINES))
+    found: dict[str, dict[str, float]] = {machine: {} for machine in MACHINES}
+    print(f"\n{'predicted, minutes':20}" + "".join(f"{machine:>20}" for machine in MACHINES))
     for name in PREDICTED:
-        config = CONFIGS[name]
         cells = []
-        for devices, speed in MACHINES.values():
-            operations, columns = work(config, recipe, devices)
-            cells.append(config.num_layers * (operations / speed * cost[0] + columns * cost[1]) / 60)
-        print(f"{name:20}" + "".join(f"{cell:12.1f}" for cell in cells))
+        for called, machine in MACHINES.items():
+            minutes, held = predict(name, recipe, dtype, machine, factors)
+            if held <= machine.room:
+                found[called][name] = minutes
+            says = f"{minutes:.0f}" if held <= machine.room else "no room"
+            cells.append(f"{says} ({held / 1e9:.0f} GB)")
+        print(f"{name:20}" + "".join(f"{cell:>20}" for cell in cells))
+    return found
+
+
+def plot(path: Path, rows: list[dict[str, Any]], found: dict[str, dict[str, float]]) -> None:
+    """Draw minutes by the weights of a model: what was measured, and what is predicted for each machine."""
+    figure = plotting.new_figure(9, 5.5)
+    axes = figure.subplots()
+    for (machine, minutes), marker in zip(found.items(), "os^vD", strict=True):
+        weights = [quantized_weights(CONFIGS[name]) / 1e9 for name in minutes]
+        style = {"fillstyle": "none", "markersize": 9, "label": f"predicted, {machine}"}
+        axes.plot(weights, list(minutes.values()), marker, **style)
+    for row in rows:
+        label = f"measured, {row['device']}: {row['shape']}"
+        axes.plot(row["weights"] / 1e9, row["model_seconds"] / 60, "k*", markersize=9, label=label)
+    for name in PREDICTED:
+        weights = quantized_weights(CONFIGS[name]) / 1e9
+        axes.axvline(weights, color="0.85", zorder=0)
+        place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
+        axes.text(weights * 0.98, 0.98, name, color="0.4", **place)
+    axes.set(xscale="log", yscale="log", xlabel="weights of the blocks, billions", ylabel="minutes")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=110)
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
@@ -191,7 +263,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -203,7 +275,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="file that figures are added to")
     parser.add_argument("--fit", action="store_true", help="predict from the figures in --json")
-    options = parser.parse_args()
+    parser.add_argument("--plot", type=Path, help="with --fit, image of both")
+    options = parser.parse_args(arguments)
     xla_flags.disable_triton_gemm()
     recipe = load_recipe(options.recipe).updated(
         {"calibration": {"windows": options.windows, "seq_len": options.seq_len}}
@@ -212,10 +285,16 @@ def main() -> None:
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     new = {row["shape"] for row in rows}
     rows = [row for row in known if row["shape"] not in new] + rows
-    if options.json:
+    if options.json and options.shapes:
         options.json.write_text(json.dumps(rows, indent=1))
     if options.fit:
-        print_fit(rows, recipe)
+        if not rows:
+            parser.error(
+                "--fit: there are no figures; name shapes to measure, or a file of figures by --json"
+            )
+        found = print_fit(rows, recipe, options.dtype)
+        if options.plot:
+            plot(options.plot, rows, found)
     print_rows(rows)
 
 

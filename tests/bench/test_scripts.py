@@ -183,3 +183,31 @@ def test_memory_of_the_streaming_refinement_is_a_row(capsys):
     assert row.startswith("| tiny | bfloat16 | 1 × 8 | 0.0 GB |")  # a CPU counts none
     seconds, minutes = (float(row.split("|")[column].split()[0]) for column in (6, 7))
     assert minutes == pytest.approx(seconds, abs=0.1)  # 60 steps
+
+
+def test_growth_is_predicted_from_the_figures_that_are_kept(tmp_path, capsys):
+    scaling = script("scaling")
+    kept = Path(__file__).parents[2] / "benchmarks" / "scaling_h200.json"
+    scaling.main(["--json", str(kept), "--fit", "--plot", str(tmp_path / "growth.png")])
+    printed = capsys.readouterr().out
+    (row,) = json.loads(kept.read_text())
+    assert row["weights"] == shapes.quantized_weights(SHAPES["qwen3-8b"])
+    assert "measured      5.0 min   fitted      5.0 min" in printed  # one figure is met exactly
+    table = printed.split("predicted, minutes")[1].splitlines()
+    minutes = {line.split()[0]: line.split()[1] for line in table[1:5]}
+    assert float(minutes["llama-2-70b"]) > 5 * float(minutes["qwen3-8b"])
+    assert "no room" in table[4]
+    assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_growth_is_measured_and_added_to_the_figures(tmp_path, capsys):
+    (tmp_path / "quick.toml").write_text(QUICK)
+    figures = tmp_path / "figures.json"
+    options = ["--windows", "2", "--seq-len", "64", "--recipe", tmp_path / "quick.toml", "--dtype", "float32"]
+    script("scaling").main(list(map(str, ["tiny", "--json", figures, "--fit", *options])))
+    (row,) = json.loads(figures.read_text())
+    kept = json.loads((Path(__file__).parents[2] / "benchmarks" / "scaling_h200.json").read_text())
+    assert row.keys() == kept[0].keys()
+    assert row["model_seconds"] == pytest.approx(2 * (row["rotation_seconds"] + row["block_seconds"]))
+    assert "tiny" in capsys.readouterr().out.split("measured:")[1].splitlines()[1]

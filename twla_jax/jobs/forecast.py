@@ -12,19 +12,19 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.quantization import memory
 from twla_jax.quantization.stream import DEVICE_SHARE
+from twla_jax.quantization.work import Speed, block_work, model_seconds
 from twla_jax.recipe import Recipe
 from twla_jax.reports.run import peak_memory
 from twla_jax.storage import prediction
 
 _STORED = 2  # bytes of a number in a published model
 _BLOCKS = 3  # on the host: in use, read ahead, and on its way to the device
-_PRODUCT = 2048  # rows and columns of the matrix product that the device's speed is taken from
-_EFFICIENCY = 0.5  # of that speed, that calibration reaches
-_COLUMN_SECONDS = 1e-4  # of the column sweep, which goes through an input's columns one by one
+_SIZE = 2048  # rows and columns of the matrix products that the device's speed is taken from
+_MORE, _MOMENT = 200, 0.2  # of them in one call, at most; and the seconds that it may take
 
 
 def forecast(
-    config: DecoderConfig, recipe: Recipe, *, dtype: str = "float32", rate: float | None = None
+    config: DecoderConfig, recipe: Recipe, *, dtype: str = "float32", speed: Speed | None = None
 ) -> dict[str, Any]:
     """Return the figures of quantising a model of this shape on the device at hand.
 
@@ -32,40 +32,31 @@ def forecast(
       config: of the model.
       recipe: of the quantisation.
       dtype: what the model computes in.
-      rate: floating-point operations a second of the device in that type; measured in a moment if None.
+      speed: of the device; measured in a moment if None.
 
     Returns:
       A JSON-ready dict: `output` (see `prediction.predict`), `host_bytes`, `device_bytes` and `disk_bytes` at their
-      peaks with their parts, `seconds` (rough: within a factor of two), and `refined`: whether the recipe also trains
-      the whole model, which these figures leave out.
+      peaks with their parts, `seconds` (rough; of the rotations and blocks, without reading and evaluations), and
+      `refined`: whether the recipe also trains the whole model, which these figures leave out.
     """
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     settings, text = recipe.quantization, recipe.calibration
     tokens = text.windows * text.seq_len
-    streams = memory.stream_bytes(model, tokens, settings)
     snapshot = memory.snapshot_bytes(model, tokens, settings)
-    room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    on_host = room is not None and streams > DEVICE_SHARE * room
+    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     block = memory.block_bytes(model, _STORED)
     table = _STORED * config.vocab_size * config.hidden_size
-    device = {
-        "streams": 0 if on_host else streams,
-        "block": block,
-        "moments": max(memory.moment_bytes(model, site, settings) for site in model.sites),
-        "work": max(
-            memory.batch_bytes(model, text.seq_len, text.windows),
-            *(memory.site_bytes(model, site, settings) for site in model.sites),
-            *(memory.rotation_bytes(model, site, settings) for site in model.sites),
-        ),
-    }
+    device = device_bytes(model, recipe, room)
+    on_host = device["streams"] == 0
     host = {
         "program": peak_memory()["host_bytes"] or 0,
-        "streams": streams if on_host else snapshot,
+        "streams": memory.stream_bytes(model, tokens, settings) if on_host else snapshot,
         "blocks": _BLOCKS * block,
         "embeddings": table * (1 if config.tie_word_embeddings else 2),
     }
     if room is None:  # the device is the host
         host["device"] = sum(device.values())
+    work = block_work(model, text.windows, text.seq_len, settings)
     output = prediction.predict(config, recipe)
     packed = output["bytes"]["total"] if output["bytes"] else config.num_layers * block // 4
     disk = {"output": packed, "partial": packed + 2 * snapshot}
@@ -74,10 +65,33 @@ def forecast(
         "host_bytes": {**host, "total": sum(host.values())},
         "device_bytes": {**device, "total": sum(device.values())},
         "disk_bytes": {**disk, "total": sum(disk.values())},
-        "seconds": _seconds(model, recipe, rate or _rate(dtype)),
+        "seconds": model_seconds(work, config.num_layers, speed or measured_speed(dtype)),
         "streams_on": "host" if on_host else "device",
         "room": {"host": host_bytes(), "device": room},
         "refined": bool(recipe.refine.blocks or recipe.refine.end_to_end or recipe.refine.clips),
+    }
+
+
+def device_bytes(model: Decoder, recipe: Recipe, room: int | None) -> dict[str, int]:
+    """Return the peak of a device's memory by its parts; streams that take too much of it are on the host.
+
+    Args:
+      model: its shapes alone are read.
+      recipe: of the quantisation.
+      room: the device's memory; None where it is the host's own.
+    """
+    settings, text = recipe.quantization, recipe.calibration
+    streams = memory.stream_bytes(model, text.windows * text.seq_len, settings)
+    on_host = room is not None and streams > DEVICE_SHARE * room
+    return {
+        "streams": 0 if on_host else streams,
+        "block": memory.block_bytes(model, _STORED),
+        "moments": max(memory.moment_bytes(model, site, settings) for site in model.sites),
+        "work": max(
+            memory.batch_bytes(model, text.seq_len, text.windows),
+            *(memory.site_bytes(model, site, settings) for site in model.sites),
+            *(memory.rotation_bytes(model, site, settings) for site in model.sites),
+        ),
     }
 
 
@@ -97,30 +111,33 @@ def format_forecast(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _seconds(model: Decoder, recipe: Recipe, rate: float) -> float:
-    """Return the time of the rotations and blocks: forward passes, moments, and the columns of the sweep."""
-    tokens = recipe.calibration.windows * recipe.calibration.seq_len
-    settings, layers = recipe.quantization, model.config.num_layers
-    passes = 2 if settings.weights.propagation else 1
-    operations, columns = 0.0, 0
-    for site in model.sites:
-        features = [linear.features for linear in model.blocks.linears(site)]
-        m, n = features[0][0], sum(outputs for _, outputs in features)
-        count, taken = (model.config.num_experts, model.config.experts_per_token) if site.experts else (1, 1)
-        work = m * n * (2 if site.recomputed or len(features) == 2 else 1) + m * m
-        operations += 2.0 * passes * tokens * taken * work
-        if settings.rotation is not None:
-            operations += 6.0 * settings.rotation.steps * count * n * m * 2 * m**0.5
-        columns += m
-    return layers * (operations / (_EFFICIENCY * rate) + columns * _COLUMN_SECONDS)
+def measured_speed(dtype: str) -> Speed:
+    """Return what large matrix products reach on this device, measured in a moment."""
+    float32 = _rate("float32")
+    return Speed(products=float32 if dtype == "float32" else _rate(dtype), float32=float32)
 
 
 def _rate(dtype: str) -> float:
-    """Return the operations a second of a matrix product on this device, measured once."""
-    x = jnp.ones((_PRODUCT, _PRODUCT), dtype)
+    """Return the operations a second of matrix products in a type; of float32, true ones.
+
+    One product on a fast device takes less time than its call. So many follow one another in one call, of which the
+    time of a call with a single one is taken off.
+    """
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-    product = jax.jit(lambda x: jnp.matmul(x, x, precision=precision))
-    product(x).block_until_ready()
-    start = time.perf_counter()
-    product(x).block_until_ready()
-    return 2 * _PRODUCT**3 / (time.perf_counter() - start)
+    x = jnp.full((_SIZE, _SIZE), 1 / _SIZE, dtype)  # its own square
+
+    @jax.jit
+    def products(x, count):
+        return jax.lax.fori_loop(0, count, lambda _, y: jnp.matmul(y, x, precision=precision), x)
+
+    def taken(count: int) -> float:
+        start = time.perf_counter()
+        products(x, count).block_until_ready()
+        return time.perf_counter() - start
+
+    taken(1)  # which compiles
+    one = taken(1)
+    more = min(_MORE, int(_MOMENT / one))
+    if more == 0:
+        return 2 * _SIZE**3 / one
+    return 2 * _SIZE**3 * more / max(taken(1 + more) - one, 1e-9)
