@@ -42,6 +42,16 @@ def test_tokens_that_follow_a_cache_have_the_logits_of_the_whole(name, golden, t
     case.assert_logits(model.logits(jnp.concatenate(found, axis=1)))
 
 
+@pytest.mark.parametrize("name", ["gemma2", "olmo3_yarn", "phi3", "granite", "smollm3", "qwen3_moe"])
+def test_in_bfloat16_a_family_stays_near_its_float32(name, golden, tmp_path):
+    """Embedding scales, softcaps, norms after a sublayer and routers are where a narrow type would tell."""
+    case = golden(name)
+    logits = np.asarray(forward(load_model(case.write(tmp_path), dtype=jnp.bfloat16), case.tokens))
+    assert logits.dtype == np.float32
+    error = np.abs(logits - case.logits).mean() / np.abs(case.logits).mean()
+    assert 1e-5 < error < 0.05
+
+
 @pytest.mark.parametrize("name", ["gemma3", "olmo2", "granite", "gemma2", "gpt_oss"])
 def test_packed_blocks_of_other_families_compute_the_same(name, golden, tmp_path):
     case = golden(name)
