@@ -1,8 +1,10 @@
 """Many clients at one server for some minutes: `python benchmarks/serve_load.py MODEL --clients 64 --seconds 600`.
 
-Each client asks again and again. Most answers are compared with those that the same requests got alone, before. Some
-clients read slowly, some leave in mid-stream, some send what is no request. It ends with a table, and fails if an
-answer was another, was lost, or a wrong request was not refused.
+Each client asks again and again. Most answers are compared with those that the same requests got alone, before, and
+these with what `twla generate` makes. Some clients read slowly, some leave in mid-stream, before the answer or in the
+middle of their request, some send what is no request. Then the server is told to stop in the middle of streams, and is
+started again. It ends with a table, and fails if an answer was another or was lost, a stream did not end in order, or a
+wrong request was not refused.
 """
 
 import argparse
@@ -69,12 +71,22 @@ def run(options: argparse.Namespace) -> bool:
     settings = EngineSettings(
         slots=options.slots, rows=(options.slots,), max_length=256, queue=options.clients // 2
     )
-    server = Server(Service(Engine(model, settings), tokenizer, ServiceSettings(model="m")), grace=10)
-    with listen("127.0.0.1", 0) as listening, tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        port = listening.getsockname()[1]
-        asked = requests(options.requests)
+
+    @contextlib.contextmanager
+    def serving():
+        server = Server(Service(Engine(model, settings), tokenizer, ServiceSettings(model="m")), grace=0)
+        with listen("127.0.0.1", 0) as listening:
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+            thread.start()
+            try:
+                yield server, listening.getsockname()[1]
+            finally:
+                server.should_exit = True
+                thread.join()
+
+    asked = requests(options.requests)
+    offline = [generated(model, tokenizer, body) for body in asked]
+    with serving() as (server, port), tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         known = [ask(port, body)[0] for body in asked]  # one after the other: each alone
         before = resident()
         told = {"port": port, "asked": asked, "known": known}
@@ -84,16 +96,59 @@ def run(options: argparse.Namespace) -> bool:
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         after = resident()
         again = [ask(port, body)[0] for body in asked]
-        server.should_exit = True
-        thread.join()
+        ended = stopped_in_mid_stream(server, port, options.slots)
+    with serving() as (_, port):
+        restarted = [ask(port, body)[0] for body in asked]
     print(f"\n{path}; {options.clients} clients, {options.slots} slots, {options.seconds:.0f} s\n")
     print("| | |\n|---|---|")
     for name, count in sorted(found.items()):
         print(f"| {name} | {count} |")
     print(f"| memory of the server before and after, at most | {before} and {after} MB, {peak()} MB |")
-    print(f"| answers after it that are as before | {sum(map(str.__eq__, known, again))} of {len(known)} |")
-    bad = [name for name in found if name.startswith("wrong")]
-    return not bad and known == again
+    for name, others in (
+        ("generated", offline),
+        ("after it", again),
+        ("of the server started again", restarted),
+    ):
+        print(
+            f"| answers {name} that are as those alone | {sum(map(str.__eq__, known, others))} of {len(known)} |"
+        )
+    print(f"| streams that were stopped, and said so | {ended.count('stopped')} of {len(ended)} |")
+    bad = [name for name in found if name.startswith("wrong")] + [each for each in ended if each == "lost"]
+    return not bad and known == offline == again == restarted
+
+
+def generated(model, tokenizer, body: dict) -> str:
+    """Returns what `twla generate` makes of a request."""
+    from twla_jax.inference import text_generation
+    from twla_jax.inference.sampling import Sampling
+
+    drawn = {name: body[name] for name in ("temperature", "top_p", "seed") if name in body}
+    settings = {"max_new_tokens": body["max_tokens"], "stop": tuple(body.get("stop", ()))}
+    pieces = text_generation.stream_text(
+        model, tokenizer, body["prompt"], sampling=Sampling(**drawn), **settings
+    )
+    return "".join(piece for _, piece in pieces)
+
+
+def stopped_in_mid_stream(server, port: int, count: int) -> list[str]:
+    """Returns how each of so many streams ended when the server was told to stop once all had an answer's head."""
+    answered = threading.Barrier(count)
+    body = {"model": "m", "prompt": "the river", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+
+    def stream(_: int) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps({**body, "stream": True}), HEADERS)
+            last = b""
+            with connection.getresponse() as response:
+                answered.wait(timeout=60)
+                server.should_exit = True
+                for line in response:
+                    last = line if line.startswith(b"data: ") else last
+        return "stopped" if b'"error"' in last else "whole" if last.startswith(b"data: [DONE]") else "lost"
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(stream, range(count)))
 
 
 def requests(count: int) -> list[dict]:
@@ -150,6 +205,17 @@ def ask(
             return text if ended else "lost", 200
 
 
+def leave(port: int, body: dict, *, half: bool) -> None:
+    """Sends a request, or half of one, and goes away without reading."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    with contextlib.closing(connection):
+        sent = json.dumps(body).encode()
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("content-type", "application/json")
+        connection.putheader("content-length", str(len(sent)))
+        connection.endheaders(sent[: len(sent) // 2] if half else sent)
+
+
 def attack(*, port: int, asked: list[dict], known: list[str], clients: int, seconds: float) -> dict[str, int]:
     """Returns how often what happened."""
     counts: collections.Counter[str] = collections.Counter()
@@ -169,6 +235,12 @@ def attack(*, port: int, asked: list[dict], known: list[str], clients: int, seco
                 with connection.getresponse() as response:
                     response.read()
             count("no requests, refused" if response.status == status else "wrong: no request, not refused")
+            return
+        if kind < 0.13:
+            leave(port, asked[index], half=kind < 0.12)
+            count(
+                "clients that left before the answer" if kind >= 0.12 else "clients that sent half a request"
+            )
             return
         if kind < 0.15:
             ask(port, asked[index], leave=True)
