@@ -117,16 +117,20 @@ def attack(case: Case, whole: Ended, new: dict[str, str], **how: Any) -> tuple[s
     return found, wrong
 
 
-def attacks(case: Case, times: int, seed: int = 0) -> tuple[dict[str, collections.Counter[str]], list[str]]:
+def attacks(
+    case: Case, times: int, moments: int, seed: int = 0
+) -> tuple[dict[str, collections.Counter[str]], list[str]]:
     """Return how often what was found after each kind of attack, and what was wrong.
 
     Args:
       case: what is run.
-      times: attacks at changes of the file system, and as many at random moments.
-      seed: of the moments.
+      times: attacks at changes of the file system.
+      moments: attacks at random moments.
+      seed: of changes and moments.
     """
-    restore(case)
-    run(case)
+    if not case.keeps_programs and case.command[0] != "export":
+        restore(case)
+        run(case)  # keeps compiled programs, so that the next run takes as long as those that are attacked
     restore(case)
     whole = run(case)
     new, chance = contents(case.to), random.Random(seed)
@@ -134,9 +138,9 @@ def attacks(case: Case, times: int, seed: int = 0) -> tuple[dict[str, collection
     assert whole.status in (0, -signal.SIGTERM), whole.errors
     print(f"{whole.changes} changes, {whole.seconds:.1f} s", file=sys.stderr)
     kinds = (*SIGNALS, FULL)
-    moments = [chance.sample(range(whole.changes), whole.changes) for _ in kinds]
-    every = [{"how": kinds[i % 4], "last": moments[i % 4][i // 4 % whole.changes]} for i in range(times)]
-    every += [{"how": SIGNALS[i % 3], "after": chance.uniform(0, whole.seconds)} for i in range(times)]
+    changes = [chance.sample(range(whole.changes), whole.changes) for _ in kinds]
+    every = [{"how": kinds[i % 4], "last": changes[i % 4][i // 4 % whole.changes]} for i in range(times)]
+    every += [{"how": SIGNALS[i % 3], "after": chance.uniform(0, whole.seconds)} for i in range(moments)]
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     wrong = []
     for how in every:
@@ -160,7 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         case = make_case(options.command, options.model.resolve(), options.text.resolve(), Path(work))
-        counts, wrong = attacks(case, options.times, options.seed)
+        counts, wrong = attacks(case, options.times, options.times, options.seed)
     columns = ("old", "some of both", "new", "ended before", "mixed")
     print(f"\n| {options.command} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for kind, found in counts.items():
