@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from twla_jax import xla_flags
-from twla_jax.errors import TwlaError
 
 _log = logging.getLogger(__name__)
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -43,36 +42,6 @@ def on_device(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)), tree
     )
-
-
-def join_hosts(text: str) -> None:
-    """Make the devices of several hosts one set, before anything is computed; every host runs the same command.
-
-    Args:
-      text: `auto` on Cloud TPU, SLURM and others that JAX knows; else `HOST:PORT,N,I`: the address of process 0, how
-        many there are, and which one this is.
-
-    Raises:
-      TwlaError: it is neither, or the others are not reached.
-    """
-    known: dict[str, Any] = {}
-    if text != "auto":
-        address, *numbers = text.split(",")
-        if len(numbers) != 2 or ":" not in address or not all(each.isdecimal() for each in numbers):
-            raise TwlaError(f"--coordinator {text[:80]}: must be auto or HOST:PORT,N,I, as 10.0.0.1:1234,2,0")
-        count, index = map(int, numbers)
-        if not index < count:
-            raise TwlaError(f"--coordinator {text[:80]}: process {index} of {count}; they count from 0")
-        known = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    try:
-        jax.distributed.initialize(**known)
-    except (RuntimeError, ValueError) as error:
-        raise TwlaError(f"--coordinator {text[:80]}: {' '.join(str(error).split())[:200]}") from None
-
-
-def is_first() -> bool:
-    """Return whether this is the process that prints; of one host alone, it is."""
-    return jax.process_index() == 0
 
 
 def host_bytes() -> int | None:

@@ -24,7 +24,7 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import shallow_copy
 from twla_jax.models.sites import set_activation_bits
-from twla_jax.quantization import block, pipeline
+from twla_jax.quantization import block, pipeline, rotation_fitting
 from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint
 
@@ -140,10 +140,26 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
             assert jnp.square(here - one).sum() < 0.1 * jnp.square(one).sum()
         return jax.tree.map(lambda one, here: jax.device_put(one, here.sharding), made, found)
 
+    def fit_on_one_device(model, samples, settings, store, mesh, progress):
+        return fit_rotations(model, samples, settings, store, None, progress)
+
+    fit_rotations = rotation_fitting.fit_rotations
+    monkeypatch.setattr(rotation_fitting, "fit_rotations", fit_on_one_device)
     monkeypatch.setattr(block, "_quantize_site", compared)
     on_mesh, _ = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, mesh=mesh, progress=False)
     assert next(rest, None) is None
     jax.tree.map(np.testing.assert_array_equal, on_mesh, result)
+
+
+def test_rotations_are_fitted_on_the_mesh_as_on_one_device(model, mesh):
+    """Of two blocks on eight devices, six of which fit the last one once more."""
+    (one, losses), (split, found) = (
+        rotation_fitting.fit_rotations(model, {}, RECIPE.rotation, None, each, False) for each in (None, mesh)
+    )
+    for site, rotation in one.items():
+        np.testing.assert_allclose(found[site], losses[site], atol=1e-5)  # some are nearly 0
+        for side in ("left", "right"):
+            np.testing.assert_allclose(getattr(split[site], side), getattr(rotation, side), atol=2e-3)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
-"""Writes messages for failures of the machine, such as too little memory."""
+"""Writes messages for failures of the machine, such as too little memory, and ends the process."""
 
 import os
 import resource
+import sys
+from typing import NoReturn
 
 from twla_jax.errors import TwlaError
 
@@ -18,6 +20,8 @@ CURES = {
     "chat": f"fewer --max-new-tokens, {_CACHE}",
     "serve": f"fewer --slots, a shorter --max-length, {_CACHE}",
 }
+# By which messages of the system begin that have nothing to do with what was asked for.
+_STATUSES = {"UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "DATA_LOSS"}
 _LEAST = 1_900_000_000  # bytes that the runtime's threads and libraries reserve; with fewer it may abort
 
 
@@ -50,6 +54,42 @@ def is_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
     )
+
+
+def end(status: int) -> NoReturn:
+    """End the process; of several hosts at once, as the others, which wait for it, then end, too.
+
+    Else it would wait for them first, as JAX does when it is told to exit.
+    """
+    if _with_others():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def is_of_hosts(error: Exception) -> bool:
+    """Return whether an error came from work together with other hosts, which need not be this one's own.
+
+    JAX raises some such errors as a ValueError, which begins with the status as well.
+    """
+    status = type(error).__name__ == "JaxRuntimeError" or str(error).partition(":")[0] in _STATUSES
+    return status and _with_others()
+
+
+def of_hosts(error: Exception) -> str:
+    """Return a message that another host has stopped, with the first line of what the system says."""
+    detail = " ".join(str(error).split())[:200]
+    return (
+        f"another host has stopped or cannot be reached, and its own message says why ({detail}); the same command on"
+        " every host goes on from what is finished"
+    )
+
+
+def _with_others() -> bool:
+    """Return whether JAX works together with other processes; it is not loaded to ask."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def of_memory(error: Exception, command: str) -> str:

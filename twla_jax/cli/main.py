@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if failures.is_of_memory(error):
             _fail(failures.of_memory(error, arguments[0] if arguments else ""), 1)
+        if failures.is_of_hosts(error):
+            _fail(failures.of_hosts(error), 1)
         if os.environ.get("TWLA_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (TWLA_DEBUG=1 shows where)", 1)
@@ -171,7 +173,7 @@ def _fail(message: str, status: int) -> None:
     message += failures.of_the_current_folder() if status == 1 else ""
     line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(message.split()))
     print(f"twla: error: {line}", file=sys.stderr)
-    sys.exit(status)
+    failures.end(status)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Defines the commands that make or change quantised models: `quantize`, `allocate`, `compare`, `demo`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from twla_jax.cli.options import (
     BatchSize,
@@ -13,6 +13,7 @@ from twla_jax.cli.options import (
     OptionalCorpus,
     OptionalEmbeddingBits,
     OptionalFile,
+    OptionalHosts,
     OptionalMaxWindows,
     OptionalMesh,
     OptionalMinutes,
@@ -26,6 +27,7 @@ from twla_jax.cli.options import (
     Site,
     argument,
     given,
+    join_hosts,
     mesh_of,
     number,
     numbers,
@@ -61,6 +63,7 @@ def quantize(
     check_corpus: OptionalCorpus = None,
     check_windows: CheckWindows = 8,
     mesh: OptionalMesh = None,
+    coordinator: OptionalHosts = None,
     dry_run: bool = False,
     overwrite: bool = False,
     json: bool = False,
@@ -93,10 +96,14 @@ def quantize(
             or wikitext2, else pydoc
         check_windows: number of windows to evaluate on
         mesh: devices to split the work over: calibration text over data, matrices over model
+        coordinator: use the devices of several hosts, each of which runs this command with --mesh: auto on Cloud TPU
+            and SLURM, else the address of process 0, the number of processes, and the index of this one; the first
+            writes OUT
         dry_run: predict the memory, the time and the size of OUT, and write nothing
         overwrite: replace the model in OUT
         json: print the report as JSON
     """
+    from twla_jax import hosts
     from twla_jax import recipe as recipe_module
     from twla_jax.jobs import forecast, loading, quantize_model
     from twla_jax.models.io import readers
@@ -110,6 +117,7 @@ def quantize(
             {"embedding": {"bits": embedding_bits} if embedding_bits != 16 else False}
         )
     settings = _refined_on(settings, refine_tokens, refine_minutes)
+    join_hosts(coordinator, mesh, beside=_for_one_host(settings) | {"--dry-run": dry_run or None})
     if dry_run:
         config = readers.read_config(loading.resolve_model(model, weights=False))
         figures = forecast.forecast(config, settings, dtype=dtype)
@@ -124,8 +132,20 @@ def quantize(
         check_corpus=check_corpus,
         check_windows=check_windows,
         mesh=mesh_of(mesh),
+        progress=hosts.is_first(),
     )
-    show(report, json, lambda: quantize_model.format_report(report, out))
+    if hosts.is_first():
+        show(report, json, lambda: quantize_model.format_report(report, out))
+
+
+def _for_one_host(settings: "Recipe") -> dict[str, Any]:
+    """Return what a recipe asks for that several hosts cannot do together, by the name it has in messages."""
+    refine, allocation = settings.refine, settings.allocation
+    return {
+        f"recipe '{settings.name}': refinement": refine.blocks or refine.end_to_end or refine.clips,
+        f"recipe '{settings.name}': the allocation of bits": allocation.budget or None,
+        "--calibration self": settings.calibration.corpus if settings.calibration.corpus == "self" else None,
+    }
 
 
 def _refined_on(settings: "Recipe", tokens: int | None, minutes: float | None = None) -> "Recipe":

@@ -139,6 +139,29 @@ def mesh_of(text: str | None) -> "Mesh | None":
     return None if text is None else sharding.make_mesh(text)
 
 
+def join_hosts(coordinator: str | None, mesh: str | None, beside: dict[str, Any]) -> None:
+    """Join other hosts, if they are named.
+
+    Args:
+      coordinator: how the hosts find one another; None stays alone.
+      mesh: how their devices are used.
+      beside: by name, what one host alone can do, and None where it is not asked for.
+
+    Raises:
+      TwlaError: there is no mesh, something is asked for that one host alone can do, or the others are not reached.
+    """
+    from twla_jax import hosts
+
+    if coordinator is None:
+        return
+    if mesh is None:
+        raise TwlaError("--coordinator needs --mesh, which says how the devices of all hosts are used")
+    for option, value in beside.items():
+        if value is not None:
+            raise TwlaError(f"{option} runs on one host; leave out --coordinator")
+    hosts.join(coordinator)
+
+
 def show(figures: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
     """Print figures on stdout, as JSON or as lines of text."""
     print(json_text.dumps(figures).rstrip() if as_json else text())

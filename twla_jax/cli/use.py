@@ -19,6 +19,7 @@ from twla_jax.cli.options import (
     Seed,
     SeqLen,
     argument,
+    join_hosts,
     mesh_of,
     number,
     read_text,
@@ -91,12 +92,12 @@ def evaluate(
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
         json: print the figures as JSON
     """
-    from twla_jax.devices import is_first
+    from twla_jax import hosts
     from twla_jax.evaluation import scoring
     from twla_jax.models import config
     from twla_jax.text import corpora
 
-    _join(coordinator, mesh, beside={"--tasks": tasks, "--domains": domains, "--against": against})
+    join_hosts(coordinator, mesh, beside={"--tasks": tasks, "--domains": domains, "--against": against})
     if tasks is not None:
         form = {"dtype": dtype, "activation_bits": activation_bits, "kernels": kernels, "mesh": mesh_of(mesh)}
         _evaluate_tasks(model, tasks, against, limit, batch_size * seq_len, form, json)
@@ -124,9 +125,9 @@ def evaluate(
         max_windows=max_windows,
         batch_size=batch_size,
         mesh=devices,
-        progress=is_first(),
+        progress=hosts.is_first(),
     )
-    if not is_first():
+    if not hosts.is_first():
         return
     _require_number(model, result["perplexity"])
     result = {**result, "corpus": text.describe(), "dtype": str(decoder.dtype), "path": path}
@@ -139,20 +140,6 @@ def evaluate(
             f"{path}, {result['dtype']})"
         ),
     )
-
-
-def _join(coordinator: str | None, mesh: str | None, beside: dict[str, str | None]) -> None:
-    """Join other hosts, if they are named, and nothing else is that one host alone can do."""
-    from twla_jax import devices
-
-    if coordinator is None:
-        return
-    if mesh is None:
-        raise TwlaError("--coordinator needs --mesh, which says how the devices of all hosts are used")
-    for option, value in beside.items():
-        if value is not None:
-            raise TwlaError(f"{option} runs on one host; leave out --coordinator")
-    devices.join_hosts(coordinator)
 
 
 def _evaluate_domains(

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from twla_jax import hosts
 from twla_jax.evaluation.divergence import hidden_divergence
 from twla_jax.evaluation.nll import hidden_nll
 from twla_jax.models import sharding
@@ -45,7 +46,7 @@ def window_figures(
         hidden = tuple(batch.state.x for batch in batches)
         figures = _figures(tuple(heads), hidden, sharding.place_batch(tokens, mesh), chunk=chunk)
         for name, values in figures.items():
-            found.setdefault(name, []).append(np.asarray(values))
+            found.setdefault(name, []).append(hosts.fetch(values))
     return {name: np.concatenate(values)[: len(windows)] for name, values in found.items()}
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from twla_jax import hosts
 from twla_jax.errors import TwlaError
 from twla_jax.storage import checkpoint, locks
 from twla_jax.storage.places import expand
@@ -19,8 +21,8 @@ def writes(*, work: str, changes_saved: bool = False) -> Callable[[Callable[P, R
     """Return a decorator for jobs that write the folder given as `out`.
 
     The folder is checked and kept before the job begins: see `checkpoint.claim`. The job gets the path that is really
-    written, where `out` was a link. An interrupt and an error for want of memory
-    say what is kept.
+    written, where `out` was a link. An interrupt and an error for want of memory say what is kept. Of several hosts,
+    the first has the folder; the job of another gets one that is temporary.
 
     Args:
       work: ending of the folder beside `out` in which the job leaves finished parts.
@@ -34,6 +36,10 @@ def writes(*, work: str, changes_saved: bool = False) -> Callable[[Callable[P, R
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = signature.bind(*args, **kwargs)
             out = bound.arguments["out"]
+            if not hosts.is_first():
+                with tempfile.TemporaryDirectory(prefix="twla-") as folder:
+                    bound.arguments["out"] = Path(folder) / Path(out).name
+                    return job(*bound.args, **bound.kwargs)
             overwrite = bool(bound.arguments.get("overwrite"))
             claim = (
                 checkpoint.claim_saved(out) if changes_saved else checkpoint.claim(out, overwrite=overwrite)

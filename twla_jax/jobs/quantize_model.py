@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twla_jax import hosts
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.domains import evaluate_domains, format_domains
 from twla_jax.evaluation.scoring import evaluate
@@ -27,7 +28,7 @@ from twla_jax.models.io.tokenizer import as_json
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.recipe import Recipe
 from twla_jax.reports.run import Phases, environment, peak_memory
-from twla_jax.storage import accounting, checkpoint
+from twla_jax.storage import accounting, checkpoint, resume
 from twla_jax.text import corpora, recipe_windows, sampled
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def quantize_to_folder(
       allow_broken: keep a model that fails its check, as a baseline of few bits may.
       full_precision: `evaluation` of another report on the same model, whose figure of the original is taken where text
         and windows are the same too; None measures it.
-      mesh: with axes `data` and `model`, which the stages and the evaluations split their work over.
+      mesh: with axes `data` and `model`, which the stages and the evaluations split their work over. Of several hosts,
+        with the devices of all: each makes this call, and the first one writes.
       progress: phases and bars on stderr.
     Returns:
       The report, as kept in `report.json`, with the folder's `accounting.account` under `size`.
@@ -97,6 +99,10 @@ def quantize_to_folder(
         allocates = recipe.allocation.budget > 0
         drawn = recipe_windows.draw(text, recipe, tokenizer, vocab_size, held_out=allocates)
         check_tokens = corpora.first_windows(check, tokenizer, vocab_size, check_windows, seq_len)
+    together = resume.fingerprint(
+        {"config": model.config.to_dict(), "recipe": recipe.to_dict()}, [drawn.calibration, check_tokens]
+    )
+    hosts.require_same(together, "model, text or recipe")
     score = functools.partial(evaluate, tokens=check_tokens, mesh=mesh, progress=progress)
     known = _known_figures(full_precision, check, check_tokens)
     with phases("evaluate in full precision"):
@@ -131,10 +137,12 @@ def quantize_to_folder(
         mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
         perplexity[mixed] = score(quantized)["perplexity"]
     with phases("generate"):
-        sample = _check(quantized, original["perplexity"], perplexity, check_tokens[0], allow_broken)
+        sample = hosts.from_first(
+            lambda: _check(quantized, original["perplexity"], perplexity, check_tokens[0], allow_broken)
+        )
     report = {
         **environment(),
-        "model": describe_model(path),
+        "model": hosts.from_first(lambda: describe_model(path)),
         "recipe": recipe.to_dict(),
         "calibration": {
             **text.describe(),
@@ -158,9 +166,14 @@ def quantize_to_folder(
         "peak_memory_by_phase": phases.peak_memory,
     }
     with phases("save"):
-        checkpoint.save(quantized, tokenizer, out, recipe, report, extra=extra, overwrite=overwrite)
-        shutil.rmtree(work_dir, ignore_errors=True)
-    return {**report, "size": accounting.account(out)}
+
+        def save() -> dict[str, Any]:
+            checkpoint.save(quantized, tokenizer, out, recipe, report, extra=extra, overwrite=overwrite)
+            shutil.rmtree(work_dir, ignore_errors=True)
+            return accounting.account(out)
+
+        size = hosts.from_first(save)
+    return {**report, "size": size}
 
 
 def format_report(report: dict[str, Any], out: str | Path) -> str:

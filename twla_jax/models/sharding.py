@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from twla_jax import hosts
 from twla_jax.core import packing
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.grouped_tensor import GroupedTensor
@@ -64,12 +65,17 @@ def place(model: Any, mesh: Mesh | None) -> Any:
     if len(devices) > 1 and any(_devices(leaf) == devices for leaf in jax.tree.leaves(model)):
         return model
     model = jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, StoredLayers) else leaf, model)
-    return jax.device_put(model, shardings(model, mesh))
+    return hosts.put(model, shardings(model, mesh))
+
+
+def place_everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Return a pytree of arrays on the default device, or whole on every device of a mesh."""
+    return on_device(tree) if mesh is None else hosts.put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def place_batch(array: Any, mesh: Mesh | None) -> jax.Array:
     """Return an array on the default device, or on a mesh with its leading axis over `data`."""
-    return jnp.asarray(array) if mesh is None else jax.device_put(array, batch_sharding(mesh))
+    return jnp.asarray(array) if mesh is None else hosts.put(array, batch_sharding(mesh))
 
 
 def batch_on(mesh: Mesh | None, size: int) -> int:

@@ -70,8 +70,8 @@ def quantize_block(
     original = block
     for index, site in enumerate(block.sites):
         linears = block.linears(site)
-        moment, samples = _no_moment(site, linears), []
-        error_moment = _no_moment(site, linears) if reference else None
+        moment, samples = stream.everywhere(_no_moment(site, linears)), []
+        error_moment = stream.everywhere(_no_moment(site, linears)) if reference else None
         spans = {"first": _kept_before(block, index), "last": index}
         pairs = zip(stream.batches(), reference.batches(), strict=True) if reference else None
         for batch, exact in pairs or ((batch, None) for batch in stream.batches()):
@@ -131,7 +131,7 @@ def input_changes(
     bits: int,
 ) -> dict[str, Any]:
     """Return what `replace` takes to give an input of a block its rotation and its quantiser."""
-    settings = jnp.full(clips.shape[:-1], bits, jnp.int32)
+    settings = jnp.full_like(clips[..., 0], bits, jnp.int32)  # where the clips lie
     quantizer = ActivationQuantizer(bits=settings, clips=cast(jax.Array, clips), enabled=bits < OFF)
     changes: dict[str, Any] = {f"{site.name}_input.activation": quantizer}
     if rotation is not None:

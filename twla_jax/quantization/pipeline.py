@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from twla_jax import hosts
 from twla_jax.core import quantizers
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import GroupedSettings, QuantizationSettings
@@ -58,8 +59,9 @@ def quantize_blocks(
       settings: of weights, rotations and activations.
       work_dir: finished rotations and blocks, and the residual stream after each block, are kept here; a later call
         with the same model, windows and settings goes on from them. Of a model whose layers are in files, the blocks
-        of the result stay here, too.
-      mesh: with axes `data` and `model`: windows are split over `data`, parameters as `sharding.shardings` says.
+        of the result stay here, too. Of several hosts, each gives a folder of its own, and the first one's counts.
+      mesh: with axes `data` and `model`: windows are split over `data`, parameters as `sharding.shardings` says; of
+        several hosts, with the devices of all, each of which makes this call.
       progress: bars with an estimate of the time left, on stderr.
 
     Returns:
@@ -82,7 +84,9 @@ def quantize_blocks(
     start = time.perf_counter()
     looks_at_inputs = settings.rotation is not None and settings.rotation.range_weight > 0
     samples = sample_inputs(model, windows, mesh) if looks_at_inputs else {}
-    rotations, losses = rotation_fitting.fit_rotations(model, samples, settings.rotation, store, progress)
+    rotations, losses = rotation_fitting.fit_rotations(
+        model, samples, settings.rotation, store, mesh, progress
+    )
     fitted = time.perf_counter()
     layers = _quantize_blocks(model, windows, rotations, settings, store, mesh, progress)
     figures = [
@@ -110,7 +114,9 @@ def _open_work_dir(
         "settings": settings.to_dict(),
         "dtype": model.dtype.name,
     }
-    return resume.WorkDir(folder, resume.fingerprint(work, [np.asarray(windows), *resume.leaves(model)]))
+    identity = resume.fingerprint(work, [np.asarray(windows), *resume.leaves(model)])
+    hosts.require_same(identity, "model, text or recipe")
+    return resume.WorkDir(folder, identity)
 
 
 class Absent(NamedTuple):
@@ -154,7 +160,7 @@ def sample_inputs(
     for index, block in enumerate(stored_layers.in_turn(model.blocks, 0, model.config.num_layers)):
         block, context = _place(block, mesh), stream.context.layer(index)
         for at, site in enumerate(block.sites):
-            samples[site.name].append(np.asarray(sample_site(block, stream, context, at, stride)))
+            samples[site.name].append(hosts.fetch(sample_site(block, stream, context, at, stride)))
         finish_block(block, stream, context)
     return {site: np.stack(parts) for site, parts in samples.items()}
 
@@ -193,8 +199,7 @@ def _quantize_blocks(
     with Snapshots(store) as snapshots:
         first, kept = snapshots.load() or (0, None)
         if kept is not None:
-            assert store is not None
-            layers = [held(store.require(f"block-{index}")) for index in range(first)]
+            layers = [held(snapshots.block(index)) for index in range(first)]
         for name, each in streams.items():
             if each is not None and first < count:
                 each.start() if kept is None else each.restore(kept[name])
@@ -202,11 +207,11 @@ def _quantize_blocks(
         with bar:
             for index, block in enumerate(stored_layers.in_turn(model.blocks, first, count), first):
                 here = {
-                    site: on_device(jax.tree.map(lambda leaf, i=index: leaf[i], r))
+                    site: stream.everywhere(jax.tree.map(lambda leaf, i=index: leaf[i], r))
                     for site, r in rotations.items()
                 }
                 context = stream.context.layer(index)
-                result = jax.device_get(
+                result = hosts.fetch(
                     quantize_block(_place(block, mesh), here, stream, reference, context, settings)
                 )
                 _require_finite(model, index, result)
@@ -240,7 +245,7 @@ def _leaves_packed(model: Decoder, settings: QuantizationSettings, store: resume
 def _place(block: ChainBlock, mesh: jax.sharding.Mesh | None) -> ChainBlock:
     if mesh is None:
         return jax.tree.map(_to_device, block)
-    return jax.device_put(block, sharding.shardings(block, mesh))
+    return sharding.place(block, mesh)
 
 
 def _to_device(leaf: Any) -> jax.Array:

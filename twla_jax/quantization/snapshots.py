@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from twla_jax import hosts
 from twla_jax.models.stored_layers import StoredLayers
 from twla_jax.quantization.stream import ResidualStream
 from twla_jax.storage import resume
@@ -19,6 +20,9 @@ class Snapshots:
 
     A finished block is always kept. The streams are kept after every block too, in place of those of an earlier one
     only once they are whole; a disk that takes longer for them than a block takes gets those of every few blocks.
+
+    Of several hosts, each keeps the blocks in a folder of its own, and the first one also the streams of all; what it
+    kept is what all of them go on from.
     """
 
     def __init__(self, store: resume.WorkDir | None):
@@ -45,7 +49,8 @@ class Snapshots:
         Batches of a stream, `[batches, b, s, d]`, are read when their turn comes: there may be no room for all.
         """
         store = self._store
-        if store is None or (names := store.names(_STREAM)) is None:
+        names = None if store is None else hosts.from_first(lambda: store.names(_STREAM))
+        if store is None or names is None:
             return None
         batches: dict[str, list[str]] = {}
         for name in names:
@@ -54,13 +59,22 @@ class Snapshots:
 
         def stream(names: list[str]) -> StoredLayers:
             def read(index: int) -> np.ndarray:
-                return store.require(_STREAM, names[index])[names[index]]
+                return hosts.from_first(lambda: store.require(_STREAM, names[index])[names[index]])
 
             one = read(0)
             return StoredLayers(read, (len(names), *one.shape), one.dtype)
 
-        first = int(store.require(_STREAM, _LAYER)[_LAYER])
+        first = hosts.from_first(lambda: int(store.require(_STREAM, _LAYER)[_LAYER]))
         return first, {name: stream(parts) for name, parts in batches.items()}
+
+    def block(self, index: int) -> dict[str, np.ndarray]:
+        """Return what was kept for a finished block; of several hosts, the others keep what the first one has."""
+        store, name = self._store, f"block-{index}"
+        assert store is not None
+        result = hosts.from_first(lambda: store.require(name))
+        if not hosts.is_first():
+            store.save(name, result)
+        return result
 
     def keep_block(self, index: int, result: Mapping[str, np.ndarray]) -> None:
         """Keep what was found for one block."""
@@ -68,17 +82,21 @@ class Snapshots:
 
     def keep_streams(self, layer: int, streams: Mapping[str, ResidualStream | None]) -> None:
         """Keep the streams as they are before the block `layer`, unless others are still being written."""
-        if self._store is None or (self._streams is not None and not self._streams.done()):
+        if self._store is None or hosts.from_first(self._is_busy):
             return
         saved: dict[str, Any] = {_LAYER: np.asarray(layer)}
         for name, stream in streams.items():
             if stream is not None:
                 saved |= {f"{name}-{index:05d}": array for index, array in enumerate(stream.saved())}
-        self._streams = self._submit(_STREAM, saved)
+        if hosts.is_first():
+            self._streams = self._submit(_STREAM, saved)
 
     def keep_end(self, layers: int) -> None:
         """Keep that all blocks are finished: a later stage may be interrupted, and this one need not run again."""
         self._submit(_STREAM, {_LAYER: np.asarray(layers)})
+
+    def _is_busy(self) -> bool:
+        return self._streams is not None and not self._streams.done()
 
     def _submit(self, name: str, arrays: dict[str, Any]) -> Future | None:
         self._raise_errors()

@@ -1,6 +1,7 @@
 """Holds the residual stream of all calibration windows, between two blocks, in batches of one shape."""
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from twla_jax import hosts
 from twla_jax.devices import host_bytes, on_device
 from twla_jax.models import sharding
 from twla_jax.models.blocks import State
@@ -44,6 +46,7 @@ class ResidualStream:
       tokens: how many there are in all windows.
       windows: `[batches, b, s]`, the last batch filled up with zeros.
       context: of the tokens of one window, for all layers.
+      mesh: whose axis `data` the windows of a batch are split over; None has the default device.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class ResidualStream:
         Args:
           model: whose embedding the stream begins with.
           windows: tokens, `[w, s]`.
-          mesh: whose axis `data` the windows of a batch are split over.
+          mesh: as the attribute; of several hosts, each holds the windows of its own devices.
           folder: where the file lies that holds a stream too large for the host's memory; None: where temporary files
             do.
           streams: how many such are held at the same time, this one included.
@@ -69,7 +72,8 @@ class ResidualStream:
         split = mesh.shape["data"] if mesh is not None else 1
         size = -(-max(1, min(count, BATCH_TOKENS // seq_len)) // split) * split
         self.tokens = windows.size
-        self.context = model.context(seq_len)
+        self.mesh = mesh
+        self.context = self.everywhere(model.context(seq_len))
         self._head = without_blocks(model)
         self._sharding = sharding.batch_sharding(mesh) if mesh is not None else None
         self._count = count
@@ -95,6 +99,10 @@ class ResidualStream:
             State(self._keep(self._put(head.embed_tokens(jnp.asarray(batch))))) for batch in self.windows
         ]
 
+    def everywhere(self, tree: Any) -> Any:
+        """Return a pytree of arrays that every device of the mesh holds."""
+        return sharding.place_everywhere(tree, self.mesh)
+
     def restore(self, saved: Float[np.ndarray, "batches b s d"] | StoredLayers) -> None:
         """Put back what `saved` gave, stacked, whatever batches it was in; each is read when its turn comes."""
         if saved.shape[:2] != self.windows.shape[:2]:
@@ -106,9 +114,14 @@ class ResidualStream:
     def saved(self) -> list[np.ndarray]:
         """Return the residual stream between two blocks, a `[b, s, d]` a batch, on the host.
 
+        Of several hosts, all send their windows to the first one; the others return nothing.
+
         The arrays stay as they are, also while the stream moves on: on the host they are the stream's own.
         """
         arrays: list[Any] = [state.x for state in self._states if state]
+        if hosts.several():
+            parts = (hosts.whole(self._put(array)) for array in arrays)
+            return [np.array(part) for part in parts if hosts.is_first()]
         if self._on_host:
             return arrays
         for array in arrays:
@@ -126,12 +139,17 @@ class ResidualStream:
             self._states[index] = jax.tree.map(self._keep, batch.state)
 
     def _put(self, array: Any) -> jax.Array:
-        return jnp.asarray(array) if self._sharding is None else jax.device_put(array, self._sharding)
+        if isinstance(array, hosts.Parts):
+            return array.on_devices()
+        return jnp.asarray(array) if self._sharding is None else hosts.put(array, self._sharding)
 
     def _keep(self, array: Any) -> Any:
         if not self._on_host:
             return array
-        return _to_file(np.asarray(array), self._folder) if self._in_file else np.asarray(array)
+        keep = functools.partial(_to_file, folder=self._folder) if self._in_file else np.asarray
+        if hosts.several() and self._sharding is not None:
+            return hosts.Parts.of(self._put(array), keep)
+        return keep(np.asarray(array))
 
 
 def _to_file(array: np.ndarray, folder: Path | None) -> np.ndarray:
@@ -149,5 +167,5 @@ def widest_kept(model: Decoder) -> int:
 
 
 def _device_bytes() -> int | None:
-    """Return the memory of the first device, where it is not the host's own."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    """Return the memory of this host's first device, where it is not the host's own."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

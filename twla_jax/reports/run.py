@@ -67,9 +67,9 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Return the most bytes held so far: by this process on the host, and on the first device if its driver says so."""
+    """Return the most bytes held so far: by this process on the host, and on its first device if its driver says so."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    statistics = jax.devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     return {
         "host_bytes": peak if sys.platform == "darwin" else peak * 1024,  # Linux counts in KiB
         "device_bytes": statistics.get("peak_bytes_in_use"),

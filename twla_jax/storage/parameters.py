@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from twla_jax import hosts
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.kotms import KroneckerRotation
@@ -70,7 +71,7 @@ def to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dict
 
 def write(folder: Path, arrays: dict[str, Any]) -> None:
     """Write arrays by name to `folder`, which nothing is in, so that the same arrays give the same bytes."""
-    with _checkpointer() as checkpointer:
+    with hosts.alone(), _checkpointer() as checkpointer:
         checkpointer.save(folder, layered_arrays.first_layers(arrays))
     layered_arrays.append_layers(folder, arrays)
     for name in _UNREAD:
