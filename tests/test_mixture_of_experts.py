@@ -1,6 +1,7 @@
 """A mixture of experts goes all the way: quantised, refined, saved, counted, packed."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from twla_jax.core.settings import (
 from twla_jax.core.tensors import TernaryTensor, dequantize
 from twla_jax.errors import TwlaError
 from twla_jax.jobs.export_model import export_model
-from twla_jax.models import sites
+from twla_jax.models import sharding, sites
 from twla_jax.models.blocks import State, run
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
@@ -200,6 +201,30 @@ def test_refinement_moves_it_towards_its_teacher(model, quantized):
     before, after = (each.blocks.gate.kernel.get_value() for each in (quantized[0], refined))
     assert (np.asarray(before.alpha) != np.asarray(after.alpha)).any((-1, -2)).all()  # of every expert
     assert before.shape == after.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["data=2", "model=2"])
+def test_on_a_mesh_it_is_quantised_and_scored_as_on_one_device(model, quantized, axes):
+    """A sum in another order may tip a code, and that a token's expert: the errors stay what they are."""
+    mesh = sharding.make_mesh(axes)
+    split, figures = twla_jax.quantize_blocks(model, WINDOWS, SETTINGS, mesh=mesh, progress=False)
+    for here, one in zip(figures["sites"], quantized[1]["sites"], strict=True):
+        assert here["output_error"] == pytest.approx(one["output_error"], rel=0.1)
+        if here["layer"] == 0:  # nothing has been quantised before its router but attention
+            assert here.get("fewest_tokens") == one.get("fewest_tokens")
+    sixteen, other = (twla_jax.set_activation_bits(each, bits=16) for each in (quantized[0], split))
+    scored = functools.partial(twla_jax.evaluate, tokens=WINDOWS, progress=False)
+    alone = scored(sixteen)["nll"]
+    assert scored(sixteen, mesh=mesh)["nll"] == pytest.approx(alone, rel=1e-5)
+    assert scored(other, mesh=mesh)["nll"] == pytest.approx(alone, rel=0.01)
+    with pytest.raises(TwlaError, match="experts cannot be spread over a mesh"):
+        twla_jax.prepare_for_inference(sixteen, mesh=mesh, unpack=False)
+    tokens = [
+        twla_jax.generate(each, WINDOWS[:2, :8], max_new_tokens=4, eos_token_ids=())
+        for each in (sixteen, sharding.place(sixteen, mesh))
+    ]
+    np.testing.assert_array_equal(*tokens)
 
 
 def test_packed_it_computes_and_generates_the_same(loaded):

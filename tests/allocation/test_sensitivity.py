@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from twla_jax.allocation import sensitivity
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
-from twla_jax.models import sites
+from twla_jax.models import sharding, sites
 from twla_jax.models.blocks import State, run
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
@@ -90,6 +91,27 @@ def test_blocks_before_a_changed_site_are_not_run_again(tiny_ternary):
 def test_the_work_is_half_of_the_naive_beside_two_runs_of_the_model(tiny_ternary, kind):
     effort = measure(tiny_ternary, kind).effort
     assert effort["block_evaluations"] <= effort["naive_block_evaluations"] / 2 + 2 * 3
+
+
+def test_on_a_mesh_the_table_is_that_of_one_device(tiny_ternary):
+    """Of three windows, which two devices cannot share alike."""
+    mesh = sharding.make_mesh("data=2,model=2")
+    one, split = (
+        sensitivity.measure(tiny_ternary, WINDOWS[:3], "block", CHOICES, mesh=each, progress=False)
+        for each in (None, mesh)
+    )
+    np.testing.assert_allclose(split.base_loss, one.base_loss, rtol=1e-6)
+    np.testing.assert_allclose(split.costs, one.costs, atol=TIES)
+    np.testing.assert_allclose(split.interactions, one.interactions, atol=TIES)
+    assert split.effort["loss_evaluations"] == one.effort["loss_evaluations"]
+
+
+def test_candidates_stay_on_the_devices_of_their_windows():
+    over_windows = NamedSharding(sharding.make_mesh("data=4"), PartitionSpec(None, "data"))
+    states = State(jax.device_put(np.arange(24.0).reshape(3, 4, 2, 1), over_windows))
+    batch = sensitivity._window_by_window(states).x
+    assert batch.sharding.spec[0] == "data"
+    np.testing.assert_array_equal(batch.reshape(4, 3, 2), np.asarray(states.x)[..., 0].swapaxes(0, 1))
 
 
 def test_all_layers_share_one_program(tiny_ternary):

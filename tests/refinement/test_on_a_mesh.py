@@ -14,7 +14,8 @@ from twla_jax.evaluation.scoring import evaluate
 from twla_jax.models import sharding
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import EndToEndSettings
+from twla_jax.recipe import BlockRefinementSettings, EndToEndSettings
+from twla_jax.refinement.blockwise import refine_blocks
 from twla_jax.refinement.end_to_end import WholeTraining, refine
 from twla_jax.refinement.latent_shardings import place_latents
 from twla_jax.refinement.latents import init_latents
@@ -77,6 +78,23 @@ def test_refinement_takes_the_steps_of_one_device(student, teacher, mesh):
             for each in (one, split)
         )
         np.testing.assert_allclose(there, here, atol=1e-3 * np.abs(here).max())
+
+
+def test_refinement_block_by_block_takes_the_steps_of_one_device(student, teacher):
+    """Of three windows, two at a time; two devices cannot share alike what they move past a block."""
+    settings = BlockRefinementSettings(steps=3, batch=2, code_rate=1e-2, dtype="float32")
+    mesh = sharding.make_mesh("data=2")
+    (one, figures), (split, found) = (
+        refine_blocks(student, teacher, WINDOWS[:3], settings, mesh=each, progress=False)
+        for each in (None, mesh)
+    )
+    np.testing.assert_allclose(found["loss"], figures["loss"], rtol=1e-4)
+    here, there = (
+        np.asarray(tensors.dequantize(each.blocks.down.kernel.get_value())) for each in (one, split)
+    )
+    np.testing.assert_allclose(there, here, atol=1e-3 * np.abs(here).max())
+    with pytest.raises(TwlaError, match="batches of 2 windows cannot be split over data=4"):
+        refine_blocks(student, teacher, WINDOWS, settings, mesh=sharding.make_mesh("data=4"), progress=False)
 
 
 def test_what_learns_lies_with_its_matrix(student, teacher, mesh):

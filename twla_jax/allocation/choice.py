@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jaxtyping import Int, Int32
 
@@ -17,10 +18,9 @@ from twla_jax.allocation import sensitivity
 from twla_jax.allocation.refit import refit_clips
 from twla_jax.core import ila_amp
 from twla_jax.core.ila_amp import SensitivityTable
-from twla_jax.devices import on_device
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.scoring import evaluate
-from twla_jax.models import sites
+from twla_jax.models import sharding, sites
 from twla_jax.models.arguments import require_model, require_settings
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import Decoder
@@ -48,6 +48,7 @@ class Measured:
       table: of losses at fewer bits, on `held_out`.
       figures: JSON-ready: `held_out`, `table` and `before`, the model as it came.
       tables: JSON-ready; a later `prepare` that is given them measures nothing again.
+      mesh: that the model lies on, and whose axis `data` windows are split over.
     """
 
     model: Decoder
@@ -57,6 +58,7 @@ class Measured:
     table: SensitivityTable
     figures: dict[str, Any]
     tables: dict[str, Any]
+    mesh: jax.sharding.Mesh | None = None
 
 
 @resume.keeps_work_dir
@@ -68,6 +70,7 @@ def allocate_bits(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     tables: Mapping[str, Any] | None = None,
     work_dir: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any], dict[str, Any]]:
     """Give each activation site of a quantised model its own bits, `recipe.allocation.budget` on average.
@@ -80,6 +83,7 @@ def allocate_bits(
       tokenizer: of the model, where the text is a corpus.
       tables: what an earlier call returned for the same model and text; measured anew where it does not fit.
       work_dir: an interrupted measurement goes on from what it left here.
+      mesh: with axes `data`, over which windows are split, and `model`.
       progress: bars with an estimate of the time left, on stderr.
 
     Returns:
@@ -90,7 +94,7 @@ def allocate_bits(
         budget, or what `sensitivity.measure` refuses.
     """
     drawn = recipe_windows.draw(text, recipe, tokenizer, model.config.vocab_size)
-    measured = prepare(model, drawn, recipe, tables=tables, work_dir=work_dir, progress=progress)
+    measured = prepare(model, drawn, recipe, tables=tables, work_dir=work_dir, mesh=mesh, progress=progress)
     allocated, result = choose(measured, progress=progress)
     return allocated, result, measured.tables
 
@@ -102,6 +106,7 @@ def prepare(
     *,
     tables: Mapping[str, Any] | None = None,
     work_dir: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> Measured:
     """Measure the sensitivity table, or take it from `tables`.
@@ -112,6 +117,7 @@ def prepare(
       recipe: as for `allocate_bits`.
       tables: as for `allocate_bits`.
       work_dir: as for `allocate_bits`.
+      mesh: as for `allocate_bits`.
       progress: bars on stderr.
 
     Raises:
@@ -124,11 +130,11 @@ def prepare(
     if held_out is None:
         raise TwlaError("bits are allocated on held-out windows: the text has none")
     check_length(held_out.shape[1], model.config)
-    model = on_device(model)
+    model = sharding.place(model, mesh)
     average = ila_amp.average_bits(
         sites.input_bits(model).ravel(), sites.site_weights(model, "input", settings.weighting)
     )
-    before = {"average_bits": average, "loss": _loss(model, held_out)}
+    before = {"average_bits": average, "loss": _loss(model, held_out, mesh)}
 
     # An earlier allocation may have refitted some clips; the table is of those that were fitted for every bit-width.
     if tables:
@@ -142,7 +148,13 @@ def prepare(
         table = SensitivityTable.from_dict(entry["table"])
     else:
         table = sensitivity.measure(
-            model, held_out, settings.site, settings.choices, work_dir=work_dir, progress=progress
+            model,
+            held_out,
+            settings.site,
+            settings.choices,
+            work_dir=work_dir,
+            mesh=mesh,
+            progress=progress,
         )
     entry = {"fingerprint": identity, "table": table.to_dict()}
     return Measured(
@@ -162,6 +174,7 @@ def prepare(
             "before": before,
         },
         tables={"clips": clips, "tables": {**known, settings.site: entry}},
+        mesh=mesh,
     )
 
 
@@ -188,9 +201,10 @@ def choose(measured: Measured, *, progress: bool = True) -> tuple[Decoder, dict[
         measured.calibration,
         measured.recipe.activations.clips,
         measured.recipe.activations.clip_tokens,
+        mesh=measured.mesh,
         progress=progress,
     )
-    clips = {"refitted": _loss(refitted, measured.held_out), "as_fitted": losses[best]}
+    clips = {"refitted": _loss(refitted, measured.held_out, measured.mesh), "as_fitted": losses[best]}
     kept = _least(clips)
     if kept == "refitted":
         allocated = refitted
@@ -268,7 +282,8 @@ def _compare(measured: Measured, budget: float) -> tuple[dict[str, Int[np.ndarra
         "uniform": ila_amp.uniform(len(weights), budget, table.choices),
     }
     return options, {
-        method: _loss(_at(measured, bits), measured.held_out) for method, bits in options.items()
+        method: _loss(_at(measured, bits), measured.held_out, measured.mesh)
+        for method, bits in options.items()
     }
 
 
@@ -284,9 +299,9 @@ def _average(measured: Measured, bits: Int[np.ndarray, " l"]) -> float:
     return ila_amp.average_bits(bits, weights)
 
 
-def _loss(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> float:
+def _loss(model: Decoder, windows: Int32[np.ndarray, "w t"], mesh: jax.sharding.Mesh | None) -> float:
     batch_size = max(1, min(len(windows), LOSS_TOKENS // windows.shape[1]))
-    return float(evaluate(model, windows, batch_size=batch_size, progress=False)["nll"])
+    return float(evaluate(model, windows, batch_size=batch_size, mesh=mesh, progress=False)["nll"])
 
 
 def _least(losses: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ from twla_jax.core import tensors
 from twla_jax.core.activation import BIT_CHOICES, ActivationQuantizer, fit_clips
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.tensors import IntegerTensor, TernaryTensor
-from twla_jax.devices import on_device
+from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.models.sites import with_input_clips
@@ -31,6 +31,7 @@ def refit_clips(
     candidates: tuple[float, ...],
     tokens: int,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> Decoder:
     """Return the same model with the clip of each input's present bits fitted again; the clips of other bits stay.
@@ -40,14 +41,15 @@ def refit_clips(
       windows: calibration tokens.
       candidates: clips to try.
       tokens: of the windows that a clip is chosen on.
+      mesh: with axes `data`, over which the windows are split, and `model`.
       progress: a bar with an estimate of the time left, on stderr.
     """
-    stream = ResidualStream(model, windows, None)
+    stream = ResidualStream(model, windows, mesh)
     stream.start()
     stride = max(1, stream.tokens // tokens)
     clips: dict[str, list[jax.Array]] = {site.name: [] for site in model.sites}
     for index in Bar(range(model.config.num_layers), desc="clips", unit="block", disable=not progress):
-        block = on_device(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks))
+        block = sharding.place(jax.tree.map(lambda leaf, i=index: leaf[i], model.blocks), mesh)
         context = stream.context.layer(index)
         for at, site in enumerate(block.sites):
             sample = sample_site(block, stream, context, at, stride)

@@ -14,12 +14,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.ila_amp import SensitivityTable
-from twla_jax.devices import on_device
 from twla_jax.evaluation.nll import hidden_nll
+from twla_jax.models import sharding
 from twla_jax.models.blocks import ChainBlock, Context, State, run
 from twla_jax.models.config import check_vocabulary
 from twla_jax.models.decoder import Decoder
@@ -47,6 +47,7 @@ def measure(
     choices: tuple[int, ...],
     *,
     work_dir: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> SensitivityTable:
     """Return the sensitivity table of a quantised model, from mean losses over `windows`.
@@ -60,6 +61,7 @@ def measure(
       choices: bits, ascending; the last is the base.
       work_dir: the losses of each finished site are kept in a folder of this one, named by the `fingerprint`; a later
         call goes on after them.
+      mesh: with axes `data`, over which the windows are split, and `model`.
       progress: a bar with an estimate of the time left, on stderr.
 
     Returns:
@@ -77,16 +79,24 @@ def measure(
         identity = fingerprint(model, windows, kind, choices)
         store = resume.WorkDir(Path(work_dir) / identity[:16], identity)
     layers = model.config.num_layers
-    model = with_input_bits(on_device(model), np.full((layers, len(model.sites)), choices[-1], np.int32))
+    model = with_input_bits(
+        sharding.place(model, mesh), np.full((layers, len(model.sites)), choices[-1], np.int32)
+    )
     count, seq_len = windows.shape
     lower = jnp.asarray(choices[:-1], jnp.int32)
-    batches = windows.reshape(-1, _batch_size(count, seq_len * len(lower)), seq_len)
+    # On a mesh, windows that only fill up a batch count for nothing.
+    filled = sharding.batch_on(mesh, count)
+    devices = sharding.batch_on(mesh, 1)
+    size = devices * _batch_size(filled // devices, seq_len * len(lower))
+    real = (np.arange(filled) < count).reshape(-1, size)
+    padded = np.pad(windows, ((0, filled - count), (0, 0))).reshape(-1, size, seq_len)
+    batches = [sharding.place_batch(batch, mesh) for batch in padded]
     shares = work_shares(model, seq_len)
 
     results: list[dict[str, np.ndarray]] = []
     while store and (saved := store.load(f"site-{len(results)}")):
         results.append(saved)
-    base: list[State] = [State(model.embed_tokens(jnp.asarray(batch))) for batch in batches]
+    base = [State(sharding.place_batch(model.embed_tokens(batch), mesh)) for batch in batches]
     varied: list[list[State]] = [[] for _ in batches]
     sites = [(layer, *span) for layer in range(layers) for span in site_spans(model, kind)]
     start = time.perf_counter()
@@ -115,7 +125,7 @@ def measure(
                 now = time.perf_counter()
                 results.append(
                     {
-                        "losses": np.asarray(jax.device_get(losses), np.float64).sum((0, -1)) / count,
+                        "losses": _mean(losses, real, count),
                         "blocks": np.asarray(blocks),
                         "seconds": np.asarray(now - start),
                     }
@@ -138,7 +148,7 @@ def measure(
     evaluations = 1 + sum(result["losses"].size for result in results)
     return SensitivityTable.from_losses(
         choices,
-        float(np.asarray(jax.device_get(base_losses), np.float64)[:, 0].sum() / count),
+        float(_mean([[losses] for losses in base_losses], real, count)[0, 0]),
         np.stack([result["losses"][0] for result in results]),
         np.asarray([result["losses"][1:] for result in results[1:]]).reshape(-1, len(lower), len(lower)),
         {
@@ -148,6 +158,14 @@ def measure(
             "seconds": float(sum(result["seconds"] for result in results)),
         },
     )
+
+
+def _mean(
+    losses: list[list[Float[Array, "c b"]]], real: Bool[np.ndarray, "batches b"], count: int
+) -> Float[np.ndarray, "states c"]:
+    """Return means over the `count` real windows, from the losses of each batch, state and candidate."""
+    found = np.asarray(jax.device_get(losses), np.float64)
+    return np.where(real[:, None, None], found, 0).sum((0, -1)) / count
 
 
 def fingerprint(
@@ -199,27 +217,33 @@ def _advance(
 
 
 def _losses(
-    model: Decoder, states: State, layer: int, site: int, windows: Int32[np.ndarray, "b t"]
+    model: Decoder, states: State, layer: int, site: int, windows: Int32[Array, "b t"]
 ) -> Float[Array, "c b"]:
     """Return mean negative log-likelihoods from states, stacked over candidates, that have come to a site."""
-    state = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), states)
+    state = _window_by_window(states)
     if site < len(model.sites):
         state = _advance(model, state.x, state.inner, layer, first=site, last=len(model.sites))
-    return _suffix(model, state.x, layer + 1, windows).reshape(-1, len(windows))
+    return _suffix(model, state.x, layer + 1, windows).reshape(len(windows), -1).T
+
+
+@jax.jit
+def _window_by_window(states: State) -> State:
+    """Return states stacked over candidates as one batch, those of a window together, as they are on its device."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), states)
 
 
 @jax.jit
 def _suffix(
-    model: Decoder, x: Float[Array, "cb t d"], layer: Int32[Array, ""], windows: Int32[Array, "b t"]
-) -> Float[Array, " cb"]:
+    model: Decoder, x: Float[Array, "bc t d"], layer: Int32[Array, ""], windows: Int32[Array, "b t"]
+) -> Float[Array, " bc"]:
     """Return losses from the inputs of block `layer`; one program for all layers, which runs no block before it."""
 
-    def step(index: Int32[Array, ""], x: Float[Array, "cb t d"]) -> Float[Array, "cb t d"]:
+    def step(index: Int32[Array, ""], x: Float[Array, "bc t d"]) -> Float[Array, "bc t d"]:
         block, context = _layer(model, index, x)
         return block(x, context)
 
     x = jax.lax.fori_loop(layer, model.config.num_layers, step, x)
-    targets = jnp.tile(windows, (len(x) // len(windows), 1))
+    targets = jnp.repeat(windows, len(x) // len(windows), axis=0)
     predictions = x.shape[1] - 1
     chunk = -(-predictions // max(1, round(len(x) * predictions / _LOGIT_TOKENS)))
     return hidden_nll(model, model.norm(x), targets, chunk=chunk)

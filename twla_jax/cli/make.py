@@ -185,6 +185,7 @@ def allocate(
     frontier: Annotated[str | None, argument("BITS,…", optional=True)] = None,
     corpus: OptionalCorpus = None,
     max_windows: OptionalMaxWindows = None,
+    mesh: OptionalMesh = None,
     plot: OptionalFile = None,
     dtype: Dtype = "float32",
     json: bool = False,
@@ -207,6 +208,7 @@ def allocate(
         frontier: budgets to report the loss at; without --budget, OUT is not changed
         corpus: evaluation text, to report the perplexity at each budget of --frontier
         max_windows: score only the first N windows of --corpus
+        mesh: devices to split the work over: windows over data, matrices over model
         plot: draw costs, interactions and chosen bits to this image file
         dtype: type the model computes in
         json: print the figures as JSON
@@ -228,6 +230,7 @@ def allocate(
         max_windows=max_windows,
         plot=plot,
         dtype=dtype,
+        mesh=mesh_of(mesh),
     )
     show(result, json, lambda: allocate_bits.format_result(result))
 

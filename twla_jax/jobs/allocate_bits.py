@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from twla_jax import json_files, schema
@@ -42,6 +43,7 @@ def allocate_folder(
     max_windows: int | None = None,
     plot: str | Path | None = None,
     dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Rewrite the activation settings of a folder that `quantize` wrote; its weights stay the files they are.
@@ -55,6 +57,7 @@ def allocate_folder(
       max_windows: windows of that text; None for all.
       plot: image file of the table and the choice; needs a budget.
       dtype: what the model computes in.
+      mesh: with axes `data`, over which windows are split, and `model`; None runs on one device.
       progress: phases and bars on stderr.
     Returns:
       JSON-ready figures, kept in `report.json`: `allocation` (see `choose`), `frontier`, and `seconds` by stage.
@@ -67,7 +70,7 @@ def allocate_folder(
     if plot is not None:
         plotting.require_place(plot)
     with phases("read the model"):
-        model, tokenizer, info = checkpoint.load(out, dtype=jnp.dtype(dtype))
+        model, tokenizer, info = checkpoint.load(out, mesh=mesh, dtype=jnp.dtype(dtype))
         text = _load_text(out, corpus or info.recipe.calibration.corpus, info.recipe)
         check = corpora.load_corpus(check_corpus, "evaluation") if check_corpus else None
         tables = read_tables(out / TABLES) if (out / TABLES).is_file() else None
@@ -75,7 +78,9 @@ def allocate_folder(
     work_dir = out.with_name(out.name + WORK)
     with phases("measure the table"):
         drawn = recipe_windows.draw(text, recipe, tokenizer, model.config.vocab_size)
-        measured = prepare(model, drawn, recipe, tables=tables, work_dir=work_dir, progress=progress)
+        measured = prepare(
+            model, drawn, recipe, tables=tables, work_dir=work_dir, mesh=mesh, progress=progress
+        )
     result: dict[str, Any] = {}
     if settings.budget:
         with phases("choose bits"):
@@ -90,6 +95,7 @@ def allocate_folder(
                 seq_len=measured.held_out.shape[1],
                 max_windows=max_windows,
                 batch_size=max(1, LOSS_TOKENS // measured.held_out.shape[1]),
+                mesh=mesh,
                 progress=progress,
             )
         with phases("measure the frontier"):

@@ -35,7 +35,7 @@ class Work:
       text: the windows of each stage.
       recipe: the settings of each stage.
       work_dir: finished work is kept here, each stage's in a place of its own; None keeps none.
-      mesh: with axes `data` and `model`, which every stage but the choice of bits splits its work over.
+      mesh: with axes `data` and `model`, which every stage splits its work over.
       progress: bars on stderr.
     """
 
@@ -79,7 +79,7 @@ def _refine_blocks(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]
     settings = work.recipe.refine.blocks
     assert settings is not None
     model, figures = blockwise.refine_blocks(
-        model, work.teacher, work.text.calibration, settings, **work.options("blocks")
+        model, work.teacher, work.text.calibration, settings, mesh=work.mesh, **work.options("blocks")
     )
     return model, {"refine_blocks": figures}
 
@@ -110,7 +110,7 @@ def _train_clips(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
 
 
 def _allocate(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
-    measured = choice.prepare(model, work.text, work.recipe, **work.options("ila_amp"))
+    measured = choice.prepare(model, work.text, work.recipe, mesh=work.mesh, **work.options("ila_amp"))
     model, figures = choice.choose(measured, progress=work.progress)
     return model, {"allocation": figures, "tables": measured.tables}
 

@@ -84,6 +84,16 @@ def batch_on(mesh: Mesh | None, size: int) -> int:
     return -(-size // split) * split
 
 
+def require_split(batch: int, mesh: Mesh | None) -> None:
+    """Refuse a batch of windows that cannot be split over the axis `data`.
+
+    Raises:
+      TwlaError: the mesh does not divide it.
+    """
+    if mesh is not None and batch % mesh.shape["data"]:
+        raise TwlaError(f"--mesh: batches of {batch} windows cannot be split over data={mesh.shape['data']}")
+
+
 def _devices(leaf: Any) -> set[Any]:
     return leaf.sharding.device_set if isinstance(leaf, jax.Array) else set()
 

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from twla_jax.core.activation import OFF
+from twla_jax.models import sharding
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.progress import Bar
 from twla_jax.recipe import BlockRefinementSettings
 from twla_jax.refinement import end_to_end
+from twla_jax.refinement.latent_shardings import place_latents
 from twla_jax.refinement.latents import apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
 from twla_jax.storage import resume
@@ -35,6 +38,7 @@ def refine_blocks(
     settings: BlockRefinementSettings,
     *,
     work_dir: str | Path | None = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Train what each block of `student` stores towards the outputs of `teacher`'s blocks.
@@ -45,6 +49,8 @@ def refine_blocks(
       windows: calibration tokens; drawn anew for every block, `settings.batch` at a time.
       settings: of the refinement block by block.
       work_dir: the state is kept here after every block; a later call with the same arguments goes on from it.
+      mesh: with axes `data`, over which the windows of a step are split, and `model`; each device holds the streams of
+        all windows.
       progress: a bar with an estimate of the time left, on stderr.
 
     Returns:
@@ -56,21 +62,24 @@ def refine_blocks(
     require_settings(settings, BlockRefinementSettings, "settings")
     windows = checked_tokens(windows, teacher.config, "windows")
     original, dtype, steps = student, jnp.dtype(settings.dtype), settings.steps
-    student, teacher = (end_to_end.training_form(model, dtype) for model in (student, teacher))
-    latents = init_latents(student, teacher)
+    count, batch = student.config.num_layers, min(settings.batch, len(windows))
+    sharding.require_split(batch, mesh)
+    student, teacher = (end_to_end.training_form(model, dtype, mesh) for model in (student, teacher))
+    latents = place_latents(init_latents(student, teacher), student, mesh)
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
-    x, exact = (model.embed_tokens(jnp.asarray(windows)) for model in (student, teacher))
+    tokens = sharding.place_everywhere(windows, mesh)
+    x, exact = (sharding.place_everywhere(model.embed_tokens(tokens), mesh) for model in (student, teacher))
     losses: list[np.ndarray] = []
     store = None if work_dir is None else end_to_end.open_work_dir(Path(work_dir), student, windows, settings)
     if store and (saved := store.load("state")):
         losses = list(saved.pop("losses"))
         blocks, x, exact = resume.unflatten((blocks, x, exact), saved)
-    context = student.context(windows.shape[1])
-    size = min(settings.window, student.config.num_layers)
-    count, batch = student.config.num_layers - size + 1, min(settings.batch, len(windows))
+    context = sharding.place_everywhere(student.context(windows.shape[1]), mesh)
+    size = min(settings.window, count)
+    count -= size - 1
     rates = [rates_at(settings, step, steps) for step in range(steps)]
     rates = jax.tree.map(lambda *each: jnp.asarray(each, jnp.float32), *rates)
-    static = {"bits": settings.activation_bits, "learns_rotations": settings.rotation_rate > 0}
+    static = {"bits": settings.activation_bits, "mesh": mesh}
     tenth = max(1, steps // 10)
 
     def ends(loss: np.ndarray) -> list[float]:
@@ -85,12 +94,20 @@ def refine_blocks(
             rng = np.random.default_rng(first)
             draws = np.stack([rng.choice(len(windows), batch, False) for _ in range(steps)])
             schedule = (draws, rng.random(draws.shape) < settings.mix, rates)
-            fitted, loss = _fit(*part(first, size), x, exact, schedule, context.span(first, size), **static)
+            fitted, loss = _fit(
+                *part(first, size),
+                x,
+                exact,
+                schedule,
+                context.span(first, size),
+                learns_rotations=settings.rotation_rate > 0,
+                **static,
+            )
             losses.append(np.asarray(loss))
             before, after = ends(losses[-1])
             if after < before:
                 blocks = _with_part(blocks, fitted, first)
-            x, exact = _move(*part(first, 1), x, exact, context.span(first, 1), bits=settings.activation_bits)
+            x, exact = _move(*part(first, 1), x, exact, context.span(first, 1), **static)
             bar.update()
             bar.set_postfix(error=f"{after:.4f}")
             if store:
@@ -119,14 +136,14 @@ def _with_part(stacks: Any, part: Any, first: int) -> Any:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "learns_rotations"))
-def _fit(latents, blocks, originals, x, exact, schedule, context, *, bits, learns_rotations):
+@functools.partial(jax.jit, static_argnames=("bits", "mesh", "learns_rotations"))
+def _fit(latents, blocks, originals, x, exact, schedule, context, *, bits, mesh, learns_rotations):
     def step(carry, drawn):
         latents, state = carry
         index, swap, rates = drawn
-        start = exact[index]
+        start = _split(exact[index], mesh)
         target = _through(None, originals, start, context, OFF)
-        begin = jnp.where(swap[:, None, None], start, x[index])
+        begin = jnp.where(swap[:, None, None], start, _split(x[index], mesh))
 
         def loss(latents):
             return relative_error(_through(latents, blocks, begin, context, bits), target)
@@ -141,18 +158,34 @@ def _fit(latents, blocks, originals, x, exact, schedule, context, *, bits, learn
     return latents, losses
 
 
-@functools.partial(jax.jit, static_argnames="bits", donate_argnames=("x", "exact"))
-def _move(latents, blocks, originals, x, exact, context, *, bits):
-    """Move both streams past the first block, a window at a time."""
+@functools.partial(jax.jit, static_argnames=("bits", "mesh"), donate_argnames=("x", "exact"))
+def _move(latents, blocks, originals, x, exact, context, *, bits, mesh):
+    """Move both streams past the first block, a window at a time, or on a mesh one for each of `data`."""
+    count, each = len(x), sharding.batch_on(mesh, 1)
 
-    def one(windows):
-        x, exact = (window[None] for window in windows)
-        return (
-            _through(latents, blocks, x, context, bits)[0],
-            _through(None, originals, exact, context, OFF)[0],
-        )
+    def some(windows):
+        x, exact = (_split(window, mesh) for window in windows)
+        return _through(latents, blocks, x, context, bits), _through(None, originals, exact, context, OFF)
 
-    return jax.lax.map(one, (x, exact))
+    def grouped(stream):
+        filled = jnp.pad(stream, ((0, -count % each), (0, 0), (0, 0)))
+        return filled.reshape(-1, each, *stream.shape[1:])
+
+    moved = jax.lax.map(some, (grouped(x), grouped(exact)))
+    return tuple(_whole(stream.reshape(-1, *stream.shape[2:])[:count], mesh) for stream in moved)
+
+
+def _split(windows, mesh):
+    """Return windows split over `data`, so that what follows is computed so."""
+    return (
+        windows if mesh is None else jax.lax.with_sharding_constraint(windows, sharding.batch_sharding(mesh))
+    )
+
+
+def _whole(windows, mesh):
+    """Return windows that every device has."""
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return windows if whole is None else jax.lax.with_sharding_constraint(windows, whole)
 
 
 def _through(latents, blocks, x, context, bits):

@@ -180,10 +180,7 @@ class WholeTraining:
         Raises:
           TwlaError: a batch that cannot be split over the mesh.
         """
-        if mesh is not None and settings.batch % mesh.shape["data"]:
-            raise TwlaError(
-                f"--mesh: batches of {settings.batch} windows cannot be split over data={mesh.shape['data']}"
-            )
+        sharding.require_split(settings.batch, mesh)
         learns_rotations = settings.peak_rates.get("rotations", 0) > 0
         self._models, self._bits, self._mesh = (student, teacher), bits, mesh
         self._step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
