@@ -64,10 +64,14 @@ def test_an_interrupted_comparison_measures_only_what_is_missing(compared, capsy
     kept = json.loads((folder / "out" / compare_recipes.RESULTS).read_text())
     kept["scores"].popitem()  # the last one: integers at 8 bits
     (folder / "out" / compare_recipes.RESULTS).write_text(json.dumps(kept))
+    left = folder / "out" / "integers.partial"  # as a kill leaves it while it is being removed
+    left.mkdir()
+    (left / "block-2.npz").touch()
     scored, evaluate = [], compare_recipes.evaluate
     monkeypatch.setattr(compare_recipes, "evaluate", lambda *a, **k: scored.append(1) or evaluate(*a, **k))
     assert run(capsys, *arguments, *rows)["rows"] == before
     assert len(scored) == 1
+    assert not left.exists()
 
 
 def test_a_folder_is_a_row_as_it_is(compared, capsys, tmp_path):

@@ -5,6 +5,7 @@ Every row is a folder that `quantize_model.quantize_to_folder` wrote, counted by
 """
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def compare_recipes(
     for entry in entries:
         if isinstance(entry, Recipe) and (out / entry.name).exists():
             _check_reusable(out / entry.name, entry, source)
+            # A kill while this was removed, once the folder was whole, left a part of it.
+            shutil.rmtree(out / f"{entry.name}{quantize_model.WORK}", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     phases = Phases(verbose=progress)
     measured = _Measured(out / RESULTS)
