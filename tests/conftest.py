@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -37,6 +38,11 @@ if "TWLA_DATA" not in os.environ and _BESIDE.is_dir():
 
 # Commands that tests run leave nothing in the user's cache.
 os.environ.setdefault("TWLA_COMPILATION_CACHE", "off")
+
+
+# A shell that starts the tests in the background has its commands ignore interrupts, which tests send and wait for.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
