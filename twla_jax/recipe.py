@@ -16,7 +16,6 @@ from twla_jax.core.settings import (
     IntegerSettings,
     QuantizationSettings,
     RotationSettings,
-    SymmetricSettings,
     WeightSettings,
 )
 from twla_jax.core.validation import Settings, ranged, require
@@ -259,8 +258,6 @@ class Recipe(Settings):
         refined = self.refine.blocks or self.refine.end_to_end
         if refined and isinstance(self.weights.quantizer, IntegerSettings | GroupedSettings):
             raise TwlaError(f"{refined.table}: integers are not refined; leave it out")
-        if refined and isinstance(self.weights.quantizer, SymmetricSettings):
-            raise TwlaError(f"{refined.table}: would give symmetric planes a μ; leave it out")
 
     @property
     def quantization(self) -> QuantizationSettings:

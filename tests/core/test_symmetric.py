@@ -6,8 +6,6 @@ import pytest
 
 from twla_jax.core import e2m_atq, gptq, tensors
 from twla_jax.core.settings import CompensationSettings, SymmetricSettings, WeightSettings
-from twla_jax.errors import TwlaError
-from twla_jax.recipe import Recipe
 
 
 @pytest.fixture
@@ -62,8 +60,3 @@ def test_the_sweep_keeps_mu_at_zero_and_lowers_the_output_error(group):
         e = w - np.asarray(tensors.dequantize(tensor), np.float64)
         errors.append(np.einsum("ni,ij,nj->", e, metric, e))
     assert errors[1] < 0.7 * errors[0]
-
-
-def test_refinement_would_give_it_an_offset_and_is_refused():
-    with pytest.raises(TwlaError, match=r"refine\.end_to_end: would give symmetric planes a μ"):
-        Recipe.from_dict({"weights": {"symmetric": {}}, "refine": {"end_to_end": {}}})

@@ -21,7 +21,7 @@ from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import pipeline
 from twla_jax.recipe import ClipTrainingSettings, EndToEndSettings
 from twla_jax.refinement import clip_training, end_to_end, two_plane_latents
-from twla_jax.refinement.latents import _straight_through, _StraightThrough, init_latents
+from twla_jax.refinement.latents import _straight_through, _StraightThrough, harden, init_latents
 from twla_jax.refinement.schedule import rates_at
 from twla_jax.storage import resume
 
@@ -77,6 +77,25 @@ def test_latents_start_as_the_student_itself(student, teacher):
         jax.tree.map(jnp.asarray, student), teacher, latents, jnp.asarray(WINDOWS[:3])
     )
     assert float(loss) == pytest.approx(kl(student, teacher, WINDOWS[:3]), rel=1e-4)
+
+
+def test_a_symmetric_plane_stays_one_whatever_is_learned(student, teacher):
+    def without_mu(leaf):
+        is_tensor = isinstance(leaf, tensors.TernaryTensor)
+        return dataclasses.replace(leaf, mu=np.zeros_like(leaf.mu)) if is_tensor else leaf
+
+    is_leaf = lambda leaf: isinstance(leaf, tensors.TernaryTensor)  # noqa: E731
+    symmetric = jax.tree.map(without_mu, student, is_leaf=is_leaf)
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype),
+        init_latents(symmetric, teacher),
+    )
+    hardened = harden(symmetric, moved, 16)
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        before, after = (getattr(model.blocks, name).kernel.get_value() for model in (symmetric, hardened))
+        assert not np.asarray(after.mu).any()
+        assert (np.asarray(after.alpha) != np.asarray(before.alpha)).any()
 
 
 def test_slope_is_that_of_the_divergence_written_out(student, teacher):

@@ -51,7 +51,8 @@ class _StraightThrough:
 def init_latents(student: Decoder, teacher: Decoder, *, codes: bool = True) -> Latents:
     """Return what stands for the student as it is: linears' `u`, `s` and `r`, norms' `g`, rotations' factors.
 
-    Of two planes each linear has a `residual_s`, too. Without `codes` there is no `u`, and codes stay as they are.
+    Of two planes each linear has a `residual_s`, too. Without `codes` there is no `u`, and codes stay as they are. A
+    linear without any μ (symmetric planes) has no `r`, and gets none.
     All are float32. u starts where the full-precision weight lies in units of α, but within its code's cell: the codes
     that the column sweep chose are kept, and those whose weight lies near a boundary are the first to change.
 
@@ -66,7 +67,9 @@ def init_latents(student: Decoder, teacher: Decoder, *, codes: bool = True) -> L
         rotation = None if transform is None else transform.get_value()
         for name in site.linears:
             tensor = getattr(student.blocks, name).kernel.get_value()
-            latents[name] = {"s": jnp.zeros(tensor.alpha.shape), "r": jnp.zeros(tensor.alpha.shape)}
+            latents[name] = {"s": jnp.zeros(tensor.alpha.shape)}
+            if jnp.any(tensor.mu):
+                latents[name]["r"] = jnp.zeros(tensor.alpha.shape)
             if codes:
                 kernel = getattr(teacher.blocks, name).kernel.get_value()
                 latents[name]["u"] = _starts(kernel, tensor, rotation)
@@ -115,10 +118,11 @@ def scales(
 ) -> tuple[Float[Array, "*batch n groups"], ...]:
     """Return `(α, μ)`, or of two planes `(α₁, α₂, μ)`, under the offsets s and r, float32."""
     alpha, mu = tensor.alpha.astype(jnp.float32), tensor.mu.astype(jnp.float32)
+    if "r" in parts:
+        mu += (alpha if tensor.residual_alpha is None else two_plane_latents.unit(tensor)) * parts["r"]
     if tensor.residual_alpha is None:
-        return alpha * (1 + parts["s"]), mu + alpha * parts["r"]
-    residual_alpha = tensor.residual_alpha * (1 + parts["residual_s"])
-    return alpha * (1 + parts["s"]), residual_alpha, mu + two_plane_latents.unit(tensor) * parts["r"]
+        return alpha * (1 + parts["s"]), mu
+    return alpha * (1 + parts["s"]), tensor.residual_alpha * (1 + parts["residual_s"]), mu
 
 
 def _dense(tensor: tensors.TernaryTensor, parts: dict[str, jax.Array]) -> Float[Array, "n m"]:
