@@ -19,7 +19,7 @@ from twla_jax.ops.rotate_quantize import rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
 from twla_jax.ops.tokens import group_sums
 
-from check_gpu_attention import check_attention, check_qkv_attention
+from check_gpu_attention import check_attention, check_chunk_attention, check_qkv_attention
 from gpu_operands import (
     TOKENS,
     largest,
@@ -230,6 +230,7 @@ CHECKS = (
     check_integers,
     check_attention,
     check_qkv_attention,
+    check_chunk_attention,
 )
 
 if __name__ == "__main__":

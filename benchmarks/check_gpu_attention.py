@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twla_jax.ops.attention.fused import chunk_attention
 from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer, write
-from twla_jax.ops.attention.reference import Positions
+from twla_jax.ops.attention.reference import Positions, attention
 from twla_jax.ops.decode_attention import AttentionSplits, decode_attention
 from twla_jax.ops.qkv_attention import new_qkv_exchange, qkv_attention
 
@@ -150,3 +151,31 @@ def _in_turn(step, x: jax.Array, layer: LayerKV, exchange: jax.Array | None, len
 
     written, mixed = jax.lax.scan(one, (layer, exchange), (x, length + jnp.arange(len(x))))
     return mixed, *written
+
+
+# Sequences, heads, key heads, features of a head, room, tokens of a chunk, those before it.
+CHUNKS = (
+    (1, 32, 8, 128, 4096, 512, 0),
+    (1, 32, 8, 128, 4096, 512, 3000),
+    (2, 9, 3, 64, 576, 64, 512),
+    (1, 32, 32, 128, 1024, 500, 1),
+)
+
+
+def check_chunk_attention(implementation: str, cases=CHUNKS) -> None:
+    """A chunk of a prompt through cuDNN as through XLA, to 1e-2 of the largest value; bf16 and int8."""
+    kernel = functools.partial(
+        chunk_attention, implementation="cudnn" if implementation == "gpu" else implementation
+    )
+    for b, heads, kv_heads, d, size, tokens, start in cases:
+        keys = jax.random.split(jax.random.key(6), 2)
+        angles = jnp.zeros((tokens, d // 2))
+        at = start + jnp.arange(tokens, dtype=jnp.int32)
+        positions = Positions(query=at, key=jnp.arange(size, dtype=jnp.int32), cos=angles, sin=angles)
+        q = jax.random.normal(keys[0], (b, tokens, heads, d), jnp.bfloat16)
+        entries = jax.random.normal(keys[1], (2, b, kv_heads, size, d), jnp.bfloat16)
+        integers = write(empty_layer(entries.shape, jnp.int8), *entries.swapaxes(2, 3), jnp.int32(0))
+        for layer in (LayerKV(entries=entries), integers):
+            expected = jax.jit(attention)(q, layer, positions, jnp.int32(_EVERYWHERE)).astype(jnp.float32)
+            found = jax.jit(kernel)(q, layer, positions).astype(jnp.float32)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * largest(expected))

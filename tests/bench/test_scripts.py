@@ -43,6 +43,7 @@ def test_check_tells_right_from_wrong(monkeypatch):
     check_gpu.check_integers("xla", check_gpu.INTEGERS[:1])
     check_gpu.check_attention("xla", check_gpu_attention.ATTENTION[1:2])
     check_gpu.check_qkv_attention("xla", [((16, 64), 4, 2, 320, 3, 100)], d=64, repetitions=2)
+    check_gpu.check_chunk_attention("xla", [(1, 4, 2, 64, 64, 8, 3)])
     from twla_jax.ops.ternary_matmul import tpu
 
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """Generation: what comes out, when it ends, what is refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from twla_jax.inference.generation import generate, stream
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.inference.sampling import Sampling
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import replace
+from twla_jax.ops.attention import fused
 
 from helpers.compiled import compiled_programs
 from helpers.overflowing import overflowing
@@ -87,15 +90,34 @@ def test_prompts_of_one_bucket_compile_once(model):
     assert compiled == (compiled_programs(generation._prefill), compiled_programs(generation.steps))
 
 
-def test_a_long_prompt_goes_in_by_chunks_of_one_compilation(model, greedy, monkeypatch):
+@pytest.mark.parametrize(("long_prompt", "programs"), [(8192, 1), (9, 2)])
+def test_a_long_prompt_goes_in_by_chunks_of_one_compilation(
+    model, greedy, long_prompt, programs, monkeypatch
+):
     monkeypatch.setattr(generation, "_CHUNK", 4)
     monkeypatch.setattr(generation, "_BUCKET", 2)
+    monkeypatch.setattr(generation, "_LONG_CHUNK", 8)
+    monkeypatch.setattr(generation, "_LONG_PROMPT", long_prompt)
     compiled = compiled_programs(generation._prefill)
     whole = np.concatenate([PROMPT, greedy], axis=1)
     for length in (5, 8, 11):
         found = generate(model, whole[:, :length], max_new_tokens=17 - length)
         np.testing.assert_array_equal(found, whole[:, length:])
-    assert compiled_programs(generation._prefill) - compiled <= 2  # by the size of the cache
+    assert compiled_programs(generation._prefill) - compiled <= 2 * programs  # by the size of the cache
+
+
+def test_chunks_that_attend_in_two_parts_give_the_same(model, monkeypatch):
+    """As on a GPU, with plain products in the place of cuDNN's kernels."""
+    monkeypatch.setattr(
+        fused, "chunk_attention", functools.partial(fused.chunk_attention, implementation="xla")
+    )
+    hidden = {}
+    for in_parts in (False, True):
+        cache = model.init_cache(2, 8)
+        _, cache = replace(model, fused=in_parts).decode(PROMPT[:, :2], cache)
+        hidden[in_parts], _ = replace(model, fused=in_parts).decode(PROMPT[:, 2:], cache)
+    assert (hidden[True] != hidden[False]).any()
+    np.testing.assert_allclose(hidden[True], hidden[False], atol=1e-5 * np.abs(hidden[False]).max())
 
 
 @pytest.mark.parametrize("prepared", [False, True])

@@ -11,7 +11,7 @@ from flax import nnx
 from twla_jax.core.tensors import TernaryTensor, dequantize
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.ops.attention import reference
+from twla_jax.ops.attention import fused, reference
 from twla_jax.ops.attention.kv_cache import LayerKV
 
 forward = jax.jit(lambda model, tokens: model(tokens))
@@ -144,7 +144,7 @@ def test_fused_attention_is_that_of_the_chunks():
     positions = reference.Positions(query=at, key=at, cos=None, sin=None)
     kv = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3))
     expected = reference.attention(q, kv, positions, jnp.int32(2**30))
-    np.testing.assert_allclose(reference.fused_attention(q, k, v, implementation="xla"), expected, atol=1e-5)
+    np.testing.assert_allclose(fused.fused_attention(q, k, v, implementation="xla"), expected, atol=1e-5)
 
 
 def test_a_span_of_layers_keeps_each_layers_reach_and_rotary_angles():

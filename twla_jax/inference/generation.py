@@ -19,6 +19,8 @@ _BUCKET = (
     64  # prompts and outputs are rounded up to a power of two times this, so that few shapes are compiled
 )
 _CHUNK = 512  # tokens of a prompt at a time
+# Of a long prompt, more at a time: weights and earlier keys are read less often. Its rest goes in by smaller chunks.
+_LONG_CHUNK, _LONG_PROMPT = 2048, 8192
 
 
 def generate(
@@ -120,7 +122,7 @@ def fill(
 ) -> tuple[jax.Array, jax.Array | None, KVCache]:
     """Return the first new token, the tokens seen with it, and the cache with the prompt in it.
 
-    The prompt goes in by chunks of one length, which is compiled once.
+    The prompt goes in by chunks of one length, which is compiled once; a long one by chunks of two.
 
     Args:
       request: what is to be generated.
@@ -132,11 +134,14 @@ def fill(
     chunk, key = _chunk(length - held), jax.random.fold_in(request.key, made)
     padded = np.pad(request.prompt, ((0, 0), (0, chunk)))
     cache, token = dataclasses.replace(cache, length=jnp.int32(held)), None
-    for start in range(held, length, chunk):
-        part, count = padded[:, start : start + chunk], jnp.int32(min(chunk, length - start))
+    start, long = held, length - held >= _LONG_PROMPT
+    while start < length:
+        size = _LONG_CHUNK if long and length - start >= _LONG_CHUNK else chunk
+        part, count = padded[:, start : start + size], jnp.int32(min(size, length - start))
         token, cache = _prefill(
             request.model, part, count, cache, jnp.int32(length), request.sampler, request.seen, key
         )
+        start += size
     assert token is not None  # not all of the prompt is held
     return token, add_seen(None if request.seen is None else jnp.asarray(request.seen), token), cache
 

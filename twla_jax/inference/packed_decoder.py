@@ -27,7 +27,7 @@ from twla_jax.inference.packed_cache import PackedCache
 from twla_jax.inference.packed_linear import for_kernels
 from twla_jax.inference.unpacked import runs_unpacked, unpack_block
 from twla_jax.models.blocks import ChainBlock, Context
-from twla_jax.models.decoder import Decoder
+from twla_jax.models.decoder import Decoder, can_fuse
 from twla_jax.models.layers import replace
 from twla_jax.models.sharding import shardings
 from twla_jax.ops.attention.kv_cache import KVCache, empty_layer
@@ -86,7 +86,10 @@ class PackedDecoder(Decoder):
         unpack: bool = False,
     ):
         self.config, self.mesh = model.config, mesh
-        self.dtype, self.fused = model.dtype, model.fused
+        self.dtype = model.dtype
+        self.fused = model.fused or (
+            mesh is None and implementation in (None, "gpu") and can_fuse(model.config, model.dtype)
+        )
         self.implementation: Implementation | None = implementation
         self.norm = model.norm
         table = functools.partial(_table, dtype=model.dtype, packed=mesh is None and not unpack)

@@ -68,7 +68,7 @@ class Context:
       reach: how many positions attention reaches back: of one layer, or `[layers]` of all.
       rotary: which of several rotary angles each layer has, `[layers]`; None where all have the same, and of one layer.
       experts: those that each token takes, `[b, t, k]`, instead of its router's choice; None lets the router choose.
-      fused: whether attention over whole sequences is one kernel; see `decoder.can_fuse`.
+      fused: whether attention of many tokens is cuDNN's; see `decoder.can_fuse`.
     """
 
     positions: Positions

@@ -36,7 +36,8 @@ class Decoder(nnx.Module):
     Attributes:
       dtype: what it computes in; weights are cast to it where they are used, while norms, softmax and logits stay
         float32. `computing_in` gives a model another.
-      fused: whether attention over whole sequences is one kernel, as it is with `computing_in(fused=True)`.
+      fused: whether attention of many tokens is cuDNN's, as it is with `computing_in(fused=True)`, and on a GPU after
+        `prepare_for_inference`.
     """
 
     blocks: ChainBlock
@@ -247,7 +248,7 @@ def computing_in[M: Decoder](model: M, dtype: jnp.dtype | str, *, fused: bool = 
     Args:
       model: stays as it is.
       dtype: a float type.
-      fused: whether attention over whole sequences may be one kernel, where `can_fuse` says there is one.
+      fused: whether attention of many tokens may be cuDNN's, where `can_fuse` says that it can.
     """
     dtype = jnp.dtype(dtype)
     return replace(model, dtype=dtype, fused=fused and can_fuse(model.config, dtype))

@@ -1,11 +1,11 @@
-"""Attention to an int8 cache, and with sinks."""
+"""Attention to an int8 cache, with sinks, and of chunks in two parts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax.ops.attention import reference
+from twla_jax.ops.attention import fused, reference
 from twla_jax.ops.attention.kv_cache import LayerKV, dequantize, empty_layer, write
 from twla_jax.ops.attention.reference import Positions
 
@@ -55,3 +55,23 @@ def test_sinks_take_their_part_of_every_query_also_of_many_at_a_time(monkeypatch
         weights = np.exp(k[row, seen, head // 3] @ q[row, at, head] / 4)
         expected = weights @ v[row, seen, head // 3] / (weights.sum() + np.exp(sinks[head]))
         np.testing.assert_allclose(found[row, at, head], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 1, 19])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_a_chunk_in_two_parts_mixes_what_the_cache_stands_for(dtype, start):
+    """cuDNN's kernels, which exist on GPUs alone, have the place of the plain products here."""
+    t, room, heads, kv_heads = 7, 40, 6, 2
+    keys = jax.random.split(jax.random.key(0), 3)
+    k, v = jax.random.normal(keys[0], (2, 3, room, kv_heads, 16))  # past the chunk lies what must not be read
+    layer = write(empty_layer((2, 3, kv_heads, room, 16), dtype), k, v, jnp.int32(0))
+    q = 2 * jax.random.normal(keys[1], (2, t, heads, 16))  # of two of three rows
+    at = start + jnp.arange(t)
+    positions = Positions(query=at, key=jnp.arange(room), cos=jnp.zeros((t, 8)), sin=jnp.zeros((t, 8)))
+    k, v = (np.repeat(np.asarray(each, float), 3, axis=1)[:2] for each in dequantize(layer, jnp.float32))
+    scores = np.einsum("bthd,bhsd->bhts", np.asarray(q, float), k) / 4
+    weights = np.where(np.arange(room) <= np.asarray(at)[:, None], np.exp(scores), 0)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhts,bhsd->bthd", weights, v).reshape(2, t, -1)
+    found = fused.chunk_attention(q, layer, positions, implementation="xla")
+    np.testing.assert_allclose(found, expected, atol=1e-5)

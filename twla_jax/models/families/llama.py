@@ -11,9 +11,9 @@ from twla_jax.models.blocks import ChainBlock, Context, Site, State
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families.family import Family, HfConfig
 from twla_jax.models.layers import InputTransform, Linear, RMSNorm
-from twla_jax.ops.attention import rope
+from twla_jax.ops.attention import fused, rope
 from twla_jax.ops.attention.kv_cache import LayerKV, write
-from twla_jax.ops.attention.reference import Positions, attention, fused_attention
+from twla_jax.ops.attention.reference import Positions, attention
 
 
 class LlamaBlock(ChainBlock):
@@ -75,9 +75,12 @@ class LlamaBlock(ChainBlock):
         q, k, v = self.project(self.outputs(site, h), positions)
         if cache is not None:
             cache = write(cache, k, v, positions.start)
+            many = positions.tokens > 1 and not positions.start.ndim
+            if context.fused and many and fused.takes_chunks():
+                return fused.chunk_attention(q, cache, positions), cache
             return attention(q, cache, positions, context.reach), cache
         if context.fused and q.shape[1] == k.shape[1]:
-            return fused_attention(q, k, v), None
+            return fused.fused_attention(q, k, v), None
         return attention(q, LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)), positions, context.reach), None
 
     def project(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,18 +67,6 @@ def attention(
         return one_query(q, kv, positions, window, sinks)
     k, v = dequantize(kv, q.dtype)
     return _many_queries(q, k, v, positions, window, sinks, softcap=softcap)
-
-
-def fused_attention(
-    q: Float[Array, "b t heads d"],
-    k: Float[Array, "b t kv d"],
-    v: Float[Array, "b t kv d"],
-    *,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> Float[Array, "b t heads_d"]:
-    """Return `attention` of whole sequences without a window, by kernels that never write the scores to memory."""
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-    return mixed.reshape(*q.shape[:2], -1)
 
 
 def _one_query(
