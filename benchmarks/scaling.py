@@ -200,8 +200,7 @@ def predict(
     """Return minutes, and the bytes of a device; windows are spread over a machine's devices, moments are not."""
     layers = CONFIGS[name].num_layers
     times = np.asarray(seconds(counted(name, recipe, dtype), machine.speed, machine.devices))
-    parts = forecast.device_bytes(shapes_of(name, dtype), recipe, int(machine.room * machine.devices))
-    parts["streams"] //= machine.devices
+    parts = forecast.device_bytes(shapes_of(name, dtype), recipe, int(machine.room), machine.devices)
     return layers * float(factors @ times) / 60, float(sum(parts.values()))
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax.core import e2m_atq, gptq, quantizers, tensors
+from twla_jax.core import e2m_atq, factors, gptq, quantizers, tensors
 from twla_jax.core.settings import CompensationSettings, TernarySettings, WeightSettings
 
 N, M, TOKENS = 24, 40, 400
@@ -36,7 +36,7 @@ def damped(moment, damping=0.01):
 
 def test_factors_invert_each_other(layer):
     _, moment = layer
-    root, inverse, damping = gptq.factor(jnp.asarray(moment / TOKENS), jnp.ones(M, bool), 0.01)
+    root, inverse, damping = factors.factor(jnp.asarray(moment / TOKENS), jnp.ones(M, bool), 0.01)
     h = damped(moment)
     np.testing.assert_allclose(root @ root.T, h, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(np.asarray(inverse).T @ inverse @ h, np.eye(M), atol=1e-3)
@@ -101,7 +101,7 @@ def test_propagated_weights_minimise_the_damped_distance_to_full_precision_outpu
     ridge = np.sqrt(0.01 * np.diag(moment).mean() * TOKENS)
     system, target = np.vstack([x, ridge * np.eye(M)]), np.vstack([exact @ weight.T, ridge * weight.T])
     wanted = np.linalg.lstsq(system, target, rcond=None)[0].T
-    _, inverse, _ = gptq.factor(jnp.asarray(moment, jnp.float32), jnp.ones(M, bool), 0.01)
+    _, inverse, _ = factors.factor(jnp.asarray(moment, jnp.float32), jnp.ones(M, bool), 0.01)
     for share in (0.5, 1.0):
         got = gptq.propagated(jnp.asarray(weight), jnp.asarray(error_moment, jnp.float32), inverse, share)
         expected = weight + share * (wanted - weight)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twla_jax.core import e2m_atq, gptq, grouped, masked_fit, packing, saliency
+from twla_jax.core import e2m_atq, factors, grouped, masked_fit, packing, saliency
 
 RNG = np.random.default_rng(1)
 
@@ -26,7 +26,7 @@ def quantized():
 def test_the_first_block_is_the_fit_of_each_group(quantized):
     w, moment, _, tensor, _ = quantized
     exists = jnp.ones(200, bool)
-    _, inverse, _ = jax.jit(gptq.factor)(jnp.asarray(moment) / 600, exists, 0.1)
+    _, inverse, _ = jax.jit(factors.factor)(jnp.asarray(moment) / 600, exists, 0.1)
     block, metric = w[:, :128], (moment / 600)[:128, :128]
     masks = jax.jit(saliency.group_masks)(block, np.diagonal(inverse)[:128], metric, exists[:128])
     expected = np.zeros_like(block)

@@ -62,15 +62,16 @@ def model():
 @pytest.fixture(scope="module")
 def calibrated(model):
     """The model quantised on one device, and for each site what was gathered for it and what was made of that."""
-    sites, quantize_site = [], block._quantize_site
+    sites, quantize_site = [], block.quantize_site
 
     def recorded(kernels, rotation, *gathered, settings):
+        before = jax.tree.map(np.array, gathered)  # which are donated
         made = quantize_site(kernels, rotation, *gathered, settings=settings)
-        sites.append(jax.device_get((gathered, made)))
+        sites.append((before, jax.device_get(made)))
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block, "_quantize_site", recorded)
+        patch.setattr(block, "quantize_site", recorded)
         return pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, progress=False)[0], sites
 
 
@@ -120,10 +121,9 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
     float32 rounding, and the codes made of it must be as good; and the result is put together from the same parts.
     """
     result, sites = calibrated
-    quantize_site, rest = block._quantize_site, iter(sites)
+    quantize_site, rest = block.quantize_site, iter(sites)
 
     def compared(kernels, rotation, *gathered, settings):
-        found = quantize_site(kernels, rotation, *gathered, settings=settings)
         (moment, sample, tokens, error_moment), made = next(rest)
         assert len(kernels[0].sharding.device_set) == 8
         at_most = 1e-5 * np.abs(moment).max()
@@ -133,6 +133,7 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
         np.testing.assert_allclose(gathered[1][: len(sample)], sample, atol=1e-5 * np.abs(sample).max())
         assert not gathered[1][len(sample) :].any()
         assert gathered[2] == tokens
+        found = quantize_site(kernels, rotation, *gathered, settings=settings)
         for name, figure in made[2].items():
             np.testing.assert_allclose(found[2][name], figure, rtol=0.01, err_msg=name)
         for here, one in zip(found[0], made[0], strict=True):
@@ -145,7 +146,7 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
 
     fit_rotations = rotation_fitting.fit_rotations
     monkeypatch.setattr(rotation_fitting, "fit_rotations", fit_on_one_device)
-    monkeypatch.setattr(block, "_quantize_site", compared)
+    monkeypatch.setattr(block, "quantize_site", compared)
     on_mesh, _ = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, mesh=mesh, progress=False)
     assert next(rest, None) is None
     jax.tree.map(np.testing.assert_array_equal, on_mesh, result)

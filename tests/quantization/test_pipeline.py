@@ -23,6 +23,7 @@ from twla_jax.models.io import readers
 from twla_jax.models.layers import replace
 from twla_jax.models.stored_layers import StoredLayers, in_files
 from twla_jax.quantization import block, memory, pipeline, rotation_fitting, stream
+from twla_jax.quantization.site import swept
 from twla_jax.quantization.snapshots import Snapshots
 from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint, folders, resume
@@ -400,7 +401,7 @@ def test_propagation_brings_outputs_nearer_to_full_precision(stories):
 
 
 def test_another_seed_compiles_nothing_anew(model, quantised):
-    compiled = compiled_programs(rotation_fitting._fit_chunk), compiled_programs(block._quantize_site)
+    compiled = compiled_programs(rotation_fitting._fit_chunk), compiled_programs(swept)
     assert min(compiled) > 0
     seeded = dataclasses.replace(
         RECIPE,
@@ -410,7 +411,7 @@ def test_another_seed_compiles_nothing_anew(model, quantised):
     other, _ = pipeline.quantize_blocks(model, WINDOWS, seeded.quantization, progress=False)
     assert compiled == (
         compiled_programs(rotation_fitting._fit_chunk),
-        compiled_programs(block._quantize_site),
+        compiled_programs(swept),
     )
     assert jax.tree.structure(other) == jax.tree.structure(quantised[0])
     assert any((a != b).any() for a, b in zip(leaves(other), leaves(quantised[0]), strict=True))

@@ -19,7 +19,8 @@ from twla_jax.core.activation import (
     with_bits,
 )
 from twla_jax.core.e2m_atq import euclidean_fit, nearest_codes, relocate
-from twla_jax.core.gptq import accumulate_moment, factor, propagated, quantize_matrix, sweep_codes
+from twla_jax.core.factors import factor
+from twla_jax.core.gptq import accumulate_moment, propagated, quantize_matrix, sweep_codes
 from twla_jax.core.grouped import quantize_in_groups
 from twla_jax.core.grouped_tensor import GroupedTensor
 from twla_jax.core.ila_amp import SensitivityTable, allocate, average_bits

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 from twla_jax.core import tensors
+from twla_jax.core.factors import Factors, factor_groups, group_and_padded, padded_moment
 from twla_jax.core.quantizers import PackedTensor, Quantizer, quantizer
 from twla_jax.core.settings import WeightSettings
 
 _DEFAULT = WeightSettings()
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 128  # columns swept between two updates of the rest
-_DAMPING_TRIES = 6
 
 
 def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"]) -> Float[Array, "m m"]:
@@ -61,31 +61,55 @@ def quantize_matrix(
       The packed tensor, and scalars: `output_error` (`‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`), `weight_error`, and `damping`, the
       fraction of the mean diagonal that made H factor (NaN errors mean that none did).
     """
-    n, m = weight.shape
-    group = settings.group_size or m
-    padded = -(-m // group) * group
-    weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padded - m)))
-    mean_moment = jnp.pad(moment / tokens, (0, padded - m))
-    exists = jnp.arange(padded) < m
-    compensation = settings.compensation
-    if compensation is None:  # as if no two inputs had to do with each other
-        mean_moment = jnp.eye(padded)
-    root, inverse, damping = factor(mean_moment, exists, compensation.damping if compensation else 0.0)
-    levels = quantizer(settings)
-    target = weight
-    if error_moment is not None:
-        error_moment = jnp.pad(error_moment / tokens, (0, padded - m))
-        target = propagated(weight, error_moment, inverse, settings.propagation)
+    mean_moment = moment / tokens
+    drift = None if error_moment is None else output_drift(weight, error_moment / tokens, settings)
+    return sweep_columns(weight, mean_moment, factor_groups(mean_moment, settings), drift, settings)
 
-    def quantize_group(w, start):
+
+def output_drift(
+    weight: Float[Array, "n m"], mean_error_moment: Float[Array, "m m"], settings: WeightSettings
+) -> Float[Array, "n padded"]:
+    """Return `W H_δ`: what the outputs lack of the full-precision model's, against the inputs; see `propagated`."""
+    _, m = weight.shape
+    more = (0, group_and_padded(m, settings)[1] - m)
+    weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), more))
+    return jnp.matmul(weight, jnp.pad(mean_error_moment, more), precision=_HIGHEST)
+
+
+def sweep_columns(
+    weight: Float[Array, "n m"],
+    mean_moment: Float[Array, "m m"],
+    factors: Factors,
+    drift: Float[Array, "n padded"] | None,
+    settings: WeightSettings,
+) -> tuple[PackedTensor, dict[str, Float[Array, ""]]]:
+    """Return what `quantize_matrix` does, from what it takes of the moments.
+
+    Args:
+      weight: rows are outputs, already rotated.
+      mean_moment: `S/t`.
+      factors: of `S/t`, by `factor_groups`.
+      drift: by `output_drift`, where propagated errors are made up for.
+      settings: the quantiser, its groups and the error compensation.
+    """
+    n, m = weight.shape
+    group, padded = group_and_padded(m, settings)
+    weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padded - m)))
+    exists = jnp.arange(padded) < m
+    inverse, roots, damping = factors
+    levels = quantizer(settings)
+    by_group = padded_moment(mean_moment, padded, settings) if levels.metric == "group" else None
+    target = weight if drift is None else _made_up(weight, drift, inverse, settings.propagation)
+
+    def quantize_group(w, group_at):
+        start, root_group = group_at
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
         w_group, mask = columns(w, axis=1), columns(exists)
-        root_group = columns(columns(root), axis=1)
         inverse_rows = columns(inverse)
-        if levels.metric == "group":
-            metric = columns(columns(mean_moment), axis=1)
-        else:
+        if by_group is None:
             metric = jnp.matmul(root_group, root_group.T, precision=_HIGHEST)
+        else:
+            metric = columns(columns(by_group), axis=1)
         scales, codes = levels.fit(w_group, mask)
         scales = levels.relocate(w_group, codes, scales, metric, mask)
         for _ in range(levels.rounds):
@@ -99,11 +123,11 @@ def quantize_matrix(
         w = w - jnp.where(jnp.arange(padded) >= start + group, pushed, 0)
         return w, (scales, codes.astype(jnp.int16))
 
-    _, (scales, codes) = jax.lax.scan(quantize_group, target, jnp.arange(0, padded, group))
+    _, (scales, codes) = jax.lax.scan(quantize_group, target, (jnp.arange(0, padded, group), roots))
     codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, :m]
     tensor = levels.pack(codes, tuple(p.T for p in scales), group)
     difference = weight[:, :m] - tensors.dequantize(tensor)
-    return tensor, output_figures(weight[:, :m], difference, moment / tokens) | {"damping": damping}
+    return tensor, output_figures(weight[:, :m], difference, mean_moment) | {"damping": damping}
 
 
 def propagated(
@@ -123,7 +147,17 @@ def propagated(
       inverse: U, with `H⁻¹ = UᵀU`.
       share: β; errors are made up for where the calibration text has them, at β = 1 fully.
     """
-    change = jnp.matmul(jnp.matmul(weight, error_moment, precision=_HIGHEST), inverse.T, precision=_HIGHEST)
+    return _made_up(weight, jnp.matmul(weight, error_moment, precision=_HIGHEST), inverse, share)
+
+
+def _made_up(
+    weight: Float[Array, "n m"],
+    drift: Float[Array, "n m"],
+    inverse: Float[Array, "m m"],
+    share: Float[Array, ""] | float,
+) -> Float[Array, "n m"]:
+    """Return `W + β·(W H_δ) H⁻¹`, of the `drift` W H_δ."""
+    change = jnp.matmul(drift, inverse.T, precision=_HIGHEST)
     return weight + share * jnp.matmul(change, inverse, precision=_HIGHEST)
 
 
@@ -176,39 +210,6 @@ def sweep_codes(
 
     _, codes = jax.lax.fori_loop(0, size // block, sweep_block, (w.T, jnp.zeros_like(w.T)))
     return jnp.where(mask, codes.T, 0)
-
-
-def factor(
-    mean_moment: Float[Array, "m m"], exists: Bool[Array, " m"], damping: Float[Array, ""] | float
-) -> tuple[Float[Array, "m m"], Float[Array, "m m"], Float[Array, ""]]:
-    """Return `(R, U, damping)` of `H = S/t + damping·mean(diag S/t)·I`: `H = R Rᵀ`, R upper triangular, `U = R⁻¹`.
-
-    H is damped before it is factored; where the factorisation still fails the damping is raised tenfold and only
-    then. Columns that do not exist (padding) are decoupled.
-
-    Args:
-      mean_moment: `S/t`.
-      exists: which columns are no padding.
-      damping: share of the mean diagonal to begin with.
-    """
-    both = exists[:, None] & exists[None, :]
-    h = jnp.where(both, mean_moment, jnp.diag((~exists).astype(jnp.float32)))
-    scale = jnp.where(exists, jnp.diagonal(h), 0).sum() / exists.sum()
-    scale = jnp.where(scale > 0, scale, 1.0)  # inputs that are always zero: any positive H will do
-
-    def attempt(state):
-        _, damping, tries = state
-        damped = h + jnp.diag(jnp.where(exists, damping * scale, 0))
-        return jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1], damping * 10, tries + 1
-
-    def failed(state):
-        root, _, tries = state
-        return (tries < _DAMPING_TRIES) & ~jnp.isfinite(root).all()
-
-    first = attempt((h, jnp.float32(damping), 0))
-    root, next_damping, _ = jax.lax.while_loop(failed, attempt, first)
-    inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(h.shape[0]), lower=False)
-    return root, inverse, next_damping / 10
 
 
 def output_figures(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from twla_jax.core import gptq, masked_fit, packing, saliency
+from twla_jax.core import factors, gptq, masked_fit, packing, saliency
 from twla_jax.core.grouped_tensor import BLOCK, GroupedTensor, salient_room
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -39,7 +39,7 @@ def quantize_in_groups(
     weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padded - m)))
     mean_moment = jnp.pad(moment / tokens, (0, padded - m))
     exists = jnp.arange(padded) < m
-    root, inverse, used = gptq.factor(mean_moment, exists, damping)
+    root, inverse, used = factors.factor(mean_moment, exists, damping)
 
     def fit_groups(fit, block, groups, metric):
         """Return scales, codes and values of two groups that have as many planes, each with the groups in front."""

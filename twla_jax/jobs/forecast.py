@@ -11,7 +11,7 @@ from twla_jax.devices import host_bytes
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.quantization import memory
-from twla_jax.quantization.stream import DEVICE_SHARE
+from twla_jax.quantization.stream import BATCH_TOKENS, DEVICE_SHARE
 from twla_jax.quantization.work import Speed, block_work, model_seconds
 from twla_jax.recipe import Recipe
 from twla_jax.reports.run import peak_memory
@@ -47,7 +47,7 @@ def forecast(
     block = memory.block_bytes(model, _STORED)
     table = _STORED * config.vocab_size * config.hidden_size
     device = device_bytes(model, recipe, room)
-    on_host = device["streams"] == 0
+    on_host = _streams_on_host(model, recipe, room)
     host = {
         "program": peak_memory()["host_bytes"] or 0,
         "streams": memory.stream_bytes(model, tokens, settings) if on_host else snapshot,
@@ -72,27 +72,43 @@ def forecast(
     }
 
 
-def device_bytes(model: Decoder, recipe: Recipe, room: int | None) -> dict[str, int]:
-    """Return the peak of a device's memory by its parts; streams that take too much of it are on the host.
+def device_bytes(model: Decoder, recipe: Recipe, room: int | None, devices: int = 1) -> dict[str, int]:
+    """Return a device's memory at its peak by its parts; streams that take too much of it are on the host.
+
+    The peak is that of the fits of rotations, which come first, or of a site, while moments are gathered there or while
+    its linears are quantised.
 
     Args:
       model: its shapes alone are read.
       recipe: of the quantisation.
       room: the device's memory; None where it is the host's own.
+      devices: that the streams are split over.
     """
     settings, text = recipe.quantization, recipe.calibration
-    streams = memory.stream_bytes(model, text.windows * text.seq_len, settings)
-    on_host = room is not None and streams > DEVICE_SHARE * room
-    return {
-        "streams": 0 if on_host else streams,
-        "block": memory.block_bytes(model, _STORED),
-        "moments": max(memory.moment_bytes(model, site, settings) for site in model.sites),
-        "work": max(
-            memory.batch_bytes(model, text.seq_len, text.windows),
-            *(memory.site_bytes(model, site, settings) for site in model.sites),
-            *(memory.rotation_bytes(model, site, settings) for site in model.sites),
-        ),
-    }
+    on_host = _streams_on_host(model, recipe, None if room is None else devices * room)
+    block = memory.block_bytes(model, _STORED)
+    windows = min(text.windows, max(1, BATCH_TOKENS // text.seq_len))
+    batch = memory.batch_bytes(model, text.seq_len, -(-windows // devices))
+
+    def at(streams: int, moments: int, work: int) -> dict[str, int]:
+        on_device = 0 if on_host else streams // devices
+        return {"streams": on_device, "block": block, "moments": moments, "work": work}
+
+    phases = [at(0, 0, memory.rotation_bytes(model, site, settings)) for site in model.sites]
+    before = 0
+    for index, site in enumerate(model.sites):
+        streams = memory.stream_bytes_at(model, index, text.windows * text.seq_len, settings)
+        moments = memory.moment_bytes(model, site, settings)
+        product = 0 if site.experts else moments  # of a batch, before it is added
+        phases.append(at(max(before, streams), moments, batch + product))
+        phases.append(at(streams, moments, memory.site_bytes(model, site, settings) - moments))
+        before = streams
+    return max(phases, key=lambda parts: sum(parts.values()))
+
+
+def _streams_on_host(model: Decoder, recipe: Recipe, room: int | None) -> bool:
+    tokens = recipe.calibration.windows * recipe.calibration.seq_len
+    return room is not None and memory.stream_bytes(model, tokens, recipe.quantization) > DEVICE_SHARE * room
 
 
 def format_forecast(figures: dict[str, Any]) -> str:

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from twla_jax.core import gptq, grouped, kotms, quantizers
-from twla_jax.core.activation import OFF, ActivationQuantizer, fit_clips
-from twla_jax.core.grouped_tensor import GroupedTensor
+from twla_jax.core import gptq, quantizers
+from twla_jax.core.activation import OFF, ActivationQuantizer
 from twla_jax.core.kotms import KroneckerRotation
-from twla_jax.core.settings import GroupedSettings, QuantizationSettings, WeightSettings
-from twla_jax.core.tensors import dequantize
+from twla_jax.core.settings import QuantizationSettings
 from twla_jax.models.blocks import ChainBlock, Context, Site, State, run
 from twla_jax.models.layers import Linear, replace
 from twla_jax.quantization.experts import ExpertMoments, quantize_experts
+from twla_jax.quantization.site import quantize_site
 from twla_jax.quantization.stream import ResidualStream
 
 
@@ -92,14 +91,16 @@ def quantize_block(
                     original, *_leaves(exact.state), h, batch.real, error_moment, context, **spans
                 )
                 exact.state = State(x, inner)
+            del h  # all of an input, in the way of the next one
         kernels = tuple(linear.kernel.get_value() for linear in linears)
         rotation, sample = rotations.get(site.name), jnp.concatenate(samples)
+        samples.clear()
         if isinstance(moment, ExpertMoments):
             tensors, clips, figures = quantize_experts(
                 kernels, rotation, moment, sample, error_moment, settings=settings
             )
         else:
-            tensors, clips, figures = _quantize_site(
+            tensors, clips, figures = quantize_site(
                 kernels, rotation, moment, sample, stream.tokens, error_moment, settings=settings
             )
         for name, tensor in zip(site.linears, tensors, strict=True):
@@ -274,65 +275,3 @@ def _kept_before(block: ChainBlock, index: int) -> int:
 def _leaves(state: State) -> tuple[jax.Array, jax.Array | None]:
     """Return the stream and what the next site reads instead, apart: only the first is donated."""
     return state.x, state.inner
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def _quantize_site(
-    kernels: tuple[Float[Array, "m n"], ...],
-    rotation: KroneckerRotation | None,
-    moment: Float[Array, "m m"],
-    sample: Float[Array, "c m"],
-    tokens: Float[Array, ""],
-    error_moment: Float[Array, "m m"] | None = None,
-    *,
-    settings: QuantizationSettings,
-) -> tuple[tuple[Any, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
-    """Rotate and quantise the linears that share one input, and fit that input's clips to the result.
-
-    Args:
-      kernels: of the linears.
-      rotation: of their input, if it is rotated.
-      moment: second moments of the input, before rotation.
-      sample: some of its tokens, before rotation.
-      tokens: how many the moments are of.
-      error_moment: `Σ (h₀ − h)ᵀ h` of the full-precision input h₀, where propagated errors are made up for.
-      settings: its `weights` and `activations` are read.
-
-    Returns:
-      The packed tensor of each linear, the input's clips, and figures by name.
-    """
-    rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
-    if rotation is not None:
-        left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
-        rows, sample = kotms.rotate(rows, left, right), kotms.rotate(sample, left, right)
-        moment = kotms.rotate_moment(moment, rotation)
-        error_moment = None if error_moment is None else kotms.rotate_moment(error_moment, rotation)
-    ends = np.cumsum([kernel.shape[1] for kernel in kernels])[:-1]
-    if isinstance(settings.weights.quantizer, GroupedSettings):
-        tensors, dense, figures = _in_published_groups(
-            jnp.split(rows, ends), moment, tokens, settings.weights
-        )
-    else:
-        tensor, figures = gptq.quantize_matrix(rows, moment, tokens, error_moment, settings=settings.weights)
-        dense = dequantize(tensor)
-        tensors = tuple(zip(*(jnp.split(leaf, ends) for leaf in jax.tree.leaves(tensor)), strict=True))
-        tensors = tuple(jax.tree.unflatten(jax.tree.structure(tensor), leaves) for leaves in tensors)
-    output_metric = jnp.matmul(dense.T, dense, precision=jax.lax.Precision.HIGHEST)
-    clips = fit_clips(sample, output_metric, settings.activations.clips)
-    return tensors, clips, figures
-
-
-def _in_published_groups(
-    matrices: list[Float[Array, "_ m"]],
-    moment: Float[Array, "m m"],
-    tokens: Float[Array, ""],
-    settings: WeightSettings,
-) -> tuple[tuple[GroupedTensor, ...], Float[Array, "n m"], dict[str, Float[Array, ""]]]:
-    """Return the tensor of each linear, all dense rows, and figures; a matrix has groups of its own, as published."""
-    assert settings.compensation is not None  # which the settings refuse
-    damping = settings.compensation.damping
-    found = [grouped.quantize_in_groups(each, moment, tokens, damping=damping) for each in matrices]
-    tensors = tuple(tensor for tensor, _ in found)
-    rows, dense = jnp.concatenate(matrices), jnp.concatenate([tensor.dequantize() for tensor in tensors])
-    figures = gptq.output_figures(rows, rows - dense, moment / tokens)
-    return tensors, dense, figures | {"damping": found[0][1]["damping"]}

@@ -9,11 +9,11 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.expert_matmul import block_size
 from twla_jax.quantization.experts import chunk_size
-from twla_jax.quantization.stream import BATCH_TOKENS, widest_kept
+from twla_jax.quantization.stream import BATCH_TOKENS, kept_beside, widest_kept
 
 _FLOAT32 = 4
 _QUERIES = 256  # at most, whose scores exist at the same time
-# Copies of the matrices `[n, m]`, of the moments `[m, m]` and of the sampled tokens that exist at the same time.
+# Of experts, copies of the matrices `[n, m]`, of the moments `[m, m]` and of the sampled tokens that exist together.
 _ROWS, _MOMENTS, _SAMPLES = 4.5, 5, 2
 _ROTATED = 10  # of the rows while a rotation is fitted: the loss's parts and their gradients
 
@@ -31,6 +31,12 @@ def stream_bytes(model: Decoder, tokens: int, settings: QuantizationSettings) ->
     return tokens * model.dtype.itemsize * width * (2 if settings.weights.propagation else 1)
 
 
+def stream_bytes_at(model: Decoder, index: int, tokens: int, settings: QuantizationSettings) -> int:
+    """Return the bytes of the residual streams of all calibration tokens while they stand at site `index`."""
+    width = model.config.hidden_size + kept_beside(model, index)
+    return tokens * model.dtype.itemsize * width * (2 if settings.weights.propagation else 1)
+
+
 def snapshot_bytes(model: Decoder, tokens: int, settings: QuantizationSettings) -> int:
     """Return the bytes of the residual streams between two blocks."""
     streams = 2 if settings.weights.propagation else 1
@@ -38,16 +44,22 @@ def snapshot_bytes(model: Decoder, tokens: int, settings: QuantizationSettings) 
 
 
 def site_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
-    """Return the temporary bytes of quantising the linears of one site."""
+    """Return the bytes of quantising the linears of one site at their peak, with the moments of its input."""
     features = _features(model, site)
     m, n = features[0][0], sum(outputs for _, outputs in features)
-    sample = settings.activations.clip_tokens * m
-    matrices = _ROWS * n * m + _MOMENTS * m * m
+    square, rows, sample = m * m, n * m, settings.activations.clip_tokens * m
+    streams = 2 if settings.weights.propagation else 1
     if site.experts:  # some are swept at a time; the moments that each is quantised by are there for all
         count = model.config.num_experts
-        moments = count * m * m * (2 if settings.weights.propagation else 1)
-        matrices = chunk_size(count, m, n) * matrices + moments
-    return int(_FLOAT32 * (matrices + _SAMPLES * sample))
+        swept = chunk_size(count, m, n) * (_ROWS * rows + _MOMENTS * square)
+        return int(_FLOAT32 * (swept + _SAMPLES * sample + 2 * streams * count * square))
+    steps = {  # of `quantization.site`
+        "rotated": (streams + 2) * square + rows + sample,
+        "factored": 5 * square + 2 * rows + sample,
+        "swept": 2 * square + 5.5 * rows + sample,
+        "clipped": square + rows + 4 * sample,
+    }
+    return int(_FLOAT32 * max(steps.values()))
 
 
 def moment_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:

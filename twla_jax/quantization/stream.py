@@ -166,6 +166,15 @@ def widest_kept(model: Decoder) -> int:
     return max(model.blocks.linears(site)[0].features[0] for site in kept)
 
 
+def kept_beside(model: Decoder, index: int) -> int:
+    """Return the width of what the stream holds beside itself at site `index`, where its linears read that instead."""
+    sites = model.sites
+    index = max((i for i in range(index + 1) if not sites[i].recomputed), default=0)
+    if index == 0 or sites[index].norm is not None:
+        return 0
+    return model.blocks.linears(sites[index])[0].features[0]
+
+
 def _device_bytes() -> int | None:
     """Return the memory of this host's first device, where it is not the host's own."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
