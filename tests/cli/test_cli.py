@@ -9,7 +9,7 @@ import sys
 import pytest
 from jax.errors import JaxRuntimeError
 
-from twla_jax.cli import main, make
+from twla_jax.cli import main, quantize
 from twla_jax.inference import self_sampling
 from twla_jax.quantization import pipeline
 from twla_jax.recipe import load_recipe
@@ -109,16 +109,16 @@ def test_the_default_text_is_of_every_domain_at_hand(stories_model, texts, tmp_p
 
 
 def test_tokens_of_the_refinement_are_steps_of_whole_batches():
-    recipe = make._refined_on(load_recipe("w1.58-g128-refined"), 3 * 4 * 2048 + 100)
+    recipe = quantize._refined_on(load_recipe("w1.58-g128-refined"), 3 * 4 * 2048 + 100)
     assert recipe.refine.end_to_end.steps == 3
-    assert make._refined_on(recipe, 1).refine.end_to_end.steps == 1
-    assert make._refined_on(recipe, None) == recipe
+    assert quantize._refined_on(recipe, 1).refine.end_to_end.steps == 1
+    assert quantize._refined_on(recipe, None) == recipe
 
 
 def test_minutes_of_the_refinement_draw_text_for_the_steps_they_may_take():
     recipe = load_recipe("w1.58-g128-refined")
     for minutes, steps in ((0.5, 500), (2, 2000), (60, 8000)):
-        settings = make._refined_on(recipe, None, minutes).refine.end_to_end
+        settings = quantize._refined_on(recipe, None, minutes).refine.end_to_end
         assert (settings.steps, settings.minutes) == (steps, minutes)
 
 

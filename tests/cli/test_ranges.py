@@ -14,7 +14,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from twla_jax import json_text
-from twla_jax.cli import failures, interrupts, main, options, use
+from twla_jax.cli import evaluate, failures, interrupts, main, options
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import domains
 from twla_jax.jobs import loading
@@ -125,7 +125,7 @@ def test_json_has_no_numbers_that_json_does_not_know():
 
 def test_a_perplexity_that_is_no_number_is_an_error_by_text_and_against_an_original_too(monkeypatch, capsys):
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=1), dtype=None)
-    monkeypatch.setattr(use, "load_for_use", lambda *_, **__: (model, None, ""))
+    monkeypatch.setattr(evaluate, "load_for_use", lambda *_, **__: (model, None, ""))
     monkeypatch.setattr(loading, "load", lambda *_, **__: (None, None))
     monkeypatch.setattr(config, "check_length", lambda *_: None)
     monkeypatch.setattr(corpora, "load_domains", lambda _: {})

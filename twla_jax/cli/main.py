@@ -17,11 +17,13 @@ from twla_jax import compilation_cache, xla_flags
 from twla_jax.cli import command_line, failures, interrupts, loudness
 from twla_jax.cli.bench import bench
 from twla_jax.cli.chat import chat
+from twla_jax.cli.evaluate import evaluate
 from twla_jax.cli.export import export
-from twla_jax.cli.make import allocate, compare, demo, quantize
+from twla_jax.cli.make import allocate, compare, demo
+from twla_jax.cli.quantize import quantize
 from twla_jax.cli.report import report
 from twla_jax.cli.serve import serve
-from twla_jax.cli.use import evaluate, generate, inspect
+from twla_jax.cli.use import generate, inspect
 from twla_jax.errors import TwlaError
 from twla_jax.version import __version__
 

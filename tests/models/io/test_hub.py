@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from twla_jax.cli import make
+from twla_jax.cli import quantize
 from twla_jax.errors import TwlaError
 from twla_jax.jobs import loading
 from twla_jax.models.io import hub
@@ -97,7 +97,7 @@ def test_settings_alone_need_no_weights(online, files):
 
 def test_a_dry_run_fetches_no_weights(online, files, capsys):
     online.models["org/tiny"] = files
-    make.quantize("org/tiny", "out", dry_run=True)
+    quantize.quantize("org/tiny", "out", dry_run=True)
     assert "roughly" in capsys.readouterr().out
     assert "model.safetensors" not in online.fetched
 
