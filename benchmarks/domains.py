@@ -26,6 +26,7 @@ from twla_jax.evaluation.domains import evaluate_domains
 from twla_jax.jobs import loading
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.quantization import pipeline
+from twla_jax.refinement_settings import RefineSettings
 from twla_jax.text import corpora
 from twla_jax.text.windows import calibration_windows
 
@@ -121,7 +122,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             seq_len=seq_len,
             seed=options.seed,
         )
-        settings = dataclasses.replace(base, calibration=drawn, refine=recipe.RefineSettings())
+        settings = dataclasses.replace(base, calibration=drawn, refine=RefineSettings())
         found = measure(teacher, tokenizer, settings, texts, {"batch_size": options.batch_size})
         results.append(found)
         print(line(found), flush=True)

@@ -21,11 +21,12 @@ from twla_jax.inference.generation import generate
 from twla_jax.models import sharding
 from twla_jax.models.config import DecoderConfig
 from twla_jax.quantization import pipeline
-from twla_jax.recipe import EndToEndSettings, load_recipe
+from twla_jax.recipe import load_recipe
 from twla_jax.refinement import end_to_end
 from twla_jax.refinement.latent_shardings import place_latents, place_state
 from twla_jax.refinement.latents import init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
+from twla_jax.refinement_settings import EndToEndSettings
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -20,10 +20,10 @@ from twla_jax import xla_flags
 from twla_jax.bench import shapes
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.layers import replace
-from twla_jax.recipe import EndToEndSettings
 from twla_jax.refinement.end_to_end import WholeTraining
 from twla_jax.refinement.latents import init_latents
 from twla_jax.refinement.streamed import StreamedTraining
+from twla_jax.refinement_settings import EndToEndSettings
 
 
 def models(name: str, layers: int | None) -> tuple[Decoder, Decoder]:

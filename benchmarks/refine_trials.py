@@ -36,6 +36,7 @@ from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import pipeline
 from twla_jax.refinement import end_to_end
+from twla_jax.refinement_settings import EndToEndSettings, RefineSettings
 from twla_jax.text import corpora
 from twla_jax.text.windows import Tokens, calibration_windows, domain_tokens, sample_windows
 
@@ -99,7 +100,7 @@ class Trials:
         if options.corpus:
             test = corpora.load_corpus(options.corpus, "evaluation")
             self._test = corpora.tokenize(test, self._tokenizer, self._size)
-        base = dataclasses.replace(recipe.load_recipe(options.recipe), refine=recipe.RefineSettings())
+        base = dataclasses.replace(recipe.load_recipe(options.recipe), refine=RefineSettings())
         changes = {"corpus": options.text, "windows": options.windows, "seq_len": options.seq_len}
         changes["seed"] = options.seed
         self._recipe = base.updated(
@@ -119,7 +120,7 @@ class Trials:
         """Refine by a variant, and returns its figures."""
         options = self._options
         defaults = {"steps": options.steps, "batch": options.batch, "dtype": options.dtype}
-        settings = recipe.EndToEndSettings(**(defaults | variant.settings))
+        settings = EndToEndSettings(**(defaults | variant.settings))
         seq_len = min(settings.seq_len or options.refine_seq_len, options.refine_seq_len)
         if "tokens" in variant.own:
             steps = max(1, int(variant.own["tokens"]) // (settings.batch * seq_len))

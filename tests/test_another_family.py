@@ -17,16 +17,9 @@ from twla_jax.models import sites
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.families import FAMILIES
 from twla_jax.quantization.embedding import quantize_embeddings
-from twla_jax.recipe import (
-    AllocationSettings,
-    BlockRefinementSettings,
-    CalibrationSettings,
-    ClipTrainingSettings,
-    EmbeddingSettings,
-    EndToEndSettings,
-    Recipe,
-)
+from twla_jax.recipe import AllocationSettings, CalibrationSettings, EmbeddingSettings, Recipe
 from twla_jax.refinement import blockwise, clip_training
+from twla_jax.refinement_settings import BlockRefinementSettings, ClipTrainingSettings, EndToEndSettings
 from twla_jax.storage import checkpoint
 from twla_jax.text.corpora import Corpus
 

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "twla_jax"
 # folder and stand in no row come before all, but for the package's own `__init__` and `__main__`.
 LAYERS = (
     ("core",),
+    ("refinement_settings",),
     ("recipe",),
     ("text",),
     ("ops",),

@@ -29,8 +29,9 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
 from twla_jax.quantization.experts import ExpertMoments, quantize_experts
-from twla_jax.recipe import BlockRefinementSettings, CalibrationSettings, Recipe
+from twla_jax.recipe import CalibrationSettings, Recipe
 from twla_jax.refinement import blockwise
+from twla_jax.refinement_settings import BlockRefinementSettings
 from twla_jax.storage import accounting, checkpoint, prediction
 from twla_jax.storage.export import gguf_file
 

@@ -13,15 +13,8 @@ from twla_jax.core.settings import (
     WeightSettings,
 )
 from twla_jax.errors import TwlaError
-from twla_jax.recipe import (
-    AllocationSettings,
-    BlockRefinementSettings,
-    ClipTrainingSettings,
-    EndToEndSettings,
-    Recipe,
-    load_recipe,
-    recipe_names,
-)
+from twla_jax.recipe import AllocationSettings, Recipe, load_recipe, recipe_names
+from twla_jax.refinement_settings import BlockRefinementSettings, ClipTrainingSettings, EndToEndSettings
 
 pytestmark = pytest.mark.smoke
 

@@ -17,13 +17,8 @@ from twla_jax.evaluation.scoring import evaluate
 from twla_jax.jobs import allocate_bits
 from twla_jax.models import sites
 from twla_jax.models.blocks import State, site_inputs
-from twla_jax.recipe import (
-    AllocationSettings,
-    CalibrationSettings,
-    EndToEndSettings,
-    Recipe,
-    RefineSettings,
-)
+from twla_jax.recipe import AllocationSettings, CalibrationSettings, Recipe
+from twla_jax.refinement_settings import EndToEndSettings, RefineSettings
 from twla_jax.storage import accounting, checkpoint, folders
 from twla_jax.text import recipe_windows
 from twla_jax.text import windows as text_windows

@@ -12,7 +12,8 @@ import pytest
 
 from twla_jax.bench import SHAPES, shapes
 from twla_jax.ops.ternary_matmul import reference
-from twla_jax.recipe import EndToEndSettings, Recipe, RefineSettings
+from twla_jax.recipe import Recipe
+from twla_jax.refinement_settings import EndToEndSettings, RefineSettings
 
 from helpers.quick_recipe import QUICK
 

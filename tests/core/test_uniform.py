@@ -8,7 +8,8 @@ import pytest
 
 from twla_jax.core import gptq, packing, uniform
 from twla_jax.errors import TwlaError
-from twla_jax.recipe import EndToEndSettings, Recipe, RefineSettings, load_recipe
+from twla_jax.recipe import Recipe, load_recipe
+from twla_jax.refinement_settings import EndToEndSettings, RefineSettings
 
 N, M, TOKENS = 16, 40, 300
 

@@ -11,7 +11,8 @@ from twla_jax.inference import self_sampling
 from twla_jax.inference.self_sampling import sample_text
 from twla_jax.models.io import readers
 from twla_jax.models.layers import replace
-from twla_jax.recipe import AllocationSettings, CalibrationSettings, EndToEndSettings, Recipe, RefineSettings
+from twla_jax.recipe import AllocationSettings, CalibrationSettings, Recipe
+from twla_jax.refinement_settings import EndToEndSettings, RefineSettings
 from twla_jax.storage import resume
 from twla_jax.text import corpora, recipe_windows
 from twla_jax.text.sampled import SampledText

@@ -13,14 +13,11 @@ from twla_jax.core.tensors import IntegerTensor
 from twla_jax.errors import TwlaError
 from twla_jax.jobs import stages
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import (
-    AllocationSettings,
+from twla_jax.recipe import AllocationSettings, CalibrationSettings, EmbeddingSettings, Recipe
+from twla_jax.refinement_settings import (
     BlockRefinementSettings,
-    CalibrationSettings,
     ClipTrainingSettings,
-    EmbeddingSettings,
     EndToEndSettings,
-    Recipe,
     RefineSettings,
 )
 

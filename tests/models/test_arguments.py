@@ -10,9 +10,10 @@ import twla_jax
 from twla_jax.errors import TwlaError
 from twla_jax.models.arguments import checked_tokens, require_pair
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import EndToEndSettings, Recipe
+from twla_jax.recipe import Recipe
 from twla_jax.refinement.blockwise import refine_blocks
 from twla_jax.refinement.clip_training import train_clips
+from twla_jax.refinement_settings import EndToEndSettings
 
 IDS = np.arange(8).reshape(2, 4)
 WRONG_TOKENS = [

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from twla_jax.models.sites import set_activation_bits
-from twla_jax.recipe import BlockRefinementSettings
 from twla_jax.refinement import blockwise
+from twla_jax.refinement_settings import BlockRefinementSettings
 from twla_jax.storage import resume
 
 from helpers.compiled import compiled_programs

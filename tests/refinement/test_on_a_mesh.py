@@ -14,11 +14,11 @@ from twla_jax.evaluation.scoring import evaluate
 from twla_jax.models import sharding
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import BlockRefinementSettings, EndToEndSettings
 from twla_jax.refinement.blockwise import refine_blocks
 from twla_jax.refinement.end_to_end import WholeTraining, refine
 from twla_jax.refinement.latent_shardings import place_latents
 from twla_jax.refinement.latents import init_latents
+from twla_jax.refinement_settings import BlockRefinementSettings, EndToEndSettings
 from twla_jax.storage import resume
 
 CONFIG = DecoderConfig(

@@ -19,10 +19,10 @@ from twla_jax.errors import TwlaError
 from twla_jax.models.io import readers
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import pipeline
-from twla_jax.recipe import ClipTrainingSettings, EndToEndSettings
 from twla_jax.refinement import clip_training, end_to_end, two_plane_latents
 from twla_jax.refinement.latents import _straight_through, _StraightThrough, harden, init_latents
 from twla_jax.refinement.schedule import rates_at
+from twla_jax.refinement_settings import ClipTrainingSettings, EndToEndSettings
 from twla_jax.storage import resume
 
 from helpers import tiny

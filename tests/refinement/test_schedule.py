@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from twla_jax.recipe import EndToEndSettings
 from twla_jax.refinement.schedule import optimizer, rates_at
+from twla_jax.refinement_settings import EndToEndSettings
 
 RATE = 3e-3
 SETTINGS = EndToEndSettings(code_rate=RATE, code_optimizer="muon")

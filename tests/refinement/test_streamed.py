@@ -10,10 +10,10 @@ from flax import nnx
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import EndToEndSettings
 from twla_jax.refinement import end_to_end
 from twla_jax.refinement.latents import init_latents
 from twla_jax.refinement.streamed import StreamedTraining, round_by_chance
+from twla_jax.refinement_settings import EndToEndSettings
 from twla_jax.storage import resume
 
 WHOLE = EndToEndSettings(batch=4, code_rate=1e-2, scale_rate=5e-3, dtype="float32")

@@ -22,11 +22,11 @@ from twla_jax.models.arguments import checked_tokens, require_pair, require_sett
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.progress import Bar
-from twla_jax.recipe import BlockRefinementSettings
 from twla_jax.refinement import end_to_end
 from twla_jax.refinement.latent_shardings import place_latents
 from twla_jax.refinement.latents import apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
+from twla_jax.refinement_settings import BlockRefinementSettings
 from twla_jax.storage import resume
 
 

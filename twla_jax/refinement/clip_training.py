@@ -15,8 +15,8 @@ from jaxtyping import Int32
 
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.decoder import Decoder
-from twla_jax.recipe import ClipTrainingSettings
 from twla_jax.refinement import end_to_end
+from twla_jax.refinement_settings import ClipTrainingSettings
 from twla_jax.storage import resume
 
 

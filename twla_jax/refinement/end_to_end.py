@@ -23,9 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32
 
-from twla_jax.core.activation import (
-    OFF,
-)
+from twla_jax.core.activation import OFF
 from twla_jax.errors import TwlaError
 from twla_jax.models import sharding
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
@@ -33,12 +31,12 @@ from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.layers import replace
 from twla_jax.progress import Bar
-from twla_jax.recipe import EndToEndSettings, LearningSettings
 from twla_jax.refinement.divergence import kl_of_hidden
 from twla_jax.refinement.latent_shardings import place_latents, place_state
 from twla_jax.refinement.latents import Latents, apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
 from twla_jax.refinement.streamed import StreamedTraining
+from twla_jax.refinement_settings import EndToEndSettings, LearningSettings
 from twla_jax.storage import resume
 
 _SNAPSHOT_SECONDS = 300

@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 
 from twla_jax.core import stiefel
-from twla_jax.recipe import LearningSettings
+from twla_jax.refinement_settings import LearningSettings
 
 _ADAM_RMS = 0.2  # of its updates at rate 1, as they usually are
 _WARMUP = 0.1  # share of the steps over which learning rates rise; a good start is lost without

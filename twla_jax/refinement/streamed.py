@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int32
 from twla_jax.models.blocks import ChainBlock, Context
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
-from twla_jax.recipe import EndToEndSettings
 from twla_jax.refinement.divergence import kl_of_hidden
 from twla_jax.refinement.latents import Latents, apply, harden_arrays, init_latents
 from twla_jax.refinement.schedule import optimizer
+from twla_jax.refinement_settings import EndToEndSettings
 from twla_jax.storage import resume
 
 _FINAL = "norm"  # the one norm that belongs to no block
