@@ -13,7 +13,7 @@ from twla_jax.core import kotms
 from twla_jax.jobs.forecast import forecast, format_forecast
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
-from twla_jax.quantization import block, memory, site, stream, work
+from twla_jax.quantization import advance, block, memory, site, stream, work
 from twla_jax.recipe import load_recipe
 
 RECIPE = load_recipe("w1.58-g128")
@@ -86,7 +86,7 @@ def test_a_batch_takes_no_more_than_predicted(model, first):
     m = CONFIG.hidden_size if first == 0 else CONFIG.intermediate_size
     x, real = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((rows, seq_len, 256), (rows,)))
     moment = jax.ShapeDtypeStruct((m, m), jnp.float32)
-    compiled = block.advance.lower(
+    compiled = advance.advance.lower(
         one, x, None, real, moment, context, first=first, last=first + 1, stride=4
     ).compile()
     assert temporary(compiled) <= ALLOWED * memory.batch_bytes(model, seq_len, rows)
@@ -108,7 +108,7 @@ def test_experts_take_no_more_than_predicted(name):
     predicted = memory.moment_bytes(model, model.sites[last], RECIPE.quantization)
     assert predicted == 2 * moment.sums.size * moment.sums.dtype.itemsize
     x, real = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((rows, seq_len, 64), (rows,)))
-    compiled = block.advance.lower(
+    compiled = advance.advance.lower(
         one, x, None, real, moment, context, first=2, last=last, stride=4
     ).compile()
     assert temporary(compiled) <= ALLOWED * memory.batch_bytes(model, seq_len, rows)
@@ -169,7 +169,7 @@ def test_a_forward_pass_is_counted_as_xla_does():
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), model.blocks)
     context = Decoder(config, rngs=nnx.Rngs(0)).context(seq_len).layer(0)
     x = jax.ShapeDtypeStruct((rows, seq_len, config.hidden_size), jnp.float32)
-    compiled = block.finish.lower(one, x, None, context, first=0).compile()
+    compiled = advance.finish.lower(one, x, None, context, first=0).compile()
     settings = RECIPE.updated({"weights": {"compensation": {"propagation": 0.0}}}).quantization
     again = 2.0 * rows * seq_len * config.hidden_size * 2 * config.intermediate_size
     counted = work.block_work(model, rows, seq_len, settings).passes - again

@@ -21,7 +21,7 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.models.sites import with_input_clips
 from twla_jax.progress import Bar
-from twla_jax.quantization.block import finish_block, sample_site
+from twla_jax.quantization.advance import finish_block, sample_site
 from twla_jax.quantization.stream import ResidualStream
 
 

@@ -13,7 +13,7 @@ from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import in_turn, without_blocks
 from twla_jax.progress import Bar
-from twla_jax.quantization.block import finish_block
+from twla_jax.quantization.advance import finish_block
 from twla_jax.quantization.stream import ResidualStream
 
 

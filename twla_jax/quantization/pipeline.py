@@ -30,7 +30,8 @@ from twla_jax.models.layers import Linear, replace
 from twla_jax.models.stored_layers import StoredLayers
 from twla_jax.progress import Bar
 from twla_jax.quantization import rotation_fitting
-from twla_jax.quantization.block import finish_block, input_changes, quantize_block, sample_site
+from twla_jax.quantization.advance import finish_block, sample_site
+from twla_jax.quantization.block import input_changes, quantize_block
 from twla_jax.quantization.snapshots import Snapshots
 from twla_jax.quantization.stream import ResidualStream
 from twla_jax.storage import resume
