@@ -21,8 +21,8 @@ from twla_jax.models.sites import set_activation_bits
 from twla_jax.serving import slots
 from twla_jax.serving.engine import Engine
 from twla_jax.serving.requests import Busy, Generation, check
+from twla_jax.serving.rows import row
 from twla_jax.serving.settings import EngineSettings
-from twla_jax.serving.slots import row
 
 from helpers.compiled import compiled_programs
 from helpers.overflowing import overflowing

@@ -19,9 +19,9 @@ import numpy as np
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder
 from twla_jax.serving.requests import Busy, Delivery, Generation, Ticket, check
+from twla_jax.serving.rows import Made
 from twla_jax.serving.runner import Runner
 from twla_jax.serving.settings import EngineSettings
-from twla_jax.serving.slots import Made
 
 _PREFILL = 512  # tokens of prompts between two decode calls
 _CALL_SECONDS = 0.03  # of a decode call, for which a request that arrives has to wait

@@ -6,7 +6,7 @@
 from typing import Any
 
 from twla_jax.limits import SEED_LIMIT
-from twla_jax.serving.slots import MOST_TOP
+from twla_jax.serving.rows import MOST_TOP
 from twla_jax.version import __version__
 
 _Json = dict[str, Any]

@@ -22,7 +22,7 @@ from twla_jax.schema import (
     shown,
     text,
 )
-from twla_jax.serving.slots import MOST_TOP
+from twla_jax.serving.rows import MOST_TOP
 
 DEFAULT_NEW_TOKENS = 16  # of a completion without `max_tokens`, as OpenAI has it; a chat goes on to the limit
 _MOST_CHOICES = 16

@@ -10,7 +10,7 @@ from twla_jax.inference.sampling import Sampling
 from twla_jax.limits import check_number
 from twla_jax.models.arguments import checked_tokens
 from twla_jax.models.config import DecoderConfig
-from twla_jax.serving.slots import Told, most_ends
+from twla_jax.serving.rows import Told, most_ends
 
 Reason = Literal["stop", "length", "aborted", "failed"]
 

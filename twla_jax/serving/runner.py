@@ -20,8 +20,8 @@ from twla_jax.models.arguments import require_model
 from twla_jax.models.decoder import Decoder
 from twla_jax.serving import slots as device
 from twla_jax.serving.requests import Generation
+from twla_jax.serving.rows import Made, row
 from twla_jax.serving.settings import EngineSettings
-from twla_jax.serving.slots import Made
 
 
 class Runner:
@@ -79,14 +79,14 @@ class Runner:
 
     def admit(self, generation: Generation, logits: jax.Array, slot: int) -> Made:
         """Put the request whose prompt was read into a slot, and return its first token."""
-        row = device.row(
+        request = row(
             generation.sampling,
             limit=generation.max_new_tokens,
             ends=generation.ends,
             told=generation.logprobs,
             config=self._config,
         )
-        made, self._slots = self.programs["admit"](self._slots, self._staged, logits, row, np.int32(slot))
+        made, self._slots = self.programs["admit"](self._slots, self._staged, logits, request, np.int32(slot))
         return made
 
     def move(self, source: int, target: int) -> None:

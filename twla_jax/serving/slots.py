@@ -6,8 +6,6 @@ free or finished are computed, too, at position 0, and ignored. So nothing that 
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,41 +13,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from twla_jax.inference.packed_cache import KernelScratch, PackedCache
-from twla_jax.inference.sampling import Sampler, Sampling, choose, likeliest
-from twla_jax.models.config import DecoderConfig
+from twla_jax.inference.sampling import Sampling
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache
-
-_MOST_ENDS = 8  # token ids that end a request, where the model has not more of them
-_OF_A_CHAT = 4  # that a chat template may add to the model's
-MOST_TOP = 20  # likeliest tokens that are told beside the chosen one
-_NO_TOKEN = -1
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Holds what the device knows of the requests in some slots, beside their keys and values.
-
-    Attributes:
-      token: the last token, which the next step reads.
-      made: new tokens so far.
-      limit: new tokens at most.
-      active: whether the request goes on.
-      seed: of its random numbers.
-      ends: tokens that end it; −1 where there are fewer.
-      sampler: its settings, an entry a slot.
-      told: whether log-probabilities are wanted.
-    """
-
-    token: Int32[Array, " slots"]
-    made: Int32[Array, " slots"]
-    limit: Int32[Array, " slots"]
-    active: Bool[Array, " slots"]
-    seed: Int32[Array, " slots"]
-    ends: Int32[Array, "slots ends"]
-    sampler: Sampler
-    told: Bool[Array, " slots"]
+from twla_jax.serving.rows import MOST_TOP, Made, Rows, Told, advanced, next_tokens, row, told_forms
 
 
 @jax.tree_util.register_dataclass
@@ -59,30 +26,6 @@ class Slots:
 
     cache: KVCache
     rows: Rows
-
-
-class Told(NamedTuple):
-    """Log-probabilities before temperature and filters: of the chosen tokens, and of the likeliest ones."""
-
-    chosen: Float32[Array, "*rows"]
-    top_tokens: Int32[Array, "*rows top"]
-    top: Float32[Array, "*rows top"]
-
-
-class Made(NamedTuple):
-    """New tokens of some slots: the first `counts` of each row, and what is told of them.
-
-    A token of −1 is the last of its row: its logits were not finite.
-    """
-
-    tokens: Int32[Array, "rows steps"]
-    counts: Int32[Array, " rows"]
-    told: Told
-
-
-def most_ends(config: DecoderConfig) -> int:
-    """Return how many token ids may end a request: all of the model's, and those of a chat."""
-    return max(_MOST_ENDS, len(config.eos_token_ids) + _OF_A_CHAT)
 
 
 def empty_slots(model: Decoder, slots: int, size: int, cache_dtype=None) -> Slots:
@@ -96,31 +39,6 @@ def empty_slots(model: Decoder, slots: int, size: int, cache_dtype=None) -> Slot
     free = row(Sampling(), limit=0, ends=(), told=False, config=model.config)
     rows = jax.tree.map(lambda leaf: jnp.asarray(np.repeat(leaf, slots, axis=0)), free)
     return Slots(cache=dataclasses.replace(cache, length=jnp.zeros(slots, jnp.int32)), rows=rows)
-
-
-def row(sampling: Sampling, *, limit: int, ends: Sequence[int], told: bool, config: DecoderConfig) -> Rows:
-    """Return the row of a request that has no token yet, on the host."""
-    padded = [*ends, *[_NO_TOKEN] * (most_ends(config) - len(ends))]
-
-    def one(value: Any, kind: Any) -> Any:
-        return np.asarray([value], kind)
-
-    sampler = Sampler(
-        temperature=one(sampling.temperature, np.float32),
-        top_k=one(sampling.top_k or config.vocab_size, np.int32),
-        top_p=one(sampling.top_p, np.float32),
-        min_p=one(sampling.min_p, np.float32),
-    )
-    return Rows(
-        token=one(0, np.int32),
-        made=one(0, np.int32),
-        limit=one(limit, np.int32),
-        active=one(False, bool),
-        seed=one(sampling.seed, np.int32),
-        ends=one(padded, np.int32),
-        sampler=sampler,
-        told=one(told, bool),
-    )
 
 
 def prefill(
@@ -159,10 +77,10 @@ def admit(
       slot: which one; what was there is overwritten.
     """
     request = dataclasses.replace(request, active=jnp.ones(1, bool))
-    token, told = _choose(logits, request)
+    token, told = next_tokens(logits, request)
     cache = _put_cache(slots.cache, staged, slot)
     cache = dataclasses.replace(cache, length=cache.length.at[slot].set(staged.length))
-    rows = _put(slots.rows, _advanced(request, token), slot)
+    rows = _put(slots.rows, advanced(request, token), slot)
     made = Made(token[:, None], jnp.ones(1, jnp.int32), jax.tree.map(lambda leaf: leaf[:, None], told))
     return made, Slots(cache=cache, rows=rows)
 
@@ -213,18 +131,18 @@ def steps(
         # A row that is not active stays at position 0, where there is always room.
         at = dataclasses.replace(cache, length=jnp.where(first.active, length, 0))
         hidden, cache = _decode(model, first.token, at)
-        token, told = _choose(model.logits(hidden[:, 0]), first)
+        token, told = next_tokens(model.logits(hidden[:, 0]), first)
         columns = jax.tree.map(
             lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new[:, None], index, axis=1),
             (made.tokens, made.told),
             (token, told),
         )
         made = Made(columns[0], made.counts + first.active, columns[1])
-        return index + 1, _advanced(first, token), length + first.active, cache, made
+        return index + 1, advanced(first, token), length + first.active, cache, made
 
     shape = (rows, room)
     top = min(MOST_TOP, model.config.vocab_size)
-    told = Told(*(jnp.zeros((*shape, *form), kind) for form, kind in _told_forms(top)))
+    told = Told(*(jnp.zeros((*shape, *form), kind) for form, kind in told_forms(top)))
     made = Made(jnp.zeros(shape, jnp.int32), jnp.zeros(rows, jnp.int32), told)
     # Of one shape in the loop, whichever rows have a length there.
     cache = dataclasses.replace(slots.cache, length=slots.cache.length[:rows])
@@ -245,61 +163,6 @@ def _decode(
     hidden, after = model.decode(token[:, None], without)
     assert isinstance(after, PackedCache)
     return hidden, dataclasses.replace(after, scratch=cache.scratch)
-
-
-def _choose(logits: Float32[Array, "rows vocab"], rows: Rows) -> tuple[Int32[Array, " rows"], Told]:
-    """Return the next token of every row, as `sampling.choose` gives it to that row alone, and what is told of it."""
-    sampler: Any = rows.sampler  # every setting is there
-    keys = jax.vmap(lambda seed, made: jax.random.fold_in(jax.random.key(seed), made))(rows.seed, rows.made)
-
-    def each(sampler: Sampler):
-        one = jax.vmap(lambda row, settings, key: choose(row[None], settings, None, key)[0])
-        return one(logits, sampler, keys)
-
-    drawn = rows.active & (sampler.temperature > 0)
-    vocab = logits.shape[-1]
-    filtered = drawn & ((sampler.top_k < vocab) | (sampler.top_p < 1) | (sampler.min_p > 0))
-    told = (rows.active & rows.told).any()
-    top = min(MOST_TOP, vocab)
-
-    def nothing(token):
-        return token, Told(*(jnp.zeros((len(token), *shape), kind) for shape, kind in _told_forms(top)))
-
-    # What no request asks for is not computed: random numbers, the sorting that filters need, log-probabilities. One
-    # branch for all of it, as each takes a GPU some time.
-    kind = jnp.where(told, 3, jnp.where(filtered.any(), 2, drawn.any().astype(jnp.int32)))
-    return jax.lax.switch(
-        kind,
-        [
-            lambda: nothing(likeliest(logits)),
-            lambda: nothing(each(Sampler(temperature=sampler.temperature))),
-            lambda: nothing(each(sampler)),
-            lambda: _told(logits, each(sampler), top),
-        ],
-    )
-
-
-def _told_forms(top: int) -> tuple[tuple[tuple[int, ...], Any], ...]:
-    """Return the shape of what is told of a token, and its dtype, in the order of `Told`."""
-    return ((), jnp.float32), ((top,), jnp.int32), ((top,), jnp.float32)
-
-
-def _told(
-    logits: Float32[Array, "rows vocab"], token: Int32[Array, " rows"], top: int
-) -> tuple[Int32[Array, " rows"], Told]:
-    of_all = jax.nn.log_softmax(logits.astype(jnp.float32))
-    likeliest, tokens = jax.lax.top_k(of_all, top)
-    chosen = jnp.take_along_axis(of_all, token[:, None], axis=1)[:, 0]
-    return token, Told(chosen, tokens.astype(jnp.int32), likeliest)
-
-
-def _advanced(rows: Rows, token: Int32[Array, " rows"]) -> Rows:
-    """Return the rows after a new token; those that were not active stay as they are."""
-    failed = rows.active & (token < 0)
-    token = jnp.where(rows.active & ~failed, token, rows.token)
-    made = rows.made + rows.active
-    ended = (token[:, None] == rows.ends).any(-1) | (made >= rows.limit) | failed
-    return dataclasses.replace(rows, token=token, made=made, active=rows.active & ~ended)
 
 
 def _put(rows: Rows, part: Rows, start) -> Rows:
