@@ -49,10 +49,10 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
 
     xla_flags.disable_triton_gemm()
     from twla_jax.bench import SHAPES, decode, shapes
-    from twla_jax.serving.app import Service, ServiceSettings
+    from twla_jax.serving.app import Service
     from twla_jax.serving.engine import Engine
     from twla_jax.serving.server import Server, listen
-    from twla_jax.serving.settings import EngineSettings
+    from twla_jax.serving.settings import EngineSettings, ServiceSettings
 
     counts = sorted(map(int, options.clients.split(",")))
     bits = {"activation_bits": options.activation_bits, "embedding_bits": options.embedding_bits}

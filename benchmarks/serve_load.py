@@ -61,10 +61,10 @@ def run(options: argparse.Namespace) -> bool:
 
     xla_flags.disable_triton_gemm()
     from twla_jax.cli.use import load_for_use
-    from twla_jax.serving.app import Service, ServiceSettings
+    from twla_jax.serving.app import Service
     from twla_jax.serving.engine import Engine
     from twla_jax.serving.server import Server, listen
-    from twla_jax.serving.settings import EngineSettings
+    from twla_jax.serving.settings import EngineSettings, ServiceSettings
 
     model, tokenizer, path = load_for_use(options.model, None, None, "auto")
     # One shape, so that not even the last bit depends on how many requests run.

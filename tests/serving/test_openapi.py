@@ -9,10 +9,10 @@ import openapi_spec_validator
 import pytest
 
 from twla_jax.serving import protocol
-from twla_jax.serving.app import Service, ServiceSettings
+from twla_jax.serving.app import Service
 from twla_jax.serving.openapi import DESCRIPTION
 from twla_jax.serving.protocol import ApiError
-from twla_jax.serving.settings import EngineSettings
+from twla_jax.serving.settings import EngineSettings, ServiceSettings
 
 BODIES = {
     "CompletionRequest": {"model": "m", "prompt": "a"},

@@ -16,10 +16,10 @@ from twla_jax.inference import generation
 from twla_jax.inference.sampling import Sampling
 from twla_jax.inference.text_generation import stream_text
 from twla_jax.jobs import loading
-from twla_jax.serving.app import Service, ServiceSettings
+from twla_jax.serving.app import Service
 from twla_jax.serving.engine import Engine
 from twla_jax.serving.server import Server, listen
-from twla_jax.serving.settings import EngineSettings
+from twla_jax.serving.settings import EngineSettings, ServiceSettings
 from twla_jax.text import chat as chats
 
 KEY = "open-sesame"

@@ -73,7 +73,7 @@ def serve(
     from twla_jax.jobs import loading
     from twla_jax.progress import say
     from twla_jax.serving import app, engine, server
-    from twla_jax.serving.settings import EngineSettings
+    from twla_jax.serving.settings import EngineSettings, ServiceSettings
 
     key = key_of(api_key_file)
     with server.listen(host, port) as listening:  # before the work that a wrong address would waste
@@ -92,9 +92,7 @@ def serve(
         called = model_name or Path(model).name or "model"
         suggested = _suggested(loading.suggested_sampling(model))
         hosts = _LOCAL_NAMES if key is None and host in _LOOPBACK else ()
-        about = app.ServiceSettings(
-            model=called, key=key, hosts=hosts, max_body=max_body, suggested=suggested
-        )
+        about = ServiceSettings(model=called, key=key, hosts=hosts, max_body=max_body, suggested=suggested)
         service = app.Service(running, tokenizer, about)
         said = _ready(host, listening.getsockname()[1], called, running, key)
         server.serve(service, listening, grace=grace, ready=lambda: say(said))

@@ -7,52 +7,32 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
-import hmac
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from twla_jax.errors import TwlaError
 from twla_jax.inference.sampling import NOT_FINITE
 from twla_jax.models.arguments import checked_tokens
 from twla_jax.serving import openapi, protocol
+from twla_jax.serving.admission import check_host, check_key, read_body
 from twla_jax.serving.answers import Choice, Envelope, Piece
 from twla_jax.serving.engine import Engine
 from twla_jax.serving.metrics import Metrics
 from twla_jax.serving.protocol import ApiError, Asked
 from twla_jax.serving.requests import Busy, Delivery, Generation
+from twla_jax.serving.responses import EventStream, busy, event, failure, no_route, unless_gone
+from twla_jax.serving.settings import ServiceSettings
 from twla_jax.text import chat as chats
 
 _GONE = 499  # a client that left; it is not sent
-_BODY_SECONDS = 30.0  # for the whole body of a request
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServiceSettings:
-    """Describes what a service answers to.
-
-    Attributes:
-      model: the name that requests give.
-      key: that requests must bear; None for none.
-      hosts: names that requests may call the server by, without the port; empty for any.
-      max_body: bytes of a request at most.
-      suggested: sampling settings for what a request leaves open.
-    """
-
-    model: str
-    key: str | None = None
-    hosts: tuple[str, ...] = ()
-    max_body: int = 2**20
-    suggested: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Service:
@@ -84,7 +64,7 @@ class Service:
                 Route(path, self._answering(path, answer, secret), methods=[method])
                 for path, method, answer, secret in routes
             ],
-            exception_handlers={HTTPException: _no_route},
+            exception_handlers={HTTPException: no_route},
         )
 
     def _answering(
@@ -95,39 +75,21 @@ class Service:
         async def endpoint(request: Request) -> Response:
             try:
                 if secret:
-                    self._check_host(request)
-                    self._check_key(request)
+                    check_host(request, self._settings)
+                    check_key(request, self._settings)
                 response = await answer(request)
             except Busy as error:
-                response = _failure(_busy(error))
+                response = failure(busy(error))
             except ApiError as error:
-                response = _failure(error)
+                response = failure(error)
             except TwlaError as error:
-                response = _failure(ApiError(400, str(error)))
+                response = failure(ApiError(400, str(error)))
             except ClientDisconnect:
                 response = Response(status_code=_GONE)
             self.metrics.requests.labels(route, response.status_code).inc()
             return response
 
         return endpoint
-
-    def _check_host(self, request: Request) -> None:
-        """Refuse a page of another site whose name was made to lead to this machine: it may send what it likes."""
-        given = request.headers.get("host", "")
-        name = given.rpartition(":")[0] if given.rpartition(":")[2].isdecimal() else given
-        if self._settings.hosts and name and name.lower() not in self._settings.hosts:
-            known = ", ".join(self._settings.hosts)
-            raise ApiError(403, f"host {given[:80]!r}: is not {known}; other names need an API key")
-
-    def _check_key(self, request: Request) -> None:
-        if self._settings.key is None:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        both = given.encode("latin-1"), self._settings.key.encode()  # headers are read as Latin-1
-        digests = [hashlib.sha256(each).digest() for each in both]
-        if not hmac.compare_digest(*digests) or scheme.lower() != "bearer":
-            headers = {"www-authenticate": "Bearer"}
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key", headers=headers)
 
     async def _health(self, request: Request) -> Response:
         status = "failed" if self.engine.error is not None else "closing" if self.closing else "ok"
@@ -159,7 +121,7 @@ class Service:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         begun = time.monotonic()
-        body = protocol.parse_json(await self._body(request))
+        body = protocol.parse_json(await read_body(request, self._settings))
         names = (self._settings.model,)
         asked = protocol.parse(body, chat=chat, models=names, suggested=self._settings.suggested)
         if self.closing:
@@ -193,28 +155,11 @@ class Service:
         pieces = self._pieces(choices, deliveries, begun)
         if asked.stream:
             events = self._events(envelope, choices, pieces, usage=asked.usage)
-            return _Stream(events, leave=lambda: self._leave(choices))
+            return EventStream(events, leave=lambda: self._leave(choices))
         try:
-            return JSONResponse(await _unless_gone(request, self._whole(envelope, choices, pieces)))
+            return JSONResponse(await unless_gone(request, self._whole(envelope, choices, pieces)))
         finally:
             self._leave(choices)
-
-    async def _body(self, request: Request) -> bytes:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # which no page of another site can send unasked
-            raise ApiError(415, "the content type must be application/json")
-        most, body = self._settings.max_body, bytearray()
-        try:
-            async with asyncio.timeout(_BODY_SECONDS):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > most:
-                        raise ApiError(
-                            413, f"the body is longer than {most} bytes", headers={"connection": "close"}
-                        )
-        except TimeoutError:
-            raise ApiError(408, "the body took too long to arrive", headers={"connection": "close"}) from None
-        return bytes(body)
 
     def _encode(self, asked: Asked) -> list[tuple[int, ...]]:
         """Return the prompts as token ids; runs in a thread of its own, as long texts take a while."""
@@ -293,16 +238,16 @@ class Service:
         """Yield the events of a stream."""
         for choice in choices:
             if (begin := envelope.first(choice)) is not None:
-                yield _event(begin)
+                yield event(begin)
         try:
             async for choice, piece in pieces:
                 if piece.text or piece.reason is not None or piece.logprobs is not None:
-                    yield _event(envelope.event(choice, piece))
+                    yield event(envelope.event(choice, piece))
         except ApiError as error:
-            yield _event(error.body)
+            yield event(error.body)
             return
         if usage:
-            yield _event(envelope.last(choices))
+            yield event(envelope.last(choices))
         yield b"data: [DONE]\n\n"
 
     def _leave(self, choices: list[Choice]) -> None:
@@ -311,58 +256,3 @@ class Service:
         for choice in left:
             self.engine.cancel(choice.ticket)
         self.metrics.cancelled.inc(bool(left))
-
-
-class _Stream(StreamingResponse):
-    """Sends events, and says so when it ends, however it ends."""
-
-    def __init__(self, events: AsyncIterator[bytes], *, leave: Callable[[], None]):
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._leave = leave
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._leave()
-
-
-async def _unless_gone(request: Request, work: Any) -> Any:
-    """Return what `work` comes to, unless the client leaves before.
-
-    Raises:
-      ClientDisconnect: it has left; the work is stopped.
-    """
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _failure(error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, headers=error.headers)
-
-
-def _busy(error: Busy) -> ApiError:
-    if error.retry_after is None:
-        return ApiError(503, str(error))
-    return ApiError(429, str(error), code="busy", headers={"retry-after": str(error.retry_after)})
-
-
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _failure(ApiError(error.status_code, error.detail, headers=error.headers))

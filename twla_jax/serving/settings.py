@@ -1,6 +1,7 @@
-"""Describes how much an engine does at once."""
+"""Describes how much an engine does at once, and what a service answers to."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from twla_jax.limits import check_number
@@ -41,3 +42,22 @@ class EngineSettings:
         """Returns how many slots a step may take along, ascending, all of them last."""
         counts = self.rows or (1, *(8 * 2**i for i in range(20)))
         return (*sorted(n for n in set(counts) if n < self.slots), self.slots)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """Describes what a service answers to.
+
+    Attributes:
+      model: the name that requests give.
+      key: that requests must bear; None for none.
+      hosts: names that requests may call the server by, without the port; empty for any.
+      max_body: bytes of a request at most.
+      suggested: sampling settings for what a request leaves open.
+    """
+
+    model: str
+    key: str | None = None
+    hosts: tuple[str, ...] = ()
+    max_body: int = 2**20
+    suggested: Mapping[str, Any] = dataclasses.field(default_factory=dict)
