@@ -22,7 +22,7 @@ from twla_jax.models import sharding
 from twla_jax.models.config import DecoderConfig
 from twla_jax.quantization import pipeline
 from twla_jax.recipe import load_recipe
-from twla_jax.refinement import end_to_end
+from twla_jax.refinement import descent, end_to_end
 from twla_jax.refinement.latent_shardings import place_latents, place_state
 from twla_jax.refinement.latents import init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
@@ -49,8 +49,8 @@ def quantise(config: DecoderConfig, windows: np.ndarray, mesh: Any) -> tuple[flo
 def refine(config: DecoderConfig, windows: np.ndarray, mesh: Any) -> tuple[float, Any]:
     """Return the seconds of a step of the end-to-end refinement, and the losses of three steps."""
     settings = EndToEndSettings(steps=4, batch=len(windows), dtype="bfloat16")
-    student = end_to_end.training_form(random_model(config, activation_bits=16), jnp.bfloat16, mesh)
-    teacher = end_to_end.training_form(random_model(config, activation_bits=None), jnp.bfloat16, mesh)
+    student = descent.training_form(random_model(config, activation_bits=16), jnp.bfloat16, mesh)
+    teacher = descent.training_form(random_model(config, activation_bits=None), jnp.bfloat16, mesh)
     latents = place_latents(init_latents(student, teacher), student, mesh)
     learns = settings.rotation_rate > 0
     rates = rates_at(settings, 1, 4)

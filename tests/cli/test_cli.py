@@ -13,7 +13,7 @@ from twla_jax.cli import main, quantize
 from twla_jax.inference import self_sampling
 from twla_jax.quantization import pipeline
 from twla_jax.recipe import load_recipe
-from twla_jax.refinement import end_to_end
+from twla_jax.refinement import descent, end_to_end
 
 from helpers import html_pages
 from helpers.quick_recipe import QUICK
@@ -237,7 +237,7 @@ def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
     options = ["--recipe", recipe, "--calibration", "self", "--check-corpus", text, *SMALL]
     quantize = ["quantize", stories_model, folder, *options, "--json"]
     with monkeypatch.context() as patch:
-        patch.setattr(end_to_end, "_SNAPSHOT_SECONDS", 0)
+        patch.setattr(descent, "_SNAPSHOT_SECONDS", 0)
         full = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
         patch.setattr(end_to_end, "harden", lambda *_: (_ for _ in ()).throw(full))
         line, status = fails(capsys, *quantize)

@@ -19,7 +19,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.models.io import readers
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import pipeline
-from twla_jax.refinement import clip_training, end_to_end, two_plane_latents
+from twla_jax.refinement import clip_training, descent, end_to_end, two_plane_latents
 from twla_jax.refinement.latents import _straight_through, _StraightThrough, harden, init_latents
 from twla_jax.refinement.schedule import rates_at
 from twla_jax.refinement_settings import ClipTrainingSettings, EndToEndSettings
@@ -216,7 +216,7 @@ def test_rotations_learn_on_the_manifold(student, teacher):
 
 
 def test_an_interrupted_refinement_goes_on_to_the_same_result(student, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end, "_SNAPSHOT_SECONDS", 0)
+    monkeypatch.setattr(descent, "_SNAPSHOT_SECONDS", 0)
     settings = dataclasses.replace(REFINE, code_optimizer="muon")
     whole, figures = end_to_end.refine(student, teacher, WINDOWS, settings, progress=False)
     save, taken = resume.WorkDir.save, []

@@ -10,7 +10,7 @@ from flax import nnx
 
 from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder
-from twla_jax.refinement import end_to_end
+from twla_jax.refinement import descent, end_to_end
 from twla_jax.refinement.latents import init_latents
 from twla_jax.refinement.streamed import StreamedTraining, round_by_chance
 from twla_jax.refinement_settings import EndToEndSettings
@@ -27,7 +27,7 @@ def models(tiny_config, tiny_ternary):
 
 
 def test_gradients_are_those_of_the_whole_model(models):
-    student, teacher = (end_to_end.training_form(model, jnp.float32) for model in models)
+    student, teacher = (descent.training_form(model, jnp.float32) for model in models)
     settings = dataclasses.replace(WHOLE, streaming=True, rotation_rate=1e-3)
     whole = end_to_end.WholeTraining(student, teacher, init_latents(student, teacher), settings, 16)
     streamed = StreamedTraining(student, teacher, settings)
@@ -64,7 +64,7 @@ def test_narrow_latents_learn_as_well_as_wide_ones(models):
 
 
 def test_an_interrupted_streaming_refinement_goes_on_to_the_same_result(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end, "_SNAPSHOT_SECONDS", 0)
+    monkeypatch.setattr(descent, "_SNAPSHOT_SECONDS", 0)
     whole, figures = end_to_end.refine(*models, WINDOWS, NARROW, progress=False)
     save = resume.WorkDir.save
 

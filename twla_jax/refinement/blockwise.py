@@ -22,7 +22,7 @@ from twla_jax.models.arguments import checked_tokens, require_pair, require_sett
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import replace
 from twla_jax.progress import Bar
-from twla_jax.refinement import end_to_end
+from twla_jax.refinement import descent
 from twla_jax.refinement.latent_shardings import place_latents
 from twla_jax.refinement.latents import apply, flipped, harden, init_latents
 from twla_jax.refinement.schedule import optimizer, rates_at
@@ -64,13 +64,13 @@ def refine_blocks(
     original, dtype, steps = student, jnp.dtype(settings.dtype), settings.steps
     count, batch = student.config.num_layers, min(settings.batch, len(windows))
     sharding.require_split(batch, mesh)
-    student, teacher = (end_to_end.training_form(model, dtype, mesh) for model in (student, teacher))
+    student, teacher = (descent.training_form(model, dtype, mesh) for model in (student, teacher))
     latents = place_latents(init_latents(student, teacher), student, mesh)
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
     tokens = sharding.place_everywhere(windows, mesh)
     x, exact = (sharding.place_everywhere(model.embed_tokens(tokens), mesh) for model in (student, teacher))
     losses: list[np.ndarray] = []
-    store = None if work_dir is None else end_to_end.open_work_dir(Path(work_dir), student, windows, settings)
+    store = None if work_dir is None else descent.open_work_dir(Path(work_dir), student, windows, settings)
     if store and (saved := store.load("state")):
         losses = list(saved.pop("losses"))
         blocks, x, exact = resume.unflatten((blocks, x, exact), saved)

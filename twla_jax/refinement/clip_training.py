@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.decoder import Decoder
-from twla_jax.refinement import end_to_end
+from twla_jax.refinement import descent, end_to_end
 from twla_jax.refinement_settings import ClipTrainingSettings
 from twla_jax.storage import resume
 
@@ -53,14 +53,14 @@ def train_clips(
     windows = checked_tokens(windows, teacher.config, "windows")
     batches = np.resize(windows, (settings.steps, settings.batch, windows.shape[1]))
     original, dtype = student, jnp.dtype(settings.dtype)
-    student, teacher = (end_to_end.training_form(model, dtype, mesh) for model in (student, teacher))
+    student, teacher = (descent.training_form(model, dtype, mesh) for model in (student, teacher))
     store = None
     if work_dir is not None:
-        store = end_to_end.open_work_dir(Path(work_dir), student, batches, settings)
+        store = descent.open_work_dir(Path(work_dir), student, batches, settings)
 
     clips = {site.name: jnp.zeros(student.config.num_layers) for site in student.sites}
     latents = {f"{name}_input": {"clip": clip} for name, clip in clips.items()}
     training = end_to_end.WholeTraining(student, teacher, latents, settings, settings.bits, mesh)
-    return end_to_end.descend(
+    return descent.descend(
         original, training, batches, settings, store=store, progress=progress, label="train clips"
     )
