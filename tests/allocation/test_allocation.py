@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax.allocation import choice, refit, sensitivity
+from twla_jax.allocation import choice, measurement, refit, sensitivity
 from twla_jax.core import activation, tensors
 from twla_jax.core.settings import ActivationSettings
 from twla_jax.errors import TwlaError
@@ -50,7 +50,7 @@ def drawn(recipe):
 
 
 def prepared(model, recipe=RECIPE, **options):
-    return choice.prepare(model, drawn(recipe), recipe, progress=False, **options)
+    return measurement.prepare(model, drawn(recipe), recipe, progress=False, **options)
 
 
 def weights_of(folder):

@@ -4,7 +4,6 @@ Held-out text is calibration text that the model was not calibrated on, as far a
 made on it and none on text for evaluation.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,53 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int
 
-from twla_jax.allocation import sensitivity
+from twla_jax.allocation.measurement import Measured, held_out_loss, prepare
 from twla_jax.allocation.refit import refit_clips
 from twla_jax.core import ila_amp
-from twla_jax.core.ila_amp import SensitivityTable
-from twla_jax.errors import TwlaError
-from twla_jax.evaluation.scoring import evaluate
-from twla_jax.models import sharding, sites
-from twla_jax.models.arguments import require_model, require_settings
-from twla_jax.models.config import check_length
+from twla_jax.models import sites
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import Recipe
 from twla_jax.storage import resume
 from twla_jax.text import recipe_windows
-from twla_jax.text.recipe_windows import DrawnText, Text
+from twla_jax.text.recipe_windows import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # The ways to spend a budget that are compared; of equal ones the first is taken.
 METHODS = ("joint", "independent", "uniform")
-LOSS_TOKENS = 16384  # tokens at a time when one allocation is measured or scored
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A quantised model and what its bits are chosen by.
-
-    Attributes:
-      model: with its clips as they were first fitted; what bits it has does not matter.
-      calibration: windows that clips are refitted on.
-      held_out: windows that losses are measured on.
-      table: of losses at fewer bits, on `held_out`.
-      figures: JSON-ready: `held_out`, `table` and `before`, the model as it came.
-      tables: JSON-ready; a later `prepare` that is given them measures nothing again.
-      mesh: that the model lies on, and whose axis `data` windows are split over.
-    """
-
-    model: Decoder
-    recipe: Recipe
-    calibration: Int32[np.ndarray, "n s"]
-    held_out: Int32[np.ndarray, "w t"]
-    table: SensitivityTable
-    figures: dict[str, Any]
-    tables: dict[str, Any]
-    mesh: jax.sharding.Mesh | None = None
 
 
 @resume.keeps_work_dir
@@ -99,85 +68,6 @@ def allocate_bits(
     return allocated, result, measured.tables
 
 
-def prepare(
-    model: Decoder,
-    text: DrawnText,
-    recipe: Recipe,
-    *,
-    tables: Mapping[str, Any] | None = None,
-    work_dir: str | Path | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    progress: bool = True,
-) -> Measured:
-    """Measure the sensitivity table, or take it from `tables`.
-
-    Args:
-      model: quantised, with fitted clips.
-      text: its calibration and held-out windows.
-      recipe: as for `allocate_bits`.
-      tables: as for `allocate_bits`.
-      work_dir: as for `allocate_bits`.
-      mesh: as for `allocate_bits`.
-      progress: bars on stderr.
-
-    Raises:
-      TwlaError: as `allocate_bits`.
-    """
-    require_model(model)
-    require_settings(recipe, Recipe, "recipe")
-    sites.require_quantizers(model)
-    settings, held_out = recipe.allocation, text.held_out
-    if held_out is None:
-        raise TwlaError("bits are allocated on held-out windows: the text has none")
-    check_length(held_out.shape[1], model.config)
-    model = sharding.place(model, mesh)
-    average = ila_amp.average_bits(
-        sites.input_bits(model).ravel(), sites.site_weights(model, "input", settings.weighting)
-    )
-    before = {"average_bits": average, "loss": _loss(model, held_out, mesh)}
-
-    # An earlier allocation may have refitted some clips; the table is of those that were fitted for every bit-width.
-    if tables:
-        model = sites.with_input_clips(model, tables["clips"])
-    clips = {site: values.tolist() for site, values in sites.input_clips(model).items()}
-    identity = sensitivity.fingerprint(model, held_out, settings.site, settings.choices)
-    known = (tables or {}).get("tables", {})
-    entry = known.get(settings.site, {"fingerprint": None})
-    reused = entry["fingerprint"] == identity
-    if reused:
-        table = SensitivityTable.from_dict(entry["table"])
-    else:
-        table = sensitivity.measure(
-            model,
-            held_out,
-            settings.site,
-            settings.choices,
-            work_dir=work_dir,
-            mesh=mesh,
-            progress=progress,
-        )
-    entry = {"fingerprint": identity, "table": table.to_dict()}
-    return Measured(
-        model=model,
-        recipe=recipe,
-        calibration=text.calibration,
-        held_out=held_out,
-        table=table,
-        figures={
-            "held_out": {
-                **text.description,
-                "windows": len(held_out),
-                "seq_len": held_out.shape[1],
-                "seen_in_calibration": text.overlap,
-            },
-            "table": {**table.effort, "reused": reused},
-            "before": before,
-        },
-        tables={"clips": clips, "tables": {**known, settings.site: entry}},
-        mesh=mesh,
-    )
-
-
 def choose(measured: Measured, *, progress: bool = True) -> tuple[Decoder, dict[str, Any]]:
     """Return the model at the best measured allocation of the recipe's budget.
 
@@ -204,7 +94,7 @@ def choose(measured: Measured, *, progress: bool = True) -> tuple[Decoder, dict[
         mesh=measured.mesh,
         progress=progress,
     )
-    clips = {"refitted": _loss(refitted, measured.held_out, measured.mesh), "as_fitted": losses[best]}
+    clips = {"refitted": held_out_loss(refitted, measured.held_out, measured.mesh), "as_fitted": losses[best]}
     kept = _least(clips)
     if kept == "refitted":
         allocated = refitted
@@ -282,7 +172,7 @@ def _compare(measured: Measured, budget: float) -> tuple[dict[str, Int[np.ndarra
         "uniform": ila_amp.uniform(len(weights), budget, table.choices),
     }
     return options, {
-        method: _loss(_at(measured, bits), measured.held_out, measured.mesh)
+        method: held_out_loss(_at(measured, bits), measured.held_out, measured.mesh)
         for method, bits in options.items()
     }
 
@@ -297,11 +187,6 @@ def _average(measured: Measured, bits: Int[np.ndarray, " l"]) -> float:
     settings = measured.recipe.allocation
     weights = sites.site_weights(measured.model, settings.site, settings.weighting)
     return ila_amp.average_bits(bits, weights)
-
-
-def _loss(model: Decoder, windows: Int32[np.ndarray, "w t"], mesh: jax.sharding.Mesh | None) -> float:
-    batch_size = max(1, min(len(windows), LOSS_TOKENS // windows.shape[1]))
-    return float(evaluate(model, windows, batch_size=batch_size, mesh=mesh, progress=False)["nll"])
 
 
 def _least(losses: Mapping[str, float]) -> str:

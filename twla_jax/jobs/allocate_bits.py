@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from twla_jax import json_files, schema
-from twla_jax.allocation.choice import LOSS_TOKENS, METHODS, choose, frontier, prepare
+from twla_jax.allocation.choice import METHODS, choose, frontier
+from twla_jax.allocation.measurement import LOSS_TOKENS, prepare
 from twla_jax.core import ila_amp
 from twla_jax.core.ila_amp import SensitivityTable
 from twla_jax.errors import TwlaError

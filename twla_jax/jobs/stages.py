@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from twla_jax.allocation import choice
+from twla_jax.allocation import choice, measurement
 from twla_jax.jobs import domain_check
 from twla_jax.models import Decoder
 from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
@@ -110,7 +110,7 @@ def _train_clips(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
 
 
 def _allocate(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
-    measured = choice.prepare(model, work.text, work.recipe, mesh=work.mesh, **work.options("ila_amp"))
+    measured = measurement.prepare(model, work.text, work.recipe, mesh=work.mesh, **work.options("ila_amp"))
     model, figures = choice.choose(measured, progress=work.progress)
     return model, {"allocation": figures, "tables": measured.tables}
 
