@@ -154,12 +154,12 @@ def test_the_best_measured_allocation_is_taken_whatever_was_foretold(tiny_ternar
     def loss(model, *_):
         return 1.0 if np.array_equal(sites.input_bits(model), uniform) else 2.0
 
-    monkeypatch.setattr(choice, "_loss", loss)
+    monkeypatch.setattr(choice, "held_out_loss", loss)
     monkeypatch.setattr(choice, "refit_clips", lambda model, *_, **__: model)
     model, result = choice.choose(measured, progress=False)
     assert result["chosen"] == "uniform"
     np.testing.assert_array_equal(sites.input_bits(model), uniform)
-    monkeypatch.setattr(choice, "_loss", lambda model, *_: float("nan") if loss(model) > 1 else 9.0)
+    monkeypatch.setattr(choice, "held_out_loss", lambda model, *_: float("nan") if loss(model) > 1 else 9.0)
     assert choice.choose(measured, progress=False)[1]["chosen"] == "uniform"
 
 
@@ -206,7 +206,7 @@ def test_the_frontier_never_rises_and_says_what_was_measured(tiny_ternary, monke
     assert all(point["average_bits"] <= point["from_budget"] <= point["budget"] for point in points)
     assert {point["perplexity"] for point in points} == {7.0}
     # Were more bits to measure worse, the cheaper allocation would be kept.
-    monkeypatch.setattr(choice, "_loss", lambda model, *_: float(sites.input_bits(model).mean()))
+    monkeypatch.setattr(choice, "held_out_loss", lambda model, *_: float(sites.input_bits(model).mean()))
     points = choice.frontier(measured, [2, 8])
     assert [point["from_budget"] for point in points] == [2, 2]
     assert points[1]["losses"]["uniform"] == 8.0

@@ -9,7 +9,7 @@ import pytest
 
 from twla_jax.cli import main
 from twla_jax.core.tensors import IntegerTensor
-from twla_jax.jobs import compare_recipes, quantize_model
+from twla_jax.jobs import compare_recipes, quantize_model, scores
 from twla_jax.reports.run import Phases
 from twla_jax.storage import accounting, checkpoint
 from twla_jax.text import corpora
@@ -40,7 +40,7 @@ def run(capsys, *arguments):
 def test_rows_are_sized_by_what_is_stored_and_taken_from_what_was_measured(compared, capsys, monkeypatch):
     arguments, rows, folder = compared
     monkeypatch.setattr(quantize_model, "quantize_to_folder", None)
-    monkeypatch.setattr(compare_recipes, "evaluate", None)
+    monkeypatch.setattr(scores, "evaluate", None)
     result = run(capsys, *arguments, *rows, "--plot", folder / "compare.svg")
     full, ours, integers = result["rows"]
     assert (folder / "compare.svg").stat().st_size > 0
@@ -67,8 +67,8 @@ def test_an_interrupted_comparison_measures_only_what_is_missing(compared, capsy
     left = folder / "out" / "integers.partial"  # as a kill leaves it while it is being removed
     left.mkdir()
     (left / "block-2.npz").touch()
-    scored, evaluate = [], compare_recipes.evaluate
-    monkeypatch.setattr(compare_recipes, "evaluate", lambda *a, **k: scored.append(1) or evaluate(*a, **k))
+    scored, evaluate = [], scores.evaluate
+    monkeypatch.setattr(scores, "evaluate", lambda *a, **k: scored.append(1) or evaluate(*a, **k))
     assert run(capsys, *arguments, *rows)["rows"] == before
     assert len(scored) == 1
     assert not left.exists()
@@ -140,16 +140,16 @@ def test_of_a_mix_every_text_counts_and_the_worst_is_shown(monkeypatch, tmp_path
         "load",
         lambda name, dtype: (types.SimpleNamespace(config=config, name=name), None),
     )
-    monkeypatch.setattr(compare_recipes.sites, "set_activation_bits", lambda model, bits: model.name)
-    monkeypatch.setattr(compare_recipes.corpora, "tokenize", lambda text, *_: text.text)
-    monkeypatch.setattr(compare_recipes, "evaluate", evaluate)
-    measured = compare_recipes._Measured(tmp_path / "compare.json")
-    score = compare_recipes._Scorer(measured, mix, "float32", {}, Phases(verbose=False), False)
+    monkeypatch.setattr(scores.sites, "set_activation_bits", lambda model, bits: model.name)
+    monkeypatch.setattr(scores.corpora, "tokenize", lambda text, *_: text.text)
+    monkeypatch.setattr(scores, "evaluate", evaluate)
+    measured = scores.Measured(tmp_path / "compare.json")
+    score = scores.Scorer(measured, mix, "float32", {}, Phases(verbose=False), False)
     rows = []
     for name in ("full", "ours"):
-        scores = score(name, name, name, [16])
+        found = score(name, name, name, [16])
         size = {"bits_per_weight_linear": 2.0, "bits_per_weight_model": 2.0, "bytes": 9}
-        rows.append({"name": name, **size, **compare_recipes._by_bits(scores)})
+        rows.append({"name": name, **size, **compare_recipes._by_bits(found)})
     compare_recipes._add_worst(rows)
     full, ours = rows
     # The mean is over windows: three of prose, one of code.

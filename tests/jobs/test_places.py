@@ -8,7 +8,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from twla_jax.errors import TwlaError
-from twla_jax.jobs import compare_recipes, loading, places
+from twla_jax.jobs import compare_recipes, loading, places, scores
 from twla_jax.recipe import Recipe
 from twla_jax.reports import plotting
 from twla_jax.storage import folders, locks
@@ -107,11 +107,11 @@ def test_figures_of_other_runs_are_checked_before_they_are_believed(tmp_path):
     for content in ("", "[]", '{"scores": []}', '{"scores": {"k": {"perplexity": "1"}}}', "[" * 100_000):
         path.write_text(content)
         with pytest.raises(TwlaError, match="remove it"):
-            compare_recipes._Measured(path)
+            scores.Measured(path)
     score = {"perplexity": float("inf"), "nll": 800.0, "windows": 1}
     path.unlink()
-    compare_recipes._Measured(path).add("k", score)
-    assert compare_recipes._Measured(path).scores["k"]["nll"] == 800.0
+    scores.Measured(path).add("k", score)
+    assert scores.Measured(path).scores["k"]["nll"] == 800.0
 
 
 @pytest.mark.parametrize("file", ["compare.json", "plot.png", "plot"])
@@ -129,7 +129,7 @@ def test_figures_and_plots_of_before_stay_when_the_disk_is_full(tmp_path, monkey
         else:
             plotting._save(types.SimpleNamespace(savefig=write_some), tmp_path / file)
 
-    measured = compare_recipes._Measured(tmp_path / "compare.json")
+    measured = scores.Measured(tmp_path / "compare.json")
     write(b"whole")
     with pytest.raises(TwlaError, match="No space left on device; nothing was written"):
         write(b"half")

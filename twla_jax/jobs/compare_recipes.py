@@ -13,27 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from twla_jax import json_files, json_text, schema
+from twla_jax import schema
 from twla_jax.core.activation import OFF
 from twla_jax.errors import TwlaError
-from twla_jax.evaluation.scoring import evaluate, perplexity
 from twla_jax.jobs import loading, places, quantize_model
-from twla_jax.models import sites
+from twla_jax.jobs.scores import Measured, Scorer
 from twla_jax.models.config import check_length
 from twla_jax.models.io import readers
 from twla_jax.recipe import Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases, environment
 from twla_jax.schema import check_values
-from twla_jax.storage import accounting, checkpoint, resume, whole_files
+from twla_jax.storage import accounting, checkpoint
 from twla_jax.text import corpora
-from twla_jax.text.corpora import Corpus
 
 RESULTS = "compare.json"
-# What `evaluate` returns; a perplexity that is not finite was written as null.
-_FIGURE = schema.optional(schema.number(0, 1e308))
 _REPORT = {key: schema.mapping() for key in ("model", "calibration", "seconds")}
-_SCORE = schema.record(perplexity=_FIGURE, nll=_FIGURE, windows=schema.integer(1, 10**9))
 
 
 @places.writes_into(RESULTS)
@@ -100,9 +95,9 @@ def compare_recipes(
             shutil.rmtree(out / f"{entry.name}{quantize_model.WORK}", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     phases = Phases(verbose=progress)
-    measured = _Measured(out / RESULTS)
+    measured = Measured(out / RESULTS)
     settings = {"seq_len": seq_len, "max_windows": max_windows, "batch_size": batch_size}
-    score = _Scorer(measured, text, dtype, settings, phases, progress)
+    score = Scorer(measured, text, dtype, settings, phases, progress)
     rows = [_full_precision(path, source, score)]
     for name, entry in zip(names, entries, strict=True):
         folder = entry if isinstance(entry, Path) else out / name
@@ -157,78 +152,6 @@ def _ratio(worst: Mapping[str, Any] | None) -> str:
     return "" if worst is None else f"{worst['domain']} {worst['ratio']:.2f}×"
 
 
-class _Measured:
-    """Perplexities by fingerprint, in a file that is written anew whenever one is added."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.scores: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            try:
-                read = json_files.read_json(path)
-                check_values({"scores": None, **read}, {"scores": schema.mapping(_SCORE)}, str(path))
-            except TwlaError as error:
-                raise TwlaError(f"{error}; remove it") from None
-            unknown = {"perplexity": math.nan, "nll": math.nan}
-            self.scores = {
-                key: score | {name: value for name, value in unknown.items() if score[name] is None}
-                for key, score in read["scores"].items()
-            }
-
-    def add(self, fingerprint: str, score: dict[str, Any]) -> None:
-        self.scores[fingerprint] = score
-        with whole_files.beside(self._path) as temporary:
-            temporary.write_text(json_text.dumps({"scores": self.scores}))
-
-
-class _Scorer:
-    """Scores models on one text, unless that was measured before."""
-
-    def __init__(
-        self, measured: _Measured, text: Corpus, dtype: str, settings: dict, phases: Phases, progress: bool
-    ):
-        self._measured, self._text, self._dtype = measured, text, dtype
-        self._settings, self._phases, self._progress = settings, phases, progress
-
-    def __call__(
-        self, name: str, identity: Any, model: str | Path, bits: Sequence[int]
-    ) -> dict[str, dict[str, Any]]:
-        """Return `evaluate`'s figures by bits; `identity` says which weights these are, `model` where to read them."""
-        common = {"weights": identity, "dtype": self._dtype, **self._settings}
-        measured, texts = self._measured, {text.name: text for text in self._text.parts or (self._text,)}
-        keys = {
-            (each, text): resume.fingerprint({**common, "text": texts[text].sha256, "bits": each}, [])
-            for each in bits
-            for text in texts
-        }
-        if missing := [each for each, key in keys.items() if key not in measured.scores]:
-            with self._phases(f"{name}: evaluate"):
-                decoder, tokenizer = loading.load(model, dtype=jnp.dtype(self._dtype))
-                for each, text in missing:
-                    tokens = corpora.tokenize(texts[text], tokenizer, decoder.config.vocab_size)
-                    scored = evaluate(
-                        sites.set_activation_bits(decoder, each),
-                        tokens,
-                        progress=self._progress,
-                        **self._settings,
-                    )
-                    measured.add(keys[each, text], scored)
-        return {
-            f"A{each}": _over_texts({text: measured.scores[keys[each, text]] for text in texts})
-            for each in bits
-        }
-
-
-def _over_texts(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of one text as they are; of several their mean over windows, with all in `domains`."""
-    if len(scores) == 1:
-        return next(iter(scores.values()))
-    windows = sum(score["windows"] for score in scores.values())
-    nll = sum(score["nll"] * score["windows"] for score in scores.values()) / windows
-    domains = {name: score["perplexity"] for name, score in scores.items()}
-    return {"perplexity": perplexity(nll), "nll": nll, "windows": windows, "domains": domains}
-
-
 def _add_worst(rows: list[dict[str, Any]]) -> None:
     """Add to rows that were scored by domain the worst ratio to the first row's perplexities, by bits."""
     original = rows[0]["domains"].get(f"A{OFF}", {})
@@ -248,7 +171,7 @@ def _by_bits(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _full_precision(path: Path, source: Any, score: _Scorer) -> dict[str, Any]:
+def _full_precision(path: Path, source: Any, score: Scorer) -> dict[str, Any]:
     shapes = jax.tree.leaves(readers.read_model(path, dtype=jnp.float16)[0])
     weights, size = sum(leaf.size for leaf in shapes), sum(leaf.nbytes for leaf in shapes)
     scores = score("full precision", source, path, [OFF])
@@ -263,7 +186,7 @@ def _full_precision(path: Path, source: Any, score: _Scorer) -> dict[str, Any]:
     }
 
 
-def _quantized(name: str, folder: Path, score: _Scorer, bits: Sequence[int]) -> dict[str, Any]:
+def _quantized(name: str, folder: Path, score: Scorer, bits: Sequence[int]) -> dict[str, Any]:
     account, manifest = accounting.account(folder), checkpoint.read_manifest(folder)
     scores = score(name, manifest["checksum"], folder, bits)
     return {
