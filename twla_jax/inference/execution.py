@@ -71,7 +71,7 @@ def _placed(model: Decoder, mesh: jax.sharding.Mesh | None) -> Decoder:
 def _outside_kernels(model: Decoder) -> str:
     """Return what the fused kernels do not know of a prepared model's family, in words; empty where they know all."""
     shared = getattr(type(model.blocks[0]), "shared", frozenset())  # pyright: ignore[reportIndexIssue]
-    if shared.issuperset({"attend", "project"}):
+    if shared.issuperset({"attend", "project", "score_changes"}):
         return ""
     return f"; attention of {model.config.model_type} runs in XLA"
 

@@ -146,7 +146,7 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
         self, site: Site, h: Any, cache: LayerKV | None, context: Context
     ) -> tuple[Any, LayerKV | None]:
         """Return the attention's mix and the cache; of one token they are one op, which may leave the mix in parts."""
-        kernels = self.mesh is None and self.shared.issuperset({"attend", "project"})
+        kernels = self.mesh is None and self.shared.issuperset({"attend", "project", "score_changes"})
         if cache is None or context.positions.tokens > 1 or not kernels:
             return super().attend(site, h, cache, context)
         scales, epsilon, linear = None, 0.0, self.linear(site)
@@ -182,7 +182,7 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
     def takes_splits(self) -> bool:
         """Returns whether attention may be left in parts for the output linear: a single ternary plane, on one GPU."""
         gpu = self.implementation == "gpu" or (self.implementation is None and jax.default_backend() == "gpu")
-        standard = self.shared.issuperset({"before", "attend", "project", "to_stream"})
+        standard = self.shared.issuperset({"before", "attend", "project", "score_changes", "to_stream"})
         standard &= self.sites[:2] == LlamaBlock.sites[:2]
         site = self.sites[1]
         one_plane = self.input(site).makes_codes and self.linear(site).plane is not None

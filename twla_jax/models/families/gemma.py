@@ -14,15 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from twla_jax.errors import TwlaError
-from twla_jax.models.blocks import Context, Site
+from twla_jax.models.blocks import Site
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families.family import Family, HfConfig, layer_kinds, sliding_settings
 from twla_jax.models.families.llama import GGUF_TENSORS, HF_TENSORS, LlamaBlock
 from twla_jax.models.layers import RMSNorm
 from twla_jax.models.rope_settings import read_layered_rope
 from twla_jax.models.stored_tensors import PlusOne, TensorSource
-from twla_jax.ops.attention.kv_cache import LayerKV, write
-from twla_jax.ops.attention.reference import Positions, attention
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.schema import integer, number, one_of, optional, text
 
 _cap = optional(number(0, 1e6, above=True))
@@ -46,18 +45,9 @@ class GemmaBlock(LlamaBlock):
         q, k, v = super().project(outputs, positions)
         return q if self.query_scale == 1.0 else q * jnp.asarray(self.query_scale, q.dtype), k, v
 
-    def attend(
-        self, site: Site, h: Any, cache: LayerKV | None, context: Context
-    ) -> tuple[Any, LayerKV | None]:
-        """Return what `LlamaBlock.attend` does, of capped scores where there is a cap."""
-        if self.softcap is None:
-            return super().attend(site, h, cache, context)
-        positions = context.positions
-        q, k, v = self.project(self.outputs(site, h), positions)
-        if cache is not None:
-            cache = write(cache, k, v, positions.start)
-        layer = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)) if cache is None else cache
-        return attention(q, layer, positions, context.reach, self.softcap), cache
+    def score_changes(self) -> dict[str, Any]:
+        """Return the cap of the scores, where there is one."""
+        return {} if self.softcap is None else {"softcap": self.softcap}
 
     def activate(self, gate: Float[Array, "b t hidden"]) -> Float[Array, "b t hidden"]:
         """Return the gate's activation, the GELU by tanh."""

@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from twla_jax.models.blocks import Context, Site
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.config_keys import KINDS_OF_LAYER
 from twla_jax.models.families.family import Family, HfConfig, layer_kinds, sliding_settings
@@ -17,8 +16,6 @@ from twla_jax.models.families.moe import EXPERT_KEYS, MoeBlock, expert_settings,
 from twla_jax.models.layers import Linear
 from twla_jax.models.rope_settings import RopeScaling, read_rope
 from twla_jax.models.stored_tensors import TensorSource
-from twla_jax.ops.attention.kv_cache import LayerKV, write
-from twla_jax.ops.attention.reference import attention
 from twla_jax.schema import number
 
 
@@ -35,16 +32,9 @@ class GptOssBlock(MoeBlock):
         self.sinks = nnx.Param(jnp.zeros((*leading, config.num_heads), dtype))
         self.swiglu_alpha, self.swiglu_limit = config.swiglu_alpha, config.swiglu_limit
 
-    def attend(
-        self, site: Site, h: Any, cache: LayerKV | None, context: Context
-    ) -> tuple[Any, LayerKV | None]:
-        """Return what `LlamaBlock.attend` does, with the sinks' part of the softmax; no fused kernel knows sinks."""
-        positions = context.positions
-        q, k, v = self.project(self.outputs(site, h), positions)
-        if cache is not None:
-            cache = write(cache, k, v, positions.start)
-        layer = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)) if cache is None else cache
-        return attention(q, layer, positions, context.reach, sinks=self.sinks.get_value()), cache
+    def score_changes(self) -> dict[str, Any]:
+        """Return the sinks, which take their part of the softmax."""
+        return {"sinks": self.sinks.get_value()}
 
     def gated(
         self, gate: Float[Array, "b t k hidden"], up: Float[Array, "b t k hidden"]

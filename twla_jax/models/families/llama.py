@@ -19,7 +19,7 @@ from twla_jax.ops.attention.reference import Positions, attention
 class LlamaBlock(ChainBlock):
     """`x ← x + o(attend(qkv(norm(x))))`, then `x ← x + down(silu(gate(norm(x))) · up(norm(x)))`.
 
-    Other families change single methods: `activate`, `project`, `attend`, `after`. Packed blocks run their kernels
+    Other families change single methods: `activate`, `project`, `score_changes`, `after`. Packed blocks run kernels
     for those that are as here.
     """
 
@@ -71,17 +71,22 @@ class LlamaBlock(ChainBlock):
         self, site: Site, h: Any, cache: LayerKV | None, context: Context
     ) -> tuple[Any, LayerKV | None]:
         """Return the attention's mix `[b, t, heads·hd]`, and the cache with these tokens added, if there is one."""
-        positions = context.positions
+        positions, changes = context.positions, self.score_changes()
+        fusable = context.fused and not changes
         q, k, v = self.project(self.outputs(site, h), positions)
         if cache is not None:
             cache = write(cache, k, v, positions.start)
             many = positions.tokens > 1 and not positions.start.ndim
-            if context.fused and many and fused.takes_chunks():
+            if fusable and many and fused.takes_chunks():
                 return fused.chunk_attention(q, cache, positions), cache
-            return attention(q, cache, positions, context.reach), cache
-        if context.fused and q.shape[1] == k.shape[1]:
+        elif fusable and q.shape[1] == k.shape[1]:
             return fused.fused_attention(q, k, v), None
-        return attention(q, LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)), positions, context.reach), None
+        layer = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)) if cache is None else cache
+        return attention(q, layer, positions, context.reach, **changes), cache
+
+    def score_changes(self) -> dict[str, Any]:
+        """Return what `attention` takes to change the scores, `softcap` or `sinks`; no fused kernel knows either."""
+        return {}
 
     def project(
         self, outputs: tuple[Float[Array, "b t _"], ...], positions: Positions
