@@ -39,8 +39,13 @@ def test_figures_of_the_original_are_taken_where_text_and_windows_are_the_same(k
 def test_the_second_model_is_told_of_the_first_and_all_write_last(known, monkeypatch):
     told = []
 
+    class Loaded(str):
+        """A model without sites."""
+
+        sites = ()
+
     def quantize(model, out, recipe, **options):
-        told.append(options["full_precision"])
+        told.append((options["full_precision"], options["rotations"]))
         return {
             "evaluation": known,
             "size": {"bits_per_weight_linear": BITS[recipe.name]},
@@ -49,7 +54,7 @@ def test_the_second_model_is_told_of_the_first_and_all_write_last(known, monkeyp
 
     monkeypatch.setattr(quantize_model, "quantize_to_folder", quantize)
     monkeypatch.setattr(quantize_model, "format_report", lambda report, out: f"report of {out}")
-    monkeypatch.setattr(loading, "load", lambda path: (str(path), "tokenizer"))
+    monkeypatch.setattr(loading, "load", lambda path: (Loaded(path), "tokenizer"))
     monkeypatch.setattr(execution, "for_inference", lambda model, kernels: (model, kernels))
     rows = [{"model": name, "temperature": 0.0, "text": "some words"} for name in ("one", "other")]
     asked = []
@@ -57,7 +62,7 @@ def test_the_second_model_is_told_of_the_first_and_all_write_last(known, monkeyp
         continuations, "continue_prompt", lambda models, tokenizer, prompt: asked.append(models) or rows
     )
     result = demonstrate.demonstrate({Path(name): load_recipe(name) for name in BITS})
-    assert told == [None, known]
+    assert told == [(None, None), (known, {})]
     assert list(asked[0].values()) == ["smollm2", *BITS]
     table, prompt, text = demonstrate.format_demonstration(result).split("\n\n")[2:]
     assert [line.split() for line in table.splitlines()[1:]] == [
@@ -67,3 +72,12 @@ def test_the_second_model_is_told_of_the_first_and_all_write_last(known, monkeyp
     ]
     assert prompt == f'"{result["prompt"]} …"'
     assert text.splitlines()[-1] == "    … some words"
+
+
+def test_rotations_are_shared_by_recipes_that_fit_them_to_the_weights_alone_and_alike():
+    one, other = map(load_recipe, BITS)
+    assert demonstrate._fits_same_rotations(one, other)
+    for change in ({"seed": 1}, {"steps": 1}, False):
+        assert not demonstrate._fits_same_rotations(one, other.updated({"rotation": change}))
+    aware = [recipe.updated({"rotation": {"range_weight": 1.0}}) for recipe in (one, other)]
+    assert not demonstrate._fits_same_rotations(*aware)

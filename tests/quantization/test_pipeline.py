@@ -303,6 +303,17 @@ def test_rotations_may_look_at_the_inputs(model, quantised):
     assert np.abs(np.asarray(before, np.float32) - np.asarray(after, np.float32)).max() > 1e-3
 
 
+def test_rotations_of_another_model_are_taken_as_they_are(model, quantised, monkeypatch):
+    blocks = quantised[0].blocks
+    rotations = {site.name: blocks.transform(site).rotation.get_value() for site in model.sites}
+    monkeypatch.setattr(rotation_fitting, "fit_rotations", None)
+    result, figures = pipeline.quantize_blocks(
+        model, WINDOWS, RECIPE.quantization, rotations=rotations, progress=False
+    )
+    assert_same(result, quantised[0])
+    assert {site["rotation_loss"] for site in figures["sites"]} == {None}
+
+
 def test_work_on_other_settings_is_refused(model, tmp_path):
     (tmp_path / "work").mkdir()
     pipeline._open_work_dir(tmp_path / "work", model, WINDOWS, RECIPE.quantization)

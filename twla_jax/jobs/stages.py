@@ -1,13 +1,14 @@
 """Runs the stages of a quantisation in order: the Python API, the command line and the ablation share them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from twla_jax.allocation import choice, measurement
+from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.jobs import domain_check
 from twla_jax.models import Decoder
 from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
@@ -34,6 +35,7 @@ class Work:
       teacher: the full-precision model.
       text: the windows of each stage.
       recipe: the settings of each stage.
+      rotations: as `quantize_blocks` takes them; None fits them.
       work_dir: finished work is kept here, each stage's in a place of its own; None keeps none.
       mesh: with axes `data` and `model`, which every stage splits its work over.
       progress: bars on stderr.
@@ -42,6 +44,7 @@ class Work:
     teacher: Decoder
     text: DrawnText
     recipe: Recipe
+    rotations: Mapping[str, KroneckerRotation] | None = None
     work_dir: Path | None = None
     mesh: jax.sharding.Mesh | None = None
     progress: bool = True
@@ -68,7 +71,12 @@ class Stage:
 
 def _quantize(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
     model, figures = pipeline.quantize_blocks(
-        model, work.text.calibration, work.recipe.quantization, mesh=work.mesh, **work.options("")
+        model,
+        work.text.calibration,
+        work.recipe.quantization,
+        rotations=work.rotations,
+        mesh=work.mesh,
+        **work.options(""),
     )
     if work.recipe.embedding:
         model = quantize_embeddings(model, work.recipe.embedding)

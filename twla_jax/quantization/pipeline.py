@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ def quantize_blocks(
     windows: Int32[np.ndarray, "w s"],
     settings: QuantizationSettings,
     *,
+    rotations: Mapping[str, KroneckerRotation] | None = None,
     work_dir: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
@@ -58,6 +60,8 @@ def quantize_blocks(
       model: full precision; left as it is. Host (numpy) parameters go to the device one block at a time.
       windows: calibration tokens, for example from `calibration_windows`.
       settings: of weights, rotations and activations.
+      rotations: of every site, with a leading axis of layers, as `settings.rotation` fits them: those of another model
+        quantised from this one. None fits them.
       work_dir: finished rotations and blocks, and the residual stream after each block, are kept here; a later call
         with the same model, windows and settings goes on from them. Of a model whose layers are in files, the blocks
         of the result stay here, too. Of several hosts, each gives a folder of its own, and the first one's counts.
@@ -67,8 +71,8 @@ def quantize_blocks(
 
     Returns:
       The quantised model, and JSON-ready figures: `sites` (for each block and input `output_error`, `weight_error`,
-      `damping`, `rotation_loss` before and after, `clips`; of experts also `fewest_tokens` that one of them saw, and
-      `pooled_experts`, which saw fewer than the input has features and were quantised by the moments of all together)
+      `damping`, `clips`, `rotation_loss` before and after a fit; of experts also `fewest_tokens` that one of them saw,
+      and `pooled_experts`, which saw fewer than the input has features and were quantised by the moments of all)
       and `seconds` by stage.
 
     Raises:
@@ -81,13 +85,15 @@ def quantize_blocks(
     windows = checked_tokens(windows, model.config, "windows")
     if model.config.num_experts and isinstance(settings.weights.quantizer, GroupedSettings):
         raise TwlaError("settings: the published layout has no form for experts; take another quantizer")
-    store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, settings)
+    store = None if work_dir is None else _open_work_dir(Path(work_dir), model, windows, settings, rotations)
     start = time.perf_counter()
-    looks_at_inputs = settings.rotation is not None and settings.rotation.range_weight > 0
-    samples = sample_inputs(model, windows, mesh) if looks_at_inputs else {}
-    rotations, losses = rotation_fitting.fit_rotations(
-        model, samples, settings.rotation, store, mesh, progress
-    )
+    losses: dict[str, np.ndarray] = {}
+    if rotations is None:
+        looks_at_inputs = settings.rotation is not None and settings.rotation.range_weight > 0
+        samples = sample_inputs(model, windows, mesh) if looks_at_inputs else {}
+        rotations, losses = rotation_fitting.fit_rotations(
+            model, samples, settings.rotation, store, mesh, progress
+        )
     fitted = time.perf_counter()
     layers = _quantize_blocks(model, windows, rotations, settings, store, mesh, progress)
     figures = [
@@ -108,14 +114,19 @@ def quantize_blocks(
 
 
 def _open_work_dir(
-    folder: Path, model: Decoder, windows: np.ndarray, settings: QuantizationSettings
+    folder: Path,
+    model: Decoder,
+    windows: np.ndarray,
+    settings: QuantizationSettings,
+    rotations: Mapping[str, KroneckerRotation] | None = None,
 ) -> resume.WorkDir:
     work = {
         "config": model.config.to_dict(),
         "settings": settings.to_dict(),
         "dtype": model.dtype.name,
     }
-    identity = resume.fingerprint(work, [np.asarray(windows), *resume.leaves(model)])
+    known = map(np.asarray, jax.tree.leaves(dict(rotations or {})))
+    identity = resume.fingerprint(work, [np.asarray(windows), *resume.leaves(model), *known])
     hosts.require_same(identity, "model, text or recipe")
     return resume.WorkDir(folder, identity)
 
@@ -169,7 +180,7 @@ def sample_inputs(
 def _quantize_blocks(
     model: Decoder,
     windows: np.ndarray,
-    rotations: dict[str, KroneckerRotation],
+    rotations: Mapping[str, KroneckerRotation],
     settings: QuantizationSettings,
     store: resume.WorkDir | None,
     mesh: jax.sharding.Mesh | None,
@@ -261,7 +272,7 @@ def _read_packed(store: resume.WorkDir, name: str, layer: int) -> np.ndarray:
 
 def _assemble(
     model: Decoder,
-    rotations: dict[str, KroneckerRotation],
+    rotations: Mapping[str, KroneckerRotation],
     layers: list[dict[str, Any]],
     settings: QuantizationSettings,
     store: resume.WorkDir | None,
