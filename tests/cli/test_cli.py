@@ -1,28 +1,17 @@
 """The command line: figures on stdout, all else on stderr, mistakes in one line, exit status 0 only on success."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from jax.errors import JaxRuntimeError
 
-from twla_jax.cli import main, quantize
-from twla_jax.inference import self_sampling
-from twla_jax.quantization import pipeline
-from twla_jax.recipe import load_recipe
-from twla_jax.refinement import descent, end_to_end
+from twla_jax.cli import main
 
 from helpers import html_pages
+from helpers.commands import fails, run
 from helpers.quick_recipe import QUICK
 
 SMALL = ["--windows", "4", "--seq-len", "64", "--check-windows", "4"]
-REFINED = """[refine]
-end_to_end = {steps = 2, batch = 2, dtype = 'float32'}
-clips = {steps = 1, batch = 2, dtype = 'float32'}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +30,6 @@ def out(stories_model, texts, tmp_path_factory):
     options += ["--activation-budget", 6, "--site", "block"]
     main.main(list(map(str, ["quantize", stories_model, folder, *options])))
     return folder
-
-
-def run(capsys, *arguments):
-    main.main(list(map(str, arguments)))
-    return capsys.readouterr()
-
-
-def fails(capsys, *arguments):
-    """The one line of a command that must fail, and its exit status."""
-    with pytest.raises(SystemExit) as stop:
-        main.main(list(map(str, arguments)))
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    lines = [line for line in printed.err.splitlines() if line.startswith("twla: error: ")]
-    assert len(lines) == 1
-    assert lines[0] == printed.err.splitlines()[-1]
-    assert "Traceback" not in printed.err
-    return lines[0], stop.value.code
 
 
 def test_a_quantised_folder_alone_is_enough(out, capsys):
@@ -87,39 +58,6 @@ def test_json_is_alone_on_stdout(out, text, capsys):
         run(capsys, "generate", out, "--prompt", "Once", "--max-new-tokens", 5, "--json").out
     )
     assert len(generated["tokens"]) == 5
-
-
-def test_the_default_text_is_of_every_domain_at_hand(stories_model, texts, tmp_path, capsys, monkeypatch):
-    for split, folder in (("calibration", "train"), ("evaluation", "valid")):
-        words = (texts / f"{split}.txt").read_text()[:60_000]
-        (tmp_path / "domains" / folder).mkdir(parents=True)
-        for name in ("stories", "prose"):
-            file = tmp_path / "domains" / folder / f"{name}.jsonl"
-            file.write_text(json.dumps({"text": words}) + "\n")
-    monkeypatch.setenv("TWLA_DATA", str(tmp_path))
-    (tmp_path / "quick.toml").write_text(QUICK)
-    options = ["--recipe", tmp_path / "quick.toml", "--windows", 4, "--seq-len", 64, "--check-windows", 3]
-    report = json.loads(run(capsys, "quantize", stories_model, tmp_path / "out", *options, "--json").out)
-    assert report["calibration"]["corpus"] == "mix"
-    assert report["calibration"]["domains"] == ["prose", "stories"]
-    rows = report["evaluation"]["by_domain"]["domains"]
-    assert {row["name"]: row["windows"] for row in rows} == {"prose": 2, "stories": 2}
-    assert all(row["kl"] > 0 for row in rows)
-    assert report["evaluation"]["windows"] == 3
-
-
-def test_tokens_of_the_refinement_are_steps_of_whole_batches():
-    recipe = quantize._refined_on(load_recipe("w1.58-g128-refined"), 3 * 4 * 2048 + 100)
-    assert recipe.refine.end_to_end.steps == 3
-    assert quantize._refined_on(recipe, 1).refine.end_to_end.steps == 1
-    assert quantize._refined_on(recipe, None) == recipe
-
-
-def test_minutes_of_the_refinement_draw_text_for_the_steps_they_may_take():
-    recipe = load_recipe("w1.58-g128-refined")
-    for minutes, steps in ((0.5, 500), (2, 2000), (60, 8000)):
-        settings = quantize._refined_on(recipe, None, minutes).refine.end_to_end
-        assert (settings.steps, settings.minutes) == (steps, minutes)
 
 
 def test_a_report_is_one_page_that_needs_nothing_else(out, stories_model, texts, tmp_path, capsys):
@@ -226,47 +164,6 @@ def test_bits_are_allocated_anew_from_the_same_table(out, text, tmp_path, capsys
     sizes = json.loads(run(capsys, "inspect", folder, "--json").out)
     assert sizes["bytes_accounted"] == sizes["bytes_on_disk"]
     assert not folder.with_name("out.allocate").exists()
-
-
-@pytest.mark.slow
-def test_a_model_is_quantised_and_its_bits_allocated_on_text_of_its_own(
-    stories_model, text, tmp_path, capsys, monkeypatch
-):
-    folder, recipe = tmp_path / "out", tmp_path / "quick.toml"
-    recipe.write_text(QUICK + REFINED)
-    options = ["--recipe", recipe, "--calibration", "self", "--check-corpus", text, *SMALL]
-    quantize = ["quantize", stories_model, folder, *options, "--json"]
-    with monkeypatch.context() as patch:
-        patch.setattr(descent, "_SNAPSHOT_SECONDS", 0)
-        full = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-        patch.setattr(end_to_end, "harden", lambda *_: (_ for _ in ()).throw(full))
-        line, status = fails(capsys, *quantize)
-        assert status == 1
-        assert "a smaller batch or streaming = true in the recipe's [refine.end_to_end]" in line
-        assert f"what is finished is kept in {folder}.partial" in line
-    # What is finished is not done again.
-    for module, name in ((self_sampling, "_sample_batch"), (pipeline, "quantize_block")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done twice"))
-    step, steps = end_to_end._step, []
-    monkeypatch.setattr(end_to_end, "_step", lambda *a, **k: steps.append(0) or step(*a, **k))
-    report = json.loads(run(capsys, *quantize).out)
-    assert len(steps) == 1 + 1 + 1  # which measure the result, train clips, and measure that
-    assert report["train_clips"]["steps"] == 1
-    assert report["calibration"]["source"] == "self"
-    assert report["calibration"]["sampled_windows"] == 4 + 4 + 8
-    assert report["calibration"]["tokens"] == 4 * 64
-    assert len(report["calibration"]["sha256"]) == 64
-    assert report["seconds"]["sample the model's own text"] > 0
-    assert report["evaluation"]["perplexity"]["A16"] < 512  # a uniform guess
-    assert not folder.with_name("out.partial").exists()
-    allocate = ["allocate", folder, "--site", "block", "--budget", 5, "--choices", "4,8"]
-    held_out = json.loads(run(capsys, *allocate, "--json").out)["allocation"]["held_out"]
-    assert (held_out["windows"], held_out["seen_in_calibration"]) == (8, 0)
-    assert held_out["source"] == "self"
-    sizes = json.loads(run(capsys, "inspect", folder, "--json").out)
-    assert sizes["bytes_accounted"] == sizes["bytes_on_disk"]
-    line, _ = fails(capsys, *allocate, "--windows", 9)
-    assert "9 windows of 64 are wanted, but the model's own text has 8" in line
 
 
 def test_an_unquantised_model_can_be_evaluated_but_has_no_activation_bits(stories_model, text, capsys):
@@ -389,41 +286,3 @@ def test_interruption_and_defects_end_without_a_traceback(monkeypatch, capsys):
         monkeypatch.setattr(main, "_run", stop)
         _, code = fails(capsys, "inspect", "anything")
         assert code == status
-
-
-@pytest.mark.parametrize("command", main.COMMANDS)
-def test_every_command_explains_itself(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main.main([command, "--help"])
-    assert not stop.value.code
-    assert f"usage: twla {command}" in capsys.readouterr().out
-    assert f"\n  {command} " in run(capsys, "--help").out
-
-
-def test_shells_complete_commands_and_options(tmp_path, capsys):
-    script = tmp_path / "twla"
-    with pytest.raises(SystemExit) as stop:
-        main.main(["--completion", "bash"])
-    assert not stop.value.code
-    script.write_text(capsys.readouterr().out)
-    typed = 'COMP_WORDS=(twla inspect --v); COMP_CWORD=2; _tyro_twla; echo "${COMPREPLY[@]}"'
-    completed = subprocess.run(["bash", "-c", f"source {script}; {typed}"], capture_output=True, check=True)
-    assert completed.stdout.decode().split() == ["--verify"]
-    assert fails(capsys, "--completion", "perl")[1] == 2
-
-
-@pytest.mark.parametrize("no_color", ["", "1"])
-def test_colours_are_for_terminals_that_want_them(no_color):
-    code = "import pty, sys; sys.exit(pty.spawn([sys.executable, '-m', 'twla_jax', 'inspect', '--help']))"
-    variables = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
-    said = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, check=True).stdout
-    assert b"usage: twla inspect" in said.replace(b"\x1b[m", b"").replace(b"\x1b[0m", b"").replace(
-        b"\x1b[1m", b""
-    )
-    assert (b"\x1b[" in said) == (not no_color)
-
-
-@pytest.mark.smoke
-def test_help_imports_nothing_heavy():
-    code = "import sys, twla_jax.cli.main; assert not {'jax', 'flax', 'transformers', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
