@@ -19,3 +19,10 @@ WINDOWS = np.random.default_rng(0).integers(0, 97, (12, 24)).astype(np.int32)
 def logits(model, tokens):
     """Return a model's logits, `[b, s, vocabulary]`, compiled."""
     return model(tokens)
+
+
+def assert_same(one, other):
+    """Assert that two models have the same structure and the same numbers."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
