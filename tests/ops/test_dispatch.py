@@ -20,6 +20,8 @@ def test_a_fallback_is_logged_and_a_forced_kernel_refused(caplog):
     assert "op: the XLA reference replaces the gpu kernel: too odd" in caplog.text
     with pytest.raises(TwlaError, match="'gpu' cannot be used: too odd"):
         dispatch.dispatch("op", "gpu", *arguments[1:], jnp.int32(1))
+    with pytest.raises(TwlaError, match="'triton' must be one of xla, gpu, tpu"):
+        dispatch.dispatch("op", "triton", *arguments[1:], jnp.int32(1))
 
 
 @pytest.mark.parametrize(

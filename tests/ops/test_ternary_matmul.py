@@ -266,11 +266,6 @@ def test_kernels_leave_float32_activations_to_the_reference():
     )
 
 
-def test_an_implementation_that_is_none_is_refused():
-    with pytest.raises(TwlaError, match="'triton' must be one of xla, gpu, tpu"):
-        ternary_matmul(tokens(1, 128), kernel_weight([matrix(8, 128, 128)]), implementation="triton")
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
 @pytest.mark.parametrize(("t", "n", "m", "size"), [(1, 4096, 4096, 128), (300, 960, 576, 576)])

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from twla_jax.core.arrays import AnyArray
 from twla_jax.errors import TwlaError
 
 
@@ -101,13 +102,13 @@ class SensitivityTable:
 
 
 def allocate(
-    costs: Float[Array | np.ndarray, "l c"],
-    interactions: Float[Array | np.ndarray, "l-1 c c"],
+    costs: Float[AnyArray, "l c"],
+    interactions: Float[AnyArray, "l-1 c c"],
     weights: Int[np.ndarray, " l"],
     budget: float,
     choices: Sequence[int],
     beta: float = 0.5,
-) -> Int[Array | np.ndarray, " l"]:
+) -> Int[AnyArray, " l"]:
     """Return the bits `[l]` that minimise `Σ C_l(b_l) + β Σ K_{l−1,l}(b_{l−1}, b_l)` within a budget.
 
     The budget is `Σ w_l b_l ≤ budget · Σ w_l` (TWLA, arXiv 2606.13054, section 3).

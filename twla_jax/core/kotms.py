@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Float16
 
 from twla_jax.core import stiefel
+from twla_jax.core.arrays import AnyArray
 from twla_jax.core.settings import RotationSettings
 
 _DEFAULT = RotationSettings()
@@ -29,13 +30,13 @@ class KroneckerRotation:
     left: Float16[Array, "*batch l l"]
     right: Float16[Array, "*batch r r"]
 
-    def __call__(self, x: Float[Array, "*tokens m"]) -> Float[Array, "*tokens m"]:
+    def __call__(self, x: Float[AnyArray, "*tokens m"]) -> Float[Array, "*tokens m"]:
         """Return x rotated, in its shape and dtype: `m·(l + r)` multiply-adds a token; weight rows rotate alike."""
         return rotate(x, self.left, self.right)
 
 
 def rotate(
-    x: Float[Array, "*tokens m"], left: Float[Array, "l l"], right: Float[Array, "r r"]
+    x: Float[AnyArray, "*tokens m"], left: Float[AnyArray, "l l"], right: Float[AnyArray, "r r"]
 ) -> Float[Array, "*tokens m"]:
     """Return `vec(L · mat(x) · R)` in the shape and dtype of x; float32 stays true float32 on every chip."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -45,7 +46,7 @@ def rotate(
     return tiles.reshape(x.shape)
 
 
-def rotate_moment(moment: Float[Array, "m m"], rotation: KroneckerRotation) -> Float[Array, "m m"]:
+def rotate_moment(moment: Float[AnyArray, "m m"], rotation: KroneckerRotation) -> Float[Array, "m m"]:
     """Return the second moments of the rotated input, `Q S Qᵀ` `[m, m]`, from those of the input.
 
     S need not be symmetric.

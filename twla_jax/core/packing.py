@@ -5,12 +5,12 @@ subtraction.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int8, UInt8
+
+from twla_jax.core.arrays import AnyArray
 
 TILE = 512  # columns of one planar tile: byte c holds columns c, c+128, c+256 and c+384
 PLANE = TILE // 4
-Bytes = Array | np.ndarray  # codes may lie on the host
 TRITS_PER_BYTE = 5  # 3**5 = 243 values fit a byte: 1.6 bits a trit
 
 
@@ -20,7 +20,7 @@ def packed_width(in_features: int) -> int:
     return tiles * PLANE + -(-rest // 4)
 
 
-def pack(codes: Int8[Bytes, "*batch n m"]) -> UInt8[Array, "*batch n bytes"]:
+def pack(codes: Int8[AnyArray, "*batch n m"]) -> UInt8[Array, "*batch n bytes"]:
     """Pack codes `[..., n, m]` in {-1, 0, 1} at 2 bits each, planar inside tiles of 512 columns.
 
     A planar tile unpacks by shift and mask alone into four contiguous runs of columns, which is what a matmul kernel
@@ -43,7 +43,7 @@ def pack(codes: Int8[Bytes, "*batch n m"]) -> UInt8[Array, "*batch n bytes"]:
     )
 
 
-def unpack(packed: UInt8[Bytes, "*batch n bytes"], in_features: int) -> UInt8[Array, "*batch n m"]:
+def unpack(packed: UInt8[AnyArray, "*batch n bytes"], in_features: int) -> UInt8[Array, "*batch n m"]:
     """Return `U = T + 1 ∈ {0, 1, 2}`, `[..., n, in_features]`, of codes that `pack` packed."""
     lead = packed.shape[:-1]
     tiles, rest = divmod(in_features, TILE)
@@ -56,7 +56,9 @@ def unpack(packed: UInt8[Bytes, "*batch n bytes"], in_features: int) -> UInt8[Ar
     return jnp.concatenate([main, tail], axis=-1) if tiles else tail
 
 
-def pack_base3(packed: UInt8[Bytes, "*batch n bytes"], in_features: int) -> UInt8[Array, "*batch n fifths"]:
+def pack_base3(
+    packed: UInt8[AnyArray, "*batch n bytes"], in_features: int
+) -> UInt8[Array, "*batch n fifths"]:
     """Repack 2-bit codes at five trits a byte, `ceil(in_features / 5)` bytes a row: the layout on disk."""
     trits = unpack(packed, in_features)
     lead = trits.shape[:-1]
@@ -65,14 +67,16 @@ def pack_base3(packed: UInt8[Bytes, "*batch n bytes"], in_features: int) -> UInt
     return (trits * 3 ** jnp.arange(TRITS_PER_BYTE, dtype=jnp.uint8)).sum(-1, dtype=jnp.uint8)
 
 
-def unpack_base3(stored: UInt8[Bytes, "*batch n fifths"], in_features: int) -> UInt8[Array, "*batch n bytes"]:
+def unpack_base3(
+    stored: UInt8[AnyArray, "*batch n fifths"], in_features: int
+) -> UInt8[Array, "*batch n bytes"]:
     """Return the 2-bit planar codes of rows that `pack_base3` stored at five trits a byte."""
     trits = jnp.asarray(stored)[..., None] // 3 ** jnp.arange(TRITS_PER_BYTE, dtype=jnp.uint8) % 3
     trits = trits.reshape(*stored.shape[:-1], -1)[..., :in_features]
     return pack(trits.astype(jnp.int8) - 1)
 
 
-def pack_bits(codes: UInt8[Bytes, "*rows m"], bits: int) -> UInt8[Array, "*rows bytes"]:
+def pack_bits(codes: UInt8[AnyArray, "*rows m"], bits: int) -> UInt8[Array, "*rows bytes"]:
     """Pack integers in `[0, 2**bits)` without gaps, lowest bit first, `ceil(m·bits / 8)` bytes a row, as on disk."""
     single = ((jnp.asarray(codes)[..., None] >> jnp.arange(bits, dtype=jnp.uint8)) & 1).reshape(
         *codes.shape[:-1], -1
@@ -82,7 +86,7 @@ def pack_bits(codes: UInt8[Bytes, "*rows m"], bits: int) -> UInt8[Array, "*rows 
     return (single.reshape(*single.shape[:-1], -1, 8) * weights).sum(-1, dtype=jnp.uint8)
 
 
-def unpack_bits(stored: UInt8[Bytes, "*rows bytes"], bits: int, width: int) -> UInt8[Array, "*rows m"]:
+def unpack_bits(stored: UInt8[AnyArray, "*rows bytes"], bits: int, width: int) -> UInt8[Array, "*rows m"]:
     """Return the integers `[..., n, width]` of rows that `pack_bits` packed."""
     single = ((jnp.asarray(stored)[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1).reshape(
         *stored.shape[:-1], -1
@@ -91,10 +95,10 @@ def unpack_bits(stored: UInt8[Bytes, "*rows bytes"], bits: int, width: int) -> U
     return (single << jnp.arange(bits, dtype=jnp.uint8)).sum(-1, dtype=jnp.uint8)
 
 
-def _merge_planes(planes: Bytes) -> Array:
+def _merge_planes(planes: AnyArray) -> Array:
     shifted = jnp.asarray(planes) << (2 * jnp.arange(4, dtype=jnp.uint8))[:, None]
     return shifted.sum(axis=-2, dtype=jnp.uint8)
 
 
-def _split_planes(packed: Bytes) -> Array:
+def _split_planes(packed: AnyArray) -> Array:
     return (jnp.asarray(packed)[..., None, :] >> (2 * jnp.arange(4, dtype=jnp.uint8))[:, None]) & 3

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float16, Float32, Int, Int8, UInt8
 
 from twla_jax.core import packing
+from twla_jax.core.arrays import AnyArray
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 RATIO_STEPS = 200  # of α₂/α₁ to 1: a byte reaches 1.275, so that a refined α₂ may pass α₁
@@ -84,7 +85,8 @@ class TernaryTensor:
         """Return α of the second plane, float32, `[..., n, groups]`; None where there is none."""
         if self.residual_ratio is None:
             return None
-        return self.alpha.astype(jnp.float32) * (self.residual_ratio.astype(jnp.float32) / RATIO_STEPS)
+        ratio = jnp.asarray(self.residual_ratio, jnp.float32) / RATIO_STEPS
+        return jnp.asarray(self.alpha, jnp.float32) * ratio
 
     def planes(self) -> tuple["TernaryTensor", ...]:
         """Return tensors of one plane each that add up to this one; μ is the first one's, the second's is 0."""
@@ -120,7 +122,7 @@ def dequantize(weight: "TernaryTensor | Dequantizable", dtype=jnp.float32) -> Fl
 
 
 def packed_matmul(
-    x: Float[Array, "*tokens m"], weight: "TernaryTensor | Dequantizable"
+    x: Float[AnyArray, "*tokens m"], weight: "TernaryTensor | Dequantizable"
 ) -> Float[Array, "*tokens n"]:
     """Return `x Ŵᵀ`, `[..., n]`, in `x.dtype`, accumulated in float32; unpacks this one matrix.
 
@@ -138,12 +140,12 @@ def packed_matmul(
 
 
 def from_codes(
-    codes: Int8[Array, "*batch n m"],
-    alpha: Float[Array, "*batch n groups"],
-    mu: Float[Array, "*batch n groups"],
+    codes: Int8[AnyArray, "*batch n m"],
+    alpha: Float[AnyArray, "*batch n groups"],
+    mu: Float[AnyArray, "*batch n groups"],
     group_size: int,
-    residual_codes: Int8[Array, "*batch n m"] | None = None,
-    residual_alpha: Float[Array, "*batch n groups"] | None = None,
+    residual_codes: Int8[AnyArray, "*batch n m"] | None = None,
+    residual_alpha: Float[AnyArray, "*batch n groups"] | None = None,
 ) -> TernaryTensor:
     """Pack codes in {-1, 0, 1} and scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
     residual_ratio = None if residual_alpha is None else nearest_ratio(alpha, residual_alpha)
@@ -151,17 +153,18 @@ def from_codes(
         residual_codes=None if residual_codes is None else packing.pack(residual_codes),
         residual_ratio=None if residual_ratio is None else residual_ratio.astype(jnp.uint8),
         codes=packing.pack(codes),
-        alpha=alpha.astype(jnp.float16),
-        mu=mu.astype(jnp.float16),
+        alpha=jnp.asarray(alpha, jnp.float16),
+        mu=jnp.asarray(mu, jnp.float16),
         in_features=codes.shape[-1],
         group_size=group_size,
     )
 
 
 def in_whole_steps(
-    alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"], group_size: int
+    alpha: Float[AnyArray, "*rows groups"], mu: Float[AnyArray, "*rows groups"], group_size: int
 ) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"]]:
     """Return α and μ, rounded to whole numbers of their row's step; as they are where kernels add up no groups."""
+    alpha, mu = jnp.asarray(alpha), jnp.asarray(mu)
     if alpha.shape[-1] == 1 or group_size % packing.PLANE:
         return alpha, mu
     step = row_steps(alpha, mu)[..., None]
@@ -169,7 +172,7 @@ def in_whole_steps(
 
 
 def row_steps(
-    alpha: Float[Array, "*rows groups"], mu: Float[Array, "*rows groups"]
+    alpha: Float[AnyArray, "*rows groups"], mu: Float[AnyArray, "*rows groups"]
 ) -> Float32[Array, "*rows"]:
     """Return a step for each row, in which its weights `±α + μ` are whole numbers from −127 to 127 once rounded.
 
@@ -197,7 +200,7 @@ def row_steps(
 
 
 def nearest_ratio(
-    alpha: Float[Array, "*shape"], residual_alpha: Float[Array, "*shape"]
+    alpha: Float[AnyArray, "*shape"], residual_alpha: Float[AnyArray, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Return `α₂/α` in whole steps of 1/200 that fit a byte, for the float16 α that is stored."""
     stored = alpha.astype(jnp.float16).astype(jnp.float32)
@@ -206,7 +209,7 @@ def nearest_ratio(
 
 
 def take_rows(
-    table: Float[Array, "n m"] | IntegerTensor, rows: Int[Array, "*shape"], dtype
+    table: Float[AnyArray, "n m"] | IntegerTensor, rows: Int[AnyArray, "*shape"], dtype
 ) -> Float[Array, "*shape m"]:
     """Return some rows of a matrix, `[..., m]` in `dtype`; of integers, only these are made floats."""
     taken = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], table)
@@ -214,7 +217,7 @@ def take_rows(
 
 
 def per_column(
-    parameter: Float[Array, "*batch groups"], in_features: int, group_size: int
+    parameter: Float[AnyArray, "*batch groups"], in_features: int, group_size: int
 ) -> Float[Array, "*batch m"]:
     """Return a parameter of every group, repeated for each of the group's columns, `[..., in_features]`."""
     repeated = jnp.broadcast_to(parameter[..., None], (*parameter.shape, group_size))

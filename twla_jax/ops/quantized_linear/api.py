@@ -20,7 +20,7 @@ def quantized_linear(
     *,
     norm_scale: Float[Array, " m"] | None = None,
     epsilon: float = 0.0,
-    residual: Float[Array, "*tokens n"] | None = None,
+    residual: Float[Array, "*residuals n"] | None = None,
     gated: bool = False,
     out_dtype=jnp.bfloat16,
     implementation: Implementation | None = None,
@@ -37,7 +37,7 @@ def quantized_linear(
       weight: from `kernel_weight`.
       norm_scale: weights of an RMS norm before the rotation; None for no norm.
       epsilon: added to the mean square in the norm.
-      residual: in `out_dtype`.
+      residual: in `out_dtype`, a row for each token; its leading axes need not be those of the tokens.
       gated: the weight is two matrices of one size, and their outputs become `silu(first) · second`, half as many.
       out_dtype: of the result.
       implementation: as the two ops take it.

@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.core import activation, kotms
+from twla_jax.core.arrays import AnyArray
 from twla_jax.ops.rotate_quantize.rotation import KernelRotation
 from twla_jax.ops.tokens import QuantizedTokens, group_sums, wide_tokens
 
@@ -57,9 +58,9 @@ def gate(x: Float[Array, "*tokens width"]) -> Float[Array, "*tokens m"]:
 
 
 def rms_norm(
-    x: Float[Array, "*shape d"], scale: Float[Array, " d"], epsilon: float
+    x: Float[AnyArray, "*shape d"], scale: Float[AnyArray, " d"], epsilon: float
 ) -> Float[Array, "*shape d"]:
     """Return `x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 inside, `x.dtype` outside."""
-    values = x.astype(jnp.float32)
+    values = jnp.asarray(x, jnp.float32)
     values = values * lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + epsilon)
-    return (values * scale.astype(jnp.float32)).astype(x.dtype)
+    return (values * jnp.asarray(scale, jnp.float32)).astype(x.dtype)
