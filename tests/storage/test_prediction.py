@@ -5,7 +5,7 @@ import json
 import pytest
 
 from twla_jax.cli import main
-from twla_jax.core.settings import WeightSettings
+from twla_jax.core.settings import SymmetricSettings, TernarySettings, WeightSettings
 from twla_jax.errors import TwlaError
 from twla_jax.recipe import Recipe, load_recipe
 from twla_jax.storage import accounting, checkpoint, prediction
@@ -17,8 +17,10 @@ def saved(tiny_ternary, tmp_path):
     return tmp_path / "out"
 
 
-def test_the_prediction_is_what_is_then_stored(tiny_config, saved):
-    predicted = prediction.predict(tiny_config, Recipe(weights=WeightSettings(group_size=16)))
+@pytest.mark.parametrize("quantizer", [TernarySettings(), SymmetricSettings()], ids=["mu", "no mu"])
+def test_the_prediction_is_what_is_then_stored(tiny_config, saved, quantizer):
+    weights = WeightSettings(group_size=16, quantizer=quantizer)
+    predicted = prediction.predict(tiny_config, Recipe(weights=weights))
     account = accounting.account(saved)
     stored = account["breakdown"]
     assert predicted["weights"] == account["weights"]

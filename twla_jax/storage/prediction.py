@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from twla_jax.core import kotms
-from twla_jax.core.settings import IntegerSettings, TernarySettings, TwoPlaneSettings
+from twla_jax.core.settings import IntegerSettings, SymmetricSettings, TernarySettings, TwoPlaneSettings
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.recipe import Recipe
@@ -85,7 +85,7 @@ def _row_bytes(recipe: Recipe, columns: int) -> int | None:
     """Return the bytes of a row of weights with its scales; None where they depend on the weights."""
     quantizer, group = recipe.weights.quantizer, recipe.weights.group_size or columns
     groups = -(-columns // group)
-    if isinstance(quantizer, TernarySettings):
+    if isinstance(quantizer, TernarySettings | SymmetricSettings):
         return -(-columns // 5) + 4 * groups
     if isinstance(quantizer, TwoPlaneSettings):
         return 2 * -(-columns // 5) + 5 * groups
