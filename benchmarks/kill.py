@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def attack(case: Case, whole: Ended, new: dict[str, str], **how: Any) -> tuple[s
 
 
 def attacks(
-    case: Case, times: int, moments: int, seed: int = 0
+    case: Case, times: int, moments: int, seed: int = 0, seconds: float = float("inf")
 ) -> tuple[dict[str, collections.Counter[str]], list[str]]:
     """Return how often what was found after each kind of attack, and what was wrong.
 
@@ -127,7 +128,9 @@ def attacks(
       times: attacks at changes of the file system.
       moments: attacks at random moments.
       seed: of changes and moments.
+      seconds: no further attack begins when so many are over.
     """
+    begun = time.monotonic()
     if not case.keeps_programs and case.command[0] != "export":
         restore(case)
         run(case)  # keeps compiled programs, so that the next run takes as long as those that are attacked
@@ -143,7 +146,9 @@ def attacks(
     every += [{"how": SIGNALS[i % 3], "after": chance.uniform(0, whole.seconds)} for i in range(moments)]
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     wrong = []
-    for how in every:
+    for how in sorted(every, key=lambda _: chance.random()):
+        if time.monotonic() - begun > seconds:
+            break
         found, faults = attack(case, whole, new, **how)
         counts[f"{how['how']}, {'at a change' if 'last' in how else 'at a moment'}"][found] += 1
         wrong += [f"{how}: {fault}" for fault in faults]
@@ -159,17 +164,28 @@ def main() -> None:
     parser.add_argument("command")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, as small as can be")
     parser.add_argument("--text", type=Path, required=True, help="to calibrate on and to score")
+    parser.add_argument(
+        "--quantized", type=Path, help="keeps the quantised model for other runs of this script"
+    )
     parser.add_argument("--times", type=int, default=12, help="attacks at changes, and as many at moments")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no attack begins later")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        case = make_case(options.command, options.model.resolve(), options.text.resolve(), Path(work))
-        counts, wrong = attacks(case, options.times, options.times, options.seed)
+        made = options.quantized if options.quantized and options.quantized.is_dir() else None
+        case = make_case(options.command, options.model.resolve(), options.text.resolve(), Path(work), made)
+        if options.quantized and made is None:
+            shutil.copytree(Path(work) / "out", options.quantized)
+        counts, wrong = attacks(case, options.times, options.times, options.seed, options.seconds)
     columns = ("old", "some of both", "new", "ended before", "mixed")
     print(f"\n| {options.command} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for kind, found in counts.items():
         print(f"| {kind} | {' | '.join(str(found[each]) for each in columns)} |")
-    print(f"\n{2 * options.times} attacks, {len(wrong)} wrong", *wrong, sep="\n")
+    print(
+        f"\n{sum(map(collections.Counter.total, counts.values()))} attacks, {len(wrong)} wrong",
+        *wrong,
+        sep="\n",
+    )
     sys.exit(bool(wrong))
 
 

@@ -36,7 +36,14 @@ def hear(event, arguments):
     elif changes == last + 1:
         os.kill(os.getpid(), getattr(signal, how))
 
+def count_and_end(number, _):
+    print(f"changes: {changes}", file=sys.stderr, flush=True)
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if how == "none":  # a server that is told to stop ends by the signal, and never gets to the last line
+    signal.signal(signal.SIGTERM, count_and_end)
 sys.addaudithook(hear)
 from twla_jax.cli import main
 print("begins", file=sys.stderr, flush=True)
@@ -49,15 +56,15 @@ FULL = "full disk"
 RECIPE = """
 rotation.steps = 2
 activations.clip_tokens = 64
-calibration = {windows = 4, seq_len = 16}
+calibration = {windows = 16, seq_len = 64}  # with less, the model is broken and refused
 [weights]
 group_size = 16
-ternary.rounds = 0
+ternary.rounds = 1
 """
 INTEGERS = """
 rotation = false
 activations.clip_tokens = 64
-calibration = {windows = 4, seq_len = 16}
+calibration = {windows = 16, seq_len = 64}
 weights = {group_size = 16, integer.bits = 3}
 """
 REFINED = RECIPE + '[refine.end_to_end]\nsteps = 2\nbatch = 2\ndtype = "float32"\n'
@@ -158,10 +165,9 @@ def make_case(name: str, model: Path, text: Path, work: Path, quantized: Path | 
     for file, recipe in (("plain", RECIPE), ("refined", REFINED), ("integers", INTEGERS)):
         (work / f"{file}.toml").write_text(recipe)
     shutil.copytree(model, work / "model", copy_function=shutil.copyfile)
-    if name == "chat":
-        (work / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    (work / "model" / "chat_template.jinja").write_text(TEMPLATE)
     to, before = work / "to", work / "before"
-    checks = ("--check-corpus", text, "--check-windows", 1)
+    checks = ("--check-corpus", text, "--check-windows", 4)
     quantize = ("quantize", work / "model", to / "out", "--calibration", text, "--overwrite", *checks)
     reads, short = work / "out", ("--windows", 2, "--seq-len", 16)
     keeps_programs = name in ("generate", "chat", "serve")

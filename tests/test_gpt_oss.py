@@ -19,6 +19,7 @@ from twla_jax.models.layers import replace
 from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint
 
+import check_odd_numbers as odd
 from helpers.golden import Golden
 
 SETTINGS = QuantizationSettings(
@@ -36,10 +37,16 @@ def case():
 
 
 @pytest.fixture(scope="module")
-def quantized(case, tmp_path_factory):
+def original(case, tmp_path_factory):
+    """The model in float32, on the host."""
+    folder = tmp_path_factory.mktemp("original")
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), load_model(case.write(folder)))
+
+
+@pytest.fixture(scope="module")
+def quantized(original, case, tmp_path_factory):
     """The model after quantising, a folder and reading it again, without rounding of activations."""
     folder = tmp_path_factory.mktemp("gpt_oss")
-    original = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), load_model(case.write(folder)))
     made, report = twla_jax.quantize_blocks(original, case.tokens, SETTINGS, progress=False)
     assert {site["site"] for site in report["sites"]} == {"qkv", "o", "mlp", "down"}
     checkpoint.save(made, None, folder / "out", Recipe(name="oss"), {})
@@ -95,3 +102,14 @@ def test_without_sinks_it_would_be_another_model(quantized, case):
     gone = replace(quantized, {"blocks.sinks": jnp.full((2, 4), -1e4)})
     with_them, without = (np.asarray(forward(model, case.tokens)) for model in (quantized, gone))
     assert np.abs(with_them - without).max() > 0.1 * np.abs(with_them).max()
+
+
+@pytest.mark.parametrize("kind", ["sinks that take all", "an expert without a token"])
+def test_odd_numbers_stay_finite_and_the_same_in_every_form(original, case, kind):
+    """Sinks that take all of the attention leave `o` an input that is always zero."""
+    report = odd.check(odd.odd_models(original)[kind], case.tokens, SETTINGS)
+    first = {site["site"]: site for site in report["sites"] if site["layer"] == 0}
+    if "sinks" in kind:
+        assert first["o"]["output_error"] == 0
+    else:
+        assert first["mlp"]["fewest_tokens"] == 0

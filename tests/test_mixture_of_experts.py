@@ -35,6 +35,7 @@ from twla_jax.refinement_settings import BlockRefinementSettings
 from twla_jax.storage import accounting, checkpoint, prediction
 from twla_jax.storage.export import gguf_file
 
+import check_odd_numbers as odd
 from helpers.plain_planes import EXPERTS, plain_model
 
 CONFIG = DecoderConfig(
@@ -158,6 +159,26 @@ def test_the_report_names_experts_that_saw_too_few_tokens(model, quantized):
     for name, features in (("mlp", 24), ("down", 16)):
         assert first[name]["fewest_tokens"] == counts.min()
         assert first[name]["pooled_experts"] == np.flatnonzero(counts < features).tolist()
+
+
+def test_experts_without_a_token_are_quantised_and_counted_whatever_their_weights(model):
+    """All three ties go to the lower experts; what is stored is finite, read back and packed the same."""
+    kinds = {name: each for name, each in odd.odd_models(model).items() if "an expert" in name}
+    assert len(kinds) == 3
+    for each in kinds.values():
+        sites = odd.check(each, odd.WINDOWS, SETTINGS)["sites"]
+        experts = [site for site in sites if "pooled_experts" in site]
+        assert [site["site"] for site in experts] == ["mlp", "down"] * 2
+        for site in experts:
+            assert site["fewest_tokens"] == 0
+            assert odd.DEAD in site["pooled_experts"]
+
+
+def test_weights_beyond_float16_are_refused_even_of_an_expert_without_a_token(model):
+    kinds = {name: each for name, each in odd.broken_models(model).items() if "an expert" in name}
+    ((broken, place),) = kinds.values()
+    with pytest.raises(TwlaError, match=f"^{place}: .* float16"):
+        twla_jax.quantize_blocks(broken, WINDOWS, SETTINGS, progress=False)
 
 
 def test_experts_are_stacked_leaves_and_the_router_stays(model, quantized):

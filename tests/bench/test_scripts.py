@@ -213,3 +213,21 @@ def test_growth_is_measured_and_added_to_the_figures(tmp_path, capsys):
     assert row.keys() == kept[0].keys()
     assert row["model_seconds"] == pytest.approx(2 * (row["rotation_seconds"] + row["block_seconds"]))
     assert "tiny" in capsys.readouterr().out.split("measured:")[1].splitlines()[1]
+
+
+def test_an_audit_tells_a_vulnerability_from_a_registry_that_does_not_answer():
+    verdict = script("audit").verdict
+    sound, hurt = ({"name": name, "version": "1.0", "vulns": []} for name in ("a", "b"))
+    hurt["vulns"].append({"id": "PYSEC-1", "fix_versions": ["1.1"]})
+    unknown = {"name": "c", "skip_reason": "not found there"}
+    said, status = verdict(
+        1, json.dumps({"dependencies": [sound, hurt, unknown]}), "Found 1 known vulnerability"
+    )
+    assert (said.splitlines()[0], status) == ("b 1.0: PYSEC-1", 1)
+    assert said.endswith("2 packages asked about, 1 known vulnerabilities; not known there: c")
+    assert verdict(0, json.dumps({"dependencies": [sound]}), "")[1] == 0
+    assert verdict(2, "", "usage: pip-audit\nunknown option\n") == ("pip-audit failed: unknown option", 1)
+    for output, errors in (("", "ERROR: cannot connect\n"), (json.dumps({"dependencies": [unknown]}), "")):
+        said, status = verdict(1, output, errors)
+        assert said.startswith("could not ask a registry")
+        assert (len(said.splitlines()), status) == (1, 0)

@@ -42,7 +42,9 @@ def test_tokens_that_follow_a_cache_have_the_logits_of_the_whole(name, golden, t
     case.assert_logits(model.logits(jnp.concatenate(found, axis=1)))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo3_yarn", "phi3", "granite", "smollm3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma3", "olmo3_yarn", "phi3", "granite", "smollm3", "qwen3_moe", "gpt_oss"]
+)
 def test_in_bfloat16_a_family_stays_near_its_float32(name, golden, tmp_path):
     """Embedding scales, softcaps, norms after a sublayer and routers are where a narrow type would tell."""
     case = golden(name)
