@@ -1,6 +1,5 @@
 """Times each op alone, at the matrices of a shape: few tokens (decode) or many (prefill)."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,24 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from twla_jax.bench import shapes, timing
+from twla_jax.bench.in_place import (
+    CONTEXT,
+    attention_seconds,
+    cache_layer,
+    linear_pair_seconds,
+    qkv_attention_seconds,
+)
 from twla_jax.core.activation import OFF
-from twla_jax.inference import generation
-from twla_jax.inference.execution import has_kernels
 from twla_jax.models.config import DecoderConfig
-from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer, write
-from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import decode_attention
 from twla_jax.ops.integer_matmul import integer_matmul
-from twla_jax.ops.linear_pair import LinearOperands, linear_pair, new_pair_exchange
-from twla_jax.ops.qkv_attention import new_qkv_exchange, qkv_attention
 from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
 
 Row = dict[str, Any]
-_CONTEXT = 512  # positions that attention reads
-_ROOM = generation.cache_size(_CONTEXT + 1)
-_ROUNDS = 3  # over all caches
 _LEAST_COPY = 1e5  # bytes below which memory does not limit an op
 
 
@@ -40,9 +36,9 @@ def decode_rows(
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, batch)
         make = functools.partial(shapes.weight, n=n, m=m)
-        size = _bytes(make)
+        size = shapes.bytes_of(make)
         for label in kinds:
-            tokens = shapes.tokens if label == "int8" else _activations
+            tokens = shapes.tokens if label == "int8" else shapes.activations
             taken = timing.seconds_each(_product, _with_input(make, tokens, batch, m), size)
             yield _row(
                 f"{name}, {label}", n, m, batch, taken, size + batch * (_itemsize(label) * m + 2 * n), base
@@ -50,7 +46,7 @@ def decode_rows(
         if "int8" in kinds:
             rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
             whole = functools.partial(_whole_linear, rotation=rotation)
-            taken = timing.seconds_each(whole, _with_input(make, _activations, batch, m), size)
+            taken = timing.seconds_each(whole, _with_input(make, shapes.activations, batch, m), size)
             yield _row(f"{name}, from bf16 to int8", n, m, batch, taken, size + batch * (2 * m + 2 * n), base)
     for m, (n, names) in _inputs(config).items():
         taken, xla = (_rotation_seconds(m, n, batch, implementation) for implementation in (None, "xla"))
@@ -60,126 +56,29 @@ def decode_rows(
     width = config.num_heads * config.head_dim
     for label, dtype in (("", jnp.bfloat16), (", int8 cache", jnp.int8)):
         taken, xla = (
-            _attention_seconds(config, batch, dtype, implementation) for implementation in (None, "xla")
+            attention_seconds(config, batch, dtype, implementation) for implementation in (None, "xla")
         )
-        size = _bytes(lambda key, dtype=dtype: _cache_layer(key, config, batch, _CONTEXT, dtype))
-        row = _row(f"attention to {_CONTEXT}{label}", width, 2 * _CONTEXT, batch, taken, size, {})
+        size = shapes.bytes_of(lambda key, dtype=dtype: cache_layer(key, config, batch, CONTEXT, dtype))
+        row = _row(f"attention to {CONTEXT}{label}", width, 2 * CONTEXT, batch, taken, size, {})
         yield {**row, "xla_microseconds": xla * 1e6, "speedup_xla": xla / taken}
-        if batch == 1 and (taken := _qkv_attention_seconds(config, dtype)):
+        if batch == 1 and (taken := qkv_attention_seconds(config, dtype)):
             n, m = shapes.matrices(config)["q,k,v"]
-            size += _bytes(functools.partial(shapes.weight, n=n, m=m)) + 2 * m
+            size += shapes.bytes_of(functools.partial(shapes.weight, n=n, m=m)) + 2 * m
             yield _row(f"q,k,v and attention{label}, from bf16", n, m, batch, taken, size, {})
-    if batch == 1 and (taken := _linear_pair_seconds(config)):
+    if batch == 1 and (taken := linear_pair_seconds(config)):
         sizes = [shapes.matrices(config)[name] for name in ("o", "gate,up")]
-        size = sum(_bytes(functools.partial(shapes.weight, n=n, m=m)) for n, m in sizes)
+        size = sum(shapes.bytes_of(functools.partial(shapes.weight, n=n, m=m)) for n, m in sizes)
         (n, _), (more, m) = sizes
         yield _row("o, gate and up, from bf16", n + more, m, batch, taken, size + 2 * n + more, {})
     if embedding_bits < OFF:
         yield _head_row(config.vocab_size, config.hidden_size, batch, embedding_bits)
 
 
-def _attention_seconds(config: DecoderConfig, batch: int, dtype, implementation) -> float:
-    """Return the seconds of `decode_attention` at `_CONTEXT` filled positions, rotary angles and write included."""
-    heads = config.num_heads + 2 * config.num_kv_heads
-    qkv = jax.random.normal(jax.random.key(0), (batch, heads, config.head_dim), jnp.bfloat16)
-    make = functools.partial(_cache_layer, config=config, batch=batch, room=_ROOM, dtype=dtype)
-    op = functools.partial(decode_attention, implementation=implementation)
-    return _seconds_in_place(
-        lambda qkv, _, *where: op(qkv, *where), qkv, lambda key: (None, make(key)), config
-    )
-
-
-def _qkv_attention_seconds(config: DecoderConfig, dtype) -> float | None:
-    """Return the seconds of `qkv_attention`, likewise; None where it is not one kernel."""
-    n, m = shapes.matrices(config)["q,k,v"]
-    rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
-
-    def make(key):
-        weight, layer = shapes.weight(key, n, m), _cache_layer(key, config, 1, _ROOM, dtype)
-        return weight, (layer, new_qkv_exchange(layer, rotation, weight))
-
-    if not has_kernels() or jax.eval_shape(make, jax.random.key(0))[1][1] is None:
-        return None
-
-    def op(x, weight, written, *where):
-        layer, exchange = written
-        settings = quantizer_settings(8, 0.9)
-        mixed, *written = qkv_attention(
-            x, rotation, settings, weight, layer, *where, exchange=exchange, apart=True
-        )
-        return mixed, tuple(written)
-
-    return _seconds_in_place(op, _activations(jax.random.key(0), 1, m), make, config)
-
-
-def _linear_pair_seconds(config: DecoderConfig) -> float | None:
-    """Return the seconds of `linear_pair` for one token, gate included; None where it is not one kernel."""
-    (n, m), (more, _) = (shapes.matrices(config)[name] for name in ("o", "gate,up"))
-    rotations = [shapes.rotation_for_kernels(jax.random.key(2), *sizes) for sizes in ((m, n), (n, more))]
-
-    def pair(weights):
-        settings, scale = quantizer_settings(8, 0.9), jnp.ones(n, jnp.bfloat16)
-        first, second = (
-            LinearOperands(rotation=rotation, settings=settings, weight=weight)
-            for rotation, weight in zip(rotations, weights, strict=True)
-        )
-        return first, dataclasses.replace(second, norm_scale=scale)
-
-    def make(key):
-        second = dataclasses.replace(shapes.weight(key, more, n), splits=(more // 2, more // 2))
-        weights = shapes.weight(key, n, m), second
-        return weights, new_pair_exchange(1, *pair(weights))
-
-    if not has_kernels() or jax.eval_shape(make, jax.random.key(0))[1] is None:
-        return None
-
-    residual = _activations(jax.random.key(1), 1, n)
-
-    def op(x, weights, exchange, *_):
-        *outputs, exchange = linear_pair(x, *pair(weights), residual, exchange)
-        return outputs, exchange
-
-    return _seconds_in_place(op, _activations(jax.random.key(0), 1, m), make, config)
-
-
-def _seconds_in_place(op, x, make, config: DecoderConfig) -> float:
-    """Return the seconds of `op(x, weight, layer, positions, window)`, in a loop that updates layers in place.
-
-    `make` returns a weight and a layer, or whatever else is updated, from a key.
-    """
-    angle = jax.random.normal(jax.random.key(1), (1, config.head_dim // 2))
-    positions = Positions(
-        query=jnp.full(1, _CONTEXT), key=jnp.arange(_ROOM), cos=jnp.cos(angle), sin=jnp.sin(angle)
-    )
-    copies = int(timing.ROTATED_BYTES / _bytes(make)) + 1 if has_kernels() else 1
-    weights, layers = zip(*map(jax.jit(make), jax.random.split(jax.random.key(2), copies)), strict=True)
-    one = jax.jit(lambda weight, layer, *more: op(*more[:1], weight, layer, *more[1:], jnp.int32(2**30)))
-
-    def run(weights, layers, x, positions):
-        def step(_, carry):
-            pairs = zip(weights, carry[1], strict=True)
-            mixed, layers = zip(*(one(*pair, x, positions) for pair in pairs), strict=True)
-            return mixed, layers
-
-        mixed = jax.eval_shape(one, weights[0], layers[0], x, positions)[0]
-        mixed = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (mixed,) * copies)
-        return jax.lax.fori_loop(0, _ROUNDS, step, (mixed, layers))
-
-    return timing.seconds(run, weights, layers, x, positions) / (copies * _ROUNDS)
-
-
-def _cache_layer(key: jax.Array, config: DecoderConfig, batch: int, room: int, dtype) -> LayerKV:
-    """Return a layer of random keys and values."""
-    shape = (2, batch, config.num_kv_heads, room, config.head_dim)
-    keys, values = jax.random.normal(key, shape, jnp.bfloat16).swapaxes(2, 3)
-    return write(empty_layer(shape, dtype), keys, values, jnp.int32(0))
-
-
 def _head_row(n: int, m: int, batch: int, bits: int) -> Row:
     make = functools.partial(shapes.head, n=n, m=m, bits=bits)
-    size = _bytes(make)
+    size = shapes.bytes_of(make)
     product = functools.partial(integer_matmul, out_dtype=jnp.float32)
-    made = _with_input(make, _activations, batch, m)
+    made = _with_input(make, shapes.activations, batch, m)
     taken = timing.seconds_each(lambda w, x: product(x, w), made, size)
     return _row(
         f"head of {bits} bits, bf16",
@@ -213,7 +112,7 @@ def prefill_rows(config: DecoderConfig, tokens: int) -> Iterator[Row]:
     for name, (n, m) in shapes.matrices(config).items():
         base = _xla(n, m, tokens)
         make = functools.partial(shapes.weight, n=n, m=m)
-        size = _bytes(make)
+        size = shapes.bytes_of(make)
         # Two operands will do: the products are bound by arithmetic.
         of_each = max(size, 150_000_000)
         product = timing.seconds_each(_product, _with_input(make, shapes.tokens, tokens, m), of_each)
@@ -276,7 +175,7 @@ def _rotation_seconds(m: int, n: int, tokens: int, implementation) -> float:
     rotation = shapes.rotation_for_kernels(jax.random.key(2), m, n)
     function = functools.partial(rotate_quantize, implementation=implementation)
     return timing.seconds(
-        function, _activations(jax.random.key(3), tokens, m), rotation, quantizer_settings(8, 0.9)
+        function, shapes.activations(jax.random.key(3), tokens, m), rotation, quantizer_settings(8, 0.9)
     )
 
 
@@ -286,15 +185,6 @@ def _inputs(config: DecoderConfig) -> dict[int, tuple[int, str]]:
     for name, (n, m) in shapes.matrices(config).items():
         found[m] = (n, f"{found[m][1]}; {name}" if m in found else name)
     return found
-
-
-def _activations(key: jax.Array, t: int, m: int) -> jax.Array:
-    return jax.random.normal(key, (t, m), jnp.bfloat16)
-
-
-def _bytes(make) -> int:
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: make(jax.random.key(0))))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _itemsize(label: str) -> int:

@@ -193,3 +193,14 @@ def _quantize_randomly(model: Decoder, bits: int, key: Array) -> None:
             enabled=bits < OFF,
         )
         transform.activation = nnx.data(nnx.Param(quantizer))
+
+
+def activations(key: jax.Array, t: int, m: int) -> jax.Array:
+    """Return random activations in bf16."""
+    return jax.random.normal(key, (t, m), jnp.bfloat16)
+
+
+def bytes_of(make) -> int:
+    """Return the bytes of what `make` makes from a key, without making it."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: make(jax.random.key(0))))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
