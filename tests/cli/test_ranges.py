@@ -234,8 +234,7 @@ INTERRUPTED = {
     "while modules are imported": f"sys.meta_path.insert(0, type('F', (), {{'find_spec': lambda *_: {KILL}}}))\n",
     "at work": COMMAND.format(f"[{KILL}, time.sleep(9)]"),
     "in a callback whose errors Python passes over": (
-        f"class Late:\n    def __del__(self): {KILL}; time.sleep(1)\n"
-        + COMMAND.format("[Late(), time.sleep(9)][1]")
+        f"class Late:\n    def __del__(self): {KILL}; time.sleep(1)\n" + COMMAND.format("[Late(), 0][1]")
     ),
     "at exit": f"import atexit; atexit.register(lambda: [{KILL}, time.sleep(9)])\n" + COMMAND.format("0"),
 }

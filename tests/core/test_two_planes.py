@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,19 @@ from twla_jax.storage import accounting, checkpoint
 DIGITS = np.arange(-4, 5)
 TWO = WeightSettings(quantizer=TwoPlaneSettings(), group_size=16)
 
+# One program each; their operations would each be compiled for every shape.
+nearest_codes, values, relocate, euclidean_fit, ordered = map(
+    jax.jit,
+    (
+        two_planes.nearest_codes,
+        two_planes.values,
+        two_planes.relocate,
+        two_planes.euclidean_fit,
+        two_planes.ordered,
+    ),
+)
+dense = jax.jit(tensors.dequantize)
+
 
 def levels(alpha, residual_alpha, mu):
     """The nine of them, in the order of DIGITS, from the definition."""
@@ -32,10 +46,10 @@ def levels(alpha, residual_alpha, mu):
 )
 def test_codes_are_the_nearest_of_all_nine_levels(scales):
     w = np.random.default_rng(0).normal(size=(40, 30))
-    codes = np.asarray(two_planes.nearest_codes(jnp.asarray(w, jnp.float32), *scales))
+    codes = np.asarray(nearest_codes(jnp.asarray(w, jnp.float32), *scales))
     assert set(np.unique(codes)) <= set(DIGITS)
     best = np.abs(w[..., None] - levels(*map(np.float64, scales))).min(-1)
-    got = np.abs(w - np.asarray(two_planes.values(jnp.asarray(codes), *scales), np.float64))
+    got = np.abs(w - np.asarray(values(jnp.asarray(codes), *scales), np.float64))
     np.testing.assert_allclose(got, best, atol=1e-6)
 
 
@@ -45,7 +59,7 @@ def test_relocation_is_least_squares():
     x = rng.normal(size=(100, 24)) @ rng.normal(size=(24, 24))
     arrays = [jnp.asarray(a, jnp.float32) for a in (w, codes)]
     start = (jnp.ones(20), jnp.ones(20), jnp.zeros(20))
-    got = two_planes.relocate(*arrays, start, jnp.asarray(x.T @ x, jnp.float32), jnp.ones(24, bool))
+    got = relocate(*arrays, start, jnp.asarray(x.T @ x, jnp.float32), jnp.ones(24, bool))
     for row in range(20):
         first = np.round(codes[row] / 3)
         basis = np.stack([first, codes[row] - 3 * first, np.ones(24)], 1)
@@ -65,11 +79,11 @@ def test_relocation_never_raises_the_error_even_where_planes_coincide():
 
     def error(scales):
         e = w - np.asarray(
-            two_planes.values(jnp.asarray(codes), *(jnp.asarray(p, jnp.float32)[:, None] for p in scales))
+            values(jnp.asarray(codes), *(jnp.asarray(p, jnp.float32)[:, None] for p in scales))
         )
         return np.einsum("ni,ij,nj->n", e, s, e)
 
-    new = two_planes.relocate(
+    new = relocate(
         *(jnp.asarray(a, jnp.float32) for a in (w, codes)),
         tuple(jnp.asarray(p, jnp.float32) for p in old),
         jnp.asarray(s, jnp.float32),
@@ -89,8 +103,8 @@ def test_the_fit_is_near_the_best_of_all_codes():
     u = u * (singular > 1e-9)[:, None, :]
     explained = np.square(np.einsum("skr,nk->nsr", u, w)).sum(-1).max(1)
     best = np.square(w).sum(1) - explained
-    scales, codes = two_planes.euclidean_fit(jnp.asarray(w, jnp.float32), jnp.ones(5, bool))
-    fitted = np.asarray(two_planes.values(codes, *(p[:, None] for p in scales)))
+    scales, codes = euclidean_fit(jnp.asarray(w, jnp.float32), jnp.ones(5, bool))
+    fitted = np.asarray(values(codes, *(p[:, None] for p in scales)))
     error = np.square(w - fitted).sum(1)
     energy = np.square(w - w.mean(1, keepdims=True)).sum(1)
     assert (error >= best - 1e-5).all()
@@ -100,9 +114,9 @@ def test_the_fit_is_near_the_best_of_all_codes():
 
 def test_masked_columns_do_not_touch_the_fit():
     w = np.random.default_rng(3).normal(size=(8, 10)).astype(np.float32)
-    short = two_planes.euclidean_fit(jnp.asarray(w), jnp.ones(10, bool))
+    short = euclidean_fit(jnp.asarray(w), jnp.ones(10, bool))
     padded = np.pad(w, ((0, 0), (0, 5)), constant_values=99.0)
-    masked = two_planes.euclidean_fit(jnp.asarray(padded), jnp.arange(15) < 10)
+    masked = euclidean_fit(jnp.asarray(padded), jnp.arange(15) < 10)
     np.testing.assert_allclose(masked[0], short[0], rtol=1e-4, atol=1e-5)
     assert not np.asarray(masked[1])[:, 10:].any()
 
@@ -113,9 +127,9 @@ def test_order_and_signs_leave_the_levels():
         rng.integers(-4, 5, (30, 8)).astype(np.float32),
         rng.normal(size=(3, 30)).astype(np.float32),
     )
-    before = two_planes.values(jnp.asarray(codes), *jnp.asarray(scales)[..., None])
-    new_codes, new = two_planes.ordered(jnp.asarray(codes), tuple(jnp.asarray(scales)))
-    np.testing.assert_allclose(two_planes.values(new_codes, *(p[:, None] for p in new)), before, atol=1e-6)
+    before = values(jnp.asarray(codes), *jnp.asarray(scales)[..., None])
+    new_codes, new = ordered(jnp.asarray(codes), tuple(jnp.asarray(scales)))
+    np.testing.assert_allclose(values(new_codes, *(p[:, None] for p in new)), before, atol=1e-6)
     assert (new[0] >= new[1]).all()
     assert (new[1] >= 0).all()
 
@@ -130,7 +144,7 @@ def test_two_planes_are_never_worse_than_one_on_the_same_layer(group_size):
         kind = TwoPlaneSettings() if planes == 2 else TernarySettings()
         recipe = WeightSettings(quantizer=kind, group_size=group_size)
         tensor, figures = gptq.quantize_matrix(weight, moment, jnp.float32(400), settings=recipe)
-        e = np.asarray(weight - tensors.dequantize(tensor), np.float64)
+        e = np.asarray(weight - dense(tensor), np.float64)
         error[planes] = np.einsum("ni,ij,nj->n", e, x.T @ x, e)
         assert float(figures["output_error"]) == pytest.approx(
             error[planes].sum() / np.square(x @ np.asarray(weight).T).sum(), rel=1e-3
@@ -149,9 +163,9 @@ def test_planes_are_packed_apart_and_add_up():
     )
     alpha, residual_alpha, mu = (p.astype(np.float64)[:, np.arange(21) // 16] for p in scales)
     expected = np.take_along_axis(levels(alpha, residual_alpha, mu), codes[..., None] + 4, -1)[..., 0]
-    np.testing.assert_allclose(tensors.dequantize(tensor), expected, atol=1e-5)
+    np.testing.assert_allclose(dense(tensor), expected, atol=1e-5)
     first, second = tensor.planes()
-    np.testing.assert_allclose(tensors.dequantize(first) + tensors.dequantize(second), expected, atol=2e-3)
+    np.testing.assert_allclose(dense(first) + dense(second), expected, atol=2e-3)
     assert not np.asarray(second.mu).any()
 
 
@@ -170,12 +184,12 @@ def test_smollm2s_shapes_take_at_most_3_6_bits_all_in(tmp_path):
     )
     model = Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
     recipe = load_recipe("w2x1.58-g128")
+    pack = jax.jit(quantizer(recipe.weights).pack, static_argnums=2)
     for site in model.sites:
         for name in site.linears:
             linear = getattr(model.blocks, name)
             _, m, n = linear.kernel.get_value().shape
             groups = jnp.ones((1, n, -(-m // 128)))
-            pack = quantizer(recipe.weights).pack
             linear.kernel = nnx.Param(pack(jnp.zeros((1, n, m)), (groups, groups, groups), 128))
         sizes = kotms.factor_sizes(m, n, recipe.rotation.factors)
         left, right = (jnp.zeros((1, size, size), jnp.float16) for size in sizes)

@@ -1,5 +1,7 @@
 """Makes operands that several ops share: rotated tokens, their order in threads, and attention in splits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,11 @@ from twla_jax.ops.rotate_quantize import (
 )
 
 from helpers import emulated_machine, emulated_threads
+
+
+def random_key():
+    """Return a key of the generator whose programs compile in a fraction of the default one's time."""
+    return jax.random.key(0, impl="unsafe_rbg")
 
 
 def rotated(token_smem, right_smem, left_smem, *, shape):
@@ -38,6 +45,8 @@ def rotated(token_smem, right_smem, left_smem, *, shape):
     return found
 
 
+# One program for each shape; its operations would each be compiled.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def in_splits(t, m, heads):
     """Return attention in four splits, one of no position; every order of additions gives the same mix."""
     mixed = jax.random.normal(jax.random.key(3), (t, 4, m), jnp.bfloat16).at[:, 2].set(0)
@@ -49,5 +58,9 @@ def in_splits(t, m, heads):
 
 def permutation(rotation):
     rng = np.random.default_rng(0)
-    factors = (np.eye(len(factor))[rng.permutation(len(factor))] for factor in rotation.factors)
-    return kernel_rotation(KroneckerRotation(*map(jnp.asarray, factors)), jnp.bfloat16)
+    sizes = rotation.size, len(rotation.right_transposed)
+    factors = (np.eye(size, dtype=np.float16)[rng.permutation(size)] for size in sizes)
+    return _laid_out(KroneckerRotation(*factors), jnp.bfloat16)
+
+
+_laid_out = jax.jit(kernel_rotation, static_argnums=1)

@@ -27,6 +27,8 @@ from twla_jax.models.sites import set_activation_bits
 from twla_jax.ops.decode_attention import AttentionSplits
 from twla_jax.recipe import Recipe
 
+from helpers import tiny
+
 RECIPE = Recipe(
     name="quick",
     weights=WeightSettings(quantizer=TernarySettings(rounds=1)),
@@ -94,7 +96,7 @@ def test_the_cache_changes_nothing(quantised):
     model = prepare_for_inference(set_activation_bits(quantised[0], 8), unpack=False)
     prompt = quantised[1][:, :5]
     found = generate(model, prompt, max_new_tokens=3, eos_token_ids=())
-    logits = model(np.concatenate([prompt, found], axis=1))
+    logits = tiny.logits(model, np.concatenate([prompt, found], axis=1))
     np.testing.assert_array_equal(found, logits[:, 4:7].argmax(-1))
 
 
@@ -144,7 +146,8 @@ def test_a_float_model_computes_what_it_did(tiny_config, bias):
         linear = getattr(model.blocks, name)
         linear.bias = nnx.Param(jnp.asarray(rng.normal(size=linear.bias.shape), jnp.float16))
     tokens = rng.integers(0, config.vocab_size, (2, 7))
-    np.testing.assert_allclose(prepare_for_inference(model, unpack=False)(tokens), model(tokens), atol=1e-5)
+    packed = prepare_for_inference(model, unpack=False)
+    np.testing.assert_allclose(tiny.logits(packed, tokens), tiny.logits(model, tokens), atol=1e-5)
 
 
 def test_group_sizes_that_kernels_do_not_take_are_refused(tiny_ternary):
@@ -166,8 +169,7 @@ def test_two_planes_are_two_products(tiny_config, tiny_ternary, bits, tolerance)
     model = jax.tree.map(jnp.asarray, set_activation_bits(tiny_ternary, bits))
     tokens = rng.integers(0, tiny_config.vocab_size, (2, 16)).astype(np.int32)
     found, expected = (
-        jax.jit(lambda model: model(tokens))(each)
-        for each in (prepare_for_inference(model, unpack=False), model)
+        tiny.logits(each, tokens) for each in (prepare_for_inference(model, unpack=False), model)
     )
     difference = np.abs(np.asarray(found - expected))
     # α₂ meets the kernels in float16; at 8 bits a code on the edge of two levels may fall the other way.

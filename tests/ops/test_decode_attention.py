@@ -22,6 +22,7 @@ from twla_jax.ops.decode_attention import (
 )
 
 from helpers import emulated_machine, emulated_threads
+from helpers.token_operands import random_key
 
 ALL = np.iinfo(np.int32).max
 EPSILON = 1e-5
@@ -43,7 +44,7 @@ written = jax.jit(kv_cache.write)
 
 @functools.partial(jax.jit, static_argnums=tuple(range(7)), static_argnames="dtype")
 def operands(b, heads, kv_heads, d, size, length, window, dtype=jnp.bfloat16):
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(random_key(), 4)
     qkv = jax.random.normal(keys[0], (b, heads + 2 * kv_heads, d), dtype)
     entries = jax.random.normal(keys[1], (2, b, kv_heads, size, d), dtype)
     angle = jax.random.normal(keys[2], (1, d // 2))
@@ -58,7 +59,7 @@ def expected(qkv, layer, positions, window, scales, *, norm):
     """Return the mix and the cache in float64, queries and keys rounded where the op rounds them."""
 
     def rounded(x):
-        return np.asarray(jnp.asarray(x).astype(qkv.dtype), np.float64)
+        return np.asarray(np.asarray(x, np.float32).astype(qkv.dtype), np.float64)
 
     def normed(x, scale):
         x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + EPSILON)

@@ -25,7 +25,7 @@ from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 
 from helpers import emulated_machine, emulated_threads
 from helpers.emulated_machine import Global
-from helpers.token_operands import permutation, rotated
+from helpers.token_operands import permutation, random_key, rotated
 
 ALL = np.iinfo(np.int32).max
 SETTINGS = quantizer_settings(4, 0.9)
@@ -35,7 +35,7 @@ EPSILON = 1e-5
 # One program; its operations would each be compiled for every shape.
 @functools.partial(jax.jit, static_argnums=tuple(range(8)))
 def operands(b, m, heads, kv_heads, d, size, length, dtype=jnp.bfloat16):
-    keys = jax.random.split(jax.random.key(0), 6)
+    keys = jax.random.split(random_key(), 6)
     n = (heads + 2 * kv_heads) * d
     x = jax.random.normal(keys[0], (b, m), jnp.bfloat16)
     scale = (1 + 0.1 * jax.random.normal(keys[1], (m,))).astype(jnp.bfloat16)

@@ -26,13 +26,13 @@ from twla_jax.ops.ternary_matmul import (
 )
 
 from helpers import emulated_threads
-from helpers.token_operands import in_splits, permutation, rotated
+from helpers.token_operands import in_splits, permutation, random_key, rotated
 
 SETTINGS = quantizer_settings(4, 0.9)
 
 
 def operands(t, m, n, *, make=lambda make, *args: make(*args)):
-    key = jax.random.key(0)
+    key = random_key()
     rotation = make(lambda: shapes.rotation_for_kernels(key, m, n))
     weight = make(lambda: shapes.weight(key, n, m))
     x, residual, scale = (
@@ -42,9 +42,13 @@ def operands(t, m, n, *, make=lambda make, *args: make(*args)):
     return x, rotation, weight, scale, residual
 
 
+# One program for each shape; its operations would each be compiled.
+made = functools.partial(jax.jit, static_argnums=range(3))(operands)
+
+
 @pytest.mark.parametrize("t", [1, 3])
 def test_it_is_its_two_ops_and_the_residual(t):
-    x, rotation, weight, scale, residual = operands(t, 1024, 256)
+    x, rotation, weight, scale, residual = made(t, 1024, 256)
     tokens = rotate_quantize(x, rotation, SETTINGS, norm_scale=scale, epsilon=1e-5)
     expected = residual + ternary_matmul(tokens, weight)
     found = quantized_linear(
@@ -54,7 +58,7 @@ def test_it_is_its_two_ops_and_the_residual(t):
 
 
 def test_attention_in_parts_is_merged_first():
-    _, rotation, weight, _, residual = operands(2, 1024, 256)
+    _, rotation, weight, _, residual = made(2, 1024, 256)
     parts = in_splits(2, 1024, 8)
     shares = jnp.array([0.5, 0.25, 0, 0.25])
     whole = jnp.einsum("tpm,p->tm", parts.mixed.astype(jnp.float32), shares).astype(jnp.bfloat16)
@@ -87,7 +91,7 @@ def test_attention_in_parts_is_merged_first():
     ],
 )
 def test_gpu_kernel_thread_by_thread(t, m, n, size, warpgroups, rows, stages, kind, monkeypatch):
-    x, rotation, weight, scale, residual = operands(t, m, n, make=lambda make: jax.jit(make)())
+    x, rotation, weight, scale, residual = made(t, m, n)
     rotation = permutation(rotation)  # exact in every order of additions, so that codes are equal
     if size == m:
         weight = ungrouped(n, m)
