@@ -5,6 +5,7 @@ ablation changes one thing a row, and goes on where it was.
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -192,9 +193,15 @@ def test_growth_is_predicted_from_the_figures_that_are_kept(tmp_path, capsys):
     kept = Path(__file__).parents[2] / "benchmarks" / "scaling_h200.json"
     scaling.main(["--json", str(kept), "--fit", "--plot", str(tmp_path / "growth.png")])
     printed = capsys.readouterr().out
-    (row,) = json.loads(kept.read_text())
-    assert row["weights"] == shapes.quantized_weights(SHAPES["qwen3-8b"])
-    assert "measured      5.0 min   fitted      5.0 min" in printed  # one figure is met exactly
+    measured = printed.split("measured:")[1].splitlines()[1:]
+    for row, line in zip(json.loads(kept.read_text()), measured, strict=False):
+        assert row["weights"] == shapes.quantized_weights(SHAPES[row["shape"]])
+        name, taken, fitted = re.match(
+            r"(\S+) .* measured +([\d.]+) min +fitted +([\d.]+) min", line
+        ).groups()
+        assert name == row["shape"]
+        assert float(taken) == pytest.approx(row["model_seconds"] / 60, abs=0.06)
+        assert float(fitted) == pytest.approx(float(taken), rel=0.2)
     table = printed.split("predicted, minutes")[1].splitlines()
     minutes = {line.split()[0]: line.split()[1] for line in table[1:5]}
     assert float(minutes["llama-2-70b"]) > 5 * float(minutes["qwen3-8b"])
