@@ -39,7 +39,7 @@ def attention_rows(config: DecoderConfig, room: int, dtype: Any) -> list[list[st
     heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
     k, v = jax.random.normal(jax.random.key(0), (2, 1, room, kv_heads, d), jnp.bfloat16)
     layer = write(empty_layer((2, 1, kv_heads, room, d), dtype), k, v, jnp.int32(0))
-    for tokens in (512, 2048):
+    for tokens in (each for each in (512, 2048) if each <= room):
         for start in sorted({0, room // 4, room - tokens}):
             q = jax.random.normal(jax.random.key(1), (1, tokens, heads, d), jnp.bfloat16)
             angles = jnp.zeros((tokens, d // 2))
