@@ -7,6 +7,9 @@ compiles.
 
 `--llama FILE.gguf` adds llama.cpp, in turns with the others. `--llama-python` names the interpreter that has
 llama-cpp-python, where this one has not. Its eight prompt tokens are counted in the time, as everybody's are.
+
+Everybody has a thread for each core that the process may use. llama.cpp's threads wait for each other without giving
+theirs up: where other work takes a core it becomes many times slower, and `taskset -c 0` in front compares one thread.
 """
 
 import argparse
@@ -75,11 +78,12 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=3.0, help="after which no other round begins")
     parser.add_argument("--only", default="off,on,auto", help="values of --kernels, with commas between them")
     parser.add_argument("--llama", metavar="FILE.gguf")
     parser.add_argument("--llama-python", default=sys.executable)
     options = parser.parse_args()
-    threads = os.cpu_count() or 1
+    threads, begun = len(os.sched_getaffinity(0)), time.monotonic()
     theirs = llama(options.llama, options.llama_python, threads) if options.llama else None
     theirs_seconds = []
     models = {"MODEL": loading.load(options.model)[0], "OUT": loading.load(options.out)[0]}
@@ -90,7 +94,9 @@ def main() -> None:
         model = models[name] if name == "MODEL" else sites.set_activation_bits(models[name], bits)
         form, path = execution.for_inference(model, kernels)
         prepared[name, kernels, bits] = jax.tree.map(jnp.asarray, form), path
-    for _ in range(1 + options.rounds):
+    for index in range(1 + options.rounds):
+        if index > 1 and time.monotonic() - begun > 60 * options.minutes:
+            break
         for form, (model, _) in prepared.items():
             start = time.perf_counter()
             prompt = np.full((1, 8), 1, np.int32)

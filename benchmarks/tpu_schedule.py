@@ -114,6 +114,7 @@ class Compiler:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.by_name: dict[str, int] = {}
         # Read when libtpu is loaded, with the first topology.
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
@@ -122,8 +123,10 @@ class Compiler:
             lambda chip: topologies.get_topology_desc(CHIPS[chip].topology, platform="tpu")
         )
 
-    def compile(self, chip: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the compiled program of a function of these shapes."""
+    def compile(
+        self, chip: str, function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()
+    ) -> Any:
+        """Return the compiled program of a function of these shapes; some may be written in place."""
         topology = self._topology(chip)
         sharding = SingleDeviceSharding(topology.devices[0])
         shaped = jax.tree.map(
@@ -133,19 +136,26 @@ class Compiler:
         for file in self.folder.iterdir():
             file.unlink()
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.jit(function).lower(*shaped).compile()
+            return jax.jit(function, donate_argnums=donated).lower(*shaped).compile()
 
-    def cycles(self, chip: str, function: Callable[..., Any], *arguments: Any) -> tuple[int, int]:
-        """Return the cycles of a program's Pallas kernels, and of XLA's own ops around them."""
-        calls = re.findall(
-            r"%(\S+) = .* custom-call\(.*tpu_custom_call", self.compile(chip, function, *arguments).as_text()
-        )
+    def cycles(
+        self, chip: str, function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()
+    ) -> tuple[int, int]:
+        """Return the cycles of a program's Pallas kernels, and of XLA's own ops around them.
+
+        `by_name` then has them by the names of the program.
+        """
+        program = self.compile(chip, function, *arguments, donated=donated).as_text()
+        calls = re.findall(r"%(\S+) = .* custom-call\(.*tpu_custom_call", program)
         found = {True: 0, False: 0}
+        self.by_name.clear()
         for file in self.folder.glob("*-final_bundles.txt"):
             match = re.match(r"\d+-(.*)-\d+-final_bundles", file.name)
             if match and not re.fullmatch(r"TLP|<.*>", match[1]):
                 own = match[1] in calls
-                found[own] += tpu_bundles.cycles(file.read_text(), lenient=not own)
+                cycles = tpu_bundles.cycles(file.read_text(), lenient=not own)
+                found[own] += cycles
+                self.by_name[match[1]] = self.by_name.get(match[1], 0) + cycles
         return found[True], found[False]
 
 

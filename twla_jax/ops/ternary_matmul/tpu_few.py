@@ -31,14 +31,14 @@ def kernel(
       together: planes that are multiplied at once, 1 or 2: as wide as the matrix unit is.
     """
     *affine_refs, out_ref = refs
-    planes, exact = weight.planes, tpu_unpack.exact(operand)
+    exact = tpu_unpack.exact(operand)
 
-    def tile(k, y):
+    def tile(k, y, planes=weight.planes):
         packed = tpu_unpack.words(codes_ref[k])
         found = [
             tpu_unpack.plane_codes(packed, plane, weight, scaled=weight.grouped) for plane in range(planes)
         ]
-        columns = planes * PLANE * k
+        columns = weight.planes * PLANE * k
         xs = [
             x_ref[:, pl.ds(_aligned(columns + PLANE * plane), PLANE)].astype(operand)
             for plane in range(planes)
@@ -58,7 +58,10 @@ def kernel(
         return y
 
     y = jnp.zeros(out_ref.shape, jnp.float32 if weight.grouped else exact)
-    y = _over_tiles(weight.column_tiles, tile, y)
+    # Of the last tile, planes without columns are left out.
+    whole, rest = divmod(-(-weight.in_features // PLANE), weight.planes)
+    y = _over_tiles(whole, tile, y)
+    y = tile(whole, y, rest) if rest else y
     if not weight.grouped:
         alpha, mu = tpu_unpack.scales(scales_ref[0], weight)
         y = single_group(y, totals_ref[0], alpha, mu, weight)
@@ -81,10 +84,13 @@ def finished(y, *affine) -> jax.Array:
 
 def _products(xs: list, codes: list, together: int, exact) -> list[jax.Array]:
     """Return the product `[t, rows]` of each plane."""
-    if together == 1 or len(xs) == 1:
+    if together == 1:
         return [_product(x, each, exact) for x, each in zip(xs, codes, strict=True)]
     found = []
     for first in range(0, len(xs), 2):
+        if first + 1 == len(xs):
+            found.append(_product(xs[first], codes[first], exact))
+            break
         a, b = xs[first : first + 2]
         # One pass for both: a's tokens meet zeros in b's columns, and the other way round.
         apart = jnp.concatenate(
