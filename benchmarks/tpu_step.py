@@ -11,16 +11,16 @@ import dataclasses
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from tpu_schedule import CHIPS, Compiler
 
 from twla_jax.bench import shapes
 from twla_jax.inference import generation
 from twla_jax.inference.sampling import Sampling
+from twla_jax.models.decoder import Decoder
+from twla_jax.ops.attention.kv_cache import KVCache
 
 HEADER = (
     "| chip | sequences | part | kernels | XLA's ops | bytes from memory | in bf16 | × bytes | bf16's bytes ÷ all |\n"
@@ -28,25 +28,15 @@ HEADER = (
 )
 
 
-def step_arguments(shape: str, layers: int, batch: int, context: int, bits: int | None) -> tuple[Any, ...]:
-    """Return the shapes of what a step takes: of a model in bf16 where `bits` is None, else packed."""
-    config = dataclasses.replace(shapes.SHAPES[shape], num_layers=layers)
-    embedding = 16 if bits is None else 8
-
-    def make():
-        model = shapes.random_decoder(config, activation_bits=bits, embedding_bits=embedding)
-        cache = model.init_cache(batch, context, jnp.int8)
-        return model, jnp.zeros(batch, jnp.int32), cache, Sampling().sampler(), jax.random.key(0)
-
-    return nnx.eval_shape(make)
-
-
-def read_bytes(arguments: tuple[Any, ...]) -> int:
-    """Return the bytes that a step reads: blocks, norm, the head and the cache, but of the embedding hardly any."""
-    model, _, cache, *_ = arguments
+def read_bytes(model: Decoder, cache: KVCache) -> tuple[int, int]:
+    """Return the bytes that a step reads, packed and in bf16: blocks, head and cache, of the embedding hardly any."""
     head = model.embed if model.head is None else model.head
-    leaves = jax.tree.leaves((model.blocks, model.norm, head, cache.layers))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    packed, entries = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in ((model.blocks, model.norm, head), cache.layers)
+    )
+    weights = shapes.quantized_weights(model.config) + model.config.vocab_size * model.config.hidden_size
+    return packed + entries, 2 * weights + entries
 
 
 def main() -> None:
@@ -61,32 +51,35 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.default_backend = lambda: "tpu"  # the device that models are prepared for
     layers = shapes.SHAPES[options.shape].num_layers
+    models = {
+        count: shapes.random_decoder(
+            dataclasses.replace(shapes.SHAPES[options.shape], num_layers=count),
+            activation_bits=8,
+            embedding_bits=8,
+        )
+        for count in (1, 2)
+    }
     with tempfile.TemporaryDirectory() as folder:
         compiler = Compiler(Path(folder))
         print(HEADER)
         for chip in options.chips.split(","):
             for batch in map(int, options.batch.split(",")):
                 found = []
-                for count in (1, 2):
-                    packed, bf16 = (
-                        step_arguments(options.shape, count, batch, options.context, bits)
-                        for bits in (8, None)
-                    )
-                    step = generation.step.__wrapped__
-                    cycles = compiler.cycles(chip, step, *packed, donated=(2,))
-                    found.append((*cycles, read_bytes(packed), read_bytes(bf16)))
+                for count, model in models.items():
+                    cache = model.init_cache(batch, options.context, jnp.int8)
+                    token, key = jnp.zeros(batch, jnp.int32), jax.random.key(0)
+                    operands = model, token, cache, Sampling().sampler(), key
+                    cycles = compiler.cycles(chip, generation.step.__wrapped__, *operands, donated=(2,))
+                    found.append((*cycles, *read_bytes(model, cache)))
                     if options.names:
                         print(count, Counter(compiler.by_name).most_common(25))
                 one, two = found
                 block = [b - a for a, b in zip(one, two, strict=True)]
                 rest = [a - b for a, b in zip(one, block, strict=True)]
                 whole = [r + layers * b for r, b in zip(rest, block, strict=True)]
-                for name, row in (
-                    ("a block", block),
-                    ("head and rest", rest),
-                    (f"step, {layers} blocks", whole),
-                ):
-                    _print(chip, batch, name, *row)
+                _print(chip, batch, "a block", *block)
+                _print(chip, batch, "head and rest", *rest)
+                _print(chip, batch, f"step, {layers} blocks", *whole)
 
 
 def _print(chip: str, batch: int, part: str, kernels: int, around: int, packed: int, bf16: int) -> None:
