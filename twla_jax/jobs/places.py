@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -12,6 +11,7 @@ from twla_jax import hosts
 from twla_jax.errors import TwlaError
 from twla_jax.storage import checkpoint, locks
 from twla_jax.storage.places import expand
+from twla_jax.storage.scratch import temporary_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,8 +37,8 @@ def writes(*, work: str, changes_saved: bool = False) -> Callable[[Callable[P, R
             bound = signature.bind(*args, **kwargs)
             out = bound.arguments["out"]
             if not hosts.is_first():
-                with tempfile.TemporaryDirectory(prefix="twla-") as folder:
-                    bound.arguments["out"] = Path(folder) / Path(out).name
+                with temporary_folder() as folder:
+                    bound.arguments["out"] = folder / Path(out).name
                     return job(*bound.args, **bound.kwargs)
             overwrite = bool(bound.arguments.get("overwrite"))
             claim = (

@@ -19,8 +19,10 @@ _HELD: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("held", d
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep `folder`, there or not yet, for the caller: no other process or thread can hold it meanwhile.
+def hold(folder: Path) -> Iterator[bool]:
+    """Keep `folder`, there or not yet, for the caller, and yield whether no other process or thread can hold it now.
+
+    False where the caller holds it already, or the file system locks nothing.
 
     The lock is the system's own, on a hidden file beside the folder: it ends with the process, however that ends. Where
     the folder is held already by the caller, nothing more is done. Missing parents are made, and go again if they
@@ -33,7 +35,7 @@ def hold(folder: Path) -> Iterator[None]:
     folder = Path(os.path.abspath(folder))
     key = os.path.realpath(folder)
     if key in _HELD.get():
-        yield
+        yield False
         return
     made = _make_parents(folder)
     lock = folder.with_name(f".{folder.name}.lock")
@@ -43,7 +45,7 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             if exclusive:
                 recover(folder)
-            yield
+            yield exclusive
         finally:
             _HELD.reset(token)
             if exclusive:
