@@ -78,6 +78,13 @@ def _put(array: Any, sharding: Sharding) -> jax.Array:
     return build(lambda index: here[index], here.shape, sharding)
 
 
+def beside(array: Any, other: Any) -> Any:
+    """Return an array, whole on every device of all hosts if `other` lies on devices of several."""
+    if not _is_elsewhere(other):
+        return array
+    return _put(array, NamedSharding(other.sharding.mesh, PartitionSpec()))
+
+
 def build(read: Callable[[Any], np.ndarray], shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
     """Return an array on the devices of all hosts, each of which reads the parts of its own devices, one by one.
 
@@ -160,7 +167,8 @@ def from_first[T](find: Callable[[], T]) -> T:
             said = pickle.dumps((True, find()))
         except TwlaError as refused:
             error, said = refused, pickle.dumps((False, str(refused)))
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(said), np.uint32)))
+    length = np.frombuffer(len(said).to_bytes(8, "little"), np.uint8)  # JAX has no integers of 64 bits
+    size = int.from_bytes(multihost_utils.broadcast_one_to_all(length).tobytes(), "little")
     sent = np.frombuffer(said, np.uint8) if is_first() else np.zeros(size, np.uint8)
     fine, value = pickle.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
     if not fine:

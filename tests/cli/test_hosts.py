@@ -124,6 +124,60 @@ def test_two_processes_quantise_to_the_bytes_of_one_and_go_on_when_one_was_kille
     assert not (tmp_path / "many.partial").exists()
 
 
+# One step of each kind of training, and an allocation by whole blocks.
+EVERY_STAGE = """
+[refine.blocks]
+steps = 2
+batch = 2
+[refine.end_to_end]
+steps = 2
+batch = 2
+[refine.clips]
+bits = 4
+steps = 2
+batch = 2
+[allocation]
+budget = 6.0
+site = "block"
+windows = 2
+seq_len = 64
+"""
+
+
+def sensitivities(folder):
+    """What was measured for the allocation, but for its seconds."""
+    found = json.loads((folder / "ila_amp.json").read_text())
+    for entry in found["tables"].values():
+        del entry["table"]["effort"]["seconds"]
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_refine_and_allocate_to_the_bytes_of_one(stories_model, texts, tmp_path):
+    """On text of the model's own; the first run ends before clips are kept, and the second goes on from there."""
+    (tmp_path / "every.toml").write_text(QUICK + EVERY_STAGE)
+    command = ["--recipe", str(tmp_path / "every.toml"), "--calibration", "self"]
+    command += ["--check-corpus", str(texts / "calibration.txt")]
+    command += ["--windows", "4", "--seq-len", "64", "--check-windows", "2"]
+    many, one = (["quantize", str(stories_model), str(tmp_path / out), *command] for out in ("many", "one"))
+    options = {"devices": 1, "TWLA_COMPILATION_CACHE": str(tmp_path / "programs")}
+    (killed, _, _), (status, _, _) = together(
+        many, "data=2", deadly=("many.partial/clips/.state", ""), **options
+    )
+    assert killed == -signal.SIGKILL
+    assert status not in (0, killed)
+    assert (tmp_path / "many.partial" / "refine" / "state.npz").exists()
+    (status, printed, message), (other, _, progress) = together(many, "data=2", **options)
+    assert (status, other) == (0, 0), (message, progress)
+    assert "activation bits" in printed
+    alone([*one, "--mesh", "data=2"], devices=2)
+    both = [contents(tmp_path / name) for name in ("many", "one")]
+    for found in both:
+        del found["ila_amp.json"]  # which holds seconds, too
+    assert both[0] == both[1]
+    assert sensitivities(tmp_path / "many") == sensitivities(tmp_path / "one")
+
+
 def test_parts_of_an_array_come_back_as_they_were():
     """As streams of several hosts lie on each: the parts of its own devices."""
     mesh = sharding.make_mesh("data=4,model=2")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from twla_jax import hosts
 from twla_jax.core.activation import ActivationQuantizer
 from twla_jax.core.ila_amp import SensitivityTable
 from twla_jax.evaluation.nll import hidden_nll
@@ -83,7 +84,7 @@ def measure(
         sharding.place(model, mesh), np.full((layers, len(model.sites)), choices[-1], np.int32)
     )
     count, seq_len = windows.shape
-    lower = jnp.asarray(choices[:-1], jnp.int32)
+    lower = np.asarray(choices[:-1], np.int32)
     # On a mesh, windows that only fill up a batch count for nothing.
     filled = sharding.batch_on(mesh, count)
     devices = sharding.batch_on(mesh, 1)
@@ -94,7 +95,7 @@ def measure(
     shares = work_shares(model, seq_len)
 
     results: list[dict[str, np.ndarray]] = []
-    while store and (saved := store.load(f"site-{len(results)}")):
+    while store and (saved := store.load_for_all(f"site-{len(results)}")):
         results.append(saved)
     base = [State(sharding.place_batch(model.embed_tokens(batch), mesh)) for batch in batches]
     varied: list[list[State]] = [[] for _ in batches]
@@ -132,7 +133,7 @@ def measure(
                 )
                 start, blocks = now, 0.0
                 if store:
-                    store.save(f"site-{site}", results[-1])
+                    store.save_once(f"site-{site}", results[-1])
                 bar.update()
     # As many copies of the base as there are candidates elsewhere: the same shapes, nothing compiled for it.
     base_losses = [
@@ -164,7 +165,7 @@ def _mean(
     losses: list[list[Float[Array, "c b"]]], real: Bool[np.ndarray, "batches b"], count: int
 ) -> Float[np.ndarray, "states c"]:
     """Return means over the `count` real windows, from the losses of each batch, state and candidate."""
-    found = np.asarray(jax.device_get(losses), np.float64)
+    found = np.asarray(hosts.fetch(losses), np.float64)
     return np.where(real[:, None, None], found, 0).sum((0, -1)) / count
 
 
@@ -180,7 +181,7 @@ def fingerprint(
     }
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, ActivationQuantizer))
     arrays = (leaf.clips if isinstance(leaf, ActivationQuantizer) else leaf for leaf in leaves)
-    return resume.fingerprint(settings, map(np.asarray, [windows, *arrays]))
+    return resume.fingerprint(settings, map(hosts.fetch, [windows, *arrays]))
 
 
 def _batch_size(count: int, tokens: int) -> int:

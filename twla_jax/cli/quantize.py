@@ -1,6 +1,6 @@
 """Defines the command that quantises a model: `quantize`."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from twla_jax.cli.options import (
     CheckWindows,
@@ -109,7 +109,7 @@ def quantize(
             {"embedding": {"bits": embedding_bits} if embedding_bits != 16 else False}
         )
     settings = _refined_on(settings, refine_tokens, refine_minutes)
-    join_hosts(coordinator, mesh, beside=_for_one_host(settings) | {"--dry-run": dry_run or None})
+    join_hosts(coordinator, mesh, beside={"--dry-run": dry_run or None})
     if dry_run:
         config = readers.read_config(loading.resolve_model(model, weights=False))
         figures = forecast.forecast(config, settings, dtype=dtype)
@@ -128,16 +128,6 @@ def quantize(
     )
     if hosts.is_first():
         show(report, json, lambda: quantize_model.format_report(report, out))
-
-
-def _for_one_host(settings: "Recipe") -> dict[str, Any]:
-    """Return what a recipe asks for that several hosts cannot do together, by the name it has in messages."""
-    refine, allocation = settings.refine, settings.allocation
-    return {
-        f"recipe '{settings.name}': refinement": refine.blocks or refine.end_to_end or refine.clips,
-        f"recipe '{settings.name}': the allocation of bits": allocation.budget or None,
-        "--calibration self": settings.calibration.corpus if settings.calibration.corpus == "self" else None,
-    }
 
 
 def _refined_on(settings: "Recipe", tokens: int | None, minutes: float | None = None) -> "Recipe":

@@ -238,13 +238,15 @@ def _sample_text(
             f" {drawn.seq_len}"
         )
     with phases("sample the model's own text"):
-        rows = self_sampling.sample_text(
-            model,
-            recipe_windows.count(recipe),
-            drawn.seq_len,
-            seed=drawn.seed,
-            work_dir=work_dir,
-            progress=progress,
+        rows = hosts.from_first(
+            lambda: self_sampling.sample_text(
+                model,
+                recipe_windows.count(recipe),
+                drawn.seq_len,
+                seed=drawn.seed,
+                work_dir=work_dir,
+                progress=progress,
+            )
         )
     return sampled.SampledText(rows=rows, seed=drawn.seed, held_out=recipe.allocation.windows)
 

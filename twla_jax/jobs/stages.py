@@ -10,7 +10,7 @@ import jax
 from twla_jax.allocation import choice, measurement
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.jobs import domain_check
-from twla_jax.models import Decoder
+from twla_jax.models import Decoder, sites
 from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
 from twla_jax.quantization import pipeline
 from twla_jax.quantization.embedding import quantize_embeddings
@@ -119,7 +119,10 @@ def _train_clips(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
 
 def _allocate(model: Decoder, work: Work) -> tuple[Decoder, dict[str, Any]]:
     measured = measurement.prepare(model, work.text, work.recipe, mesh=work.mesh, **work.options("ila_amp"))
-    model, figures = choice.choose(measured, progress=work.progress)
+    allocated, figures = choice.choose(measured, progress=work.progress)
+    # Weights stay where they were, on the host or in files, rather than on the devices of all hosts.
+    model = sites.with_input_clips(model, sites.input_clips(allocated))
+    model = sites.with_input_bits(model, sites.input_bits(allocated))
     return model, {"allocation": figures, "tables": measured.tables}
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from twla_jax import hosts
 from twla_jax.core.activation import OFF, ActivationQuantizer, with_bits
 from twla_jax.errors import TwlaError
 from twla_jax.limits import check_number
@@ -70,21 +71,20 @@ def input_bits(model: Decoder) -> Int[np.ndarray, "layers inputs"]:
 
 def with_input_bits(model: Decoder, bits: Int[np.ndarray, "layers inputs"]) -> Decoder:
     """Return the same quantised model with these bits; everything else is shared with it."""
-    quantizers = enumerate(_quantizers(model.blocks).items())
-    return replace(
-        model,
-        {
-            f"blocks.{path}": with_bits(quantizer, jnp.asarray(bits[:, column], dtype=jnp.int32))
-            for column, (path, quantizer) in quantizers
-        },
-    )
+    changes = {}
+    for column, (path, quantizer) in enumerate(_quantizers(model.blocks).items()):
+        changed = with_bits(quantizer, jnp.asarray(bits[:, column], dtype=jnp.int32))
+        changes[f"blocks.{path}"] = dataclasses.replace(
+            changed, bits=hosts.beside(changed.bits, quantizer.clips)
+        )
+    return replace(model, changes)
 
 
 def input_clips(model: Decoder) -> dict[str, np.ndarray]:
     """Return the clips `[layers, 4]` of every input by its site's name, on the host."""
     quantizers = _quantizers(model.blocks).values()
     return {
-        site.name: np.asarray(quantizer.clips)
+        site.name: hosts.fetch(quantizer.clips)
         for site, quantizer in zip(model.sites, quantizers, strict=True)
     }
 

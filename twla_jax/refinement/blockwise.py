@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from twla_jax import hosts
 from twla_jax.core.activation import OFF
 from twla_jax.models import sharding
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
@@ -71,14 +72,14 @@ def refine_blocks(
     x, exact = (sharding.place_everywhere(model.embed_tokens(tokens), mesh) for model in (student, teacher))
     losses: list[np.ndarray] = []
     store = None if work_dir is None else descent.open_work_dir(Path(work_dir), student, windows, settings)
-    if store and (saved := store.load("state")):
+    if store and (saved := store.load_for_all("state")):
         losses = list(saved.pop("losses"))
         blocks, x, exact = resume.unflatten((blocks, x, exact), saved)
     context = sharding.place_everywhere(student.context(windows.shape[1]), mesh)
     size = min(settings.window, count)
     count -= size - 1
     rates = [rates_at(settings, step, steps) for step in range(steps)]
-    rates = jax.tree.map(lambda *each: jnp.asarray(each, jnp.float32), *rates)
+    rates = jax.tree.map(lambda *each: np.asarray(each, np.float32), *rates)
     static = {"bits": settings.activation_bits, "mesh": mesh}
     tenth = max(1, steps // 10)
 
@@ -103,7 +104,7 @@ def refine_blocks(
                 learns_rotations=settings.rotation_rate > 0,
                 **static,
             )
-            losses.append(np.asarray(loss))
+            losses.append(hosts.fetch(loss))
             before, after = ends(losses[-1])
             if after < before:
                 blocks = _with_part(blocks, fitted, first)
@@ -111,7 +112,7 @@ def refine_blocks(
             bar.update()
             bar.set_postfix(error=f"{after:.4f}")
             if store:
-                store.save("state", {**resume.flatten((blocks, x, exact)), "losses": np.stack(losses)})
+                store.save_once("state", {**resume.flatten((blocks, x, exact)), "losses": np.stack(losses)})
     refined = harden(student, {**blocks, "norm": latents["norm"]}, settings.activation_bits)
     refined = replace(refined, dtype=original.dtype, fused=original.fused)
     figures = {

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
+from twla_jax import hosts
 from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.layers import replace
@@ -59,14 +60,14 @@ def descend(
     """Return what `refine` does: the model after a step on every batch, if that brought it nearer, and figures."""
     steps = len(batches)
     losses: list[float] = []
-    if store and (saved := store.load("state")):
+    if store and (saved := store.load_for_all("state")):
         losses = saved.pop("losses").tolist()
         training.restore(saved)
     saved_at, kept_steps = time.perf_counter(), len(losses)
 
     def keep() -> None:
         if store:
-            store.save("state", {**resume.flatten(training.values), "losses": np.asarray(losses)})
+            store.save_once("state", {**resume.flatten(training.values), "losses": np.asarray(losses)})
 
     with Bar(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
@@ -74,7 +75,8 @@ def descend(
             losses.append(float(training.step(batch, rates, len(losses))))
             bar.update()
             bar.set_postfix(kl=f"{np.mean(losses[-20:]):.3f}")
-            if store and time.perf_counter() - saved_at > _SNAPSHOT_SECONDS:
+            late = time.perf_counter() - saved_at > _SNAPSHOT_SECONDS
+            if store and hosts.from_first(lambda late=late: late):
                 keep()
                 saved_at, kept_steps = time.perf_counter(), len(losses)
     if len(losses) > kept_steps:  # what follows, up to the folder's writing, may take a while
@@ -110,5 +112,5 @@ def open_work_dir(
     folder: Path, student: Decoder, windows: np.ndarray, settings: LearningSettings
 ) -> resume.WorkDir:
     """Open the folder that an interrupted refinement of this student, on these windows, left its state in."""
-    arrays = map(np.asarray, [windows, *jax.tree.leaves(student)])
+    arrays = map(hosts.fetch, [windows, *jax.tree.leaves(student)])
     return resume.WorkDir(folder, resume.fingerprint(settings.to_dict(), arrays))

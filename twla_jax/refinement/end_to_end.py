@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32
 
+from twla_jax import hosts
 from twla_jax.core.activation import OFF
 from twla_jax.errors import TwlaError
 from twla_jax.models import sharding
@@ -111,7 +112,7 @@ def _planned(
 
     The steps that are timed have no rate: they move nothing but the moments.
     """
-    if store and (plan := store.load("plan")):
+    if store and (plan := store.load_for_all("plan")):
         return int(plan["steps"])
     rest = dict.fromkeys(settings.peak_rates, 0.0)
     float(training.step(batch, rest, 0))  # compiles
@@ -120,9 +121,9 @@ def _planned(
         float(training.step(batch, rest, number))
     now = time.perf_counter()
     left = _SHARE * 60 * settings.minutes - (now - started)
-    steps = max(1, int(left * _TIMED_STEPS / (now - begun)))
+    steps = hosts.from_first(lambda: max(1, int(left * _TIMED_STEPS / (now - begun))))
     if store:
-        store.save("plan", {"steps": np.asarray(steps)})
+        store.save_once("plan", {"steps": np.asarray(steps)})
     return steps
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from twla_jax import hosts
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.sharding import shardings
 from twla_jax.refinement.latents import Latents
@@ -34,9 +35,9 @@ def place_state(state: Any, student: Decoder, mesh: Mesh | None) -> Any:
     def place(path: tuple, leaf: Any) -> Any:
         *_, name, part = [None, None, *(getattr(key, "key", None) for key in path)]
         if name not in linears:
-            return jax.device_put(leaf, whole)
+            return hosts.put(leaf, whole)
         kernel = getattr(placed, name).kernel.get_value()
         where = kernel.codes if part == "u" else kernel.alpha
-        return jax.device_put(leaf, where if leaf.ndim == len(where.spec) else whole)
+        return hosts.put(leaf, where if leaf.ndim == len(where.spec) else whole)
 
     return jax.tree_util.tree_map_with_path(place, state)

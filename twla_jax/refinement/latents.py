@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from twla_jax import hosts
 from twla_jax.core import kotms, packing, tensors, two_planes
 from twla_jax.core.activation import (
     BIT_CHOICES,
@@ -174,7 +175,7 @@ def _start(layer) -> Float[Array, "n m"]:
 
 def harden(student: Decoder, latents: Latents, bits: int) -> Decoder:
     """Return the student, on the host, with what the latents stand for in its own format; clips are those at `bits`."""
-    return jax.tree.map(np.asarray, harden_arrays(student, latents, bits))
+    return jax.tree.map(hosts.fetch, harden_arrays(student, latents, bits))
 
 
 def harden_arrays(student: Decoder, latents: Latents, bits: int) -> Decoder:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twla_jax import hosts
 from twla_jax.errors import TwlaError
 from twla_jax.models.stored_layers import StoredLayers
 from twla_jax.storage import locks
@@ -122,6 +123,24 @@ class WorkDir:
         if not np.array_equal(arrays.pop(_GROUP, None), self._group(name)):
             raise TwlaError(f"{path}: belongs to another part of the work or to other work; {self._advice()}")
         return {key: _from_bytes(array) for key, array in arrays.items()}
+
+    def load_for_all(self, name: str) -> dict[str, np.ndarray] | None:
+        """Return what `load` does in the first of several processes, in each of them; an array at a time is sent."""
+        if not hosts.several():
+            return self.load(name)
+        names = hosts.from_first(lambda: self.names(name))
+        if names is None:
+            return None
+
+        def array(each: str) -> np.ndarray:
+            return hosts.from_first(lambda: self.require(name, each)[each])
+
+        return {each: array(each) for each in names}
+
+    def save_once(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write a group as `save` does, of several processes only in the first."""
+        if hosts.is_first():
+            self.save(name, arrays)
 
     def names(self, name: str) -> list[str] | None:
         """Return the names of the arrays in a group saved before, or None; no array is read.
@@ -233,7 +252,7 @@ def _from_bytes(array: np.ndarray) -> np.ndarray:
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Return the leaves of a pytree by their place, as `WorkDir.save` takes them."""
-    return {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
+    return {str(index): hosts.fetch(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
 
 
 def unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
@@ -247,7 +266,7 @@ def unflatten(like: Any, saved: dict[str, np.ndarray]) -> Any:
 
     def placed(leaf: jax.Array, array: np.ndarray) -> jax.Array:
         # What lies nowhere in particular stays so. What is split is never whole on one device.
-        return jax.device_put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)
+        return hosts.put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)
 
     arrays = [placed(leaf, saved[str(index)]) for index, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, arrays)
