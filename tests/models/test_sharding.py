@@ -114,6 +114,7 @@ def test_a_checkpoint_restores_onto_one_device_and_onto_the_mesh(quantised, mesh
         assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
 
 
+@pytest.mark.slow
 def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, monkeypatch):
     """Every site on the mesh gets what one device made of those before it, as the rounding of a sum may tip a code.
 
