@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,17 +144,24 @@ class Compiler:
     ) -> tuple[int, int]:
         """Return the cycles of a program's Pallas kernels, and of XLA's own ops around them.
 
-        `by_name` then has them by the names of the program.
+        Kernels of one body are compiled once, and counted as often as they are called. `by_name` then has the cycles by
+        the names of the program.
         """
         program = self.compile(chip, function, *arguments, donated=donated).as_text()
-        calls = re.findall(r"%(\S+) = .* custom-call\(.*tpu_custom_call", program)
+        bodies = dict(re.findall(r"%(\S+) = .* custom-call\(.*tpu_custom_call.*(backend_config=.*)", program))
+        often = Counter(bodies.values())
+        calls = {name: often[body] for name, body in bodies.items()}
+        read = set()
         found = {True: 0, False: 0}
         self.by_name.clear()
         for file in self.folder.glob("*-final_bundles.txt"):
             match = re.match(r"\d+-(.*)-\d+-final_bundles", file.name)
             if match and not re.fullmatch(r"TLP|<.*>", match[1]):
                 own = match[1] in calls
-                cycles = tpu_bundles.cycles(file.read_text(), lenient=not own)
+                if own and bodies[match[1]] in read:
+                    continue  # one that was compiled for every call
+                read |= {bodies[match[1]]} if own else set()
+                cycles = calls.get(match[1], 1) * tpu_bundles.cycles(file.read_text(), lenient=not own)
                 found[own] += cycles
                 self.by_name[match[1]] = self.by_name.get(match[1], 0) + cycles
         return found[True], found[False]
