@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from twla_jax.errors import TwlaError
-from twla_jax.storage import folders, locks, places
+from twla_jax.storage import folders, locks, places, resume
 
 # In a process of its own: a run that puts `new` into OUT and is killed where `kill` says.
 RUN = """
@@ -93,6 +93,24 @@ def test_hidden_folders_named_by_a_process_id_do_not_block(out):
         (out.parent / f".out.1.{suffix}").mkdir()
         (out.parent / f".out.1.{suffix}" / "model").write_text("left")
     write(out, "new")
+    assert names(out.parent) == ["out"]
+
+
+def test_a_kill_while_finished_parts_are_removed_leaves_none_that_another_run_would_take_up(out, monkeypatch):
+    work = out.with_name("out.partial")
+    resume.WorkDir(work, "mine").save("block-0", {})
+
+    def killed(folder, **_):
+        (Path(folder) / "fingerprint.json").unlink()
+        raise KeyboardInterrupt
+
+    with locks.hold(out), monkeypatch.context() as patched:
+        patched.setattr(folders.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folders.discard_work(work, out)
+    with locks.hold(out):
+        assert resume.WorkDir(work, "mine").names("block-0") is None
+        folders.discard_work(work, out)
     assert names(out.parent) == ["out"]
 
 

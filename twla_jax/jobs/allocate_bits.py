@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from twla_jax.jobs import places
 from twla_jax.recipe import AllocationSettings, Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases
-from twla_jax.storage import checkpoint
+from twla_jax.storage import checkpoint, folders
 from twla_jax.text import corpora, recipe_windows, sampled
 from twla_jax.text.corpora import Corpus
 from twla_jax.text.sampled import SampledText
@@ -111,7 +110,7 @@ def allocate_folder(
             {**info.report, **result},
             {TABLES: dump_tables(measured.tables)},
         )
-        shutil.rmtree(work_dir, ignore_errors=True)
+        folders.discard_work(work_dir, out)
     return {**result, "seconds": phases.seconds}
 
 

@@ -5,7 +5,6 @@ Every row is a folder that `quantize_model.quantize_to_folder` wrote, counted by
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from twla_jax.recipe import Recipe
 from twla_jax.reports import plotting
 from twla_jax.reports.run import Phases, environment
 from twla_jax.schema import check_values
-from twla_jax.storage import accounting, checkpoint
+from twla_jax.storage import accounting, checkpoint, folders, locks
 from twla_jax.text import corpora
 
 RESULTS = "compare.json"
@@ -91,8 +90,9 @@ def compare_recipes(
     for entry in entries:
         if isinstance(entry, Recipe) and (out / entry.name).exists():
             _check_reusable(out / entry.name, entry, source)
-            # A kill while this was removed, once the folder was whole, left a part of it.
-            shutil.rmtree(out / f"{entry.name}{quantize_model.WORK}", ignore_errors=True)
+            # A kill once the folder was whole left its finished parts, or some of them under a hidden name.
+            with locks.hold(out / entry.name):
+                folders.discard_work(out / f"{entry.name}{quantize_model.WORK}", out / entry.name)
     out.mkdir(parents=True, exist_ok=True)
     phases = Phases(verbose=progress)
     measured = Measured(out / RESULTS)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from twla_jax.models.io.tokenizer import as_json
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.recipe import Recipe
 from twla_jax.reports.run import Phases, environment, peak_memory
-from twla_jax.storage import accounting, checkpoint, resume
+from twla_jax.storage import accounting, checkpoint, folders, resume
 from twla_jax.text import corpora, recipe_windows, sampled
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ def quantize_to_folder(
 
         def save() -> dict[str, Any]:
             checkpoint.save(quantized, tokenizer, out, recipe, report, extra=extra, overwrite=overwrite)
-            shutil.rmtree(work_dir, ignore_errors=True)
+            folders.discard_work(work_dir, out)
             return accounting.account(out)
 
         size = hosts.from_first(save)

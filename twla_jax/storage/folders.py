@@ -56,6 +56,18 @@ def beside(folder: Path) -> Iterator[Path]:
         _remove(temporary)  # by now what was in place before, where names were exchanged
 
 
+def discard_work(work: Path, folder: Path) -> None:
+    """Remove the finished parts in `work`, which lies beside `folder`, under a name by which no run takes them up.
+
+    What a kill leaves of them, the next run that holds `folder` removes. The caller holds it.
+    """
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+    with contextlib.suppress(OSError):  # there is none, or it cannot be renamed
+        work.rename(hidden)
+        work = hidden
+    shutil.rmtree(work, ignore_errors=True)
+
+
 def files(folder: Path) -> list[Path]:
     """Return every file below a folder, in order."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
