@@ -11,6 +11,7 @@ from twla_jax.version import __version__
 
 _Json = dict[str, Any]
 _TEXT: _Json = {"type": "string", "maxLength": 4096}
+_STOP: _Json = {**_TEXT, "minLength": 1}
 _LONG: _Json = {"type": "string", "maxLength": 2**24}
 _IDS: _Json = {
     "type": "array",
@@ -46,7 +47,7 @@ _COMMON: _Json = {
     "min_p": {"type": "number", "minimum": 0, "maximum": 1},
     "n": {"type": "integer", "minimum": 1, "maximum": 16},
     "seed": {"type": "integer", "minimum": 0, "maximum": SEED_LIMIT, "description": "choice i has seed + i"},
-    "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}]},
+    "stop": {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": 16}]},
     "stream": {"type": "boolean"},
     "stream_options": {"type": "object", "additionalProperties": {"type": "boolean"}},
     "ignore_eos": {"type": "boolean", "description": "go on past the model's end"},
