@@ -13,10 +13,10 @@ TESTS ?=
 
 # Two processes and few optimisations: most of the time goes into compilation, which uses one core, of programs that
 # mostly run once or twice; what one process or an earlier run compiled is found in the cache. XLA's new emitters run
-# dozens of passes over each fused loop; the old ones take a third of the time. Code is generated in one piece, not in
-# many for as many threads. Files in order: else those of few tests and much time come last, and a process has none left.
+# dozens of passes over each fused loop; the old ones take a third of the time. Files in order: else those of few tests
+# and much time come last, and a process has none left.
 QUICK = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
-  --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1
+  --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
 PYTEST = XLA_FLAGS="$(XLA_FLAGS) $(QUICK)" \
   JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
   $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
