@@ -93,6 +93,7 @@ def test_the_work_is_half_of_the_naive_beside_two_runs_of_the_model(tiny_ternary
     assert effort["block_evaluations"] <= effort["naive_block_evaluations"] / 2 + 2 * 3
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_table_is_that_of_one_device(tiny_ternary):
     """Of three windows, which two devices cannot share alike."""
     mesh = sharding.make_mesh("data=2,model=2")

@@ -70,6 +70,7 @@ def test_tiles_that_are_tried_lie_around_the_rules():
             assert 1 <= config.stages <= -(-8 // (config.warpgroups * config.together))
 
 
+@pytest.mark.slow
 def test_perplexities_by_path_agree_where_there_are_no_kernels():
     check = script("check_perplexity")
     model = shapes.random_model(SHAPES["tiny"], activation_bits=8)
@@ -179,6 +180,7 @@ def test_a_variant_is_a_name_and_what_it_changes():
     assert variant.own == {"text": "pydoc", "self": 0.25}
 
 
+@pytest.mark.slow
 def test_memory_of_the_streaming_refinement_is_a_row(capsys):
     options = ["tiny", "--layers", "1", "--batch", "1", "--seq-len", "8", "--steps", "1", "--tokens", "480"]
     script("refine_memory").main(options)
