@@ -129,7 +129,7 @@ class ClipTrainingSettings(LearningSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefineSettings(Settings):
-    """Which refinements follow the layer-wise quantisation, in this order; None leaves one out.
+    """Says which refinements follow the layer-wise quantisation, in this order; None leaves one out.
 
     Attributes:
       blocks: block by block.

@@ -97,7 +97,7 @@ def device_bytes(model: Decoder, recipe: Recipe, room: int | None, devices: int 
     phases = [at(0, 0, memory.rotation_bytes(model, site, settings)) for site in model.sites]
     before = 0
     for index, site in enumerate(model.sites):
-        streams = memory.stream_bytes_at(model, index, text.windows * text.seq_len, settings)
+        streams = memory.stream_bytes(model, text.windows * text.seq_len, settings, index)
         moments = memory.moment_bytes(model, site, settings)
         product = 0 if site.experts else moments  # of a batch, before it is added
         phases.append(at(max(before, streams), moments, batch + product))

@@ -89,9 +89,7 @@ def advance(
     h = block.before(site, state, context)
     h = h * real.reshape(-1, *[1] * (h.ndim - 1)).astype(h.dtype)
     experts = block.route(state, context).experts if site.experts else None
-    if (
-        h.ndim > 3
-    ):  # a row for each expert of a token; one more, so that not all of the sample are of one rank
+    if h.ndim > 3:  # a row for each expert of a token; one more, lest all of the sample be of one rank
         stride = stride * h.shape[2] + 1
     sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
     if isinstance(moment, ExpertMoments):

@@ -25,15 +25,14 @@ def block_bytes(model: Decoder, itemsize: int = 2) -> int:
     return itemsize * weights
 
 
-def stream_bytes(model: Decoder, tokens: int, settings: QuantizationSettings) -> int:
-    """Return the bytes of the residual streams of all calibration tokens, with what a site reads instead."""
-    width = model.config.hidden_size + widest_kept(model)
-    return tokens * model.dtype.itemsize * width * (2 if settings.weights.propagation else 1)
+def stream_bytes(
+    model: Decoder, tokens: int, settings: QuantizationSettings, index: int | None = None
+) -> int:
+    """Return the bytes of the residual streams of all calibration tokens, with what a site reads instead.
 
-
-def stream_bytes_at(model: Decoder, index: int, tokens: int, settings: QuantizationSettings) -> int:
-    """Return the bytes of the residual streams of all calibration tokens while they stand at site `index`."""
-    width = model.config.hidden_size + kept_beside(model, index)
+    They are those while the streams stand at site `index`; at most, where it is None.
+    """
+    width = model.config.hidden_size + (widest_kept(model) if index is None else kept_beside(model, index))
     return tokens * model.dtype.itemsize * width * (2 if settings.weights.propagation else 1)
 
 

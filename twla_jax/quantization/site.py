@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from twla_jax.core import gptq, grouped, kotms
 from twla_jax.core.activation import fit_clips
@@ -83,7 +83,7 @@ def rotated_rows(
 
 @functools.partial(jax.jit, donate_argnames="moment")
 def rotated_mean(
-    moment: Float[Array, "m m"], rotation: KroneckerRotation | None, tokens: Float[Array, ""]
+    moment: Float[Array, "m m"], rotation: KroneckerRotation | None, tokens: int | Num[Array, ""]
 ) -> Float[Array, "m m"]:
     """Return the moments of the rotated input, a token."""
     return (moment if rotation is None else kotms.rotate_moment(moment, rotation)) / tokens
