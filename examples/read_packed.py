@@ -40,7 +40,9 @@ class PackedModel:
             return columns(part["scale"], settings) * (codes - columns(zero, settings))
         if kind != "ternary":
             raise SystemExit(f"{name}: weights of the kind '{kind}' are not read here")
-        weight = columns(part["alpha"], settings) * trits(part["codes"], n) + columns(part["mu"], settings)
+        weight = columns(part["alpha"], settings) * trits(part["codes"], n)
+        if "mu" in part:
+            weight += columns(part["mu"], settings)
         if "residual_codes" in part:
             residual_alpha = part["alpha"] * part["residual_ratio"] / 200
             weight += columns(residual_alpha, settings) * trits(part["residual_codes"], n)

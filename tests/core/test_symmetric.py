@@ -1,11 +1,13 @@
-"""One plane with μ = 0: fits against float64 NumPy, and through the column sweep."""
+"""One plane without μ: fits against float64 NumPy, through the column sweep, and in the kernels' form."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from twla_jax.core import e2m_atq, gptq, tensors
 from twla_jax.core.settings import CompensationSettings, SymmetricSettings, WeightSettings
+from twla_jax.ops.ternary_matmul import kernel_weight
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_relocation_is_the_least_output_error_over_alpha(group):
         assert (error(alpha) <= error(other)).all()
 
 
-def test_the_sweep_keeps_mu_at_zero_and_lowers_the_output_error(group):
+def test_the_sweep_holds_no_mu_and_lowers_the_output_error(group):
     w, metric = group
     errors = []
     for rounds in (0, 2):
@@ -56,7 +58,23 @@ def test_the_sweep_keeps_mu_at_zero_and_lowers_the_output_error(group):
         tensor, _ = gptq.quantize_matrix(
             jnp.asarray(w, jnp.float32), jnp.asarray(metric, jnp.float32), 100.0, settings=settings
         )
-        assert not np.asarray(tensor.mu).any()
+        assert tensor.mu is None
         e = w - np.asarray(tensors.dequantize(tensor), np.float64)
         errors.append(np.einsum("ni,ij,nj->", e, metric, e))
     assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("group_size", [128, 384])
+def test_without_mu_all_is_as_with_a_plane_of_zeros(group_size):
+    rng = np.random.default_rng(1)
+    codes = jnp.asarray(rng.integers(-1, 2, (40, 384)), jnp.int8)
+    alpha = jnp.asarray(rng.uniform(0.1, 1, (40, 384 // group_size)), jnp.float32)
+    zeros = jnp.zeros_like(alpha)
+    (alone, none), (beside, _) = (tensors.in_whole_steps(alpha, mu, group_size) for mu in (None, zeros))
+    np.testing.assert_array_equal(alone, beside)
+    assert none is None
+    pair = [tensors.from_codes(codes, alone, mu, group_size) for mu in (None, zeros)]
+    np.testing.assert_array_equal(*map(tensors.dequantize, pair))
+    jax.tree.map(np.testing.assert_array_equal, *(kernel_weight([tensor]) for tensor in pair))
+    for tensor in pair:
+        np.testing.assert_array_equal(tensor.offsets(), zeros)

@@ -39,8 +39,8 @@ EXPERTS = dataclasses.replace(
 )
 
 
-def plain_model(group_size, intermediate=320, offset=0.0, config=None):
-    """A decoder of random planes without rotations, whose μ have this standard deviation."""
+def plain_model(group_size, intermediate=320, offset=None, config=None):
+    """A decoder of random planes without rotations, whose μ have this standard deviation; by default it has none."""
     config = config or DecoderConfig(**CONFIG.to_dict() | {"intermediate_size": intermediate})
     model = Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
     rng = np.random.default_rng(0)
@@ -49,10 +49,9 @@ def plain_model(group_size, intermediate=320, offset=0.0, config=None):
         groups = -(-m // group_size)
         alpha = rng.uniform(0.01, 0.1, (*leading, n, groups))
         codes = rng.integers(-1, 2, (*leading, n, m))
-        mu = offset * rng.normal(size=alpha.shape)
-        plane = tensors.from_codes(
-            jnp.asarray(codes, jnp.int8), jnp.asarray(alpha), jnp.asarray(mu), group_size
-        )
+        spread = rng.normal(size=alpha.shape)
+        mu = None if offset is None else jnp.asarray(offset * spread)
+        plane = tensors.from_codes(jnp.asarray(codes, jnp.int8), jnp.asarray(alpha), mu, group_size)
         getattr(model.blocks, name).kernel = nnx.Param(plane)
     off = ActivationQuantizer(
         bits=jnp.full(2, 16, jnp.int32), clips=jnp.ones((2, 4), jnp.float16), enabled=False

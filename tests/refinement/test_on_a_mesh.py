@@ -51,7 +51,7 @@ def student():
             alpha = np.abs(rows).mean(-1, keepdims=True) * 1.3
             codes = jnp.asarray(np.clip(np.round(rows / alpha), -1, 1), jnp.int8)
             alpha, columns = jnp.asarray(alpha), rows.shape[-1]
-            linear.kernel = nnx.Param(tensors.from_codes(codes, alpha, jnp.zeros_like(alpha), columns))
+            linear.kernel = nnx.Param(tensors.from_codes(codes, alpha, None, columns))
         quantizer = ActivationQuantizer(
             bits=jnp.full(1, 16, jnp.int32), clips=jnp.ones((1, 4), jnp.float16), enabled=False
         )

@@ -19,6 +19,8 @@ from twla_jax.recipe import Recipe
 from twla_jax.storage import accounting, checkpoint
 from twla_jax.storage.manifest import array_name
 
+from helpers.plain_planes import plain_model
+
 REPORT = {"perplexity": 12.5, "corpus": {"name": "pydoc"}}
 
 
@@ -46,6 +48,24 @@ def test_every_leaf_and_the_logits_come_back_exactly(tiny_ternary, saved):
     np.testing.assert_array_equal(jax.jit(tiny_ternary.__call__)(tokens), jax.jit(model.__call__)(tokens))
     assert tokenizer is None
     assert (info.recipe, info.report, info.config) == (Recipe(), REPORT, tiny_ternary.config)
+
+
+def test_planes_without_mu_load_as_those_of_earlier_versions_with_zeros_for_it(tmp_path):
+    loaded = {}
+    for name, offset in (("new", None), ("old", 0.0)):
+        checkpoint.save(plain_model(128, offset=offset), None, tmp_path / name, Recipe(), {})
+        loaded[name], _, _ = checkpoint.load(tmp_path / name)
+    assert not list((tmp_path / "new" / "params").glob("*.mu"))
+    assert loaded["new"].blocks.q.kernel.get_value().mu is None
+    assert not np.asarray(loaded["old"].blocks.q.kernel.get_value().mu).any()
+    tokens = jnp.arange(14).reshape(2, 7)
+    logits = [jax.jit(model.__call__)(tokens) for model in loaded.values()]
+    np.testing.assert_array_equal(*logits)
+    # saved again, each is as it was
+    checkpoint.save(loaded["old"], None, tmp_path / "again", Recipe(), {})
+    tensors, before = (checkpoint.read_manifest(tmp_path / name)["tensors"] for name in ("again", "old"))
+    assert tensors == before
+    assert tensors["blocks.q.kernel"]["arrays"].keys() == {"codes", "alpha", "mu"}
 
 
 def test_codes_lie_on_the_disk_at_five_trits_a_byte_uncompressed(tiny_ternary, saved):

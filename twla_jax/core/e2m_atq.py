@@ -137,7 +137,7 @@ def relocate_symmetric(
 
 
 def nearest_codes(
-    w: Float[Array, "*shape"], alpha: Float[Array, "*#shape"], mu: Float[Array, "*#shape"]
+    w: Float[Array, "*shape"], alpha: Float[Array, "*#shape"], mu: Float[Array, "*#shape"] | float = 0.0
 ) -> Float[Array, "*shape"]:
     """Return the code in {-1, 0, 1} whose value `α·T + μ` lies nearest to w, in its shape; α = 0 gives 0."""
     ratio = (w - mu) / jnp.where(alpha == 0, jnp.inf, alpha)

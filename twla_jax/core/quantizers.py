@@ -124,15 +124,15 @@ class OnePlane(Quantizer):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SymmetricPlane(OnePlane):
-    """One plane whose μ is 0: levels `−α, 0, α`; there are no corrections of μ."""
+class SymmetricPlane(Quantizer):
+    """One plane without μ: scales `(α,)`, codes T in {-1, 0, 1}, levels `−α, 0, α`; no μ is stored."""
 
-    steps: int = 0
+    threshold: float
 
     @override
     def fit(self, w: Float[Array, "n g"], mask: Bool[Array, " g"]) -> tuple[Scales, Float[Array, "n g"]]:
         alpha, codes = e2m_atq.symmetric_fit(w, mask, threshold=self.threshold)
-        return (alpha, jnp.zeros_like(alpha)), codes
+        return (alpha,), codes
 
     @override
     def relocate(
@@ -143,8 +143,30 @@ class SymmetricPlane(OnePlane):
         metric: Float[Array, "g g"],
         mask: Bool[Array, " g"],
     ) -> Scales:
-        alpha, mu = scales
-        return e2m_atq.relocate_symmetric(w, codes, alpha, metric, mask), mu
+        (alpha,) = scales
+        return (e2m_atq.relocate_symmetric(w, codes, alpha, metric, mask),)
+
+    @override
+    def nearest(self, w: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
+        (alpha,) = scales
+        return e2m_atq.nearest_codes(w, alpha)
+
+    @override
+    def values(
+        self, codes: Float[Array, "*shape"], *scales: Float[Array, "*#shape"]
+    ) -> Float[Array, "*shape"]:
+        (alpha,) = scales
+        return alpha * codes
+
+    @override
+    def stored(self, codes: Float[Array, "n g"], scales: Scales) -> tuple[Float[Array, "n g"], Scales]:
+        return codes, tuple(map(_float16, scales))
+
+    @override
+    def pack(self, codes: Num[Array, "*batch n m"], scales: Scales, group_size: int) -> TernaryTensor:
+        (alpha,) = scales
+        alpha, _ = tensors.in_whole_steps(alpha, None, group_size)
+        return tensors.from_codes(codes.astype(jnp.int8), alpha, None, group_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

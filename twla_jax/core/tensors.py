@@ -63,7 +63,8 @@ class TernaryTensor:
     """A ternary weight matrix, rows are outputs: `Ŵ[i, k] = alpha[i, k // G]·T[i, k] + mu[i, k // G]`.
 
     With a second plane, `residual_alpha[i, k // G]·T₂[i, k]` is added, `T₂` packed in `residual_codes` and its α a
-    multiple of the first one's, `alpha·residual_ratio/200`; with one plane the three are None.
+    multiple of the first one's, `alpha·residual_ratio/200`; with one plane the three are None. Symmetric planes have no
+    offsets: their `mu` is None.
 
     Invariants: codes pack `T + 1` as `packing.pack` does; α and μ have `ceil(in_features / group_size)` columns, the
     last group being short where the group size does not divide. Leading axes (a stack of layers, say) are shared by
@@ -74,9 +75,9 @@ class TernaryTensor:
 
     codes: UInt8[Array, "*batch n bytes"]
     alpha: Float16[Array, "*batch n groups"]
-    mu: Float16[Array, "*batch n groups"]
     in_features: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
+    mu: Float16[Array, "*batch n groups"] | None = None
     residual_codes: UInt8[Array, "*batch n bytes"] | None = None
     residual_ratio: UInt8[Array, "*batch n groups"] | None = None
 
@@ -88,16 +89,18 @@ class TernaryTensor:
         ratio = jnp.asarray(self.residual_ratio, jnp.float32) / RATIO_STEPS
         return jnp.asarray(self.alpha, jnp.float32) * ratio
 
+    def offsets(self) -> Float16[Array, "*batch n groups"]:
+        """Return μ, `[..., n, groups]`, as zeros where none is held."""
+        return jnp.zeros(self.alpha.shape, self.alpha.dtype) if self.mu is None else self.mu
+
     def planes(self) -> tuple["TernaryTensor", ...]:
-        """Return tensors of one plane each that add up to this one; μ is the first one's, the second's is 0."""
+        """Return tensors of one plane each that add up to this one; the first has its μ, the second none."""
         residual_alpha = self.residual_alpha
         if self.residual_codes is None or residual_alpha is None:
             return (self,)
         first = dataclasses.replace(self, residual_codes=None, residual_ratio=None)
         alpha = residual_alpha.astype(self.alpha.dtype)
-        return first, dataclasses.replace(
-            first, codes=self.residual_codes, alpha=alpha, mu=jnp.zeros_like(self.mu)
-        )
+        return first, dataclasses.replace(first, codes=self.residual_codes, alpha=alpha, mu=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,15 +113,18 @@ def dequantize(weight: "TernaryTensor | Dequantizable", dtype=jnp.float32) -> Fl
     if not isinstance(weight, TernaryTensor):
         return weight.dequantize(dtype)
 
-    def scaled(codes, alpha):
-        unsigned = packing.unpack(codes, weight.in_features).astype(dtype)
-        return (unsigned - 1) * per_column(alpha.astype(dtype), weight.in_features, weight.group_size)
+    def spread(parameter):
+        return per_column(parameter.astype(dtype), weight.in_features, weight.group_size)
 
-    mu = per_column(weight.mu.astype(dtype), weight.in_features, weight.group_size)
-    dense = scaled(weight.codes, weight.alpha) + mu
-    if weight.residual_codes is None:
-        return dense
-    return dense + scaled(weight.residual_codes, weight.residual_alpha)
+    def scaled(codes, alpha):
+        return (packing.unpack(codes, weight.in_features).astype(dtype) - 1) * spread(alpha)
+
+    dense = scaled(weight.codes, weight.alpha)
+    if weight.mu is not None:
+        dense += spread(weight.mu)
+    if weight.residual_codes is not None:
+        dense += scaled(weight.residual_codes, weight.residual_alpha)
+    return dense
 
 
 def packed_matmul(
@@ -142,52 +148,52 @@ def packed_matmul(
 def from_codes(
     codes: Int8[AnyArray, "*batch n m"],
     alpha: Float[AnyArray, "*batch n groups"],
-    mu: Float[AnyArray, "*batch n groups"],
+    mu: Float[AnyArray, "*batch n groups"] | None,
     group_size: int,
     residual_codes: Int8[AnyArray, "*batch n m"] | None = None,
     residual_alpha: Float[AnyArray, "*batch n groups"] | None = None,
 ) -> TernaryTensor:
-    """Pack codes in {-1, 0, 1} and scales into a `TernaryTensor`: α, μ as float16, α₂ as a byte's share of α."""
+    """Return the `TernaryTensor` of codes in {-1, 0, 1} and scales: α, μ as float16, α₂ as a byte's share of α."""
     residual_ratio = None if residual_alpha is None else nearest_ratio(alpha, residual_alpha)
     return TernaryTensor(
         residual_codes=None if residual_codes is None else packing.pack(residual_codes),
         residual_ratio=None if residual_ratio is None else residual_ratio.astype(jnp.uint8),
         codes=packing.pack(codes),
         alpha=jnp.asarray(alpha, jnp.float16),
-        mu=jnp.asarray(mu, jnp.float16),
+        mu=None if mu is None else jnp.asarray(mu, jnp.float16),
         in_features=codes.shape[-1],
         group_size=group_size,
     )
 
 
 def in_whole_steps(
-    alpha: Float[AnyArray, "*rows groups"], mu: Float[AnyArray, "*rows groups"], group_size: int
-) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"]]:
+    alpha: Float[AnyArray, "*rows groups"], mu: Float[AnyArray, "*rows groups"] | None, group_size: int
+) -> tuple[Float[Array, "*rows groups"], Float[Array, "*rows groups"] | None]:
     """Return α and μ, rounded to whole numbers of their row's step; as they are where kernels add up no groups."""
-    alpha, mu = jnp.asarray(alpha), jnp.asarray(mu)
+    scales = jax.tree.map(jnp.asarray, (alpha, mu))
     if alpha.shape[-1] == 1 or group_size % packing.PLANE:
-        return alpha, mu
+        return scales
     step = row_steps(alpha, mu)[..., None]
-    return jnp.round(alpha / step) * step, jnp.round(mu / step) * step
+    return jax.tree.map(lambda each: jnp.round(each / step) * step, scales)
 
 
 def row_steps(
-    alpha: Float[AnyArray, "*rows groups"], mu: Float[AnyArray, "*rows groups"]
+    alpha: Float[AnyArray, "*rows groups"], mu: Float[AnyArray, "*rows groups"] | None
 ) -> Float32[Array, "*rows"]:
     """Return a step for each row, in which its weights `±α + μ` are whole numbers from −127 to 127 once rounded.
 
     Such weights add up in integers across groups. Rounding moves α and μ by less than 0.45 % of the row's largest
     |α| + |μ|, far below the error of three levels. Steps have 4 bits, so that float16 holds 7 bits of them. Of α and
-    μ that are rounded already, it is the step to which they were.
+    μ that are rounded already, it is the step to which they were. Without μ, weights are ±α.
     """
-    alpha, mu = alpha.astype(jnp.float32), mu.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(alpha) + jnp.abs(mu), axis=-1)
+    scales = jnp.stack(jax.tree.leaves((alpha, mu))).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(scales).sum(0), axis=-1)
     # One less than int8 holds, as two are rounded.
     mantissa, exponent = jnp.frexp(jnp.maximum(largest / 126, _SMALLEST_STEP))
     sixteenths = jnp.ceil(16 * mantissa)
 
     def off(step):
-        parts = jnp.stack([alpha, mu]) / step[..., None]
+        parts = scales / step[..., None]
         error = jnp.max(jnp.abs(parts - jnp.round(parts)), axis=(0, -1))
         return jnp.where(largest < 127.01 * step, error, jnp.inf)
 

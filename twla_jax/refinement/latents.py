@@ -1,6 +1,7 @@
 """Defines what learns in refinement: float latents behind codes and scales, and the way back to packed tensors."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -53,7 +54,7 @@ def init_latents(student: Decoder, teacher: Decoder, *, codes: bool = True) -> L
     """Return what stands for the student as it is: linears' `u`, `s` and `r`, norms' `g`, rotations' factors.
 
     Of two planes each linear has a `residual_s`, too. Without `codes` there is no `u`, and codes stay as they are. A
-    linear without any μ (symmetric planes) has no `r`, and gets none.
+    linear without μ (symmetric planes), or with zeros for it (those of earlier versions), has no `r`, and gets none.
     All are float32. u starts where the full-precision weight lies in units of α, but within its code's cell: the codes
     that the column sweep chose are kept, and those whose weight lies near a boundary are the first to change.
 
@@ -69,7 +70,7 @@ def init_latents(student: Decoder, teacher: Decoder, *, codes: bool = True) -> L
         for name in site.linears:
             tensor = getattr(student.blocks, name).kernel.get_value()
             latents[name] = {"s": jnp.zeros(tensor.alpha.shape)}
-            if jnp.any(tensor.mu):
+            if tensor.mu is not None and jnp.any(tensor.mu):
                 latents[name]["r"] = jnp.zeros(tensor.alpha.shape)
             if codes:
                 kernel = getattr(teacher.blocks, name).kernel.get_value()
@@ -116,23 +117,25 @@ def trained_clip(quantizer: ActivationQuantizer, offset: Float[Array, "*batch"])
 
 def scales(
     tensor: tensors.TernaryTensor, parts: dict[str, jax.Array]
-) -> tuple[Float[Array, "*batch n groups"], ...]:
-    """Return `(α, μ)`, or of two planes `(α₁, α₂, μ)`, under the offsets s and r, float32."""
-    alpha, mu = tensor.alpha.astype(jnp.float32), tensor.mu.astype(jnp.float32)
-    if "r" in parts:
-        mu += (alpha if tensor.residual_alpha is None else two_plane_latents.unit(tensor)) * parts["r"]
-    if tensor.residual_alpha is None:
-        return alpha * (1 + parts["s"]), mu
-    return alpha * (1 + parts["s"]), tensor.residual_alpha * (1 + parts["residual_s"]), mu
+) -> tuple[tuple[Float[Array, "*batch n groups"], ...], Float[Array, "*batch n groups"] | None]:
+    """Return `(α,)`, or of two planes `(α₁, α₂)`, and μ, if there is one, under the offsets s and r, float32."""
+    alpha, residual_alpha = tensor.alpha.astype(jnp.float32), tensor.residual_alpha
+    mu = None if tensor.mu is None else tensor.mu.astype(jnp.float32)
+    if mu is not None and "r" in parts:
+        mu += (alpha if residual_alpha is None else two_plane_latents.unit(tensor)) * parts["r"]
+    residual = () if residual_alpha is None else (residual_alpha * (1 + parts["residual_s"]),)
+    return (alpha * (1 + parts["s"]), *residual), mu
 
 
 def _dense(tensor: tensors.TernaryTensor, parts: dict[str, jax.Array]) -> Float[Array, "n m"]:
     """Return Ŵ, float32, through whose codes gradients pass straight."""
     if tensor.residual_alpha is not None:
-        return two_plane_latents.dense(parts.get("u"), tensor, scales(tensor, parts))
-    alpha, mu = (per_column(p, tensor.in_features, tensor.group_size) for p in scales(tensor, parts))
+        return two_plane_latents.dense(parts.get("u"), tensor, *scales(tensor, parts))
+    spread = functools.partial(per_column, in_features=tensor.in_features, group_size=tensor.group_size)
+    (alpha,), mu = scales(tensor, parts)
     codes = _straight_through(parts["u"]) if "u" in parts else _codes(tensor)
-    return codes * alpha + mu
+    dense = codes * spread(alpha)
+    return dense if mu is None else dense + spread(mu)
 
 
 def _codes(tensor: tensors.TernaryTensor) -> Float[Array, "*batch n m"]:
@@ -167,7 +170,7 @@ def _start(layer) -> Float[Array, "n m"]:
     codes = _codes(tensor)
     alpha, mu = (
         per_column(p.astype(jnp.float32), tensor.in_features, tensor.group_size)
-        for p in (tensor.alpha, tensor.mu)
+        for p in (tensor.alpha, tensor.offsets())
     )
     u = (rows - mu) / jnp.where(alpha == 0, jnp.inf, alpha)
     return codes + jnp.clip(u - codes, -_MARGIN, _MARGIN)
@@ -207,7 +210,7 @@ def harden_arrays(student: Decoder, latents: Latents, bits: int) -> Decoder:
 @jax.jit
 def _hardened(tensor: tensors.TernaryTensor, parts: dict[str, jax.Array]) -> tensors.TernaryTensor:
     """Return what the latents of a linear, or of a stack of them, stand for."""
-    alpha, *residual_alpha, mu = scales(tensor, parts)
+    (alpha, *residual_alpha), mu = scales(tensor, parts)
     if residual_alpha:
         first, second = two_planes.split(two_plane_latents.codes(parts.get("u"), tensor))
         residual = (second.astype(jnp.int8), *residual_alpha)

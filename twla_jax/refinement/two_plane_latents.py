@@ -35,7 +35,7 @@ def start(rows: Float[Array, "n m"], tensor: TernaryTensor) -> Float[Array, "n m
     # Beyond the outermost level no further than gradients pass.
     lower = jnp.where(jnp.isinf(lower), current - 1, lower)
     upper = jnp.where(jnp.isinf(upper), current + 1, upper)
-    mu, size = (_columns(p.astype(jnp.float32), tensor) for p in (tensor.mu, unit(tensor)))
+    mu, size = (_columns(p.astype(jnp.float32), tensor) for p in (tensor.offsets(), unit(tensor)))
     step = (rows - mu) / size - current
     return current + jnp.clip(step, -_MARGIN * (current - lower) / 2, _MARGIN * (upper - current) / 2)
 
@@ -48,15 +48,20 @@ def codes(u: Float[Array, "*batch n m"] | None, tensor: TernaryTensor) -> Float[
 
 
 def dense(
-    u: Float[Array, "n m"] | None, tensor: TernaryTensor, scales: tuple[Float[Array, "n groups"], ...]
+    u: Float[Array, "n m"] | None,
+    tensor: TernaryTensor,
+    alphas: tuple[Float[Array, "n groups"], ...],
+    mu: Float[Array, "n groups"] | None,
 ) -> Float[Array, "n m"]:
-    """Return Ŵ under latents and scales `(α₁, α₂, μ)`, through whose codes gradients pass straight."""
+    """Return Ŵ under latents and scales `(α₁, α₂)` and μ, through whose codes gradients pass straight."""
+    alpha, residual_alpha = (_columns(p, tensor) for p in alphas)
+    scales = alpha, residual_alpha, 0.0 if mu is None else _columns(mu, tensor)
     if u is None:
-        return two_planes.values(_digits(tensor), *(_columns(p, tensor) for p in scales))
+        return two_planes.values(_digits(tensor), *scales)
     first, second = _levels(tensor)
     within = jnp.abs(u) < jnp.abs(first) + jnp.abs(second) + _REACH
     passed = jnp.where(within, u, jax.lax.stop_gradient(u))
-    hard = two_planes.values(jax.lax.stop_gradient(codes(u, tensor)), *(_columns(p, tensor) for p in scales))
+    hard = two_planes.values(jax.lax.stop_gradient(codes(u, tensor)), *scales)
     return hard + _columns(unit(tensor), tensor) * (passed - jax.lax.stop_gradient(passed))
 
 

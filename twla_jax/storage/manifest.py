@@ -207,7 +207,7 @@ def _fits(entry: dict[str, Any]) -> bool:
         return _fits_groups(shapes, columns, groups, static.get("salient_width"))
     if kind == "ternary":
         residual = shapes.keys() & {"residual_codes", "residual_ratio"}
-        if shapes.keys() - residual != {"codes", "alpha", "mu"} or len(residual) == 1:
+        if shapes.keys() - residual - {"mu"} != {"codes", "alpha"} or len(residual) == 1:
             return False
         widths = {"codes": -(-columns // 5), "residual_codes": -(-columns // 5)}
     else:

@@ -85,8 +85,10 @@ def _row_bytes(recipe: Recipe, columns: int) -> int | None:
     """Return the bytes of a row of weights with its scales; None where they depend on the weights."""
     quantizer, group = recipe.weights.quantizer, recipe.weights.group_size or columns
     groups = -(-columns // group)
-    if isinstance(quantizer, TernarySettings | SymmetricSettings):
-        return -(-columns // 5) + 4 * groups
+    if isinstance(quantizer, TernarySettings):
+        return -(-columns // 5) + 2 * _FLOAT * groups
+    if isinstance(quantizer, SymmetricSettings):
+        return -(-columns // 5) + _FLOAT * groups
     if isinstance(quantizer, TwoPlaneSettings):
         return 2 * -(-columns // 5) + 5 * groups
     if isinstance(quantizer, IntegerSettings):

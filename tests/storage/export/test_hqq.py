@@ -1,5 +1,6 @@
 """The form in which the hqq package saves linears: offsets μ become zero points, to the rounding of float32."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_what_it_cannot_hold_is_refused_with_the_recipe_that_would_do(quantised_
     model = plain_model(128)
     up = model.blocks.up.kernel.get_value()
     planes = {"residual_codes": up.codes, "residual_ratio": jnp.ones(up.alpha.shape, jnp.uint8)}
-    model.blocks.up.kernel = nnx.Param(tensors.TernaryTensor(up.codes, up.alpha, up.mu, 256, 128, **planes))
+    model.blocks.up.kernel = nnx.Param(dataclasses.replace(up, **planes))
     with pytest.raises(TwlaError, match=r"one ternary plane, blocks\.up\.kernel has two"):
         exported(model, tmp_path / "two", format="hqq")
     assert not list(tmp_path.rglob("dest"))

@@ -1,5 +1,6 @@
 """The packed arrays in one safetensors file, read by the example that knows numpy alone."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_it_reads_one_plane_and_rotations(quantised_folder, tiny_ternary, folded
     np.testing.assert_array_equal(model.weight("embed"), np.asarray(tiny_ternary.embed.get_value()))
 
 
-def test_it_reads_two_planes_integers_and_bfloat16(tiny_ternary, packed_model, tmp_path):
+def test_it_reads_two_planes_planes_without_mu_integers_and_bfloat16(tiny_ternary, packed_model, tmp_path):
     rng = np.random.default_rng(5)
     first = tiny_ternary.blocks.o.kernel.get_value()
     codes = jnp.asarray(rng.integers(-1, 2, (2, 3, 42, 42)), jnp.int8)
@@ -56,10 +57,14 @@ def test_it_reads_two_planes_integers_and_bfloat16(tiny_ternary, packed_model, t
     tiny_ternary.blocks.o.kernel.set_value(two)
     tiny_ternary.embed.set_value(integers)
     tiny_ternary.norm.scale.set_value(norm)
+    without_mu = dataclasses.replace(tiny_ternary.blocks.q.kernel.get_value(), mu=None)
+    tiny_ternary.blocks.q.kernel.set_value(without_mu)
     checkpoint.save(tiny_ternary, None, tmp_path / "out", Recipe(), {})
     export_model(tmp_path / "out", tmp_path / "st", format="safetensors")
     model = packed_model(tmp_path / "st" / "model.safetensors")
     np.testing.assert_allclose(model.weight("blocks.o.kernel"), tensors.dequantize(two), rtol=1e-5, atol=1e-6)
+    alone = tensors.dequantize(without_mu)
+    np.testing.assert_allclose(model.weight("blocks.q.kernel"), alone, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(model.weight("embed"), integers.dequantize())
     np.testing.assert_array_equal(model.weight("norm.scale"), np.asarray(norm, np.float64))
 

@@ -98,7 +98,7 @@ def test_what_they_cannot_hold_is_refused_with_the_recipe_that_would_do(options,
     model = plain_model(128)
     up = model.blocks.up.kernel.get_value()
     offset = tensors.from_codes(
-        jnp.zeros((2, 320, 256), jnp.int8), up.alpha, jnp.full(up.mu.shape, 0.5, jnp.float16), 128
+        jnp.zeros((2, 320, 256), jnp.int8), up.alpha, jnp.full(up.alpha.shape, 0.5, jnp.float16), 128
     )
     model.blocks.up.kernel = nnx.Param(offset)
     with pytest.raises(TwlaError, match=r"has no offset μ, blocks\.up\.kernel has one"):

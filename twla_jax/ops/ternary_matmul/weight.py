@@ -185,10 +185,8 @@ def kernel_weight(
         raise TwlaError(f"group size {size}: kernels take a multiple of {packing.PLANE}, or one group a row")
     rows = sum(weight.shape[0] for weight in weights)
     padding = -rows % ROW_PADDING
-    codes, alpha, mu = (
-        jnp.concatenate([jnp.asarray(getattr(weight, name)) for weight in weights])
-        for name in ("codes", "alpha", "mu")
-    )
+    parts = zip(*((weight.codes, weight.alpha, weight.offsets()) for weight in weights), strict=True)
+    codes, alpha, mu = (jnp.concatenate([jnp.asarray(each) for each in part]) for part in parts)
     bias = jnp.concatenate(
         [
             jnp.zeros(weight.shape[0]) if bias is None else jnp.asarray(bias, jnp.float32)

@@ -56,7 +56,7 @@ def require_plain(model: Decoder, format: str, *, offsets: bool = False) -> list
             raise TwlaError(
                 f"{format} rotates no inputs, {parameter.name} was quantised for rotated ones; {hint}"
             )
-        if not offsets and bool((tensor.mu != 0).any()):
+        if not offsets and tensor.mu is not None and bool((tensor.mu != 0).any()):
             raise TwlaError(f"{format} has no offset μ, {parameter.name} has one; {hint}")
         held[parameter.name] = tensor
     return list(held.values())
@@ -84,7 +84,7 @@ def plane(parameter: Parameter, group_size: int) -> Plane:
     tensor = parameter.value
     codes = np.asarray(packing.unpack(tensor.codes, tensor.in_features)).astype(np.int8) - np.int8(1)
     first = jnp.arange(0, tensor.in_features, group_size) // tensor.group_size
-    parts = codes, np.asarray(tensor.alpha[..., first]), np.asarray(tensor.mu[..., first])
+    parts = codes, np.asarray(tensor.alpha[..., first]), np.asarray(tensor.offsets()[..., first])
     return Plane(*(part.reshape(-1, part.shape[-1]) for part in parts))
 
 
