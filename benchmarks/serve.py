@@ -2,7 +2,9 @@
 
 Models are random and packed, of a known shape. For each it times decode steps as `twla bench decode` does, then the
 engine in this process, then the server, with clients in a process of their own. All requests come at once, and all go
-on to their last token. The table comes last; it fails where an answer is incomplete.
+on to their last token. The table comes last; its last column says what part of the time the engine's thread spent on
+handing over prompts, on handing over steps, on waiting for the device and on telling tokens. It fails where an answer
+is incomplete.
 """
 
 import argparse
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=384, help="tokens of an answer")
     parser.add_argument("--activation-bits", type=int, default=4)
     parser.add_argument("--embedding-bits", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=16, help="decode steps of a call")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps of a call at most")
     parser.add_argument("--kv-cache", choices=["int8"], default=None)
     parser.add_argument("--ask", help=argparse.SUPPRESS)  # what the process of the clients is told
     options = parser.parse_args()
@@ -85,7 +87,10 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
             }
             for way, go in ways.items():
                 go()  # once to warm up
+                before = dict(engine.seconds)
                 found = go()
+                whole = found["tokens"] / found["rate"]
+                found["spent"] = {name: (engine.seconds[name] - before[name]) / whole for name in before}
                 if found["tokens"] != count * options.new:
                     raise SystemExit(f"{shape}, {way}: {found['tokens']} tokens of {count * options.new}")
                 rows.append(
@@ -93,7 +98,10 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
                 )
         server.should_exit = True
         thread.join()
-    print(f"{shape}: engine started in {compiled:.0f} s", file=sys.stderr)
+    print(
+        f"{shape}: engine started in {compiled:.0f} s; steps of a loop by rows: {engine.fixed}",
+        file=sys.stderr,
+    )
     return rows
 
 
@@ -196,9 +204,10 @@ def plain_tokenizer(size: int):
 def print_table(rows: list[dict]) -> None:
     """Prints a line a row."""
     print(
-        "\n| model | | clients | tokens/s | of bench decode | while all run | first token, ms | last of the first |"
+        "\n| model | | clients | tokens/s | of bench decode | while all run | first token, ms | last of the first "
+        "| prompts, steps, waiting, telling |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         cells = [
             row["shape"],
@@ -211,6 +220,7 @@ def print_table(rows: list[dict]) -> None:
             f"{row['together'] / row['bare']:.0%}",
             f"{1e3 * row['first']:.0f}",
             f"{1e3 * row['first_of_all']:.0f}",
+            ", ".join(f"{part:.0%}" for part in row["spent"].values()),
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
 

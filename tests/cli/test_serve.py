@@ -37,6 +37,7 @@ def test_what_cannot_be_served_is_refused_before_any_work(capsys, tmp_path, monk
         monkeypatch.setenv(KEY, key)
         assert f"{KEY}: must hold one key" in fails(capsys)
     monkeypatch.delenv(KEY)
+    assert "--mesh data=2: requests are not split over devices" in fails(capsys, "--mesh", "data=2")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     assert fails(capsys).endswith("pip install 'twla-jax[serve]'")

@@ -17,7 +17,8 @@ from twla_jax.ops.attention.kv_cache import empty_layer
 from twla_jax.ops.attention.reference import Positions, attention
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import ternary_matmul
-from twla_jax.serving import slots
+from twla_jax.serving import loops, slots
+from twla_jax.serving.rows import row, together
 
 GREEDY = Sampling().sampler()
 
@@ -80,20 +81,46 @@ def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compi
 
 @pytest.mark.hlo
 @pytest.mark.aot
-@pytest.mark.parametrize(("rows", "kernels"), [(1, 4), (8, 9)])
-def test_a_step_of_some_slots_works_in_the_cache_of_all(rows, kernels, compile_for, monkeypatch):
+@pytest.mark.parametrize(("rows", "kernels", "fixed"), [(1, 4, True), (8, 9, False), (8, 9, True)])
+def test_a_step_of_some_slots_works_in_the_cache_of_all(rows, kernels, fixed, compile_for, monkeypatch):
     monkeypatch.setattr(PackedLlamaBlock, "takes_splits", rows == 1)
     model = decoder(8, 4, tied=False, hidden_size=1024, num_heads=16)
     state = slots.empty_slots(model, 8, 640)
 
     def steps(model, state, keep):
-        return slots.steps(model, state, keep, jnp.int32(3), rows=rows, room=4)
+        if fixed:
+            return loops.fixed_steps(model, state, keep, rows=rows, count=4)
+        return loops.steps(model, state, keep, jnp.int32(3), rows=rows, room=4)
 
-    compiled = compile_for("h100", steps, model, state, jnp.ones(8, bool))
-    within = compiled.as_text()[: compiled.as_text().index("ENTRY")]
+    program = compile_for("h100", steps, model, state, jnp.ones(8, bool)).as_text()
+    within = program[: program.index("ENTRY")]
     assert within.count('custom_call_target="mosaic') == kernels * model.config.num_layers + 1
     assert not re.search(r"= bf16\[2,\d,8,640,64\]\S* (copy|slice|fusion)", within)
     assert not re.search(r"= s32\[1,\d{4,}\]\S* copy", within)
+    if fixed:  # The host waits neither for the end of the loop nor for a branch.
+        (loop,) = re.findall(r" while\(.*", program)
+        assert '"known_trip_count":{"n":"4"}' in loop
+        assert " conditional(" not in program
+
+
+@pytest.mark.hlo
+@pytest.mark.aot
+def test_several_prompts_go_into_the_cache_of_all_in_place(compile_for, monkeypatch):
+    monkeypatch.setattr(PackedLlamaBlock, "takes_splits", False)
+    model = decoder(8, 4, tied=False, hidden_size=1024, num_heads=16)
+    state = slots.empty_slots(model, 16, 640)
+    nothing = row(Sampling(), limit=1, ends=(), told=False, config=model.config)
+    arguments = jnp.zeros((8, 64), jnp.int32), jnp.ones(8, jnp.int32), together([nothing] * 8), jnp.arange(8)
+
+    def twice(model, state, *arguments):
+        return slots.read(model, slots.read(model, state, *arguments)[1], *arguments)
+
+    program = compile_for("h100", twice, model, state, *arguments).as_text()
+    assert " while(" not in program
+    assert " conditional(" not in program
+    # Of the caches that come in, which nobody gives away here.
+    copies = re.findall(r"= bf16\[2,16,8,640,64\]\S* copy", program)
+    assert len(copies) == model.config.num_layers
 
 
 @pytest.mark.hlo

@@ -15,6 +15,7 @@ from twla_jax.errors import TwlaError
 from twla_jax.inference.generation import generate
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.inference.sampling import Sampling
+from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.rope_settings import RopeScaling
 from twla_jax.models.sites import set_activation_bits
@@ -36,7 +37,7 @@ def model(tiny_config):
 
 
 def started(model, **settings):
-    few = {"slots": 8, "max_length": 40, "steps": 3, "chunks": (4, 8)}
+    few = {"slots": 8, "max_length": 40, "steps": 3, "chunks": (4, 16), "together": 32, "ahead": True}
     return Engine(model, EngineSettings(**few | settings))
 
 
@@ -107,7 +108,8 @@ def answers(engine, asked):
 
 def test_every_answer_is_the_one_that_its_prompt_gets_alone(engine, model):
     compiled = {name: compiled_programs(each) for name, each in engine.programs.items()}
-    assert compiled == {"prefill": 2, "steps": 2, "admit": 1, "forget": 1, "move": 1}
+    of_prompts = {"read": 4, "prefill": 1, "admit": 1, "forget": 1, "move": 1}
+    assert compiled == {"steps": 2, "fixed_steps": 2, **of_prompts}
     asked = requests(24)
     for each, found in zip(asked, answers(engine, asked), strict=True):
         assert found.tokens == offline(model, each)
@@ -177,18 +179,55 @@ def test_a_cancelled_request_frees_its_slot_and_the_others_do_not_notice(engine,
     assert engine.running == engine.waiting == 0
 
 
-def test_a_request_whose_logits_are_not_finite_fails_alone(tiny_model):
-    """Token 5 overflows: at the first token, or after one; the next prompt goes through the row it was read into."""
+@pytest.mark.parametrize("chunk", [8, 4])
+def test_a_request_whose_logits_are_not_finite_fails_alone(tiny_model, chunk):
+    """Token 5 overflows: the next prompt goes through the call or the row that it was read in, or into its slot."""
     model = overflowing(tiny_model, 5)
-    alone = Generation(prompt=prompt(3, 4), max_new_tokens=6)
+    alone = Generation(prompt=prompt(3, 6), max_new_tokens=6)
     assert 5 not in alone.prompt
-    engine = started(model, slots=2, chunks=(8,), max_length=24, rows=(2,))
+    engine = started(model, slots=2, chunks=(chunk,), max_length=24, rows=(2,))
     asked = [Generation(prompt=(1, 5, 2, 3, 4, 6, 7, 8), max_new_tokens=6), *[alone] * 5]
     failed, *others = answers(engine, asked)
     engine.close()
     assert (failed.tokens, failed.reason) == ([], "failed")
     for each in others:
         assert (each.tokens, each.reason) == (offline(model, alone), "length")
+
+
+def test_with_one_shape_not_a_bit_depends_on_other_requests(model):
+    engine = started(model, slots=4, chunks=(16,), max_length=16, one_shape=True)
+    assert engine.fixed == {}
+    *others, asked = (
+        dataclasses.replace(each, prompt=each.prompt[:8], max_new_tokens=8, logprobs=True)
+        for each in requests(6)
+    )
+    (alone,) = answers(engine, [asked])
+    crowd = answers(engine, [*others, asked])
+    engine.close()
+    assert crowd[-1].tokens == alone.tokens
+    told = [jax.tree.map(lambda *parts: np.concatenate(parts), *each.told) for each in (alone, crowd[-1])]
+    jax.tree.map(np.testing.assert_array_equal, *told)
+
+
+@pytest.mark.parametrize("form", ["float", pytest.param("packed", marks=pytest.mark.slow)])
+def test_a_model_on_a_mesh_answers_as_on_one_device(form, tiny_config, tiny_ternary):
+    mesh = sharding.make_mesh("model=2")
+    if form == "float":  # with heads that the mesh divides
+        model = Decoder(dataclasses.replace(tiny_config, num_heads=4, num_kv_heads=2), rngs=nnx.Rngs(0))
+        split = sharding.place(model, mesh)
+    else:
+        model = jax.tree.map(jax.numpy.asarray, set_activation_bits(with_one_group_a_row(tiny_ternary), 16))
+        split = prepare_for_inference(model, mesh=mesh)
+    engine = started(split, slots=2, chunks=(4,), max_length=12, rows=(2,), together=0)
+    asked = [Generation(prompt=prompt(i, 3 + 2 * i), max_new_tokens=3) for i in range(3)]
+    found = answers(engine, asked)
+    engine.close()
+    assert [each.tokens for each in found] == [offline(model, each) for each in asked]
+
+
+def test_requests_are_not_split_over_devices(tiny_model):
+    with pytest.raises(TwlaError, match="data=2: requests are not split over devices"):
+        Engine(sharding.place(tiny_model, sharding.make_mesh("data=2")))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=5)])

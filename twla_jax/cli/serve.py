@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from twla_jax.cli.options import Kernels, Model, OptionalBits, OptionalDtype, OptionalFile, argument, number
+from twla_jax.cli.options import (
+    Kernels,
+    Model,
+    OptionalBits,
+    OptionalDtype,
+    OptionalFile,
+    OptionalMesh,
+    argument,
+    mesh_of,
+    number,
+)
 from twla_jax.cli.use import load_for_use
 from twla_jax.errors import TwlaError
 
@@ -30,7 +40,7 @@ def serve(
     slots: Annotated[int, number("slots")] = 16,
     max_length: OptionalLength = None,
     queue: Annotated[int, number("queue")] = 64,
-    steps: Annotated[int, number("steps")] = 16,
+    steps: Annotated[int, number("steps")] = 32,
     one_shape: bool = False,
     max_body: Annotated[int, number("max_body", "BYTES")] = 2**20,
     grace: Annotated[int, number("grace", "SECONDS")] = 30,
@@ -38,6 +48,7 @@ def serve(
     activation_bits: OptionalBits = None,
     kernels: Kernels = "auto",
     kv_cache: Annotated[Literal["int8"] | None, argument("int8", optional=True)] = None,
+    mesh: OptionalMesh = None,
     dtype: OptionalDtype = None,
 ) -> None:
     """Answer completions and chats over HTTP as OpenAI's API does, with streaming.
@@ -56,7 +67,8 @@ def serve(
         queue: requests that may wait for a slot; further ones are refused with status 429
         steps: most decode steps before the server looks at the queue again, fewer if they take long; a stream gets so
             many tokens at a time
-        one_shape: run all slots at every step, so that not even the last bit of an answer depends on other requests
+        one_shape: run all slots at every step and read prompts one by one, so that not even the last bit of an answer
+            depends on other requests
         max_body: most bytes of a request
         grace: seconds that running requests have to finish when the server stops
         api_key_file: file with the key that clients must send
@@ -64,6 +76,7 @@ def serve(
         kernels: on packs the weights and runs the device's kernels; off computes as the quantiser does; auto packs
             only where there are kernels, and on a CPU unpacks the weights once, if they fit
         kv_cache: int8 stores keys and values in 8 bits; default: the type the model computes in
+        mesh: devices to split the model over, as model=2
         dtype: type the model computes in; default: float32, or bfloat16 with kernels
     """
     if any(importlib.util.find_spec(each) is None for each in _NEEDED):
@@ -72,19 +85,21 @@ def serve(
         )
     from twla_jax.jobs import loading
     from twla_jax.progress import say
-    from twla_jax.serving import app, engine, server
+    from twla_jax.serving import app, engine, placement, server
     from twla_jax.serving.settings import EngineSettings, ServiceSettings
 
-    key = key_of(api_key_file)
+    key, devices = key_of(api_key_file), mesh_of(mesh)
+    if devices is not None:
+        placement.require_whole_batches(devices)
     with server.listen(host, port) as listening:  # before the work that a wrong address would waste
-        decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels)
+        decoder, tokenizer, path = load_for_use(model, dtype, activation_bits, kernels, devices)
         most = decoder.config.max_position_embeddings
         settings = EngineSettings(
             slots=slots,
             max_length=min(_MAX_LENGTH, most) if max_length is None else max_length,
             queue=queue,
             steps=steps,
-            rows=(slots,) if one_shape else (),
+            one_shape=one_shape,
             cache_dtype=kv_cache,
         )
         say(f"compiling for {', '.join(map(str, settings.row_counts))} rows ({path}, {decoder.dtype})")

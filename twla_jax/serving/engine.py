@@ -5,12 +5,13 @@ waits for the host.
 """
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,11 +21,11 @@ from twla_jax.errors import TwlaError
 from twla_jax.models.decoder import Decoder
 from twla_jax.serving.requests import Busy, Delivery, Generation, Ticket, check
 from twla_jax.serving.rows import Made
-from twla_jax.serving.runner import Runner
+from twla_jax.serving.runner import CALL_SECONDS, Runner
+from twla_jax.serving.schedule import Schedule
 from twla_jax.serving.settings import EngineSettings
 
-_PREFILL = 512  # tokens of prompts between two decode calls
-_CALL_SECONDS = 0.03  # of a decode call, for which a request that arrives has to wait
+_PREFILL = 2048  # tokens of prompts, with padding, between two decode calls
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +40,14 @@ class _Call:
 
 
 class Engine:
-    """Runs requests on one model until it is closed. Its methods may be called from any thread."""
+    """Runs requests on one model until it is closed. Its methods may be called from any thread.
+
+    Attributes:
+      settings: those it was made with.
+      config: of the model.
+      error: what ended it; None while it runs.
+      seconds: that its thread has spent: handing over prompts and steps, waiting for their tokens, and telling them.
+    """
 
     def __init__(self, model: Decoder, settings: EngineSettings | None = None):
         """Take memory for all slots, compile everything and start the thread; by default with plain settings.
@@ -50,13 +58,12 @@ class Engine:
         settings = EngineSettings() if settings is None else settings
         self._runner = Runner(model, settings)
         self.settings, self.config = settings, model.config
-        self._running: list[Ticket | None] = [None] * settings.slots
-        self._waiting: collections.deque[Ticket] = collections.deque()
-        self._prefilling: Ticket | None = None
+        self._schedule = Schedule(settings.slots, self._runner.width, self._runner.together)
         self._in_flight: collections.deque[_Call] = collections.deque()
         self._changed = threading.Condition()
-        self._closing, self._pace, self._step_seconds, self._read = False, 0.0, 0.0, 0.0
+        self._closing, self._pace, self._step_seconds, self._told_at = False, 0.0, 0.0, 0.0
         self.error: BaseException | None = None
+        self.seconds = {"reading": 0.0, "steps": 0.0, "waiting": 0.0, "telling": 0.0}
         self._thread = threading.Thread(target=self._run, name="twla-engine", daemon=True)
         self._thread.start()
 
@@ -71,14 +78,19 @@ class Engine:
         return self._runner.programs
 
     @property
+    def fixed(self) -> Mapping[int, int]:
+        """Returns the steps of the loops of fixed length by their number of rows; empty where there are none."""
+        return self._runner.fixed
+
+    @property
     def running(self) -> int:
         """Returns how many requests have a slot, or are about to take one."""
-        return sum(each is not None for each in self._running) + (self._prefilling is not None)
+        return self.settings.slots - self._schedule.room
 
     @property
     def waiting(self) -> int:
         """Returns how many requests wait for a slot."""
-        return len(self._waiting)
+        return len(self._schedule.waiting)
 
     def submit(self, generation: Generation, sink: Callable[[Delivery], None]) -> Ticket:
         """Queue a request; its tokens go to `sink`, from the engine's thread, the last of them with why it ended.
@@ -105,10 +117,9 @@ class Engine:
                 raise Busy(
                     "the server is shutting down" if self.error is None else "the engine has failed", None
                 )
-            free = self._running.count(None) - (self._prefilling is not None)
-            if len(self._waiting) + len(tickets) > self.settings.queue + free:
+            if self.waiting + len(tickets) > self.settings.queue + self._schedule.room:
                 raise Busy("too many requests are waiting", self._seconds_to_wait())
-            self._waiting.extend(tickets)
+            self._schedule.waiting.extend(tickets)
             self._changed.notify_all()
         return tickets
 
@@ -127,7 +138,7 @@ class Engine:
 
     def _seconds_to_wait(self) -> int:
         """Return a guess of when a slot will be free, for clients that ask again."""
-        return min(60, max(1, math.ceil(self._pace * (1 + len(self._waiting) / self.settings.slots))))
+        return min(60, max(1, math.ceil(self._pace * (1 + self.waiting / self.settings.slots))))
 
     def _run(self) -> None:
         try:
@@ -140,95 +151,128 @@ class Engine:
         finally:
             self._abort()
 
+    @contextlib.contextmanager
+    def _spending(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.monotonic() - begun
+
     def _wait(self) -> bool:
         """Return True once there is something to do, False if the engine is to stop."""
+        schedule = self._schedule
         with self._changed:
-            while not (self._closing or self._waiting or self._prefilling or self._in_flight):
-                if any(each is not None and not each.done for each in self._running):
+            while not (self._closing or schedule.waiting or schedule.prefilling or self._in_flight):
+                schedule.release()
+                if schedule.room < self.settings.slots:
                     break
-                self._running = [None] * len(self._running)
                 self._changed.wait()
             return not self._closing
 
     def _turn(self) -> None:
         """Admit what there is room for, hand the device the next steps, and deliver those before."""
         begin = len(self._in_flight)
-        self._release()
+        with self._changed:
+            self._schedule.release()
         self._admit()
-        self._compact()
-        active = {i: ticket for i, ticket in enumerate(self._running) if ticket is not None}
+        with self._changed:
+            moves = self._schedule.moves(self.settings.row_counts)
+        for source, target in moves:
+            self._runner.move(source, target)
+        active = self._schedule.active
+        if active and self._runner.blocks and self._loop_ahead(active) is None:
+            # The next call would not return before it is over: what is there is told first.
+            while self._in_flight:
+                self._deliver(self._in_flight.popleft())
+            begin, active = 0, self._schedule.active
         if active:
-            rows = next(n for n in self.settings.row_counts if n > max(active))
-            keep = np.isin(np.arange(len(self._running)), list(active))
-            self._hand_over(self._runner.steps(rows, keep, self._count(len(active))), active, steps=True)
+            with self._spending("steps"):
+                self._step(active)
         # What was handed over in this turn is read in the next one, if there is one.
         while self._in_flight and (begin or not active):
             self._deliver(self._in_flight.popleft())
             begin -= 1
 
-    def _count(self, active: int) -> int:
-        """Return how many steps the next call is of: few where requests wait for it, or where steps take long."""
-        if self._prefilling is not None or (self._waiting and active < len(self._running)):
-            return 1
-        return max(1, min(self.settings.steps, int(_CALL_SECONDS / max(self._step_seconds, 1e-6))))
+    def _loop_ahead(self, active: Mapping[int, Ticket]) -> int | None:
+        """Return the rows of the loop of fixed length that can run for these requests; None if none can."""
+        rows = next(n for n in self.settings.row_counts if n > max(active))
+        steps = self._runner.fixed.get(rows)
+        if steps is None or self._schedule.waits or steps > max(each.left for each in active.values()):
+            return None
+        simple = not any(each.generation.filtered or each.generation.logprobs for each in active.values())
+        return rows if simple else None
 
-    def _hand_over(self, made: Made, tickets: Mapping[int, Ticket], *, steps: bool) -> None:
-        self._in_flight.append(_Call(made=made, tickets=tickets, handed=time.monotonic(), steps=steps))
+    def _step(self, active: Mapping[int, Ticket]) -> None:
+        """Hand over the next steps: few where requests wait for them, or where they take long."""
+        keep = np.isin(np.arange(self.settings.slots), list(active))
+        if (ahead := self._loop_ahead(active)) is not None:
+            self._hand_over(lambda: self._runner.fixed_steps(ahead, keep), active, self._runner.fixed[ahead])
+            return
+        rows = next(n for n in self.settings.row_counts if n > max(active))
+        most = 1 if self._schedule.waits else int(CALL_SECONDS / max(self._step_seconds, 1e-6))
+        left = max(each.left for each in active.values())
+        count = max(1, min(left, self.settings.steps, most))
+        self._hand_over(lambda: self._runner.steps(rows, keep, count), active, count)
 
-    def _release(self) -> None:
-        """Free the slots of requests that are over."""
-        with self._changed:
-            self._running = [None if each is None or each.done else each for each in self._running]
-            self._waiting = collections.deque(each for each in self._waiting if not each.done)
-            if self._prefilling is not None and self._prefilling.done:
-                self._prefilling = None
+    def _hand_over(
+        self, call: Callable[[], Made], tickets: Mapping[int, Ticket], steps: int | None = None
+    ) -> None:
+        """Hand the device a call of so many steps, or one that reads prompts; it may return when that is over."""
+        begun = time.monotonic()
+        self._in_flight.append(_Call(made=call(), tickets=tickets, handed=begun, steps=bool(steps)))
+        for ticket in tickets.values():
+            ticket.handed += steps or 1
 
     def _admit(self) -> None:
-        """Prefill waiting prompts, by so many tokens at a time, and put those that are whole into slots."""
+        """Read waiting prompts, so many tokens of them between two decode calls, and put them into slots."""
         budget = _PREFILL
-        while budget > 0:
-            with self._changed:
-                if self._prefilling is None and self._waiting and None in self._running:
-                    self._prefilling = self._waiting.popleft()
-                    self._prefilling.began = time.monotonic()
-            ticket = self._prefilling
-            if ticket is None:
-                return
-            prompt = ticket.generation.prompt
-            logits, count, width = self._runner.prefill(prompt, ticket.prefilled)
-            ticket.prefilled += count
-            budget -= width
-            if ticket.prefilled == len(prompt):
-                self._place(ticket, logits)
+        with self._spending("reading"):
+            while budget > 0:
+                with self._changed:
+                    slots = self._schedule.read_next()
+                if slots:
+                    budget -= self._read(slots)
+                elif (long := self._schedule.prefilling) is not None:
+                    budget -= self._read_on(long)
+                else:
+                    return
 
-    def _place(self, ticket: Ticket, logits: jax.Array) -> None:
-        slot = self._running.index(None)
-        self._hand_over(self._runner.admit(ticket.generation, logits, slot), {0: ticket}, steps=False)
-        with self._changed:
-            self._running[slot], self._prefilling = ticket, None
+    def _read(self, slots: Mapping[int, Ticket]) -> int:
+        """Read whole prompts into slots, in one call; returns how many places for tokens it had."""
+        tickets = list(slots.values())
+        prompts = [each.generation for each in tickets]
+        self._hand_over(lambda: self._runner.read(prompts, list(slots)), dict(enumerate(tickets)))
+        return (self._schedule.width(tickets[0]) or 0) * len(self._in_flight[-1].made.counts)
 
-    def _compact(self) -> None:
-        """Move requests into the first slots where fewer rows are enough for them."""
-        used = [i for i, each in enumerate(self._running) if each is not None]
-        enough = next((n for n in self.settings.row_counts if n >= len(used)), 0)
-        for source in (i for i in used if i >= enough):
-            target = self._running.index(None)
-            self._runner.move(source, target)
+    def _read_on(self, ticket: Ticket) -> int:
+        """Read a chunk of a long prompt, and put it into a slot with its last one; returns the places that it took."""
+        prompt = ticket.generation.prompt
+        logits, count, width = self._runner.prefill(prompt, ticket.prefilled)
+        ticket.prefilled += count
+        if ticket.prefilled == len(prompt):
+            slot = self._schedule.free[0]
+            self._hand_over(lambda: self._runner.admit(ticket.generation, logits, slot), {0: ticket})
             with self._changed:
-                self._running[target], self._running[source] = self._running[source], None
+                self._schedule.place_long()
+        return width
 
     def _deliver(self, call: _Call) -> None:
         """Tell every request its new tokens; waits for the device."""
         made, tickets = call.made, call.tickets
         told = any(ticket.generation.logprobs for ticket in tickets.values())
-        tokens, counts = np.asarray(made.tokens), np.asarray(made.counts)
-        figures = jax.tree.map(np.asarray, made.told) if told else None
+        with self._spending("waiting"):
+            tokens, counts, figures = jax.device_get((made.tokens, made.counts, made.told if told else None))
         now = time.monotonic()
         if call.steps and counts.any():
-            taken = (now - max(call.handed, self._read)) / int(counts.max())
+            taken = (now - max(call.handed, self._told_at)) / int(counts.max())
             self._step_seconds = 0.7 * self._step_seconds + 0.3 * taken
-        self._read = now
-        for index, ticket in tickets.items():
+        self._told_at = now
+        with self._spending("telling"):
+            self._tell(call, tokens, counts, figures, now)
+
+    def _tell(self, call: _Call, tokens: np.ndarray, counts: np.ndarray, figures: Any, now: float) -> None:
+        for index, ticket in call.tickets.items():
             count = int(counts[index])
             if ticket.done or not count:
                 continue
@@ -236,7 +280,7 @@ class Engine:
             new = tokens[index, :count].tolist()
             asked, reason = ticket.generation, None
             if new[-1] < 0:
-                if ticket.made == 1 and self._reads_again(ticket):
+                if ticket.made == 1 and ticket.prefilled and self._reads_again(ticket):
                     continue
                 new, reason = new[:-1], "failed"
             elif new[-1] in asked.ends:
@@ -252,28 +296,24 @@ class Engine:
             ticket.sink(Delivery(tokens=new, told=own, reason=reason))
 
     def _reads_again(self, ticket: Ticket) -> bool:
-        """Return whether a prompt whose logits were not finite is read a second time, into an empty row.
+        """Return whether a long prompt whose logits were not finite is read a second time, into an empty row.
 
-        The row for prompts may hold what is not finite from the prompt before, and then it is not the request's own.
+        The row for long prompts may hold what is not finite from the one before, and then it is not the request's own.
         """
         self._runner.forget()
         with self._changed:
-            if self._prefilling is not None:
-                self._prefilling.prefilled = 0
+            if self._schedule.prefilling is not None:
+                self._schedule.prefilling.prefilled = 0
             if ticket.retried:
                 return False
-            ticket.retried, ticket.prefilled, ticket.made = True, 0, 0
-            self._running = [None if each is ticket else each for each in self._running]
-            self._waiting.appendleft(ticket)
+            self._schedule.read_again(ticket)
         return True
 
     def _abort(self) -> None:
         with self._changed:
-            left = [*self._waiting, self._prefilling, *self._running]
-            self._closing = True
-            self._waiting.clear()
-            self._prefilling, self._running = None, [None] * len(self._running)
+            self._closing, left = True, self._schedule.everyone
+            self._schedule = Schedule(self.settings.slots, self._runner.width, self._runner.together)
         for ticket in left:
-            if ticket is not None and not ticket.done:
+            if not ticket.done:
                 ticket.done = True
                 ticket.sink(Delivery(tokens=[], told=None, reason="aborted"))

@@ -45,6 +45,12 @@ class Generation:
     ends: tuple[int, ...] = ()
     logprobs: bool = False
 
+    @property
+    def filtered(self) -> bool:
+        """Returns whether tokens are drawn, and not from all."""
+        asked = self.sampling
+        return asked.temperature > 0 and bool(asked.top_k or asked.top_p < 1 or asked.min_p > 0)
+
 
 def check(generation: Generation, config: DecoderConfig, max_length: int) -> None:
     """Refuse what an engine cannot generate.
@@ -107,7 +113,8 @@ class Ticket:
       sink: takes the tokens.
       done: whether it is over, by itself or cancelled.
       made: new tokens that were delivered.
-      prefilled: tokens of the prompt that are in the cache.
+      handed: those and the ones that the device is about to make, if no end comes before.
+      prefilled: tokens of a long prompt that were read.
       retried: whether its prompt is read for the second time.
       began: when it left the queue, in seconds of the monotonic clock.
     """
@@ -116,6 +123,12 @@ class Ticket:
     sink: Callable[[Delivery], None]
     done: bool = False
     made: int = 0
+    handed: int = 0
     prefilled: int = 0
     retried: bool = False
     began: float = 0.0
+
+    @property
+    def left(self) -> int:
+        """Returns how many tokens the device may be asked for yet."""
+        return max(0, self.generation.max_new_tokens - self.handed)

@@ -53,14 +53,14 @@ class Told(NamedTuple):
 
 
 class Made(NamedTuple):
-    """New tokens of some slots: the first `counts` of each row, and what is told of them.
+    """New tokens of some slots: the first `counts` of each row, and what is told of them, if anything.
 
     A token of −1 is the last of its row: its logits were not finite.
     """
 
     tokens: Int32[Array, "rows steps"]
     counts: Int32[Array, " rows"]
-    told: Told
+    told: Told | None
 
 
 def most_ends(config: DecoderConfig) -> int:
@@ -94,14 +94,12 @@ def row(sampling: Sampling, *, limit: int, ends: Sequence[int], told: bool, conf
 
 
 def next_tokens(logits: Float32[Array, "rows vocab"], rows: Rows) -> tuple[Int32[Array, " rows"], Told]:
-    """Return the next token of every row, as `sampling.choose` gives it to that row alone, and what is told of it."""
+    """Return the next token of every row, as `sampling.choose` gives it to that row alone, and what is told of it.
+
+    What no request asks for is not computed: random numbers, the sorting that filters need, log-probabilities. One
+    branch for all of it, as for each a GPU waits for the host.
+    """
     sampler: Any = rows.sampler  # every setting is there
-    keys = jax.vmap(lambda seed, made: jax.random.fold_in(jax.random.key(seed), made))(rows.seed, rows.made)
-
-    def each(sampler: Sampler):
-        one = jax.vmap(lambda row, settings, key: choose(row[None], settings, None, key)[0])
-        return one(logits, sampler, keys)
-
     drawn = rows.active & (sampler.temperature > 0)
     vocab = logits.shape[-1]
     filtered = drawn & ((sampler.top_k < vocab) | (sampler.top_p < 1) | (sampler.min_p > 0))
@@ -111,18 +109,37 @@ def next_tokens(logits: Float32[Array, "rows vocab"], rows: Rows) -> tuple[Int32
     def nothing(token):
         return token, Told(*(jnp.zeros((len(token), *shape), kind) for shape, kind in told_forms(top)))
 
-    # What no request asks for is not computed: random numbers, the sorting that filters need, log-probabilities. One
-    # branch for all of it, as each takes a GPU some time.
     kind = jnp.where(told, 3, jnp.where(filtered.any(), 2, drawn.any().astype(jnp.int32)))
     return jax.lax.switch(
         kind,
         [
             lambda: nothing(likeliest(logits)),
-            lambda: nothing(each(Sampler(temperature=sampler.temperature))),
-            lambda: nothing(each(sampler)),
-            lambda: _told(logits, each(sampler), top),
+            lambda: nothing(drawn_tokens(logits, rows)),
+            lambda: nothing(_each(logits, rows, sampler)),
+            lambda: told_tokens(logits, rows),
         ],
     )
+
+
+def told_tokens(logits: Float32[Array, "rows vocab"], rows: Rows) -> tuple[Int32[Array, " rows"], Told]:
+    """Return what `next_tokens` does, with everything computed for every row, so that nothing branches."""
+    of_all = jax.nn.log_softmax(logits.astype(jnp.float32))
+    token = _each(logits, rows, rows.sampler)
+    likeliest, tokens = jax.lax.top_k(of_all, min(MOST_TOP, logits.shape[-1]))
+    chosen = jnp.take_along_axis(of_all, token[:, None], axis=1)[:, 0]
+    return token, Told(chosen, tokens.astype(jnp.int32), likeliest)
+
+
+def drawn_tokens(logits: Float32[Array, "rows vocab"], rows: Rows) -> Int32[Array, " rows"]:
+    """Return the tokens of `next_tokens` for requests without filters, drawn and likeliest ones; nothing branches."""
+    return _each(logits, rows, Sampler(temperature=rows.sampler.temperature))
+
+
+def _each(logits: Float32[Array, "rows vocab"], rows: Rows, sampler: Sampler) -> Int32[Array, " rows"]:
+    """Return the token that `choose` gives to each row, with that row's settings and random numbers."""
+    keys = jax.vmap(lambda seed, made: jax.random.fold_in(jax.random.key(seed), made))(rows.seed, rows.made)
+    one = jax.vmap(lambda row, settings, key: choose(row[None], settings, None, key)[0])
+    return one(logits, sampler, keys)
 
 
 def told_forms(top: int) -> tuple[tuple[tuple[int, ...], Any], ...]:
@@ -130,13 +147,9 @@ def told_forms(top: int) -> tuple[tuple[tuple[int, ...], Any], ...]:
     return ((), jnp.float32), ((top,), jnp.int32), ((top,), jnp.float32)
 
 
-def _told(
-    logits: Float32[Array, "rows vocab"], token: Int32[Array, " rows"], top: int
-) -> tuple[Int32[Array, " rows"], Told]:
-    of_all = jax.nn.log_softmax(logits.astype(jnp.float32))
-    likeliest, tokens = jax.lax.top_k(of_all, top)
-    chosen = jnp.take_along_axis(of_all, token[:, None], axis=1)[:, 0]
-    return token, Told(chosen, tokens.astype(jnp.int32), likeliest)
+def together(rows: Sequence[Rows]) -> Rows:
+    """Return the rows of several requests, on the host, as one."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
 
 
 def advanced(rows: Rows, token: Int32[Array, " rows"]) -> Rows:

@@ -1,34 +1,46 @@
 """Runs on the device what an engine needs: holds the programs, and the arrays that they pass on.
 
-All are compiled at the start: a step for each number of rows, a chunk of a prompt for each length, and what puts a
-request into a slot or moves it to another.
+All are compiled at the start: loops of steps for each number of rows, the reading of one prompt and of several for each
+length, and what moves a request to another slot.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from twla_jax.devices import on_device
 from twla_jax.errors import TwlaError
 from twla_jax.inference.sampling import Sampling
 from twla_jax.models.arguments import require_model
 from twla_jax.models.decoder import Decoder
+from twla_jax.ops.attention.kv_cache import KVCache
+from twla_jax.serving import loops
 from twla_jax.serving import slots as device
+from twla_jax.serving.placement import mesh_of, shardings
 from twla_jax.serving.requests import Generation
-from twla_jax.serving.rows import Made, row
+from twla_jax.serving.rows import Made, Rows, row, together
 from twla_jax.serving.settings import EngineSettings
+
+CALL_SECONDS = 0.04  # of a decode call, for which a request that arrives has to wait
+_TOGETHER = 1024  # tokens of prompts that are read in one call
+_TIMED = 9  # steps by which the time of one is measured
 
 
 class Runner:
-    """Holds a model, all slots and the row in which prompts are prefilled. Calls do not wait for the device.
+    """Holds a model, all slots and the row in which long prompts are read. Calls do not wait for the device.
 
     Attributes:
       chunks: tokens of a prompt that go in at a time, ascending.
+      together: by chunk, how many prompts of that length are read at once, where several are.
+      fixed: by number of rows, the steps of the loops that `fixed_steps` runs; empty where there are none.
+      blocks: whether the host waits in `steps` until these are over.
       programs: the jitted functions by name.
       cache_bytes: of keys and values of all slots.
     """
@@ -46,17 +58,51 @@ class Runner:
         chunk = next((n for n in settings.chunks if n >= settings.max_length), settings.chunks[-1])
         self.chunks = tuple(n for n in settings.chunks if n <= chunk)
         size = -(-settings.max_length // chunk) * chunk
-        self._config = model.config
+        self.together = _together(settings, self.chunks, model)
+        self.fixed: dict[int, int] = {}
+        self.blocks = jax.default_backend() == "gpu" if settings.ahead is None else settings.ahead
+        self._config, self._settings = model.config, settings
         self._leaves, structure = jax.tree.flatten(on_device(model))
-        self.programs = _programs(structure, settings.steps)
+        mesh, dtype = mesh_of(self._leaves), settings.cache_dtype
         with _room_is_named():
-            self._slots = device.empty_slots(model, settings.slots, size, settings.cache_dtype)
-            self._staged = model.init_cache(1, size, settings.cache_dtype)
+            self._slots, of_slots = _placed(
+                lambda: device.empty_slots(model, settings.slots, size, dtype), mesh
+            )
+            self._staged, of_staged = None, None
+            if settings.max_length > chunk:
+                self._staged, of_staged = _placed(lambda: model.init_cache(1, size, dtype), mesh)
+            self.programs = _programs(structure, settings.steps, of_slots, of_staged)
             self.cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._slots.cache.layers))
-            self._compile(settings)
+            self._compile()
+
+    def width(self, length: int) -> int | None:
+        """Return the places that a prompt of this length takes, or None if it is longer than a chunk."""
+        return next((n for n in self.chunks if n >= length), None)
+
+    def read(self, generations: Sequence[Generation], places: Sequence[int]) -> Made:
+        """Put requests with prompts of one width into slots, and return their first tokens, in their order.
+
+        Args:
+          generations: one, or as many as `together` says at most.
+          places: their slots.
+        """
+        width = self.width(len(generations[0].prompt))
+        assert width is not None
+        count = 1 if len(generations) == 1 else self.together[width]
+        prompts, counts = np.zeros((count, width), np.int32), np.ones(count, np.int32)
+        for index, each in enumerate(generations):
+            counts[index] = len(each.prompt)
+            prompts[index, : counts[index]] = each.prompt
+        nothing = Generation(prompt=(0,), max_new_tokens=1)
+        padding = count - len(generations)
+        requests = together([self._row(each) for each in (*generations, *[nothing] * padding)])
+        beyond = self._settings.slots + np.arange(padding)
+        where = np.asarray([*places, *beyond], np.int32)
+        made, self._slots = self.programs["read"](self._leaves, self._slots, prompts, counts, requests, where)
+        return made
 
     def prefill(self, prompt: Sequence[int], start: int) -> tuple[jax.Array, int, int]:
-        """Read the next tokens of a prompt into the row for prompts.
+        """Read the next tokens of a prompt that is longer than a chunk into the row for such prompts.
 
         Args:
           prompt: all of its tokens.
@@ -65,7 +111,7 @@ class Runner:
         Returns:
           Logits after them `[1, vocab]`, how many they are, and how many places they took.
         """
-        width = next((n for n in self.chunks if n >= len(prompt)), self.chunks[-1])
+        width = self.chunks[-1]
         count = min(width, len(prompt) - start)
         part = np.zeros((1, width), np.int32)
         part[0, :count] = prompt[start : start + count]
@@ -74,18 +120,12 @@ class Runner:
         return logits, count, width
 
     def forget(self) -> None:
-        """Empty the row for prompts: NaN in it would reach whatever is read into it, even past the end of a prompt."""
+        """Empty the row for long prompts: NaN in it would reach what is read into it, even past the prompt's end."""
         self._staged = self.programs["forget"](self._staged)
 
     def admit(self, generation: Generation, logits: jax.Array, slot: int) -> Made:
-        """Put the request whose prompt was read into a slot, and return its first token."""
-        request = row(
-            generation.sampling,
-            limit=generation.max_new_tokens,
-            ends=generation.ends,
-            told=generation.logprobs,
-            config=self._config,
-        )
+        """Put the request whose long prompt was read into a slot, and return its first token."""
+        request = self._row(generation)
         made, self._slots = self.programs["admit"](self._slots, self._staged, logits, request, np.int32(slot))
         return made
 
@@ -94,24 +134,83 @@ class Runner:
         self._slots = self.programs["move"](self._slots, np.int32(source), np.int32(target))
 
     def steps(self, rows: int, keep: np.ndarray, count: int) -> Made:
-        """Return the tokens of the next `count` steps of the first `rows` slots; see `slots.steps`."""
+        """Return the tokens of the next `count` steps of the first `rows` slots; see `loops.steps`."""
         made, self._slots = self.programs["steps"](
             self._leaves, self._slots, keep, np.int32(count), rows=rows
         )
         return made
 
-    def _compile(self, settings: EngineSettings) -> None:
+    def fixed_steps(self, rows: int, keep: np.ndarray) -> Made:
+        """Return the tokens of the next `fixed[rows]` steps of the first `rows` slots; see `loops.fixed_steps`."""
+        made, self._slots = self.programs["fixed_steps"](
+            self._leaves, self._slots, keep, rows=rows, count=self.fixed[rows]
+        )
+        return made
+
+    def _row(self, generation: Generation) -> Rows:
+        return row(
+            generation.sampling,
+            limit=generation.max_new_tokens,
+            ends=generation.ends,
+            told=generation.logprobs,
+            config=self._config,
+        )
+
+    def _compile(self) -> None:
         """Run every program, on nothing."""
-        nothing = Generation(prompt=(0,), max_new_tokens=1, sampling=Sampling())
+        settings = self._settings
+        none = np.zeros(settings.slots, bool)
+
+        def nothing(width: int) -> Generation:
+            return Generation(prompt=(0,) * width, max_new_tokens=1, sampling=Sampling())
+
         for _ in range(2):  # what the first round returned may be placed otherwise than what it was given
-            for chunk in self.chunks:
-                logits, *_ = self.prefill((0,) * chunk, 0)
-                self.admit(nothing, logits, 0)
-            self.forget()
+            for width in self.chunks:
+                for count in {1, min(2, self.together.get(width, 1))}:
+                    self.read([nothing(width)] * count, range(count))
+            if self._staged is not None:
+                logits, *_ = self.prefill((0,) * (self.chunks[-1] + 1), 0)
+                self.admit(nothing(1), logits, 0)
+                self.forget()
             self.move(0, 0)
             for rows in settings.row_counts:
-                self.steps(rows, np.zeros(settings.slots, bool), 1)
+                self.steps(rows, none, 1)
+        if self.blocks and not settings.one_shape:
+            counts = settings.row_counts
+            self.fixed = {rows: self._steps_in_time(rows) for rows in counts}
+            for _ in range(2):
+                for rows in counts:
+                    self.fixed_steps(rows, none)
         jax.block_until_ready(self._slots)
+
+    def _steps_in_time(self, rows: int) -> int:
+        """Return how many steps a call of a fixed number has: a power of two, as many as fit into `CALL_SECONDS`."""
+        self.read([Generation(prompt=(0,), max_new_tokens=2**20)], [0])
+        only = np.arange(self._settings.slots) == 0
+
+        def seconds(count: int) -> float:
+            begun = time.perf_counter()
+            jax.block_until_ready(self.steps(rows, only, count))
+            return time.perf_counter() - begun
+
+        most, enough = self._settings.steps, self._settings.max_length >= 2 * _TIMED
+        if enough:
+            seconds(1)  # ends what was begun before
+            step = (seconds(_TIMED) - seconds(1)) / (_TIMED - 1)
+            most = min(most, int(CALL_SECONDS / max(step, 1e-6)))
+        return 2 ** (max(1, most).bit_length() - 1)
+
+
+def _together(settings: EngineSettings, chunks: Sequence[int], model: Decoder) -> dict[int, int]:
+    """Return how many prompts of each width are read at once, where several are."""
+    tokens = settings.together
+    if tokens is None:
+        tokens = 0 if jax.default_backend() == "cpu" else _TOGETHER
+    scaling = model.config.rope_scaling
+    if settings.one_shape or (scaling is not None and scaling.kind == "longrope"):  # by each one's length
+        tokens = 0
+    counts = {width: min(tokens // width, settings.slots) for width in chunks}
+    return {width: count for width, count in counts.items() if count > 1}
 
 
 @contextlib.contextmanager
@@ -126,21 +225,41 @@ def _room_is_named() -> Iterator[None]:
         raise TwlaError(f"the device's memory is too small for the model and all slots; {cure}") from error
 
 
-def _programs(structure: Any, room: int) -> dict[str, Any]:
-    """Return the jitted programs; they take a model's leaves, as a module is slow to take apart at every step."""
+def _placed[T: (device.Slots, KVCache)](make: Callable[[], T], mesh: Mesh | None) -> tuple[T, Any]:
+    """Return slots or a cache on a mesh, and their shardings; without a mesh, None for these."""
+    if mesh is None:
+        return make(), None
+    where = shardings(jax.eval_shape(make), mesh)
+    return jax.jit(make, out_shardings=where)(), where
 
-    def prefill(leaves, *arguments):
-        return device.prefill(jax.tree.unflatten(structure, leaves), *arguments)
 
-    def steps(leaves, slots, keep, count, *, rows):
-        return device.steps(jax.tree.unflatten(structure, leaves), slots, keep, count, rows=rows, room=room)
+def _programs(structure: Any, room: int, of_slots: Any, of_staged: Any) -> dict[str, Any]:
+    """Return the jitted programs; they take a model's leaves, as a module is slow to take apart at every step.
 
-    donating = functools.partial(jax.jit, donate_argnums=0)
+    Args:
+      structure: of the model.
+      room: the most steps of a call.
+      of_slots: where the slots lie; None for one device.
+      of_staged: where the row for long prompts lies.
+    """
+
+    def of_model(function):
+        return lambda leaves, *arguments, **named: function(
+            jax.tree.unflatten(structure, leaves), *arguments, **named
+        )
+
+    # Not the functions themselves: each engine counts its own programs.
+    second = functools.partial(jax.jit, donate_argnums=1, out_shardings=(None, of_slots))
     return {
-        "prefill": jax.jit(prefill, donate_argnums=5),
-        "steps": jax.jit(steps, donate_argnums=1, static_argnames="rows"),
-        # Not the functions themselves: each engine counts its own programs.
-        "admit": donating(lambda *arguments: device.admit(*arguments)),
-        "forget": donating(lambda staged: jax.tree.map(jnp.zeros_like, staged)),
-        "move": donating(lambda *arguments: device.move(*arguments)),
+        "read": second(of_model(device.read)),
+        "prefill": jax.jit(of_model(device.prefill), donate_argnums=5, out_shardings=(None, of_staged)),
+        "steps": second(of_model(functools.partial(loops.steps, room=room)), static_argnames="rows"),
+        "fixed_steps": second(of_model(loops.fixed_steps), static_argnames=("rows", "count")),
+        "admit": jax.jit(
+            lambda *arguments: device.admit(*arguments), donate_argnums=0, out_shardings=(None, of_slots)
+        ),
+        "forget": jax.jit(
+            lambda staged: jax.tree.map(jnp.zeros_like, staged), donate_argnums=0, out_shardings=of_staged
+        ),
+        "move": jax.jit(lambda *arguments: device.move(*arguments), donate_argnums=0, out_shardings=of_slots),
     }

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -11,6 +12,7 @@ from twla_jax.serving.app import Service
 
 _LAST_WORDS = 5  # seconds in which streams that were cut off say so
 _BESIDE = 1024  # connections beside those that have or wait for a slot
+_TURN = 5e-4  # seconds after which the event loop lets the engine's thread on, which the device may wait for
 
 
 class Server(uvicorn.Server):
@@ -33,6 +35,15 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=grace + _LAST_WORDS,
             )
         )
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until `should_exit`; threads of Python take turns more often meanwhile."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_TURN)
+        try:
+            await super().serve(sockets)
+        finally:
+            sys.setswitchinterval(before)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse what is new, let the rest finish, and end what is left in order when the time is over."""

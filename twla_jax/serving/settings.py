@@ -17,8 +17,13 @@ class EngineSettings:
       queue: requests that wait at most.
       steps: decode steps of a call at most, fewer where they take long; tokens arrive that many at a time.
       rows: how many slots a step may take along, the first ones; all of them, too. By default 1, 8 and its doubles.
-        With `slots` alone, not even the last bit of an answer depends on how many are in use.
+      one_shape: whether every step takes all slots along, and every prompt is read alone: then not even the last bit
+        of an answer depends on other requests.
       chunks: tokens of a prompt that go in at a time, ascending; by default as `generate` takes them.
+      together: tokens, with padding, of a call that reads several prompts; fewer than two of the shortest chunks for
+        none. By default 1024, and none on a CPU, which takes its time for every one of them.
+      ahead: whether loops of a fixed number of steps are compiled, too, which are handed over at once, for requests
+        without filters and log-probabilities; by default on a GPU.
       cache_dtype: of keys and values; None for the model's own.
 
     Raises:
@@ -28,9 +33,12 @@ class EngineSettings:
     slots: int = 16
     max_length: int = 2048
     queue: int = 64
-    steps: int = 16
+    steps: int = 32
     rows: tuple[int, ...] = ()
+    one_shape: bool = False
     chunks: tuple[int, ...] = (64, 128, 256, 512)
+    together: int | None = None
+    ahead: bool | None = None
     cache_dtype: Any = None
 
     def __post_init__(self):
@@ -40,7 +48,7 @@ class EngineSettings:
     @property
     def row_counts(self) -> tuple[int, ...]:
         """Returns how many slots a step may take along, ascending, all of them last."""
-        counts = self.rows or (1, *(8 * 2**i for i in range(20)))
+        counts = (self.slots,) if self.one_shape else self.rows or (1, *(8 * 2**i for i in range(20)))
         return (*sorted(n for n in set(counts) if n < self.slots), self.slots)
 
 

@@ -1,8 +1,8 @@
 """Keeps slots in one cache: what the device holds of every running request, and the programs that change it.
 
-A request is prefilled in a cache of its own row, by chunks of few lengths, and then copied into a slot. One decode step
-takes the first `rows` slots along, each at its own position, with its own settings and random numbers; slots that are
-free or finished are computed, too, at position 0, and ignored. So nothing that a request does changes a shape.
+Prompts are read several at once, padded to one of few lengths, and then copied into slots; a longer one is read alone,
+by chunks, in a cache of one row. Slots have settings and random numbers of their own, and those that are free are
+computed with the others. So nothing that a request does changes a shape.
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
-from twla_jax.inference.packed_cache import KernelScratch, PackedCache
+from twla_jax.inference.packed_cache import PackedCache
 from twla_jax.inference.sampling import Sampling
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache
-from twla_jax.serving.rows import MOST_TOP, Made, Rows, Told, advanced, next_tokens, row, told_forms
+from twla_jax.serving.rows import Made, Rows, Told, advanced, row, told_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +39,58 @@ def empty_slots(model: Decoder, slots: int, size: int, cache_dtype=None) -> Slot
     free = row(Sampling(), limit=0, ends=(), told=False, config=model.config)
     rows = jax.tree.map(lambda leaf: jnp.asarray(np.repeat(leaf, slots, axis=0)), free)
     return Slots(cache=dataclasses.replace(cache, length=jnp.zeros(slots, jnp.int32)), rows=rows)
+
+
+def read(
+    model: Decoder,
+    slots: Slots,
+    prompts: Int32[Array, "n t"],
+    counts: Int32[Array, " n"],
+    requests: Rows,
+    places: Int32[Array, " n"],
+) -> tuple[Made, Slots]:
+    """Return the first token of some requests, and the slots with these requests in them.
+
+    Nothing in it branches: a GPU would wait for the host there, and the host for the GPU.
+
+    Args:
+      model: the decoder.
+      slots: they are donated.
+      prompts: whole ones, padded on the right.
+      counts: tokens that are no padding, at least 1.
+      requests: from `row`.
+      places: their slots, all different; what was there is overwritten. Beyond the last slot for rows of no request.
+    """
+    n, width = prompts.shape
+    entries = jax.tree.leaves(slots.cache.layers)[0]
+    # Of one row, LongRoPE must know the length without padding.
+    until = counts[0] if n == 1 else None
+    hidden, read = model.decode(prompts, model.init_cache(n, width, entries.dtype), until=until)
+    requests = dataclasses.replace(requests, active=places < len(slots.rows.active))
+    token, told = told_tokens(model.logits(hidden[jnp.arange(n), counts - 1]), requests)
+    axis = batch_axis(slots.cache)
+
+    def put(leaf, new):
+        at = leaf.at[(slice(None),) * axis + (places,)]
+        # All of the row: numbers that are not finite would reach another request from beyond its end.
+        leaf = at.set(0, mode="drop", unique_indices=True)
+        at = leaf.at[(slice(None),) * axis + (places, slice(None), slice(0, width))]
+        return at.set(new, mode="drop", unique_indices=True)
+
+    def put_row(leaf, new):
+        return leaf.at[places].set(new, mode="drop", unique_indices=True)
+
+    layers = jax.tree.map(put, slots.cache.layers, read.layers)
+    cache = dataclasses.replace(slots.cache, layers=layers, length=put_row(slots.cache.length, counts))
+    rows = jax.tree.map(put_row, slots.rows, advanced(requests, token))
+    return _first(token, told), Slots(cache=cache, rows=rows)
+
+
+def _first(token: Int32[Array, " n"], told: Told) -> Made:
+    """Return the first tokens of some requests as a call's."""
+    return Made(
+        token[:, None], jnp.ones(len(token), jnp.int32), jax.tree.map(lambda leaf: leaf[:, None], told)
+    )
 
 
 def prefill(
@@ -77,17 +129,16 @@ def admit(
       slot: which one; what was there is overwritten.
     """
     request = dataclasses.replace(request, active=jnp.ones(1, bool))
-    token, told = next_tokens(logits, request)
+    token, told = told_tokens(logits, request)
     cache = _put_cache(slots.cache, staged, slot)
     cache = dataclasses.replace(cache, length=cache.length.at[slot].set(staged.length))
-    rows = _put(slots.rows, advanced(request, token), slot)
-    made = Made(token[:, None], jnp.ones(1, jnp.int32), jax.tree.map(lambda leaf: leaf[:, None], told))
-    return made, Slots(cache=cache, rows=rows)
+    rows = put_rows(slots.rows, advanced(request, token), slot)
+    return _first(token, told), Slots(cache=cache, rows=rows)
 
 
 def move(slots: Slots, source: Int32[Array, ""], target: Int32[Array, ""]) -> Slots:
     """Return the slots, which are donated, with the request of one slot in another, and the first one free."""
-    batch = _batch_axis(slots.cache)
+    batch = batch_axis(slots.cache)
 
     def of(leaf, axis=0):
         return jax.lax.dynamic_slice_in_dim(leaf, source, 1, axis=axis)
@@ -95,87 +146,23 @@ def move(slots: Slots, source: Int32[Array, ""], target: Int32[Array, ""]) -> Sl
     layers = jax.tree.map(lambda leaf: of(leaf, batch), slots.cache.layers)
     cache = _put_cache(slots.cache, dataclasses.replace(slots.cache, layers=layers), target)
     cache = dataclasses.replace(cache, length=cache.length.at[target].set(cache.length[source]))
-    rows = _put(slots.rows, jax.tree.map(of, slots.rows), target)
+    rows = put_rows(slots.rows, jax.tree.map(of, slots.rows), target)
     rows = dataclasses.replace(rows, active=rows.active.at[source].set(False))
     return Slots(cache=cache, rows=rows)
 
 
-def steps(
-    model: Decoder,
-    slots: Slots,
-    keep: Bool[Array, " slots"],
-    count: Int32[Array, ""],
-    *,
-    rows: int,
-    room: int,
-) -> tuple[Made, Slots]:
-    """Return the next tokens of the first `rows` slots, and the slots after them.
-
-    Args:
-      model: the decoder.
-      slots: they are donated.
-      keep: slots whose request goes on; the others' are over, whatever they were about to do.
-      count: steps at most; fewer are made where every request ends before.
-      rows: how many slots take part.
-      room: columns of the result, at least `count`.
-    """
-    active = slots.rows.active & keep
-    first = jax.tree.map(lambda leaf: leaf[:rows], dataclasses.replace(slots.rows, active=active))
-
-    def unfinished(state):
-        step, first, *_ = state
-        return (step < count) & first.active.any()
-
-    def step(state):
-        index, first, length, cache, made = state
-        # A row that is not active stays at position 0, where there is always room.
-        at = dataclasses.replace(cache, length=jnp.where(first.active, length, 0))
-        hidden, cache = _decode(model, first.token, at)
-        token, told = next_tokens(model.logits(hidden[:, 0]), first)
-        columns = jax.tree.map(
-            lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new[:, None], index, axis=1),
-            (made.tokens, made.told),
-            (token, told),
-        )
-        made = Made(columns[0], made.counts + first.active, columns[1])
-        return index + 1, advanced(first, token), length + first.active, cache, made
-
-    shape = (rows, room)
-    top = min(MOST_TOP, model.config.vocab_size)
-    told = Told(*(jnp.zeros((*shape, *form), kind) for form, kind in told_forms(top)))
-    made = Made(jnp.zeros(shape, jnp.int32), jnp.zeros(rows, jnp.int32), told)
-    # Of one shape in the loop, whichever rows have a length there.
-    cache = dataclasses.replace(slots.cache, length=slots.cache.length[:rows])
-    state = (jnp.int32(0), first, slots.cache.length[:rows], cache, made)
-    _, first, length, cache, made = jax.lax.while_loop(unfinished, step, state)
-    cache = dataclasses.replace(cache, length=slots.cache.length.at[:rows].set(length))
-    whole = dataclasses.replace(slots.rows, active=active)
-    return made, Slots(cache=cache, rows=_put(whole, first, 0))
-
-
-def _decode(
-    model: Decoder, token: Int32[Array, " rows"], cache: KVCache
-) -> tuple[Float[Array, "rows 1 d"], KVCache]:
-    """Return `model.decode` of a token a row; several rows' kernels have no scratch memory."""
-    if not isinstance(cache, PackedCache) or len(token) == 1:
-        return model.decode(token[:, None], cache)
-    without = dataclasses.replace(cache, scratch=(KernelScratch(),) * len(cache.scratch))
-    hidden, after = model.decode(token[:, None], without)
-    assert isinstance(after, PackedCache)
-    return hidden, dataclasses.replace(after, scratch=cache.scratch)
-
-
-def _put(rows: Rows, part: Rows, start) -> Rows:
+def put_rows(rows: Rows, part: Rows, start: int | Int32[Array, ""]) -> Rows:
+    """Return the rows with others in place of some, from `start` on."""
     update = jax.lax.dynamic_update_slice_in_dim
     return jax.tree.map(lambda leaf, new: update(leaf, jnp.asarray(new), start, axis=0), rows, part)
 
 
 def _put_cache(cache: KVCache, part: KVCache, slot) -> KVCache:
-    axis, update = _batch_axis(cache), jax.lax.dynamic_update_slice_in_dim
+    axis, update = batch_axis(cache), jax.lax.dynamic_update_slice_in_dim
     layers = jax.tree.map(lambda leaf, new: update(leaf, new, slot, axis=axis), cache.layers, part.layers)
     return dataclasses.replace(cache, layers=layers)
 
 
-def _batch_axis(cache: KVCache) -> int:
+def batch_axis(cache: KVCache) -> int:
     """Return the axis of the batch in a cache's arrays: after keys and values, and after layers in a stack."""
     return 1 if isinstance(cache.layers, tuple) else 2
