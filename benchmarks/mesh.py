@@ -23,9 +23,8 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.quantization import pipeline
 from twla_jax.recipe import load_recipe
 from twla_jax.refinement import descent, end_to_end
-from twla_jax.refinement.latent_shardings import place_latents, place_state
 from twla_jax.refinement.latents import init_latents
-from twla_jax.refinement.schedule import optimizer, rates_at
+from twla_jax.refinement.schedule import rates_at
 from twla_jax.refinement_settings import EndToEndSettings
 
 
@@ -51,18 +50,12 @@ def refine(config: DecoderConfig, windows: np.ndarray, mesh: Any) -> tuple[float
     settings = EndToEndSettings(steps=4, batch=len(windows), dtype="bfloat16")
     student = descent.training_form(random_model(config, activation_bits=16), jnp.bfloat16, mesh)
     teacher = descent.training_form(random_model(config, activation_bits=None), jnp.bfloat16, mesh)
-    latents = place_latents(init_latents(student, teacher), student, mesh)
-    learns = settings.rotation_rate > 0
-    rates = rates_at(settings, 1, 4)
-    state = place_state(optimizer(rates, learns).init(latents), student, mesh)
-    batch, losses, begin = sharding.place_batch(windows, mesh), [], 0.0
+    training = end_to_end.WholeTraining(student, teacher, init_latents(student, teacher), settings, 16, mesh)
+    rates, losses, begin = rates_at(settings, 1, 4), [], 0.0
     for step in range(4):
         if step == 2:
             begin = time.perf_counter()
-        latents, state, loss = end_to_end._step(
-            latents, state, student, teacher, batch, rates, bits=16, learns_rotations=learns
-        )
-        losses.append(float(loss))
+        losses.append(float(training.step(windows, rates, step)))
     return (time.perf_counter() - begin) / 2, np.asarray(losses)
 
 

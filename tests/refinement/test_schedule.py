@@ -11,9 +11,9 @@ RATE = 3e-3
 SETTINGS = EndToEndSettings(code_rate=RATE, code_optimizer="muon")
 
 
-def first_updates(gradients, *, narrow=False):
+def first_updates(gradients, **form):
     rates = dict(SETTINGS.peak_rates)
-    moves = optimizer(rates, learns_rotations=False, narrow=narrow)
+    moves = optimizer(rates, learns_rotations=False, **form)
     return moves.update(gradients, moves.init(gradients), gradients)[0]
 
 
@@ -59,6 +59,13 @@ def test_of_muon_the_narrow_form_is_near_the_wide_one(gradients):
     wide, narrow = (first_updates(gradients, narrow=flag) for flag in (False, True))
     for one, other in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow), strict=True):
         assert np.linalg.norm(np.asarray(one) - other) < 0.02 * np.linalg.norm(one)
+
+
+def test_products_in_bfloat16_change_muons_steps_little(gradients):
+    wide, low = (first_updates(gradients, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    for one, other in zip(jax.tree.leaves(wide), jax.tree.leaves(low), strict=True):
+        assert one.dtype == other.dtype
+        assert np.linalg.norm(np.asarray(one) - other) < 0.1 * np.linalg.norm(one)
 
 
 def test_the_rate_of_codes_goes_to_what_moves_them():

@@ -46,6 +46,15 @@ def rotate(
     return tiles.reshape(x.shape)
 
 
+def rotate_back(rows: Float[AnyArray, "*rows m"], rotation: KroneckerRotation) -> Float[Array, "*rows m"]:
+    """Return `Ŵ Q`, the weights that give on x what `rows` give on the rotated `Q x`, in the dtype of `rows`.
+
+    `w · vec(L mat(x) R) = vec(Lᵀ mat(w) Rᵀ) · x`, which also holds for factors that are orthogonal only to the
+    precision in which they are stored.
+    """
+    return rotate(rows, rotation.left.T, rotation.right.T)
+
+
 def rotate_moment(moment: Float[AnyArray, "m m"], rotation: KroneckerRotation) -> Float[Array, "m m"]:
     """Return the second moments of the rotated input, `Q S Qᵀ` `[m, m]`, from those of the input.
 

@@ -192,7 +192,7 @@ def _whole(windows, mesh):
 def _through(latents, blocks, x, context, bits):
     def step(x, layer):
         block, here, index = layer
-        block = block if here is None else apply(block, here, bits)
+        block = block if here is None else apply(block, here, bits, x.shape[0] * x.shape[1])
         return block(x, context.layer(index)), None
 
     return jax.lax.scan(step, x, (blocks, latents, jnp.arange(len(context.reach))))[0]

@@ -21,6 +21,7 @@ from twla_jax.refinement_settings import LearningSettings
 from twla_jax.storage import resume
 
 _SNAPSHOT_SECONDS = 300
+_STATE = 2  # form of what an interrupted refinement leaves; that of another version is refused
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def descend(
 ) -> tuple[Decoder, dict[str, Any]]:
     """Return what `refine` does: the model after a step on every batch, if that brought it nearer, and figures."""
     steps = len(batches)
-    losses: list[float] = []
+    losses: list[Any] = []  # floats; the last one may still be on its way from the device
     if store and (saved := store.load_for_all("state")):
         losses = saved.pop("losses").tolist()
         training.restore(saved)
@@ -67,18 +68,22 @@ def descend(
 
     def keep() -> None:
         if store:
-            store.save_once("state", {**resume.flatten(training.values), "losses": np.asarray(losses)})
+            values = resume.flatten(training.values)
+            store.save_once("state", {**values, "losses": np.asarray(losses, np.float64)})
 
     with Bar(total=steps, initial=len(losses), desc=label, unit="step", disable=not progress) as bar:
         for batch in batches[len(losses) :]:
             rates = rates_at(settings, len(losses), steps)
-            losses.append(float(training.step(batch, rates, len(losses))))
+            losses.append(training.step(batch, rates, len(losses)))
+            # The loss before this one, so that the device does not wait between steps.
+            losses[-2:-1] = map(float, losses[-2:-1])
             bar.update()
-            bar.set_postfix(kl=f"{np.mean(losses[-20:]):.3f}")
+            bar.set_postfix(kl=f"{np.mean(losses[-21:-1] or [float(losses[-1])]):.3f}")
             late = time.perf_counter() - saved_at > _SNAPSHOT_SECONDS
             if store and hosts.from_first(lambda late=late: late):
                 keep()
                 saved_at, kept_steps = time.perf_counter(), len(losses)
+    losses = list(map(float, losses))
     if len(losses) > kept_steps:  # what follows, up to the folder's writing, may take a while
         keep()
     refined = replace(training.harden(), dtype=original.dtype, fused=original.fused)
@@ -113,4 +118,4 @@ def open_work_dir(
 ) -> resume.WorkDir:
     """Open the folder that an interrupted refinement of this student, on these windows, left its state in."""
     arrays = map(hosts.fetch, [windows, *jax.tree.leaves(student)])
-    return resume.WorkDir(folder, resume.fingerprint(settings.to_dict(), arrays))
+    return resume.WorkDir(folder, resume.fingerprint({"state": _STATE, **settings.to_dict()}, arrays))

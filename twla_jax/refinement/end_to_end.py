@@ -155,12 +155,13 @@ class WholeTraining:
         sharding.require_split(settings.batch, mesh)
         learns_rotations = settings.peak_rates.get("rotations", 0) > 0
         self._models, self._bits, self._mesh = (student, teacher), bits, mesh
-        self._step = functools.partial(_step, bits=bits, learns_rotations=learns_rotations)
+        form = {"learns_rotations": learns_rotations, "dtype": settings.dtype}
+        self._step = functools.partial(_step, bits=bits, **form)
         self._rest = dict.fromkeys(settings.peak_rates, 0.0)
         latents = place_latents(latents, student, mesh)
         self.values = (
             latents,
-            place_state(optimizer(self._rest, learns_rotations).init(latents), student, mesh),
+            place_state(optimizer(self._rest, **form).init(latents), student, mesh),
         )
 
     def restore(self, saved: dict[str, np.ndarray]) -> None:
@@ -195,11 +196,11 @@ def kl_divergence(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("bits", "learns_rotations"), donate_argnames=("latents", "state")
+    jax.jit, static_argnames=("bits", "learns_rotations", "dtype"), donate_argnames=("latents", "state")
 )
-def _step(latents, state, student, teacher, tokens, rates, *, bits, learns_rotations):
+def _step(latents, state, student, teacher, tokens, rates, *, bits, learns_rotations, dtype):
     loss, gradient = jax.value_and_grad(lambda p: kl_divergence(student, teacher, p, tokens, bits))(latents)
-    updates, state = optimizer(rates, learns_rotations).update(gradient, state, latents)
+    updates, state = optimizer(rates, learns_rotations, dtype=dtype).update(gradient, state, latents)
     return optax.apply_updates(latents, updates), state, loss
 
 
@@ -212,7 +213,7 @@ def _hidden(
     @jax.checkpoint
     def step(x: jax.Array, layer: tuple[ChainBlock, Latents, jax.Array]) -> tuple[jax.Array, None]:
         block, here, index = layer
-        return apply(block, here, bits)(x, context.layer(index)), None
+        return apply(block, here, bits, tokens.size)(x, context.layer(index)), None
 
     blocks = {name: parts for name, parts in latents.items() if name != "norm"}
     x, _ = jax.lax.scan(

@@ -14,6 +14,7 @@ from twla_jax import hosts
 from twla_jax.core import kotms, packing, tensors, two_planes
 from twla_jax.core.activation import (
     BIT_CHOICES,
+    OFF,
     ActivationQuantizer,
     fake_quantize,
     select_clip,
@@ -28,6 +29,7 @@ from twla_jax.refinement import two_plane_latents
 _MARGIN = 0.45  # from its code, at most, that a latent starts: on the code's side of the rounding boundary
 _REACH = 1.5  # latents beyond pass no gradient: their code is the outermost already
 _LEAST_CLIP = 0.1  # that one may learn
+_ROW_COST = 4  # of rotating a row of weights, in float32, in rotated inputs
 Latents = dict[str, dict[str, jax.Array]]
 
 
@@ -88,21 +90,32 @@ def init_latents(student: Decoder, teacher: Decoder, *, codes: bool = True) -> L
     return latents
 
 
-def apply(block: ChainBlock, latents: Latents, bits: int) -> ChainBlock:
-    """Return the block with the weights, norms and inputs that `latents` stand for, its inputs at `bits`."""
+def apply(block: ChainBlock, latents: Latents, bits: int, tokens: int) -> ChainBlock:
+    """Return the block with the weights, norms and inputs that `latents` stand for, its inputs at `bits`.
+
+    A rotation moves from a site's input into its weights where their rows are far fewer than `tokens`, the inputs that
+    the block will run on: `(x Qᵀ) Ŵᵀ = x (Ŵ Q)ᵀ`. Inputs that are quantised must be rotated themselves.
+    """
     changes: dict[str, Any] = {}
-    for name in _linears(block, latents):
-        changes[f"{name}.kernel"] = jnp.swapaxes(
-            _dense(getattr(block, name).kernel.get_value(), latents[name]), -1, -2
-        )
+    weights = {
+        name: _dense(getattr(block, name).kernel.get_value(), latents[name])
+        for name in _linears(block, latents)
+    }
     for site in block.sites:
         path, parts = f"{site.name}_input", latents.get(f"{site.name}_input", {})
+        transform, here = block.transform(site), {name for name in site.linears if name in weights}
+        rotation = None if transform.rotation is None else transform.rotation.get_value()
         if "left" in parts:
-            changes[f"{path}.rotation"] = kotms.KroneckerRotation(parts["left"], parts["right"])
-        activation = block.transform(site).activation
-        assert activation is not None  # a student is quantised
-        quantizer = with_bits(activation.get_value(), bits)
+            rotation = changes[f"{path}.rotation"] = kotms.KroneckerRotation(parts["left"], parts["right"])
+        rows = sum(math.prod(weights[name].shape[:-1]) for name in here)
+        movable = bits >= OFF and len(here) == len(site.linears)
+        if rotation is not None and movable and _ROW_COST * rows <= tokens:
+            weights |= {name: kotms.rotate_back(weights[name], rotation) for name in here}
+            changes[f"{path}.rotation"] = None
+        assert transform.activation is not None  # a student is quantised
+        quantizer = with_bits(transform.activation.get_value(), bits)
         changes[f"{path}.activation"] = _StraightThrough(quantizer, parts.get("clip"))
+    changes |= {f"{name}.kernel": jnp.swapaxes(weight, -1, -2) for name, weight in weights.items()}
     for name in filter(latents.__contains__, block.norms):
         scale = getattr(block, name).scale.get_value()
         changes[f"{name}.scale"] = scale.astype(jnp.float32) * (1 + latents[name]["g"])

@@ -1,5 +1,6 @@
 """Defines the optimiser of refinement and its learning rates."""
 
+import functools
 import math
 from collections.abc import Hashable
 from typing import Any
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from jax.typing import DTypeLike
 
 from twla_jax.core import stiefel
 from twla_jax.refinement_settings import LearningSettings
 
 _ADAM_RMS = 0.2  # of its updates at rate 1, as they usually are
+_MUON_DECAY = 0.95  # of its momentum
 _WARMUP = 0.1  # share of the steps over which learning rates rise; a good start is lost without
 
 
@@ -30,13 +33,13 @@ def rates_at(settings: LearningSettings, step: int, steps: int) -> dict[str, flo
 
 
 def optimizer(
-    rates: dict[str, Any], learns_rotations: bool, *, narrow: bool = False
+    rates: dict[str, Any], learns_rotations: bool, *, narrow: bool = False, dtype: DTypeLike = "float32"
 ) -> optax.GradientTransformation:
     """Return Adam with a rate for codes, for scales and norms, for clips, and for rotations, on the manifold.
 
     With a rate for `muon` instead of `codes`, the codes' latents of a matrix are moved by Muon (Jordan, 2024;
-    arXiv 2502.16982): the momentum, made orthogonal. If `narrow`, Adam's first moment of codes is bfloat16 and its
-    second one factored into rows and columns; Muon's one moment is bfloat16.
+    arXiv 2502.16982): the momentum, made orthogonal by five products in `dtype`. If `narrow`, Adam's first moment of
+    codes is bfloat16 and its second one factored into rows and columns; Muon's one moment is bfloat16.
     """
 
     def labels(latents):
@@ -53,9 +56,10 @@ def optimizer(
     }
     if "muon" in rates:
         adam["muon"] = optax.chain(
-            optax.contrib.scale_by_muon(
-                weight_dimension_numbers=_matrices, mu_dtype=jnp.bfloat16 if narrow else None
+            optax.trace(
+                _MUON_DECAY, nesterov=True, accumulator_dtype=jnp.bfloat16 if narrow else jnp.float32
             ),
+            optax.stateless(functools.partial(_orthogonal, dtype=dtype)),
             optax.stateless(_like_adam),
             optax.scale_by_learning_rate(rates["muon"]),
         )
@@ -68,6 +72,14 @@ def optimizer(
     if "rotations" in adam:
         adam["rotations"] = stiefel.riemannian(adam["rotations"]) if learns_rotations else optax.set_to_zero()
     return optax.partition(adam, labels)
+
+
+def _orthogonal(momentum: Any, _: Any, *, dtype: DTypeLike) -> Any:
+    """Return matrices made nearly orthogonal by Newton and Schulz's iteration in `dtype`, in their own dtypes."""
+    alone = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_matrices)
+    given = jax.tree.map(lambda leaf: leaf.astype(dtype), momentum)
+    updates, _ = alone.update(given, alone.init(given))
+    return jax.tree.map(lambda update, leaf: update.astype(leaf.dtype), updates, momentum)
 
 
 def _matrices(latents: Any) -> Any:

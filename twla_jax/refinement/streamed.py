@@ -46,6 +46,7 @@ class StreamedTraining:
             "bits": settings.activation_bits,
             "learns_rotations": settings.rotation_rate > 0,
             "narrow": settings.latents == "bfloat16",
+            "dtype": settings.dtype,
         }
         self._host = _host_memory() if settings.offload else None
         starts, starts_of_stack = jax.jit(self._start), jax.jit(lambda stack: self._start(_only(stack)))
@@ -132,32 +133,38 @@ def _forward_block(blocks, originals, latents, x, exact, context, index, *, bits
     """Return both streams after block `index`."""
     block, original = (jax.tree.map(lambda leaf: leaf[index], stack) for stack in (blocks, originals))
     here = context.layer(index)
-    return apply(block, _wide(latents), bits)(x, here), original(exact, here)
+    return apply(block, _wide(latents), bits, _tokens(x))(x, here), original(exact, here)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("bits", "learns_rotations", "narrow"), donate_argnames=("values", "slope")
+    jax.jit,
+    static_argnames=("bits", "learns_rotations", "narrow", "dtype"),
+    donate_argnames=("values", "slope"),
 )
-def _learn_block(blocks, values, x, slope, context, index, rates, key, *, bits, learns_rotations, narrow):
+def _learn_block(
+    blocks, values, x, slope, context, index, rates, key, *, bits, learns_rotations, narrow, dtype
+):
     """Return a block's latents and state after a step, and the loss's slope by the block's input."""
     block: ChainBlock = jax.tree.map(lambda leaf: leaf[index], blocks)
     latents = _wide(values[0])
     here = context.layer(index)
-    _, pull = jax.vjp(lambda latents, x: apply(block, latents, bits)(x, here), latents, x)
+    _, pull = jax.vjp(lambda latents, x: apply(block, latents, bits, _tokens(x))(x, here), latents, x)
     gradient, slope = pull(slope)
-    return _updated(latents, values[1], gradient, rates, key, learns_rotations, narrow), slope
+    return _updated(latents, values[1], gradient, rates, key, learns_rotations, narrow, dtype), slope
 
 
 @functools.partial(
-    jax.jit, static_argnames=("bits", "learns_rotations", "narrow"), donate_argnames=("values", "exact")
+    jax.jit,
+    static_argnames=("bits", "learns_rotations", "narrow", "dtype"),
+    donate_argnames=("values", "exact"),
 )
-def _learn_head(student, teacher, values, x, exact, tokens, rates, *, bits, learns_rotations, narrow):
+def _learn_head(student, teacher, values, x, exact, tokens, rates, *, bits, learns_rotations, narrow, dtype):
     """Return the loss, its slope by the last block's output, and the final norm's latents and state after a step."""
     latents = values[0]
     loss, (gradient, slope) = jax.value_and_grad(_head_loss, argnums=(2, 3))(
         student, teacher, latents, x, exact, tokens
     )
-    return loss, slope, _updated(latents, values[1], gradient, rates, None, learns_rotations, narrow)
+    return loss, slope, _updated(latents, values[1], gradient, rates, None, learns_rotations, narrow, dtype)
 
 
 @jax.jit
@@ -169,9 +176,15 @@ def _head_loss(
     return kl_of_hidden(student, teacher, got, teacher.norm(exact), tokens.size)
 
 
-def _updated(latents, state, gradient, rates, key, learns_rotations: bool, narrow: bool):
-    updates, state = optimizer(rates, learns_rotations, narrow=narrow).update(gradient, state, latents)
+def _updated(latents, state, gradient, rates, key, learns_rotations: bool, narrow: bool, dtype: str):
+    updates, state = optimizer(rates, learns_rotations, narrow=narrow, dtype=dtype).update(
+        gradient, state, latents
+    )
     return _stored(optax.apply_updates(latents, updates), narrow, key), state
+
+
+def _tokens(x: Float[Array, "b t d"]) -> int:
+    return x.shape[0] * x.shape[1]
 
 
 def _wide(latents: Latents) -> Latents:

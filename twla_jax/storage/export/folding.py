@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from twla_jax.core import kotms
 from twla_jax.core.activation import ActivationQuantizer
@@ -20,6 +20,8 @@ from twla_jax.core.quantizers import PackedTensor
 from twla_jax.core.tensors import dequantize
 from twla_jax.models.blocks import Site
 from twla_jax.models.decoder import Decoder
+
+_rotate_back = jax.jit(kotms.rotate_back)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,20 +71,10 @@ class Parameter:
         else:
             rows = jnp.asarray(value, jnp.float32)
             rows = jnp.swapaxes(rows, -1, -2) if self.name.endswith(".kernel") else rows
-        return np.asarray(rows if rotation is None else fold(rows, rotation))
+        return np.asarray(rows if rotation is None else _rotate_back(rows, rotation))
 
     def _of_layer(self, stack: Any) -> Any:
         return stack if self.layer is None else jax.tree.map(lambda leaf: leaf[self.layer], stack)
-
-
-@jax.jit
-def fold(rows: Float[Array, "*experts n m"], rotation: KroneckerRotation) -> Float[Array, "*experts n m"]:
-    """Return `Ŵ Q`, the weights that give on x what `rows` give on the rotated `Q x`.
-
-    `w · vec(L mat(x) R) = vec(Lᵀ mat(w) Rᵀ) · x`, which also holds for factors that are orthogonal only to the
-    precision in which they are stored.
-    """
-    return kotms.rotate(rows, rotation.left.astype(rows.dtype).T, rotation.right.astype(rows.dtype).T)
 
 
 def parameters(model: Decoder, names: Mapping[str, str] | None = None) -> Iterator[Parameter]:
