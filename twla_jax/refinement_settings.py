@@ -64,6 +64,7 @@ class EndToEndSettings(LatentSettings):
       seq_len: tokens in a window, at most as many as in one of the calibration; 0 for as many.
       minutes: if not 0, as many steps are taken as there is time for, measured on the first ones; windows are seen
         again where `steps` are fewer.
+      own_text: share of the windows that the full-precision model writes itself, from the text's beginnings on.
       streaming: whether blocks learn one after the other within a step, in the memory of a few blocks.
       latents: type of the codes' latents in a streaming refinement; with bfloat16 their moments are narrow, too.
       offload: whether a streaming refinement keeps latents and moments in the host's memory, on devices that can.
@@ -73,6 +74,7 @@ class EndToEndSettings(LatentSettings):
 
     seq_len: int = ranged(0, low=0)
     minutes: float = ranged(0.0, low=0)
+    own_text: float = ranged(0.0, low=0, high=1)
     streaming: bool = False
     latents: Literal["float32", "bfloat16"] = "float32"
     offload: bool = False

@@ -8,7 +8,7 @@ import pytest
 import twla_jax
 from twla_jax.errors import TwlaError
 from twla_jax.inference import self_sampling
-from twla_jax.inference.self_sampling import sample_text
+from twla_jax.inference.self_sampling import continue_windows, sample_text
 from twla_jax.models.io import readers
 from twla_jax.models.layers import replace
 from twla_jax.recipe import AllocationSettings, CalibrationSettings, Recipe
@@ -54,12 +54,12 @@ def test_a_model_without_bos_begins_with_random_tokens(model):
 def test_an_interrupted_sampling_goes_on(model, rows, tmp_path, monkeypatch):
     sampled, sample = [], self_sampling._sample_batch
 
-    def interrupted(model, batch, seq_len, seed, index):
+    def interrupted(model, start, seq_len, seed, index):
         if sampled == [0, 1]:
             sampled.append("stop")
             raise KeyboardInterrupt
         sampled.append(index)
-        return sample(model, batch, seq_len, seed, index)
+        return sample(model, start, seq_len, seed, index)
 
     monkeypatch.setattr(self_sampling, "_sample_batch", interrupted)
     options = {"work_dir": tmp_path / "out.partial" / "self", "progress": False}
@@ -75,6 +75,46 @@ def test_an_interrupted_sampling_goes_on(model, rows, tmp_path, monkeypatch):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(TwlaError, match="holds no unfinished work"):
         resume.WorkDir(tmp_path / "mine", "quantise")
+
+
+@pytest.fixture(scope="module")
+def begun():
+    """Windows of random tokens, which no model would write; 20 pieces, of two batches and a half of another."""
+    return np.random.default_rng(0).integers(3, 500, (20, 64)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def continued(model, begun):
+    return continue_windows(model, begun, progress=False)
+
+
+def test_windows_are_continued_from_their_own_beginnings_by_what_the_model_predicts(model, begun, continued):
+    assert continued.shape == begun.shape
+    np.testing.assert_array_equal(continued[:, :32], begun[:, :32])
+    assert (continued[:, 32:] == begun[:, 32:]).mean() < 0.1
+    nll = [twla_jax.evaluate(model, text[:, 32:], progress=False)["nll"] for text in (continued, begun)]
+    assert nll[0] < 0.6 * nll[1]
+
+
+def test_long_windows_are_continued_in_pieces(model, begun, continued, monkeypatch):
+    monkeypatch.setattr(self_sampling, "_PIECE", 64)
+    long = begun.reshape(10, 128)
+    np.testing.assert_array_equal(continue_windows(model, long, progress=False), continued.reshape(10, 128))
+    # What does not fill a piece stays part of the last one.
+    longer = np.concatenate([long, begun[:10, :2]], axis=1)
+    assert (continue_windows(model, longer, progress=False)[:, 65:97] == longer[:, 65:97]).all()
+
+
+def test_windows_that_there_is_no_time_for_stay_as_they_are(model, begun, continued, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_sampling.time, "perf_counter", iter(range(100)).__next__)
+    options = {"work_dir": tmp_path / "own", "progress": False}
+    some = continue_windows(
+        model, begun, seconds=1, **options
+    )  # a second passes between two looks at the clock
+    np.testing.assert_array_equal(some[:8], continued[:8])
+    np.testing.assert_array_equal(some[8:], begun[8:])
+    # The same again, however much time there is now.
+    np.testing.assert_array_equal(continue_windows(model, begun, seconds=50, **options), some)
 
 
 def test_every_use_has_rows_of_its_own():

@@ -135,6 +135,24 @@ def test_refined_model_is_nearer_and_has_the_same_format(student, teacher):
         assert (before.shape, before.dtype) == (after.shape, after.dtype)
 
 
+def test_a_share_of_the_windows_is_the_teachers_own_text(student, teacher, monkeypatch):
+    asked, seen = [], []
+    monkeypatch.setattr(
+        end_to_end.self_sampling,
+        "continue_windows",
+        lambda model, windows, **_: (asked.append((model, windows)), windows + 1)[1],
+    )
+    monkeypatch.setattr(
+        end_to_end, "descend", lambda original, training, batches, *_, **__: seen.append(batches)
+    )
+    end_to_end.refine(student, teacher, WINDOWS, dataclasses.replace(REFINE, own_text=0.25), progress=False)
+    ((model, windows),), (batches,) = asked, seen
+    assert model is teacher
+    changed = (batches.reshape(WINDOWS.shape) != WINDOWS).all(-1)
+    assert changed.sum() == len(windows) == 6
+    np.testing.assert_array_equal(windows, WINDOWS[changed])
+
+
 def test_a_refinement_that_does_harm_is_not_kept(student, teacher, caplog):
     wild = dataclasses.replace(REFINE, code_rate=1.0, scale_rate=1.0)
     result, figures = end_to_end.refine(student, teacher, WINDOWS, wild, progress=False)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int32
 from twla_jax import hosts
 from twla_jax.core.activation import OFF
 from twla_jax.errors import TwlaError
+from twla_jax.inference import self_sampling
 from twla_jax.models import sharding
 from twla_jax.models.arguments import checked_tokens, require_pair, require_settings
 from twla_jax.models.blocks import ChainBlock
@@ -40,6 +41,7 @@ from twla_jax.storage import resume
 
 _TIMED_STEPS = 3  # from which the number of steps in a time is estimated
 _SHARE = 0.95  # of the time, that steps are planned for
+_OWN_SHARE = 0.2  # of the time, that the teacher's own text may take
 
 
 @resume.keeps_work_dir
@@ -85,6 +87,8 @@ def refine(
     if settings.streaming and mesh is not None and mesh.size > 1:
         raise TwlaError("a streaming refinement runs on one device: leave out `streaming` or the mesh")
     started = time.perf_counter()
+    if settings.own_text:
+        windows = _with_own_text(teacher, windows, settings, work_dir, progress)
     dtype = jnp.dtype(settings.dtype)
     original = student
     student, teacher = (training_form(model, dtype, mesh) for model in (student, teacher))
@@ -99,6 +103,29 @@ def refine(
     rows = np.arange(steps * settings.batch) % len(windows)
     batches = windows[rows].reshape(steps, settings.batch, -1)
     return descend(original, training, batches, settings, store=store, progress=progress)
+
+
+def _with_own_text(
+    teacher: Decoder,
+    windows: Int32[np.ndarray, "w s"],
+    settings: EndToEndSettings,
+    work_dir: str | Path | None,
+    progress: bool,
+) -> Int32[np.ndarray, "w s"]:
+    """Return the windows, a share of them, drawn at random, as the teacher goes on from their beginnings."""
+    drawn = np.random.default_rng(0).permutation(len(windows))[: round(settings.own_text * len(windows))]
+    drawn.sort()
+    seconds = _OWN_SHARE * 60 * settings.minutes or None
+    folder = None if work_dir is None else Path(work_dir, "own_text")
+    options = {"seconds": seconds, "work_dir": folder, "progress": progress}
+    written = hosts.from_first(
+        lambda: self_sampling.continue_windows(teacher, windows[drawn], **options) if len(drawn) else None
+    )
+    if written is None:
+        return windows
+    mixed = windows.copy()
+    mixed[drawn] = written
+    return mixed
 
 
 def _planned(
