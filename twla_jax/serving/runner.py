@@ -30,6 +30,8 @@ from twla_jax.serving.settings import EngineSettings
 
 CALL_SECONDS = 0.04  # of a decode call, for which a request that arrives has to wait
 _TOGETHER = 1024  # tokens of prompts that are read in one call
+# XLA makes CUDA graphs of kernels. To bring one up to date takes longer than to launch kernels that run once a call.
+_WITHOUT_GRAPHS = {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 2**30}
 _TIMED = 9  # steps by which the time of one is measured
 
 
@@ -184,7 +186,7 @@ class Runner:
         jax.block_until_ready(self._slots)
 
     def _steps_in_time(self, rows: int) -> int:
-        """Return how many steps a call of a fixed number has: a power of two, as many as fit into `CALL_SECONDS`."""
+        """Return how many steps a call of a fixed number has: 1, 2, 3, 4, 6, 8, 12, … as fit into `CALL_SECONDS`."""
         self.read([Generation(prompt=(0,), max_new_tokens=2**20)], [0])
         only = np.arange(self._settings.slots) == 0
 
@@ -198,7 +200,8 @@ class Runner:
             seconds(1)  # ends what was begun before
             step = (seconds(_TIMED) - seconds(1)) / (_TIMED - 1)
             most = min(most, int(CALL_SECONDS / max(step, 1e-6)))
-        return 2 ** (max(1, most).bit_length() - 1)
+        power = 2 ** (max(1, most).bit_length() - 1)
+        return max(power, 3 * power // 2 if 3 * power // 2 <= most else 0)
 
 
 def _together(settings: EngineSettings, chunks: Sequence[int], model: Decoder) -> dict[int, int]:
@@ -250,9 +253,12 @@ def _programs(structure: Any, room: int, of_slots: Any, of_staged: Any) -> dict[
 
     # Not the functions themselves: each engine counts its own programs.
     second = functools.partial(jax.jit, donate_argnums=1, out_shardings=(None, of_slots))
+    once = {"compiler_options": _WITHOUT_GRAPHS if jax.default_backend() == "gpu" else None}
     return {
-        "read": second(of_model(device.read)),
-        "prefill": jax.jit(of_model(device.prefill), donate_argnums=5, out_shardings=(None, of_staged)),
+        "read": second(of_model(device.read), **once),
+        "prefill": jax.jit(
+            of_model(device.prefill), donate_argnums=5, out_shardings=(None, of_staged), **once
+        ),
         "steps": second(of_model(functools.partial(loops.steps, room=room)), static_argnames="rows"),
         "fixed_steps": second(of_model(loops.fixed_steps), static_argnames=("rows", "count")),
         "admit": jax.jit(
