@@ -31,6 +31,9 @@ def main() -> None:
     parser.add_argument("--activation-bits", type=int, default=4)
     parser.add_argument("--embedding-bits", type=int, default=4)
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a call at most")
+    parser.add_argument(
+        "--top-p", type=float, help="draw with this top-p; by default the likeliest tokens are taken"
+    )
     parser.add_argument("--kv-cache", choices=["int8"], default=None)
     parser.add_argument("--ask", help=argparse.SUPPRESS)  # what the process of the clients is told
     options = parser.parse_args()
@@ -79,7 +82,7 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         for count in counts:
-            asked = {"count": count, "prompt": options.prompt, "new": options.new}
+            asked = {"count": count, "prompt": options.prompt, "new": options.new, "top_p": options.top_p}
             through_http = {**asked, "port": listening.getsockname()[1], "model": shape}
             ways: dict[str, Callable[[], dict]] = {
                 "engine": lambda asked=asked: run(engine, **asked),
@@ -105,9 +108,12 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def run(engine, *, count: int, prompt: int, new: int) -> dict:
+def run(engine, *, count: int, prompt: int, new: int, top_p: float | None) -> dict:
     """Returns the figures of `count` requests that are given to the engine at once."""
+    from twla_jax.inference.sampling import Sampling
     from twla_jax.serving.requests import Generation
+
+    sampling = Sampling() if top_p is None else Sampling(temperature=1.0, top_p=top_p)
 
     arrived: list[list[tuple[float, int]]] = [[] for _ in range(count)]
     left = threading.Semaphore(0)
@@ -123,7 +129,10 @@ def run(engine, *, count: int, prompt: int, new: int) -> dict:
     begun = time.perf_counter()
     engine.submit_all(
         [
-            (Generation(prompt=tuple(tokens_of(i, prompt)), max_new_tokens=new), sink(times))
+            (
+                Generation(prompt=tuple(tokens_of(i, prompt)), max_new_tokens=new, sampling=sampling),
+                sink(times),
+            )
             for i, times in enumerate(arrived)
         ]
     )
@@ -155,12 +164,13 @@ def in_a_process(asked: dict) -> dict:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def ask(*, count: int, prompt: int, new: int, port: int, model: str) -> dict:
+def ask(*, count: int, prompt: int, new: int, top_p: float | None, port: int, model: str) -> dict:
     """Returns the figures of `count` clients that read streams over HTTP."""
+    sampling = {"temperature": 0} if top_p is None else {"temperature": 1, "top_p": top_p}
     together = threading.Barrier(count + 1)
 
     def one(index: int) -> list[tuple[float, int]]:
-        body = {"model": model, "prompt": tokens_of(index, prompt), "max_tokens": new, "temperature": 0}
+        body = {"model": model, "prompt": tokens_of(index, prompt), "max_tokens": new, **sampling}
         body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.connect()
