@@ -79,7 +79,7 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
     service = Service(engine, plain_tokenizer(model.config.vocab_size), ServiceSettings(model=shape))
     server, rows = Server(service, grace=5), []
     with listen("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         for count in counts:
             asked = {"count": count, "prompt": options.prompt, "new": options.new, "top_p": options.top_p}
