@@ -5,7 +5,8 @@
 
 Options after the target are libFuzzer's. It begins with the files in `benchmarks/fuzz_corpus/TARGET`; an input that
 ends in another error, takes 20 seconds or 4 GB is written to `crash-…`, and is read again by `python benchmarks/fuzz.py
-TARGET crash-…`. The tests read the corpus: an input that was mended belongs there.
+TARGET crash-…`. With `--note FOLDER` before the options it goes on after an error: there it keeps the first input that
+ends at each place, with its traceback, and counts inputs. The tests read the corpus: what was mended belongs there.
 """
 
 import atexit
@@ -17,9 +18,12 @@ import shutil
 import struct
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import fuzz_files
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CORPUS = Path(__file__).parent / "fuzz_corpus"
@@ -100,6 +104,8 @@ def config(data: bytes) -> None:
 
     with _folder({"config.json": data}) as folder, _refused():
         read_config(folder)
+    if b"eos_token_id" not in data:  # of the other file nothing else is read
+        return
     with _folder({"config.json": json.dumps(CONFIG).encode(), "generation_config.json": data}) as folder:
         read_config(folder)
 
@@ -110,7 +116,7 @@ def tokenizer(data: bytes) -> None:
 
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     name = names[data[0] % len(names)] if data else names[0]
-    with _folder({name: data[1:]}) as folder:
+    with _folder({name: data[1:]}, on_disk=True) as folder:
         load_tokenizer(folder)("a text, 12")
 
 
@@ -125,18 +131,18 @@ def recipe(data: bytes) -> None:
 
 def text(data: bytes) -> None:
     """Read a text; the first byte says of which kind."""
-    from twla_jax.text.corpora import load_corpus
+    from twla_jax.text import corpora
 
     kinds = (".txt", ".jsonl", ".json", ".csv", ".JSONL", ".md")
     name = f"text{kinds[data[0] % len(kinds)]}" if data else "text.txt"
-    with _folder({name: data[1:]}) as folder:
-        load_corpus(str(folder / name), "calibration")
+    with _folder({name: data[1:]}, on_disk=corpora.Path is Path) as folder:
+        corpora.load_corpus(folder / name, "calibration")
 
 
 def manifest(data: bytes) -> None:
     """Read a quantised folder whose manifest has these values in place of its own, sealed again."""
     from twla_jax.storage import checkpoint
-    from twla_jax.storage.manifest import MANIFEST, checksum, read_manifest
+    from twla_jax.storage.manifest import MANIFEST, checksum
 
     folder = _quantized_folder()
     with _refused():
@@ -146,14 +152,13 @@ def manifest(data: bytes) -> None:
             return
         if not isinstance(change, dict):
             return
-        changed = _merged(json.loads(_manifest()), change)
+        changed = _merged(_manifest(), change)
         try:
             changed["checksum"] = checksum(changed)
             content = json.dumps(changed)
         except (ValueError, RecursionError):
             return
         (folder / MANIFEST).write_text(content)
-        read_manifest(folder)
         checkpoint.load(folder)
 
 
@@ -180,6 +185,31 @@ def run(target: str, data: bytes) -> None:
         TARGETS[target](data)
 
 
+def noting(target: str, folder: Path) -> Callable[[bytes], None]:
+    """Return what gives an input to a target, counts it, and keeps the first that ends in an error of each place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counter = folder / f"{target}.{os.getpid()}.count"
+    seen: set[str] = set()
+    count = 0
+
+    def note(data: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count % 500 == 0:
+            counter.write_text(str(count))
+        try:
+            run(target, data)
+        except Exception as error:
+            *_, last = traceback.extract_tb(error.__traceback__)
+            place = f"{type(error).__name__}.{Path(last.filename).stem}.{last.lineno}"
+            if place not in seen:
+                seen.add(place)
+                (folder / f"{target}.{place}.input").write_bytes(data)
+                (folder / f"{target}.{place}.traceback").write_text(traceback.format_exc())
+
+    return note
+
+
 @contextlib.contextmanager
 def _refused() -> Iterator[None]:
     from twla_jax.errors import TwlaError
@@ -192,16 +222,9 @@ def _refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folder(files: dict[str, bytes]) -> Iterator[Path]:
-    """Yield a folder with these files and no other; it is the same one every time."""
-    folder = _place()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    try:
-        yield folder
-    finally:
-        for name in files:
-            (folder / name).unlink()
+def _folder(files: dict[str, bytes], on_disk: bool = False) -> Iterator[Path]:
+    """Yield a folder with these files and no other; it is the same one every time, and most files are in memory."""
+    yield fuzz_files.put(_place(), files, on_disk=on_disk)
 
 
 @functools.cache
@@ -242,10 +265,10 @@ def _quantized_folder() -> Path:
 
 
 @functools.cache
-def _manifest() -> str:
+def _manifest() -> dict[str, Any]:
     from twla_jax.storage.manifest import MANIFEST
 
-    return (_quantized_folder() / MANIFEST).read_text()
+    return json.loads((_quantized_folder() / MANIFEST).read_text())
 
 
 def _known(target: str) -> list[Any]:
@@ -253,7 +276,7 @@ def _known(target: str) -> list[Any]:
     from twla_jax.models.families import FAMILIES
 
     if target == "manifest":
-        return [json.loads(_manifest())]
+        return [_manifest()]
     if target == "safetensors":
         files = [(CORPUS / target / name).read_bytes() for name in ("llama", "eight-bits", "experts")]
         return [json.loads(file[8 : 8 + struct.unpack("<Q", file[:8])[0]]) for file in files]
@@ -282,8 +305,11 @@ def _repeat_nothing() -> None:
     """Keep what takes most of an execution's time and is the same in the next: traced shapes, arrays, checksums."""
     from flax import nnx
 
-    from twla_jax import json_files
+    from twla_jax import json_files, recipe
     from twla_jax.storage import folders, parameters
+    from twla_jax.text import corpora
+
+    corpora.Path = fuzz_files.MemoryPath
 
     trace, restore, fingerprint = nnx.eval_shape, parameters.restore, folders.fingerprint
     read = json_files.read_json
@@ -308,6 +334,7 @@ def _repeat_nothing() -> None:
 
     nnx.eval_shape, parameters.restore = eval_shape, restore_once
     folders.fingerprint = functools.cache(fingerprint)
+    recipe.recipe_names = functools.cache(recipe.recipe_names)
     json_files.read_json = lambda path: (read_once if path.name == ".zarray" else read)(path)
 
 
@@ -327,6 +354,10 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"usage: fuzz.py {{{','.join(TARGETS)}}} [options of libFuzzer] [inputs]")
     target = sys.argv.pop(1)
+    tried = functools.partial(run, target)
+    if sys.argv[1:2] == ["--note"]:
+        tried = noting(target, Path(sys.argv[2]))
+        del sys.argv[1:3]
     import atheris  # pyright: ignore[reportMissingImports]
 
     with atheris.instrument_imports(include=_WATCHED):
@@ -346,9 +377,7 @@ def main() -> None:
         given = any(not each.startswith("-") for each in sys.argv[1:])
         folders = [] if given else [found, str(CORPUS / target)]
         limits = ["-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
-        atheris.Setup(
-            [sys.argv[0], *limits, *sys.argv[1:], *folders], functools.partial(run, target), **options
-        )
+        atheris.Setup([sys.argv[0], *limits, *sys.argv[1:], *folders], tried, **options)
         atheris.Fuzz()
 
 

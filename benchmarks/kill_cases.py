@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+import kill_fork
+
 # A command in a process of its own, which is stopped before its change number `last` of the file system.
 CHILD = """
 import errno, os, signal, sys
@@ -81,6 +83,7 @@ class Case:
     before: Path
     asked: str = ""  # on standard input
     keeps_programs: bool = False  # all that it writes is the cache of compiled programs
+    forked: bool = False  # from this process, which has imported the libraries
 
     @property
     def cache(self) -> Path:
@@ -107,10 +110,15 @@ def run(case: Case, last: int = -1, how: str = "none", after: float | None = Non
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # which would go before
     if how != FULL:  # a damaged program would be an error
         environment["JAX_RAISE_PERSISTENT_CACHE_ERRORS"] = "true"
-    arguments = [sys.executable, "-c", CHILD, str(case.to), str(last), how, *case.command]
+    arguments = [str(case.to), str(last), how, *case.command]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     timers, answers, lines = [], [], []
-    with subprocess.Popen(arguments, env=environment, text=True, **pipes) as process:
+    started = (
+        kill_fork.Forked(CHILD, arguments, environment)
+        if case.forked
+        else subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, text=True, **pipes)
+    )
+    with started as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
@@ -151,7 +159,9 @@ def ask(port: int) -> str:
             return ""
 
 
-def make_case(name: str, model: Path, text: Path, work: Path, quantized: Path | None = None) -> Case:
+def make_case(
+    name: str, model: Path, text: Path, work: Path, quantized: Path | None = None, forked: bool = False
+) -> Case:
     """Make what the command needs, and return it.
 
     Args:
@@ -160,6 +170,7 @@ def make_case(name: str, model: Path, text: Path, work: Path, quantized: Path | 
       text: to calibrate on and to score.
       work: empty folder for all of it.
       quantized: folder that `twla quantize` wrote; None makes one of the model.
+      forked: as `Case` takes it.
     """
     (work / "before").mkdir()
     for file, recipe in (("plain", RECIPE), ("refined", REFINED), ("integers", INTEGERS)):
@@ -188,7 +199,8 @@ def make_case(name: str, model: Path, text: Path, work: Path, quantized: Path | 
     }
     first = (*quantize, "--recipe", work / "plain.toml", "--seed", 1)
     command = tuple(map(str, commands[name]))
-    case = Case(command=command, to=to, before=before, keeps_programs=keeps_programs, asked="Once\n\nMore\n")
+    kept = {"keeps_programs": keeps_programs, "forked": forked}
+    case = Case(command=command, to=to, before=before, asked="Once\n\nMore\n", **kept)
     if quantized is not None:
         shutil.copytree(quantized, work / "out")
     elif name != "compare":

@@ -239,8 +239,9 @@ def _check_stored(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse arrays that their own files describe otherwise, as of another type of as many bytes."""
     for name, entry in manifest["tensors"].items():
         for part, array in entry["arrays"].items():
-            path = folder / PARAMS / array_name(name, part) / ".zarray"
-            if path.relative_to(folder).as_posix() not in manifest["files"]:
+            inside = f"{PARAMS}/{array_name(name, part)}/.zarray"
+            path = folder / inside
+            if inside not in manifest["files"]:
                 raise TwlaError(f"{path}: not listed in {MANIFEST}; the folder is damaged")
             own = json_files.read_json(path)
             plain = not own.get("compressor") and not own.get("filters") and own.get("order") == "C"

@@ -1,0 +1,72 @@
+"""Holds the small files that `fuzz.py` feeds to readers in memory, where the reader is Python's own."""
+
+import io
+import os
+import stat
+from pathlib import Path, PosixPath
+from typing import Any
+
+# Read by other than Python's files: these lie on the disk.
+_MAPPED = (".safetensors", ".gguf", ".gz", ".zst")
+_held: dict[str, bytes] = {}
+_written: dict[str, bytes] = {}
+_known: dict[tuple[str, str], "MemoryPath"] = {}
+
+
+class MemoryPath(PosixPath):
+    """A path whose file may be held in memory; all else is as on the disk."""
+
+    def __truediv__(self, name: Any) -> "MemoryPath":
+        """Return the same object for the same name, parsed once."""
+        key = str(self), str(name)
+        if (path := _known.get(key)) is None:
+            path = super().__truediv__(name)
+            if len(_known) < 1000:
+                _known[key] = path
+        return path
+
+    def __rtruediv__(self, folder: Any) -> "MemoryPath":
+        """Return this path below another one, also where that is an ordinary path."""
+        return MemoryPath(folder, self)
+
+    def open(self, mode: str = "r", *args: Any, **options: Any) -> Any:
+        """Open the file, of those in memory for reading."""
+        if (data := _held.get(str(self))) is None:
+            return super().open(mode, *args, **options)
+        if "b" in mode:
+            return io.BytesIO(data)
+        text = {name: options[name] for name in ("encoding", "errors", "newline") if name in options}
+        return io.TextIOWrapper(io.BytesIO(data), **text)
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """Return what the system says of a regular file of this size."""
+        if (data := _held.get(str(self))) is None:
+            return super().stat(follow_symlinks=follow_symlinks)
+        return os.stat_result((stat.S_IFREG | 0o644, 1, 1, 1, 0, 0, len(data), 0, 0, 0))
+
+    def resolve(self, strict: bool = False) -> "MemoryPath":
+        """Return the path itself where its file is in memory: there are no links."""
+        return self if str(self) in _held else super().resolve(strict)
+
+
+def put(folder: Path, files: dict[str, bytes], *, on_disk: bool = False) -> MemoryPath:
+    """Return the folder with these files in it and none that an earlier call put there.
+
+    Args:
+      folder: on the disk.
+      files: by name.
+      on_disk: also those that Python reads.
+    """
+    wanted = {f"{folder}/{name}": content for name, content in files.items()}
+    apart = {name for name in wanted if on_disk or name.endswith(_MAPPED)}
+    _held.clear()
+    _held.update({name: wanted[name] for name in wanted.keys() - apart})
+    for name in _written.keys() - apart:
+        os.unlink(name)
+        del _written[name]
+    for name in apart:
+        if _written.get(name) != wanted[name]:
+            with open(name, "wb", buffering=0) as file:
+                file.write(wanted[name])
+            _written[name] = wanted[name]
+    return MemoryPath(folder)
