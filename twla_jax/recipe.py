@@ -12,6 +12,7 @@ from twla_jax.core.settings import (
     PER_ROW,
     SEED_LIMIT,
     ActivationSettings,
+    FoldedRotationSettings,
     GroupedSettings,
     IntegerSettings,
     QuantizationSettings,
@@ -105,6 +106,7 @@ class Recipe(Settings):
     name: str = "w1.58-g128"
     weights: WeightSettings = dataclasses.field(default_factory=WeightSettings)
     rotation: RotationSettings | None = dataclasses.field(default_factory=RotationSettings)
+    folded_rotation: FoldedRotationSettings | None = None
     activations: ActivationSettings = dataclasses.field(default_factory=ActivationSettings)
     embedding: EmbeddingSettings | None = None
     refine: RefineSettings = dataclasses.field(default_factory=RefineSettings)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from twla_jax.cli import main
-from twla_jax.core.settings import SymmetricSettings, TernarySettings, WeightSettings
+from twla_jax.core.settings import FoldedRotationSettings, SymmetricSettings, TernarySettings, WeightSettings
 from twla_jax.errors import TwlaError
 from twla_jax.recipe import Recipe, load_recipe
 from twla_jax.storage import accounting, checkpoint, prediction
@@ -46,6 +46,17 @@ def test_a_model_is_inspected_before_it_is_quantised(stories_model, capsys):
     assert 4 < figures["bits_per_weight_linear"] < 6
     main.main(["inspect", str(stories_model)])
     assert "can be quantised" in capsys.readouterr().out
+
+
+def test_folded_rotations_take_the_bytes_of_a_second_embedding(tiny_config):
+    tied, untied = (
+        prediction.predict(tiny_config, Recipe(folded_rotation=folded))["bytes"]
+        for folded in (None, FoldedRotationSettings())
+    )
+    table = 2 * tiny_config.vocab_size * tiny_config.hidden_size
+    assert tiny_config.tie_word_embeddings
+    assert (tied["embeddings"], untied["embeddings"]) == (table, 2 * table)
+    assert untied["total"] == tied["total"] + table
 
 
 def test_the_published_layout_is_not_predicted(tiny_config):

@@ -97,6 +97,8 @@ def with_options(
     }
     if recipe.rotation is not None:
         changes["rotation"] = given(seed=seed)
+    if recipe.folded_rotation is not None:
+        changes["folded_rotation"] = given(seed=seed)
     return recipe.updated(changes)
 
 

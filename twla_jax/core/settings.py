@@ -180,6 +180,21 @@ class RotationSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldedRotationSettings(Settings):
+    """Settings of the random rotations that the full-precision model's own weights take up, before it is quantised.
+
+    Attributes:
+      value_heads: whether heads of values are rotated as well as the residual stream.
+      seed: of the rotations.
+    """
+
+    table: ClassVar[str] = "folded_rotation"
+
+    value_heads: bool = True
+    seed: int = ranged(0, low=0, high=SEED_LIMIT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationSettings(Settings):
     """Settings of the per-token activation quantiser.
 

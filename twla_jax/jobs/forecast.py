@@ -10,6 +10,7 @@ from flax import nnx
 from twla_jax.devices import host_bytes
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.folded_rotation import folded_config
 from twla_jax.quantization import memory
 from twla_jax.quantization.stream import BATCH_TOKENS, DEVICE_SHARE
 from twla_jax.quantization.work import Speed, block_work, model_seconds
@@ -39,6 +40,7 @@ def forecast(
       peaks with their parts, `seconds` (rough; of the rotations and blocks, without reading and evaluations), and
       `refined`: whether the recipe also trains the whole model, which these figures leave out.
     """
+    config = folded_config(config) if recipe.folded_rotation else config
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     settings, text = recipe.quantization, recipe.calibration
     tokens = text.windows * text.seq_len

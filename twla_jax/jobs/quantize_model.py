@@ -23,6 +23,7 @@ from twla_jax.jobs.loading import describe_model, kept_files, resolve_model
 from twla_jax.models import Decoder
 from twla_jax.models.config import check_length
 from twla_jax.models.decoder import computing_in
+from twla_jax.models.folded_rotation import folded_config
 from twla_jax.models.io import readers
 from twla_jax.models.io.tokenizer import as_json
 from twla_jax.models.sites import set_activation_bits
@@ -88,7 +89,10 @@ def quantize_to_folder(
         if checkpoint.is_checkpoint(path):
             raise TwlaError(f"{path}: is quantised already")
         seq_len = recipe.calibration.seq_len
-        check_length(max(seq_len, recipe.allocation.seq_len), readers.read_config(path))
+        config = readers.read_config(path)
+        check_length(max(seq_len, recipe.allocation.seq_len), config)
+        if recipe.folded_rotation:
+            folded_config(config)  # which refuses other families before anything is read
         own_text = recipe.calibration.corpus == corpora.SELF
         corpus = None if own_text else corpora.load_corpus(recipe.calibration.corpus, "calibration")
         check = corpora.load_corpus(check_corpus or _evaluation_name(recipe.calibration.corpus), "evaluation")
@@ -111,8 +115,9 @@ def quantize_to_folder(
     known = _known_figures(full_precision, check, check_tokens)
     with phases("evaluate in full precision"):
         original = known or score(model)
+    teacher = stages.prepared(model, recipe)
     work = stages.Work(
-        teacher=model,
+        teacher=teacher,
         text=drawn,
         recipe=recipe,
         rotations=rotations,
@@ -120,7 +125,7 @@ def quantize_to_folder(
         mesh=mesh,
         progress=progress,
     )
-    quantized, figures = stages.run_stages(stages.WEIGHT_STAGES, model, work, phases)
+    quantized, figures = stages.run_stages(stages.WEIGHT_STAGES, teacher, work, phases)
     by_domain: dict[str, Any] = {}
     if check.parts:
         with phases("compare with the original"):

@@ -12,6 +12,7 @@ from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.jobs import domain_check
 from twla_jax.models import Decoder, sites
 from twla_jax.models.arguments import checked_tokens, require_full_precision, require_settings
+from twla_jax.models.folded_rotation import fold_rotation
 from twla_jax.quantization import pipeline
 from twla_jax.quantization.embedding import quantize_embeddings
 from twla_jax.recipe import Recipe
@@ -157,6 +158,15 @@ def run_stages(
     return model, figures
 
 
+def prepared(model: Decoder, recipe: Recipe) -> Decoder:
+    """Return the full-precision model as the stages take it: with rotations folded into it, where the recipe says so.
+
+    Raises:
+      TwlaError: a family whose stream cannot be rotated so.
+    """
+    return model if recipe.folded_rotation is None else fold_rotation(model, recipe.folded_rotation)
+
+
 @resume.keeps_work_dir
 def quantize(
     model: Decoder,
@@ -192,6 +202,7 @@ def quantize(
     require_settings(recipe, Recipe, "recipe")
     if not isinstance(text, Corpus | SampledText):
         text = checked_tokens(text, model.config, "text", ranks=(1, 2))
+    model = prepared(model, recipe)
     allocates = recipe.allocation.budget > 0
     drawn = recipe_windows.draw(text, recipe, tokenizer, model.config.vocab_size, held_out=allocates)
     work = Work(

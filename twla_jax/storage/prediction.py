@@ -9,6 +9,7 @@ from twla_jax.core import kotms
 from twla_jax.core.settings import IntegerSettings, SymmetricSettings, TernarySettings, TwoPlaneSettings
 from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.folded_rotation import folded_config
 from twla_jax.recipe import Recipe
 
 _FLOAT = 2  # bytes of a number of what stays as it is: float16 or bfloat16
@@ -22,7 +23,11 @@ def predict(config: DecoderConfig, recipe: Recipe) -> dict[str, Any]:
       A JSON-ready dict: `family`, `layers`, `weights`, `bits_per_weight_linear`, `bits_per_weight_model`, and `bytes`
       of the tensors by kind with their `total`. Bits and bytes are None for the published layout, where they depend on
       the weights. What stays as it is counts two bytes a number.
+
+    Raises:
+      TwlaError: the recipe folds rotations into a family whose stream cannot be rotated so.
     """
+    config = folded_config(config) if recipe.folded_rotation else config
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     sizes: collections.Counter[str] = collections.Counter()
     weights, quantised, known = 0, 0, True
