@@ -81,7 +81,9 @@ def test_a_step_on_a_gpu_is_a_few_kernels_a_layer_in_place(width, kernels, compi
 
 @pytest.mark.hlo
 @pytest.mark.aot
-@pytest.mark.parametrize(("rows", "kernels", "fixed"), [(1, 4, True), (8, 9, False), (8, 9, True)])
+@pytest.mark.parametrize(
+    ("rows", "kernels", "fixed"), [(1, 4, {"filtered": False}), (8, 9, None), (8, 9, {"filtered": True})]
+)
 def test_a_step_of_some_slots_works_in_the_cache_of_all(rows, kernels, fixed, compile_for, monkeypatch):
     monkeypatch.setattr(PackedLlamaBlock, "takes_splits", rows == 1)
     model = decoder(8, 4, tied=False, hidden_size=1024, num_heads=16)
@@ -89,7 +91,7 @@ def test_a_step_of_some_slots_works_in_the_cache_of_all(rows, kernels, fixed, co
 
     def steps(model, state, keep):
         if fixed:
-            return loops.fixed_steps(model, state, keep, rows=rows, count=4)
+            return loops.fixed_steps(model, state, keep, rows=rows, count=4, **fixed)
         return loops.steps(model, state, keep, jnp.int32(3), rows=rows, room=4)
 
     program = compile_for("h100", steps, model, state, jnp.ones(8, bool)).as_text()

@@ -109,7 +109,7 @@ def answers(engine, asked):
 def test_every_answer_is_the_one_that_its_prompt_gets_alone(engine, model):
     compiled = {name: compiled_programs(each) for name, each in engine.programs.items()}
     of_prompts = {"read": 4, "prefill": 1, "admit": 1, "forget": 1, "move": 1}
-    assert compiled == {"steps": 2, "fixed_steps": 2, **of_prompts}
+    assert compiled == {"steps": 2, "fixed_steps": 4, **of_prompts}
     asked = requests(24)
     for each, found in zip(asked, answers(engine, asked), strict=True):
         assert found.tokens == offline(model, each)

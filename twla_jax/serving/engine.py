@@ -7,6 +7,7 @@ waits for the host.
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import threading
@@ -200,14 +201,15 @@ class Engine:
         steps = self._runner.fixed.get(rows)
         if steps is None or self._schedule.waits or steps > max(each.left for each in active.values()):
             return None
-        simple = not any(each.generation.filtered or each.generation.logprobs for each in active.values())
-        return rows if simple else None
+        return None if any(each.generation.logprobs for each in active.values()) else rows
 
     def _step(self, active: Mapping[int, Ticket]) -> None:
         """Hand over the next steps: few where requests wait for them, or where they take long."""
         keep = np.isin(np.arange(self.settings.slots), list(active))
         if (ahead := self._loop_ahead(active)) is not None:
-            self._hand_over(lambda: self._runner.fixed_steps(ahead, keep), active, self._runner.fixed[ahead])
+            filtered = any(each.generation.filtered for each in active.values())
+            made = functools.partial(self._runner.fixed_steps, ahead, keep, filtered=filtered)
+            self._hand_over(made, active, self._runner.fixed[ahead])
             return
         rows = next(n for n in self.settings.row_counts if n > max(active))
         most = 1 if self._schedule.waits else int(CALL_SECONDS / max(self._step_seconds, 1e-6))

@@ -60,9 +60,9 @@ def steps(
 
 
 def fixed_steps(
-    model: Decoder, slots: Slots, keep: Bool[Array, " slots"], *, rows: int, count: int
+    model: Decoder, slots: Slots, keep: Bool[Array, " slots"], *, rows: int, count: int, filtered: bool
 ) -> tuple[Made, Slots]:
-    """Return what `steps` does for requests without filters and log-probabilities, always after `count` steps.
+    """Return what `steps` does for requests without log-probabilities, always after `count` steps.
 
     A GPU's loop whose end is known, and in which nothing branches, is handed over at once. In `steps` the host waits
     after every step for whether there is another, and can prepare nothing meanwhile.
@@ -73,13 +73,14 @@ def fixed_steps(
       keep: as `steps` takes it.
       rows: how many slots take part.
       count: steps; requests that end before wait for the last one.
+      filtered: whether any request has filters.
     """
     whole, first, cache = _begun(slots, keep, rows)
 
     def step(index, state):
         first, length, cache, tokens, counts = state
         logits, cache = _logits(model, first, length, cache)
-        token = drawn_tokens(logits, first)
+        token = drawn_tokens(logits, first, filtered=filtered)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
         return advanced(first, token), length + first.active, cache, tokens, counts + first.active
 

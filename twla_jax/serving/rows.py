@@ -114,8 +114,8 @@ def next_tokens(logits: Float32[Array, "rows vocab"], rows: Rows) -> tuple[Int32
         kind,
         [
             lambda: nothing(likeliest(logits)),
-            lambda: nothing(drawn_tokens(logits, rows)),
-            lambda: nothing(_each(logits, rows, sampler)),
+            lambda: nothing(drawn_tokens(logits, rows, filtered=False)),
+            lambda: nothing(drawn_tokens(logits, rows, filtered=True)),
             lambda: told_tokens(logits, rows),
         ],
     )
@@ -130,9 +130,18 @@ def told_tokens(logits: Float32[Array, "rows vocab"], rows: Rows) -> tuple[Int32
     return token, Told(chosen, tokens.astype(jnp.int32), likeliest)
 
 
-def drawn_tokens(logits: Float32[Array, "rows vocab"], rows: Rows) -> Int32[Array, " rows"]:
-    """Return the tokens of `next_tokens` for requests without filters, drawn and likeliest ones; nothing branches."""
-    return _each(logits, rows, Sampler(temperature=rows.sampler.temperature))
+def drawn_tokens(
+    logits: Float32[Array, "rows vocab"], rows: Rows, *, filtered: bool
+) -> Int32[Array, " rows"]:
+    """Return the tokens of `next_tokens`, drawn and likeliest ones; nothing branches.
+
+    Args:
+      logits: of each row.
+      rows: the requests.
+      filtered: whether any has filters; then all rows are sorted.
+    """
+    sampler = rows.sampler if filtered else Sampler(temperature=rows.sampler.temperature)
+    return _each(logits, rows, sampler)
 
 
 def _each(logits: Float32[Array, "rows vocab"], rows: Rows, sampler: Sampler) -> Int32[Array, " rows"]:

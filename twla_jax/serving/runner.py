@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,17 +20,15 @@ from twla_jax.inference.sampling import Sampling
 from twla_jax.models.arguments import require_model
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache
-from twla_jax.serving import loops
 from twla_jax.serving import slots as device
 from twla_jax.serving.placement import mesh_of, shardings
+from twla_jax.serving.programs import compile_together, jitted
 from twla_jax.serving.requests import Generation
 from twla_jax.serving.rows import Made, Rows, row, together
 from twla_jax.serving.settings import EngineSettings
 
 CALL_SECONDS = 0.04  # of a decode call, for which a request that arrives has to wait
 _TOGETHER = 1024  # tokens of prompts that are read in one call
-# XLA makes CUDA graphs of kernels. To bring one up to date takes longer than to launch kernels that run once a call.
-_WITHOUT_GRAPHS = {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 2**30}
 _TIMED = 9  # steps by which the time of one is measured
 
 
@@ -73,7 +70,7 @@ class Runner:
             self._staged, of_staged = None, None
             if settings.max_length > chunk:
                 self._staged, of_staged = _placed(lambda: model.init_cache(1, size, dtype), mesh)
-            self.programs = _programs(structure, settings.steps, of_slots, of_staged)
+            self.programs = jitted(structure, settings.steps, of_slots, of_staged)
             self.cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._slots.cache.layers))
             self._compile()
 
@@ -88,6 +85,12 @@ class Runner:
           generations: one, or as many as `together` says at most.
           places: their slots.
         """
+        arguments = self._prompts(generations, places)
+        made, self._slots = self.programs["read"](self._leaves, self._slots, *arguments)
+        return made
+
+    def _prompts(self, generations: Sequence[Generation], places: Sequence[int]) -> tuple[Any, ...]:
+        """Return what `slots.read` takes of these requests, padded."""
         width = self.width(len(generations[0].prompt))
         assert width is not None
         count = 1 if len(generations) == 1 else self.together[width]
@@ -95,13 +98,10 @@ class Runner:
         for index, each in enumerate(generations):
             counts[index] = len(each.prompt)
             prompts[index, : counts[index]] = each.prompt
-        nothing = Generation(prompt=(0,), max_new_tokens=1)
         padding = count - len(generations)
-        requests = together([self._row(each) for each in (*generations, *[nothing] * padding)])
+        requests = together([self._row(each) for each in (*generations, *[_nothing(1)] * padding)])
         beyond = self._settings.slots + np.arange(padding)
-        where = np.asarray([*places, *beyond], np.int32)
-        made, self._slots = self.programs["read"](self._leaves, self._slots, prompts, counts, requests, where)
-        return made
+        return prompts, counts, requests, np.asarray([*places, *beyond], np.int32)
 
     def prefill(self, prompt: Sequence[int], start: int) -> tuple[jax.Array, int, int]:
         """Read the next tokens of a prompt that is longer than a chunk into the row for such prompts.
@@ -142,10 +142,10 @@ class Runner:
         )
         return made
 
-    def fixed_steps(self, rows: int, keep: np.ndarray) -> Made:
+    def fixed_steps(self, rows: int, keep: np.ndarray, *, filtered: bool) -> Made:
         """Return the tokens of the next `fixed[rows]` steps of the first `rows` slots; see `loops.fixed_steps`."""
         made, self._slots = self.programs["fixed_steps"](
-            self._leaves, self._slots, keep, rows=rows, count=self.fixed[rows]
+            self._leaves, self._slots, keep, rows=rows, count=self.fixed[rows], filtered=filtered
         )
         return made
 
@@ -159,31 +159,53 @@ class Runner:
         )
 
     def _compile(self) -> None:
-        """Run every program, on nothing."""
+        """Compile every program, and run it on nothing."""
         settings = self._settings
         none = np.zeros(settings.slots, bool)
-
-        def nothing(width: int) -> Generation:
-            return Generation(prompt=(0,) * width, max_new_tokens=1, sampling=Sampling())
-
+        prompts = [
+            ([_nothing(width)] * count, range(count))
+            for width in self.chunks
+            for count in sorted({1, min(2, self.together.get(width, 1))})
+        ]
+        read, steps = self.programs["read"], self.programs["steps"]
+        given = self._leaves, self._slots
+        compile_together(
+            [
+                *(functools.partial(read.lower, *given, *self._prompts(*each)) for each in prompts),
+                *(
+                    functools.partial(steps.lower, *given, none, np.int32(1), rows=rows)
+                    for rows in settings.row_counts
+                ),
+            ]
+        )
         for _ in range(2):  # what the first round returned may be placed otherwise than what it was given
-            for width in self.chunks:
-                for count in {1, min(2, self.together.get(width, 1))}:
-                    self.read([nothing(width)] * count, range(count))
+            for each in prompts:
+                self.read(*each)
             if self._staged is not None:
                 logits, *_ = self.prefill((0,) * (self.chunks[-1] + 1), 0)
-                self.admit(nothing(1), logits, 0)
+                self.admit(_nothing(1), logits, 0)
                 self.forget()
             self.move(0, 0)
             for rows in settings.row_counts:
                 self.steps(rows, none, 1)
         if self.blocks and not settings.one_shape:
-            counts = settings.row_counts
-            self.fixed = {rows: self._steps_in_time(rows) for rows in counts}
-            for _ in range(2):
-                for rows in counts:
-                    self.fixed_steps(rows, none)
+            self.fixed = {rows: self._steps_in_time(rows) for rows in settings.row_counts}
+            self._compile_fixed(none)
         jax.block_until_ready(self._slots)
+
+    def _compile_fixed(self, none: np.ndarray) -> None:
+        """Compile the loops of fixed length, and run them on nothing."""
+        lower = self.programs["fixed_steps"].lower
+        both = [(rows, filtered) for rows in self.fixed for filtered in (False, True)]
+        given = self._leaves, self._slots, none
+        compile_together(
+            [
+                functools.partial(lower, *given, rows=rows, count=self.fixed[rows], filtered=filtered)
+                for rows, filtered in both
+            ]
+        )
+        for rows, filtered in 2 * both:
+            self.fixed_steps(rows, none, filtered=filtered)
 
     def _steps_in_time(self, rows: int) -> int:
         """Return how many steps a call of a fixed number has: 1, 2, 3, 4, 6, 8, 12, … as fit into `CALL_SECONDS`."""
@@ -202,6 +224,11 @@ class Runner:
             most = min(most, int(CALL_SECONDS / max(step, 1e-6)))
         power = 2 ** (max(1, most).bit_length() - 1)
         return max(power, 3 * power // 2 if 3 * power // 2 <= most else 0)
+
+
+def _nothing(width: int) -> Generation:
+    """Return a request whose prompt takes so many places."""
+    return Generation(prompt=(0,) * width, max_new_tokens=1, sampling=Sampling())
 
 
 def _together(settings: EngineSettings, chunks: Sequence[int], model: Decoder) -> dict[int, int]:
@@ -234,38 +261,3 @@ def _placed[T: (device.Slots, KVCache)](make: Callable[[], T], mesh: Mesh | None
         return make(), None
     where = shardings(jax.eval_shape(make), mesh)
     return jax.jit(make, out_shardings=where)(), where
-
-
-def _programs(structure: Any, room: int, of_slots: Any, of_staged: Any) -> dict[str, Any]:
-    """Return the jitted programs; they take a model's leaves, as a module is slow to take apart at every step.
-
-    Args:
-      structure: of the model.
-      room: the most steps of a call.
-      of_slots: where the slots lie; None for one device.
-      of_staged: where the row for long prompts lies.
-    """
-
-    def of_model(function):
-        return lambda leaves, *arguments, **named: function(
-            jax.tree.unflatten(structure, leaves), *arguments, **named
-        )
-
-    # Not the functions themselves: each engine counts its own programs.
-    second = functools.partial(jax.jit, donate_argnums=1, out_shardings=(None, of_slots))
-    once = {"compiler_options": _WITHOUT_GRAPHS if jax.default_backend() == "gpu" else None}
-    return {
-        "read": second(of_model(device.read), **once),
-        "prefill": jax.jit(
-            of_model(device.prefill), donate_argnums=5, out_shardings=(None, of_staged), **once
-        ),
-        "steps": second(of_model(functools.partial(loops.steps, room=room)), static_argnames="rows"),
-        "fixed_steps": second(of_model(loops.fixed_steps), static_argnames=("rows", "count")),
-        "admit": jax.jit(
-            lambda *arguments: device.admit(*arguments), donate_argnums=0, out_shardings=(None, of_slots)
-        ),
-        "forget": jax.jit(
-            lambda staged: jax.tree.map(jnp.zeros_like, staged), donate_argnums=0, out_shardings=of_staged
-        ),
-        "move": jax.jit(lambda *arguments: device.move(*arguments), donate_argnums=0, out_shardings=of_slots),
-    }

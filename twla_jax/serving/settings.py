@@ -23,7 +23,7 @@ class EngineSettings:
       together: tokens, with padding, of a call that reads several prompts; fewer than two of the shortest chunks for
         none. By default 1024, and none on a CPU, which takes its time for every one of them.
       ahead: whether loops of a fixed number of steps are compiled, too, which are handed over at once, for requests
-        without filters and log-probabilities; by default on a GPU.
+        without log-probabilities; by default on a GPU.
       cache_dtype: of keys and values; None for the model's own.
 
     Raises:
