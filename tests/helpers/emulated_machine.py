@@ -23,6 +23,7 @@ class Machine:
         self.memory = np.random.default_rng(0).integers(0, 256, (blocks, memory), np.uint8)
         self.used = 0
         self.masks = [np.ones(self.shape, bool)]
+        self.copies, self.batches = [], []  # that threads have started, and not yet waited for
         # For every byte: the number of barriers before it was last read and written, and by which warp.
         self.met = 0
         self.begun = blocks == 1
@@ -190,6 +191,8 @@ class Global(OfArray):
     def __getitem__(self, index):
         index = index if isinstance(index, tuple) else (index,)
         if any(isinstance(each, Slice) or np.ndim(each) for each in index):
+            if len(index) == self.array.ndim and not any(isinstance(each, Slice | slice) for each in index):
+                return self.array[index]
             return Window(self.array, index)
         part = self.array[tuple(int(each) for each in index)]
         return Global(part) if part.ndim else part

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,11 @@ from twla_jax.ops.decode_attention import (
     AttentionSplits,
     decode_attention,
     gpu,
+    gpu_grouped,
     reference,
     split_sizes,
 )
+from twla_jax.ops.hopper.limits import BLOCK_MEMORY
 
 from helpers import emulated_machine, emulated_threads
 from helpers.token_operands import random_key
@@ -55,8 +59,11 @@ def operands(b, heads, kv_heads, d, size, length, window, dtype=jnp.bfloat16):
     return qkv, LayerKV(entries=entries), positions, jnp.int32(window), scales
 
 
-def expected(qkv, layer, positions, window, scales, *, norm):
-    """Return the mix and the cache in float64, queries and keys rounded where the op rounds them."""
+def expected(qkv, layer, positions, window, scales, *, norm, after=None):
+    """Return the mix and the cache in float64, queries and keys rounded where the op rounds them.
+
+    `after` are the cache's numbers with the new token's, where these are other than floats.
+    """
 
     def rounded(x):
         return np.asarray(np.asarray(x, np.float32).astype(qkv.dtype), np.float64)
@@ -76,6 +83,7 @@ def expected(qkv, layer, positions, window, scales, *, norm):
     if norm:
         q, k = normed(q, scales[0]), normed(k, scales[1])
     q, cache[0, :, :, length], cache[1, :, :, length] = rotated(q), rotated(k), v
+    cache = cache if after is None else after
     seen = cache[:, :, :, max(0, length + 1 - int(window)) : length + 1]
     k, v = (np.repeat(each, q.shape[1] // kv_heads, axis=1) for each in seen)
     scores = np.einsum("bhd,bhsd->bhs", q, k) * q.shape[-1] ** -0.5
@@ -94,6 +102,23 @@ def check(op, *, norm, case, dtype=jnp.bfloat16, tolerance=6e-3):
     np.testing.assert_allclose(np.asarray(layer.entries, float), cache, rtol=edge, atol=1e-6)
 
 
+def check_integers(op, *, norm, case):
+    qkv, floats, positions, window, scales = operands(*case)
+    key, value = floats.entries.swapaxes(2, 3)
+    layer = written(empty_layer(floats.entries.shape, jnp.int8), key, value, jnp.int32(0))
+    arguments = (qkv, layer, positions, window, scales)
+    _, after = attend_by_reference(*arguments[:4], scales if norm else None, epsilon=EPSILON)
+    numbers = np.asarray(after.entries, float) * np.asarray(after.scales, float)[..., None]
+    mixed, _ = expected(*arguments, norm=norm, after=numbers)
+    found, cache = op(*arguments[:4], scales if norm else None, epsilon=EPSILON)
+    np.testing.assert_allclose(np.asarray(found, float), mixed, atol=6e-3 * np.abs(mixed).max())
+    codes, same = (np.asarray(each.entries, int) for each in (cache, after))
+    # The new key may lie on the edge between two bf16 numbers, or between two codes.
+    assert np.abs(codes - same).max() <= 1
+    assert (codes != same).mean() < 1e-3
+    np.testing.assert_allclose(cache.scales, after.scales, rtol=2**-7)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("norm", [False, True])
 def test_reference(case, norm):
@@ -105,12 +130,14 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, config):
     """Run the kernel thread by thread, and return the mix and the cache."""
     heads, (_, b, kv_heads, _, d) = qkv.shape[1] - 2 * layer.entries.shape[2], layer.entries.shape
     quantized = layer.scales is not None
-    shape = gpu.HeadShape(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, config=config)
+    grouped = isinstance(config, split_sizes.GroupConfig)
+    kind: Any = gpu_grouped.GroupShape if grouped else gpu.HeadShape
+    shape = kind(d=d, heads=heads, kv_heads=kv_heads, quantized=quantized, config=config)
     cache, lengths = jax.tree.map(np.array, layer), np.broadcast_to(positions.start, b)
     for each in jax.tree.leaves(cache):  # entries past the filled ones must not enter the mix
         for row, filled in enumerate(lengths):
             each[:, row, :, filled:] = -128 if each.dtype == np.int8 else np.nan
-    splits = (config.splits,) if config.apart else ()
+    splits, groups = ((), config.groups) if grouped else ((config.splits,) if config.apart else (), 1)
     out = np.zeros((b, *splits, heads, d), qkv.dtype)
     softmax = np.full((b, *splits, heads, 2), np.nan, np.float32)
     inputs = (
@@ -121,18 +148,24 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, config):
         *(norm_scales or ()),
     )
     refs = [emulated_machine.Global(np.array(each)) for each in inputs]
-    for block, split in itertools.product(range(b * heads // config.queries), range(*splits or (1,))):
+    for block, split in itertools.product(
+        range(b * heads // config.queries // groups), range(*splits or (1,))
+    ):
         axes = {"head": block} | ({"split": split} if splits else {})
-        machine = emulated_machine.start(32 * config.warps, 1 if splits else config.splits, **axes)
-        memory = {
-            "partials_smem": machine.allocate((config.warps, config.queries, d + 2), np.float32),
-            "of_blocks_smem": machine.allocate(
-                (config.splits, 3, config.queries * d // config.splits), np.float32
-            ),
-        }
+        size = (32 * config.warps * groups, 1 if splits or grouped else config.splits)
+        machine = emulated_machine.start(*size, **axes)
+        if grouped:
+            sizes = gpu_grouped.memory(shape)
+        else:
+            sizes = {
+                "partials_smem": ((config.warps, config.queries, d + 2), np.float32),
+                "of_blocks_smem": ((config.splits, 3, config.queries * d // config.splits), np.float32),
+            }
+        memory = {name: machine.allocate(*size) for name, size in sizes.items()}
         of_cache = map(emulated_machine.Global, jax.tree.leaves(cache))
         outputs = map(emulated_machine.Global, (out, softmax) if splits else (out,))
-        gpu._kernel(*of_cache, *refs, *outputs, **memory, shape=shape, epsilon=epsilon)
+        kernel = gpu_grouped._kernel if grouped else gpu._kernel
+        kernel(*of_cache, *refs, *outputs, **memory, shape=shape, epsilon=epsilon)
     for each, before in zip(jax.tree.leaves(cache), jax.tree.leaves(layer), strict=True):
         for row, filled in enumerate(lengths):
             each[:, row, :, filled + 1 :] = before[:, row, :, filled + 1 :]
@@ -182,21 +215,27 @@ def test_gpu_kernel_that_leaves_parts_apart_thread_by_thread(case, queries, spli
     ],
 )
 def test_gpu_kernel_on_an_int8_cache_thread_by_thread(case, norm, queries, warps, splits, monkeypatch):
-    qkv, floats, positions, window, scales = operands(*case)
-    key, value = floats.entries.swapaxes(2, 3)
-    layer = written(empty_layer(floats.entries.shape, jnp.int8), key, value, jnp.int32(0))
-    arguments = (qkv, layer, positions, window, scales if norm else None)
-    expected, after = attend_by_reference(*arguments, epsilon=EPSILON)
     emulated_threads.emulate(monkeypatch)
     chosen = split_sizes.SplitConfig(queries=queries, warps=warps, splits=splits, loads=4)
-    found, cache = emulated(*arguments, epsilon=EPSILON, config=chosen)
-    expected = np.asarray(expected, float)
-    np.testing.assert_allclose(np.asarray(found, float), expected, atol=6e-3 * np.abs(expected).max())
-    codes, same = (np.asarray(each.entries, int) for each in (cache, after))
-    # The new key may lie on the edge between two bf16 numbers, or between two codes.
-    assert np.abs(codes - same).max() <= 1
-    assert (codes != same).mean() < 1e-3
-    np.testing.assert_allclose(cache.scales, after.scales, rtol=2**-7)
+    check_integers(functools.partial(emulated, config=chosen), norm=norm, case=case)
+
+
+GROUPS = [
+    ((2, 4, 2, 64, 256, 200, 70), True, 2, 4, 4),
+    ((1, 8, 2, 128, 320, 256, ALL), True, 4, 4, 2),
+    ((1, 3, 1, 64, 72, 71, ALL), False, 3, 4, 1),
+    ((1, 12, 1, 128, 64, 0, ALL), True, 6, 8, 1),
+    ((1, 8, 1, 256, 144, 130, 1), False, 8, 4, 1),
+]
+
+
+@pytest.mark.parametrize(("case", "norm", "queries", "warps", "groups"), GROUPS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_gpu_kernel_on_tensor_cores_thread_by_thread(case, norm, queries, warps, groups, dtype, monkeypatch):
+    emulated_threads.emulate(monkeypatch)
+    chosen = split_sizes.GroupConfig(queries=queries, warps=warps, groups=groups)
+    op = functools.partial(emulated, config=chosen)
+    (check if dtype == jnp.bfloat16 else check_integers)(op, norm=norm, case=case)
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -256,6 +295,25 @@ def test_clusters_of_a_launch_are_all_there_at_once(shared, d):
                 assert heads // chosen.queries <= {2: 66, 4: 30, 8: 15}[chosen.splits]
 
 
+@pytest.mark.parametrize("shared", [2, 3, 5, 8, 16])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_groups_on_tensor_cores_share_blocks_that_fit(shared, d, quantized):
+    for kv_heads, sequences in itertools.product((1, 3, 8), (8, 22, 64, 100)):
+        heads = sequences * kv_heads * shared
+        config = split_sizes.group_config(heads, shared, 640, d, quantized=quantized, grouped=True)
+        if config is None:
+            assert sequences * kv_heads * -(-shared // 8) < 64
+            continue
+        assert shared % config.queries == 0
+        assert heads // config.queries % config.groups == 0
+        assert config.warps * config.groups <= 16
+        shape = gpu_grouped.GroupShape(
+            d=d, heads=kv_heads * shared, kv_heads=kv_heads, quantized=quantized, config=config
+        )
+        assert sum(4 * math.prod(size) for size, _ in gpu_grouped.memory(shape).values()) <= BLOCK_MEMORY
+
+
 @pytest.mark.parametrize(("d", "size", "dtype"), [(80, 64, jnp.bfloat16), (64, 64, jnp.float32)])
 def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype):
     qkv, _, positions, window, _ = operands(1, 2, 2, d, size, 9, ALL)
@@ -296,6 +354,30 @@ def test_gpu_kernel_spills_nothing(case, norm, dtype, apart, compile_for_h100):
         shapes[1] = jax.eval_shape(lambda: empty_layer(shapes[1].entries.shape, dtype))
     op = functools.partial(gpu.decode_attention, epsilon=EPSILON, apart=apart)
     _, reports = compile_for_h100(op, *shapes[:4], shapes[4] if norm else None)
+    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ((64, 32, 8, 128, 640, 512, ALL), jnp.int8),
+        ((64, 32, 8, 128, 640, 512, ALL), jnp.bfloat16),
+        ((16, 64, 8, 128, 640, 512, ALL), jnp.int8),
+        ((64, 9, 3, 64, 576, 512, ALL), jnp.int8),
+        ((64, 16, 8, 256, 640, 512, ALL), jnp.int8),
+    ],
+)
+def test_gpu_kernel_on_tensor_cores_spills_nothing(case, dtype, compile_for_h100):
+    b, heads, kv_heads, d, size = case[:5]
+    shapes = list(jax.eval_shape(lambda: operands(*case)))
+    if dtype == jnp.int8:
+        shapes[1] = jax.eval_shape(lambda: empty_layer(shapes[1].entries.shape, dtype))
+    chosen = split_sizes.group_config(
+        b * heads, heads // kv_heads, size, d, quantized=dtype == jnp.int8, grouped=True
+    )
+    op = functools.partial(gpu.decode_attention, epsilon=EPSILON, config=chosen)
+    _, reports = compile_for_h100(op, *shapes)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
 
 

@@ -108,6 +108,27 @@ def load_global(ref, offset, count=1, *, condition=None):
     )
 
 
+def copy(at, ref, offset, count=1):
+    """Read at once, but write only when the copy is waited for."""
+    machine = emulated_machine.machine
+    machine.copies.append((machine.masks[-1], at, load_global(ref, offset, count)))
+
+
+def end_copies():
+    machine = emulated_machine.machine
+    machine.batches.append(machine.copies)
+    machine.copies = []
+
+
+def wait_for_copies(count):
+    machine = emulated_machine.machine
+    while len(machine.batches) > count:
+        for mask, at, found in machine.batches.pop(0):
+            machine.masks.append(mask)
+            store(at, *found)
+            machine.masks.pop()
+
+
 def load_real(ref, index):
     size = ref.dtype.itemsize
     data, places, active = _global(ref, index * size, size)

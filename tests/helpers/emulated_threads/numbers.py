@@ -1,5 +1,6 @@
 """Computes what single instructions do."""
 
+import ml_dtypes
 import numpy as np
 
 from helpers import emulated_machine
@@ -36,6 +37,31 @@ def multiply_bytes(a, b, so_far):
     return out
 
 
+def multiply_16_bits(a, b, so_far, *, bfloat16):
+    """Multiply fragments as in the manual: lane 4g + t has rows g and g + 8 of A and C, and column g of B."""
+    warps = (emulated_machine.machine.shape[0], -1, 8, 4)
+    kind = ml_dtypes.bfloat16 if bfloat16 else np.float16
+    left, right = (
+        np.stack([each.value.reshape(warps) for each in of], -1)[..., None].view(kind).astype(np.float32)
+        for of in (a, b)
+    )
+    blocks, count = left.shape[:2]
+    rows = np.zeros((blocks, count, 16, 16), np.float32)
+    columns = np.zeros((blocks, count, 16, 8), np.float32)
+    for t in range(4):
+        for half in range(2):
+            places = slice(8 * half + 2 * t, 8 * half + 2 * t + 2)
+            for i in range(2):
+                rows[:, :, 8 * i : 8 * i + 8, places] = left[:, :, :, t, 2 * half + i]
+            columns[:, :, places] = right[:, :, :, t, half].swapaxes(-1, -2)
+    with np.errstate(all="ignore"):
+        product = rows @ columns
+    return [
+        each + Real(product[:, :, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2].reshape(each.value.shape))
+        for i, each in enumerate(so_far)
+    ]
+
+
 def least_bfloat16(one, other):
     return _by_halves(Real.least, one, other)
 
@@ -70,9 +96,15 @@ def exponential(value):
         return Real(np.exp(value.value))
 
 
+def logarithm(value):
+    with np.errstate(all="ignore"):
+        return Real(np.log2(value.value))
+
+
 def reciprocal(value):
     """Return 1 / value; a result too small for a normal number is zero."""
-    found = 1 / value.value
+    with np.errstate(all="ignore"):
+        found = 1 / value.value
     return Real(
         np.where(np.abs(found) < np.finfo(np.float32).tiny, np.copysign(0, found), found).astype(np.float32)
     )
@@ -89,6 +121,17 @@ def nearest(value):
 def signed_bytes(word):
     values = np.ascontiguousarray(word.value)[..., None].view(np.int8)
     return [Real(values[..., i].astype(np.float32)) for i in range(4)]
+
+
+def float16_bytes(word):
+    halves = [each.value.astype(np.float16).view(np.uint16) for each in signed_bytes(word)]
+    return tuple(Word(halves[i] | halves[i + 1].astype(np.uint32) << 16) for i in (0, 2))
+
+
+def permute(one, other, order):
+    found = np.stack([Word(each).value for each in (one, other)], -1).view(np.uint8)
+    chosen = [found[..., order >> 4 * i & 7] for i in range(4)]
+    return Word(np.ascontiguousarray(np.stack(chosen, -1)).view(np.uint32)[..., 0])
 
 
 def pack_bytes(values):

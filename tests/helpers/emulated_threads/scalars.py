@@ -115,6 +115,12 @@ def pack_bfloat16(low, high):
     return Word((halves[0].value >> 16) | (halves[1].value & 0xFFFF0000))
 
 
+def pack_float16(low, high):
+    with np.errstate(over="ignore"):
+        halves = [each.value.astype(np.float16).view(np.uint16) for each in (low, high)]
+    return Word(halves[0] | halves[1].astype(np.uint32) << 16)
+
+
 def unpack_bfloat16(pair):
     return (pair << 16).real(), (pair & 0xFFFF0000).real()
 

@@ -13,8 +13,8 @@ def thread():
     return Word(emulated_machine.machine.threads)
 
 
-def barrier(count):
-    assert count == emulated_machine.machine.shape[1]
+def barrier(count, group=0):
+    assert count == emulated_machine.machine.shape[1] or (Word(group).value == thread().value // count).all()
     emulated_machine.machine.met += 1
 
 
@@ -49,6 +49,11 @@ def shuffle(value, distance):
 def of_lane(value, lane):
     lanes = value.value.reshape(-1, WARP)[:, np.full(WARP, lane)]
     return Real(lanes.reshape(emulated_machine.machine.shape))
+
+
+def transposed(value):
+    matrices = np.ascontiguousarray(value.value).view(np.uint16).reshape(-1, 8, 8).swapaxes(1, 2)
+    return Word(np.ascontiguousarray(matrices).view(np.uint32).reshape(emulated_machine.machine.shape))
 
 
 def warp_sum(value):

@@ -21,7 +21,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.attention.splits import AttentionSplits
-from twla_jax.ops.decode_attention import gpu_attend, gpu_entries, gpu_heads, split_sizes
+from twla_jax.ops.decode_attention import gpu_attend, gpu_entries, gpu_grouped, gpu_heads, split_sizes
 from twla_jax.ops.decode_attention.gpu_heads import HeadShape
 from twla_jax.ops.hopper import threads
 
@@ -35,12 +35,17 @@ def decode_attention(
     *,
     epsilon: float = 0.0,
     apart: bool = False,
-    config: split_sizes.SplitConfig | None = None,
+    config: split_sizes.SplitConfig | split_sizes.GroupConfig | None = None,
 ) -> tuple[BFloat16[Array, "b heads_d"] | AttentionSplits, LayerKV]:
     """Return what `reference.decode_attention` computes, in bf16; with `apart`, in splits if that is faster."""
     b, all_heads, d = qkv.shape
     _, _, kv_heads, size, _ = layer.entries.shape
     heads, quantized = all_heads - 2 * kv_heads, layer.scales is not None
+    if config is None and b > 1:
+        config = split_sizes.group_config(b * heads, heads // kv_heads, size, d, quantized=quantized)
+    if isinstance(config, split_sizes.GroupConfig):
+        operands = (qkv, layer, positions, window, norm_scales)
+        return gpu_grouped.decode_attention(*operands, epsilon=epsilon, config=config)
     if config is None:
         # With several sequences, merging the splits takes the reader as long as they save here.
         apart = apart and b == 1
@@ -75,11 +80,7 @@ def decode_attention(
     mixed, *softmax = kernel(
         *jax.tree.leaves(cache),
         qkv,
-        # Two arrays would be two XLA kernels. A row a sequence, or one for all.
-        jnp.stack([angle.reshape(-1, angle.shape[-1]) for angle in (positions.cos, positions.sin)]),
-        positions.query.reshape(-1),
-        window.reshape(1),
-        *map(threads.readable, norm_scales or ()),
+        *gpu_attend.other_operands(positions, window, norm_scales),
     )
     mixed = mixed.reshape(*outputs[:-1], heads * d)
     if softmax:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from twla_jax.ops.attention.kv_cache import LayerKV
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import gpu_entries, gpu_lanes
 from twla_jax.ops.decode_attention.gpu_finish import finish
 from twla_jax.ops.decode_attention.gpu_heads import HeadShape
+from twla_jax.ops.hopper import threads
 
 
 def obstacle(qkv: jax.Array, layer: LayerKV) -> str | None:
@@ -21,6 +23,14 @@ def obstacle(qkv: jax.Array, layer: LayerKV) -> str | None:
     if dtype not in (jnp.bfloat16, jnp.int8):
         return f"the cache is {dtype}, not bfloat16 or int8"
     return f"heads have {d} features, not 64, 128 or 256" if d not in (64, 128, 256) else None
+
+
+def other_operands(positions: Positions, window: jax.Array, norm_scales) -> list[jax.Array]:
+    """Return what a kernel reads besides the cache and the heads: angles, length, window and weights of the norms."""
+    # Two arrays of angles would be two XLA kernels. A row a sequence, or one for all.
+    angles = [angle.reshape(-1, angle.shape[-1]) for angle in (positions.cos, positions.sin)]
+    scales = map(threads.readable, norm_scales or ())
+    return [jnp.stack(angles), positions.query.reshape(-1), window.reshape(1), *scales]
 
 
 def attend(q, new, entries, cache, limit, memory, outputs, first_head, split, *, shape: HeadShape) -> None:

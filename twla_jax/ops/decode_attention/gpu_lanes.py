@@ -68,7 +68,7 @@ def initial_state(q, new, split, *, shape: HeadShape) -> jax.Array:
         once = threads.both(mine, me.row.equals(0))
         zero, out = threads.real(0.0), []
         for query in _queries(q, shape):
-            score = me.over_features(dot(query, key), Real.__add__) * _factor(shape)
+            score = me.over_features(dot(query, key), Real.__add__) * score_factor(shape)
             out += [
                 threads.select(mine, score, threads.real(_LOWEST)),
                 threads.select(once, threads.real(1.0), zero),
@@ -84,7 +84,8 @@ def _queries(q, shape: HeadShape) -> list[list[Real]]:
     return [values[i : i + shape.count] for i in range(0, len(values), shape.count)]
 
 
-def _factor(shape: HeadShape) -> float:
+def score_factor(shape) -> float:
+    """Return what scores are multiplied by, for powers of two instead of the exponential."""
     return shape.d**-0.5 * math.log2(math.e)
 
 
@@ -116,7 +117,7 @@ def attend_step(state, q, entries, step, split, limits, *, shape: HeadShape) -> 
         queries, scores = _queries(q, shape), []
         for i, (key, yes) in enumerate(zip(of_keys, seen, strict=True)):
             k = _entry(key, shape)
-            factor = scales[i].real() * _factor(shape) if scales else _factor(shape)
+            factor = scales[i].real() * score_factor(shape) if scales else score_factor(shape)
             row = [me.over_features(dot(query, k), Real.__add__) * factor for query in queries]
             scores.append([threads.select(yes, score, threads.real(_LOWEST)) for score in row])
         before, out, size = threads.reals(state), [], 2 + shape.count

@@ -13,6 +13,9 @@ _WARPS, _FEW_WARPS = 16, 8  # of a block; a warp of several queries, or of a clu
 _CLUSTERS = {2: 66, 4: 30, 8: 15}
 _SPLITS = (4, 2)  # numbers of splits that are left apart; every reader of the mix reads them all
 _MOST_READS = 20480  # of a key head's positions, by all of its queries; beyond, some read them together
+_GROUPED = False  # whether tensor cores are used, where they may be
+_GROUP = 8  # queries of a block on tensor cores, at most: the columns of `mma.sync`
+_FEWEST_GROUPS = 64  # blocks on tensor cores; fewer share the positions of a head better in clusters
 _SOME_STEPS, _MANY_STEPS = 2, 8  # of one block, beyond which clusters of four, and of other sizes, pay
 
 
@@ -29,6 +32,39 @@ class SplitConfig:
     splits: int
     loads: int = _LOADS
     apart: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """Describes a block on tensor cores: its groups, their queries, which share a key head, and their warps.
+
+    The warps of a group share the positions.
+    """
+
+    queries: int
+    warps: int
+    groups: int = 1
+
+
+def group_config(
+    heads: int, shared: int, size: int, head_dim: int, *, quantized: bool = False, grouped: bool = _GROUPED
+) -> GroupConfig | None:
+    """Return the split for tensor cores, for arguments as `split_config` has them, or None if these do not pay.
+
+    A multiprocessor has one block, of as many warps as there are registers for. A group has as many of them as keep
+    the multiprocessors busy.
+    """
+    queries = max(n for n in range(1, _GROUP + 1) if shared % n == 0)
+    blocks = heads // queries
+    if not grouped or queries == 1 or blocks < _FEWEST_GROUPS:
+        return None
+    # Sixteen warps leave a thread 128 registers, and fill shared memory with copies under way.
+    most = max(4, min(16, 16 * 128 // (head_dim * (1 if quantized else 2))))
+    warps = most
+    while warps > 4 and (warps * blocks > most * STREAMING_MULTIPROCESSORS or warps * 16 > size):
+        warps //= 2
+    groups = next(n for n in (most // warps, 2, 1) if blocks % n == 0)
+    return GroupConfig(queries=queries, warps=warps, groups=groups)
 
 
 def split_config(

@@ -94,6 +94,24 @@ def load_global(
     return ptx_words(ptx, count, _global(ref, offset), flag)
 
 
+def copy(at: Word, ref: ir.Value, offset: Word, count: int = 1) -> None:
+    """Start a copy of 1, 2 or 4 words, `offset` bytes from a reference's first, to shared memory: `cp.async`."""
+    through = "cg" if count == 4 else "ca"
+    ptx = f"cp.async.{through}.shared.global [$0], [$1], {4 * count};"
+    utils.inline_ptx(ptx, at.value, _global(ref, offset), has_side_effects=True)
+
+
+def end_copies() -> None:
+    """End a batch of copies: those that this thread has started since the last batch."""
+    utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
+
+
+def wait_for_copies(count: int) -> None:
+    """Wait until the copies of all lanes of a warp are done, but for those of the last `count` batches."""
+    utils.inline_ptx(f"cp.async.wait_group {count};", has_side_effects=True)
+    utils.inline_ptx("bar.warp.sync 0xffffffff;", has_side_effects=True, convergent=True)
+
+
 def load_real(ref: ir.Value, index: Word) -> Real:
     """Return a number in global memory, of 32 or 16 bits."""
     if bits(ref) == 32:

@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 
-from twla_jax.ops.hopper.threads.scalars import Real, Word, ptx_real, ptx_words, unpack_bfloat16, word
+from twla_jax.ops.hopper.threads.scalars import (
+    Real,
+    Word,
+    ptx_real,
+    ptx_reals,
+    ptx_words,
+    unpack_bfloat16,
+    word,
+)
 
 WHOLE = 1.5 * 2**23  # floats of this size are whole numbers, with their lowest byte's in two's complement
 
@@ -39,6 +47,20 @@ def signed_bytes(word: Word) -> list[Real]:
     return [each.real() - sign for (each,) in floats]
 
 
+def float16_bytes(word: Word) -> tuple[Word, Word]:
+    """Return the signed bytes in fp16: the two lower ones in a word, and the two upper ones."""
+    # Unsigned bytes are the lowest bits of fp16 numbers from 1024 on.
+    unsigned, sign = word ^ 0x80808080, 0x64806480  # of 1024 + 128, twice
+    low, high = (permute(unsigned, 0x64646464, order) for order in (0x4140, 0x4342))
+    low, high = (ptx_words("sub.f16x2 $0, $1, $2;", 1, each, sign, effects=False)[0] for each in (low, high))
+    return low, high
+
+
+def permute(one: Word, other: Word | int, order: int) -> Word:
+    """Return four bytes of both words; digit i of `order` says which: 0 to 3 of the one, 4 to 7 of the other."""
+    return ptx_words(f"prmt.b32 $0, $1, $2, {order};", 1, one, other, effects=False)[0]
+
+
 def pack_bytes(values: Sequence[Real]) -> Word:
     """Return four whole numbers from −128 to 127 as signed bytes of a word."""
     first, *rest = ((each + WHOLE).word() & 0xFF for each in values)
@@ -55,6 +77,11 @@ def power_of_two(value: Real) -> Real:
 def exponential(value: Real) -> Real:
     """Return `exp(value)`, to about two units in the last place."""
     return power_of_two(value * 1.4426950408889634)
+
+
+def logarithm(value: Real) -> Real:
+    """Return the logarithm to the base of two."""
+    return ptx_real("lg2.approx.ftz.f32 $0, $1;", value)
 
 
 def reciprocal(value: Real) -> Real:
@@ -89,3 +116,15 @@ def multiply_bytes(a: Sequence[Word], b: Sequence[Word], so_far: Sequence[Word])
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
     return ptx_words(ptx, 4, *a, *b, *so_far, effects=False, convergent=True)
+
+
+def multiply_16_bits(
+    a: Sequence[Word], b: Sequence[Word], so_far: Sequence[Real], *, bfloat16: bool
+) -> list[Real]:
+    """Return `so_far` plus 16 rows by 16 numbers times 16 numbers by 8 columns, of bf16 or fp16: `mma.sync`."""
+    kind = "bf16" if bfloat16 else "f16"
+    ptx = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    )
+    return ptx_reals(ptx, 4, *a, *b, *so_far)

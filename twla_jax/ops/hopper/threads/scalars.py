@@ -131,6 +131,11 @@ def pack_bfloat16(low: Real, high: Real) -> Word:
     return ptx_words("cvt.rn.bf16x2.f32 $0, $1, $2;", 1, high, low, effects=False)[0]
 
 
+def pack_float16(low: Real, high: Real) -> Word:
+    """Return both numbers, rounded to fp16, in a word."""
+    return ptx_words("cvt.rn.f16x2.f32 $0, $1, $2;", 1, high, low, effects=False)[0]
+
+
 def unpack_bfloat16(pair: Word) -> tuple[Real, Real]:
     """Return the lower and the upper half as floats."""
     return (pair << 16).real(), (pair & 0xFFFF0000).real()
@@ -147,6 +152,13 @@ def ptx_words(ptx: str, count: int, *operands, effects: bool = True, convergent:
         convergent=convergent,
     )
     return [Word(value) for value in values]
+
+
+def ptx_reals(ptx: str, count: int, *operands) -> list[Real]:
+    """Return the floats that an instruction of a whole warp leaves in `count` registers; its operands come after."""
+    f32 = ir.F32Type.get()
+    values = utils.inline_ptx(ptx, *map(operand, operands), result_types=[f32] * count, convergent=True)
+    return [Real(value) for value in values]
 
 
 def ptx_real(ptx: str, *operands, effects: bool = False) -> Real:

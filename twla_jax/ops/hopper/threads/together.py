@@ -15,9 +15,10 @@ def thread() -> Word:
     return Word(arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x)))
 
 
-def barrier(count: int) -> None:
-    """Wait for the first `count` threads of the block."""
-    utils.inline_ptx(f"bar.sync {_BARRIER}, {count};", has_side_effects=True, convergent=True)
+def barrier(count: int, group: Word | int = 0) -> None:
+    """Wait for the `count` threads of this group of the block's, one of a few."""
+    number = word(_BARRIER) - group
+    utils.inline_ptx(f"bar.sync $0, {count};", number.value, has_side_effects=True, convergent=True)
 
 
 def cluster_arrive() -> None:
@@ -55,6 +56,12 @@ def of_lane(value: Real, lane: int) -> Real:
     """Return the value of one lane, in all lanes of its warp."""
     ptx = f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;"
     return ptx_words(ptx, 1, value, convergent=True)[0].real()
+
+
+def transposed(value: Word) -> Word:
+    """Return a warp's 8 by 8 matrix of 16 bits transposed; lane 4r + c has numbers 2c and 2c + 1 of row r."""
+    ptx = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
+    return ptx_words(ptx, 1, value, effects=False, convergent=True)[0]
 
 
 def warp_least(value: Real) -> Real:
