@@ -109,7 +109,7 @@ def test_a_step_of_some_slots_works_in_the_cache_of_all(rows, kernels, fixed, co
 @pytest.mark.aot
 def test_several_prompts_go_into_the_cache_of_all_in_place(compile_for, monkeypatch):
     monkeypatch.setattr(PackedLlamaBlock, "takes_splits", False)
-    model = decoder(8, 4, tied=False, hidden_size=1024, num_heads=16)
+    model = decoder(8, 4, tied=False, hidden_size=1024, num_heads=16, vocab_size=512, num_layers=1)
     state = slots.empty_slots(model, 16, 640)
     nothing = row(Sampling(), limit=1, ends=(), told=False, config=model.config)
     arguments = jnp.zeros((8, 64), jnp.int32), jnp.ones(8, jnp.int32), together([nothing] * 8), jnp.arange(8)

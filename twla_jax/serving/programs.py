@@ -13,7 +13,7 @@ from twla_jax.ops.attention.kv_cache import KVCache
 from twla_jax.serving import loops, slots
 
 _COMPILERS = min(8, os.cpu_count() or 1)  # threads
-# XLA makes CUDA graphs of kernels. To bring one up to date takes longer than to launch kernels that run once a call.
+# XLA makes CUDA graphs of kernels, which it brings up to date at every call. That does not pay where kernels run once.
 _WITHOUT_GRAPHS = {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 2**30}
 
 
