@@ -2,7 +2,7 @@
 
 For each matrix of the shapes, at one token, what the one-kernel linear takes by
 `ops/quantized_linear/linear_tiles.py`, and the fastest of the tiles around it; with `--few`, `ternary_matmul` at one
-to sixteen tokens, and `gpu_few` with others.
+to sixteen tokens, and `gpu_few` with others; with `--head`, heads of 4 bits at 16 and 64 tokens.
 """
 
 import argparse
@@ -17,10 +17,14 @@ import jax.numpy as jnp
 
 from twla_jax import xla_flags
 from twla_jax.bench import shapes, timing
+from twla_jax.ops.hopper.limits import BLOCK_MEMORY
 from twla_jax.ops.quantized_linear import gpu, gpu_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings
+from twla_jax.ops.ternary_matmul import gpu as ternary_gpu
 from twla_jax.ops.ternary_matmul import gpu_few, ternary_matmul
 from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
+from twla_jax.ops.ternary_matmul.tile_configs import GpuTileConfig, gpu_tile_config
+from twla_jax.ops.tokens import group_sums
 
 Timed = list[tuple[float, Any]]
 
@@ -91,6 +95,33 @@ def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
     return now, sorted(found, key=lambda pair: pair[0])
 
 
+def timed_head(tokens: int, n: int, m: int) -> tuple[float, Timed]:
+    """Seconds of a head of 4 bits by the rule and with other tiles, fastest first."""
+    make = functools.partial(shapes.head, n=n, m=m, bits=4)
+    size, weight = shapes.bytes_of(make), jax.eval_shape(make, jax.random.key(0))
+    rule = gpu_tile_config(tokens, weight.rows, weight.column_tiles, weight.planes)
+    few = sorted({16, 32, 64} & {rule.tokens, rule.tokens // 2, 2 * rule.tokens})
+    found = []
+    for rows, block, warpgroups, stages in itertools.product((64, 128), few, (1, 2), (1, 2, 3)):
+        config = GpuTileConfig(rows=rows, tokens=block, warpgroups=warpgroups, stages=stages)
+        slot = rows * 128 + 2 * (block * 256 + 4 * rows) + 8 * block
+        if warpgroups * stages * slot + (warpgroups + 1) * block * rows * 4 > BLOCK_MEMORY:
+            continue
+
+        def head(weight, x, config=config):
+            return ternary_gpu.product(x, group_sums(x), weight, out_dtype=jnp.float32, config=config)
+
+        def operands(key):
+            return make(key), shapes.activations(key, tokens, m)
+
+        try:
+            found.append((timing.seconds_each(head, operands, size), config))
+        except Exception as error:  # whatever the compiler says of tiles that do not fit
+            print(f"  {config}: {str(error).splitlines()[0][:100]}", flush=True)
+    now = next((seconds for seconds, config in found if config == rule), float("nan"))
+    return now, sorted(found, key=lambda pair: pair[0])
+
+
 def _print(name: str, now: float, found: Timed) -> None:
     print(f"{name}: {now * 1e6:.2f} us", flush=True)
     for seconds, config in found[:4]:
@@ -103,10 +134,17 @@ if __name__ == "__main__":
     )
     parser.add_argument("--shape", choices=shapes.SHAPES, action="append", required=True)
     parser.add_argument("--few", action="store_true")
+    parser.add_argument("--head", action="store_true", help="only heads of 4 bits, at 16 and 64 tokens")
     options = parser.parse_args()
     xla_flags.disable_triton_gemm()
     timing.copy_bandwidth()  # what is timed first takes longer
     for shape in options.shape:
+        if options.head:
+            vocabulary, width = shapes.SHAPES[shape].vocab_size, shapes.SHAPES[shape].hidden_size
+            for tokens in (64, 16):
+                name = f"{shape}, head of 4 bits {vocabulary}x{width}, {tokens} tokens"
+                _print(name, *timed_head(tokens, vocabulary, width))
+            continue
         for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
             name = f"{shape}, {name} {n}x{m}"
             if options.few:
