@@ -8,7 +8,13 @@ import pytest
 from flax import nnx
 
 import twla_jax
-from twla_jax.core.settings import ActivationSettings, RotationSettings, TernarySettings, WeightSettings
+from twla_jax.core.settings import (
+    ActivationSettings,
+    FoldedRotationSettings,
+    RotationSettings,
+    TernarySettings,
+    WeightSettings,
+)
 from twla_jax.core.tensors import IntegerTensor
 from twla_jax.errors import TwlaError
 from twla_jax.jobs import stages
@@ -49,6 +55,25 @@ def model(tiny_config):
 @pytest.fixture(scope="module")
 def quantized(model):
     return twla_jax.quantize(model, WINDOWS, RECIPE, progress=False)
+
+
+def test_rotations_are_folded_in_before_any_stage(model, monkeypatch):
+    seen = []
+
+    def run_stages(stages, model, work, phases):
+        seen.extend([model, work.teacher])
+        return model, {}
+
+    monkeypatch.setattr(stages, "run_stages", run_stages)
+    recipe = dataclasses.replace(RECIPE, folded_rotation=FoldedRotationSettings())
+    twla_jax.quantize(model, WINDOWS, recipe, progress=False)
+    first, teacher = seen
+    assert first is teacher
+    assert (np.asarray(first.norm.scale.get_value()) == 1).all()
+    forward = jax.jit(lambda model, tokens: model(tokens))
+    np.testing.assert_allclose(*(forward(each, WINDOWS[:2]) for each in (first, model)), atol=1e-5)
+    kernels = (each.blocks.linears(each.sites[0])[0].kernel.get_value() for each in (first, model))
+    assert np.abs(np.subtract(*kernels)).max() > 0.01
 
 
 def test_every_stage_of_the_recipe_runs(quantized):

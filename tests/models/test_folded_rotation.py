@@ -1,6 +1,7 @@
 """Rotations that weights take up leave the model's function as it is, against the PyTorch models' logits in float32."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -70,3 +71,11 @@ def test_values_may_stay_as_they_are(golden, tmp_path):
     alone, turned = (each.reshape(*each.shape[:2], -1, model.config.head_dim) for each in kernels("v"))
     assert np.abs(turned - alone).max() > 0.1 * np.abs(alone).max()
     np.testing.assert_allclose(*(np.linalg.norm(each, axis=-1) for each in (alone, turned)), rtol=1e-5)
+
+
+def test_weights_that_their_type_cannot_hold_are_refused(golden, tmp_path):
+    model = huggingface.load_model(golden("llama_tied_llama3").write(tmp_path))
+    model.norm.scale.set_value(jnp.full_like(model.norm.scale.get_value(), 6e4))
+    model.embed.set_value(100 * model.embed.get_value())
+    with pytest.raises(TwlaError, match="exceeds the range of float16"):
+        fold_rotation(model, FoldedRotationSettings())

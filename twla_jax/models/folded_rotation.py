@@ -38,13 +38,23 @@ class _Rotations:
     heads: Float32[np.ndarray, "layers kv hd hd"] | None
 
     def rotated(self, rows: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
-        """Return rows `[n, d]` times a norm's scale, rotated, in their dtype."""
+        """Return rows `[n, d]` times a norm's scale, rotated, in their dtype.
+
+        Raises:
+          TwlaError: the dtype cannot hold them.
+        """
         result, sides = np.empty(rows.shape, rows.dtype), (len(self.left), len(self.right))
         for start in range(0, len(rows), _ROWS):
             part = rows[start : start + _ROWS].astype(np.float32)
             part = part if scale is None else part * scale.astype(np.float32)
             tiles = np.matmul(self.left, part.reshape(-1, *sides) @ self.right)
-            result[start : start + _ROWS] = tiles.reshape(part.shape)
+            with np.errstate(over="ignore"):
+                result[start : start + _ROWS] = tiles.reshape(part.shape)
+            if not np.isfinite(result[start : start + _ROWS]).all():
+                raise TwlaError(
+                    f"folded_rotation: a weight exceeds the range of {rows.dtype}, the type of this model's weights;"
+                    " leave the table out"
+                )
         return result
 
     def of_values(self, values: np.ndarray, layer: int) -> np.ndarray:
@@ -95,7 +105,7 @@ def fold_rotation(model: Decoder, settings: FoldedRotationSettings) -> Decoder:
       settings: which rotations.
 
     Raises:
-      TwlaError: a family whose stream cannot be rotated so.
+      TwlaError: a family whose stream cannot be rotated so, or weights that their type then cannot hold.
     """
     config = folded_config(model.config)
     rotations = _random_rotations(config, settings)
