@@ -121,7 +121,12 @@ def attack(case: Case, whole: Ended, new: dict[str, str], **how: Any) -> tuple[s
 
 
 def attacks(
-    case: Case, times: int, moments: int, seed: int = 0, seconds: float = float("inf")
+    case: Case,
+    times: int,
+    moments: int,
+    seed: int = 0,
+    seconds: float = float("inf"),
+    full: slice | None = None,
 ) -> tuple[dict[str, collections.Counter[str]], list[str]]:
     """Return how often what was found after each kind of attack, and what was wrong.
 
@@ -131,6 +136,7 @@ def attacks(
       moments: attacks at random moments.
       seed: of changes and moments.
       seconds: no further attack begins when so many are over.
+      full: instead of all these, a full disk at these of all changes that need room.
     """
     begun = time.monotonic()
     if not case.keeps_programs and case.command[0] != "export":
@@ -141,11 +147,15 @@ def attacks(
     new, chance = contents(case.to), random.Random(seed)
     assert whole.changes, whole.errors
     assert whole.status in (0, -signal.SIGTERM), whole.errors
-    print(f"{whole.changes} changes, {whole.seconds:.1f} s", file=sys.stderr)
+    print(
+        f"{whole.changes} changes, {len(whole.need_room)} need room, {whole.seconds:.1f} s", file=sys.stderr
+    )
     kinds = (*SIGNALS, FULL)
     changes = [chance.sample(range(whole.changes), whole.changes) for _ in kinds]
     every = [{"how": kinds[i % 4], "last": changes[i % 4][i // 4 % whole.changes]} for i in range(times)]
     every += [{"how": SIGNALS[i % 3], "after": chance.uniform(0, whole.seconds)} for i in range(moments)]
+    if full is not None:
+        every = [{"how": FULL, "last": change} for change in whole.need_room[full]]
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     wrong = []
     for how in sorted(every, key=lambda _: chance.random()):
@@ -185,7 +195,13 @@ def main() -> None:
         case = make_case(options.command, *given, work, made, options.fork)
         if options.quantized and made is None:
             shutil.copytree(work / "out", options.quantized)
-        counts, wrong = attacks(case, options.times, options.times, options.seed, options.seconds)
+        full = (
+            slice(int(options.full.split("/")[0]), None, int(options.full.split("/")[1]))
+            if options.full
+            else None
+        )
+        limits = {"seed": options.seed, "seconds": options.seconds}
+        counts, wrong = attacks(case, options.times, options.times, full=full, **limits)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     columns = ("old", "some of both", "new", "ended before", "mixed")

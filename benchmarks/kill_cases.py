@@ -19,7 +19,7 @@ import kill_fork
 # A command in a process of its own, which is stopped before its change number `last` of the file system.
 CHILD = """
 import errno, os, signal, sys
-place, last, how, changes = sys.argv[1], int(sys.argv[2]), sys.argv[3], 0
+place, last, how, changes, needs_room = sys.argv[1], int(sys.argv[2]), sys.argv[3], 0, []
 written = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 grows = {"open", "os.mkdir", "os.link", "os.symlink"}
 names = {"os.rename", "os.remove", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree", *grows}
@@ -32,14 +32,18 @@ def hear(event, arguments):
     if not inside and place not in str(arguments[:2]):
         return
     changes += 1
+    needs_room += [changes - 1] * (event in grows)
     if how == "full disk":
         if 0 <= last < changes and event in grows:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
     elif changes == last + 1:
         os.kill(os.getpid(), getattr(signal, how))
 
+def count():
+    print(f"changes: {changes}", "need room:", *needs_room, file=sys.stderr, flush=True)
+
 def count_and_end(number, _):
-    print(f"changes: {changes}", file=sys.stderr, flush=True)
+    count()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
 
@@ -52,7 +56,7 @@ print("begins", file=sys.stderr, flush=True)
 try:
     main.main(sys.argv[4:])
 finally:
-    print(f"changes: {changes}", file=sys.stderr, flush=True)
+    count()
 """
 FULL = "full disk"
 RECIPE = """
@@ -93,13 +97,17 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a run ended: status, what it wrote, its changes of the file system (None if killed) and seconds."""
+    """How a run ended: status, what it wrote, its changes of the file system (None if killed) and seconds.
+
+    `need_room` are the numbers of the changes that a full disk refuses.
+    """
 
     status: int
     output: str
     errors: list[str]
     changes: int | None
     seconds: float
+    need_room: tuple[int, ...] = ()
 
 
 def run(case: Case, last: int = -1, how: str = "none", after: float | None = None) -> Ended:
@@ -138,13 +146,15 @@ def run(case: Case, last: int = -1, how: str = "none", after: float | None = Non
         process.wait()
         for timer in timers:
             timer.cancel()
-    counted = [int(line.removeprefix("changes: ")) for line in lines if line.startswith("changes: ")]
+    counts = [re.findall(r"\d+", line) for line in lines if line.startswith("changes: ")]
+    counted = [list(map(int, each)) for each in counts]
     return Ended(
         status=process.returncode,
         output=output + "".join(answers),
         errors=[line for line in lines if line.startswith(("twla: error", "Traceback", "Exception"))],
-        changes=counted[0] if counted else None,
+        changes=counted[0][0] if counted else None,
         seconds=time.monotonic() - begun,
+        need_room=tuple(counted[0][1:]) if counted else (),
     )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TARGETS = ("config", "tokenizer", "safetensors", "gguf", "metadata", "index", "manifest", "recipe", "text")
+FULL = {"refine": 3, "serve": 2}  # on a disk that is full at every write, by so many processes
 COMMANDS = ("refine", "compare", "allocate", "quantize", "serve", "chat", "export-hf")
 
 
@@ -75,6 +76,7 @@ def fuzzers(options: argparse.Namespace, left: float) -> list[Work]:
         limits = [f"-max_total_time={left:.0f}", "-print_final_stats=1", f"-seed={number + 1}", "-reload=0"]
         artifacts = f"-artifact_prefix={options.out / 'fuzz'}/{target}-"
         folders = [str(found), str(HERE / "fuzz_corpus" / target)]
+        folders += [str(options.inputs / target)] * (options.inputs / target).is_dir()
         command = [str(HERE / "fuzz.py"), target, "--note", str(options.out / "fuzz"), *limits, artifacts]
         log = options.out / "logs" / f"fuzz-{target}-{number}.log"
         made.append(Work(name=target, command=[*command, *folders], log=log, nice=10))
@@ -91,6 +93,11 @@ def killers(options: argparse.Namespace, left: float) -> list[Work]:
         for name in options.commands:
             command = [str(HERE / "kill.py"), name, *base, "--times", str(options.times), "--seed", str(seed)]
             made.append(Work(name=name, command=command, log=options.out / "kill" / f"{name}.{seed}.log"))
+    for name in options.commands:
+        for part in range(FULL.get(name, 0) * options.full):
+            command = [str(HERE / "kill.py"), name, *base, "--full", f"{part}/{FULL[name]}"]
+            log = options.out / "kill" / f"{name} on a full disk.{part}.log"
+            made.append(Work(name=f"{name}-full", command=command, log=log))
     return made
 
 
@@ -110,8 +117,8 @@ def summary(options: argparse.Namespace) -> dict:
     for path in sorted((options.out / "kill").glob("*.log")):
         counts = kills.setdefault(path.name.split(".")[0], collections.Counter())
         for line in path.read_text(errors="replace").splitlines():
-            if changes := re.match(r"(\d+) changes", line):
-                counts["changes"] = int(changes[1])
+            if changes := re.match(r"(\d+) changes, (\d+) need room", line):
+                counts["changes"], counts["need room"] = int(changes[1]), int(changes[2])
             if line.startswith('{"how"'):
                 attack = json.loads(line)
                 where = "at a change" if "last" in attack else "at a moment"
@@ -144,7 +151,17 @@ def table(found: dict) -> str:
     ]
     lines += [f"| {name} | {count:,} |" for name, count in sorted(found["fuzz"].items())]
     lines += ["", *(f"error: {each}" for each in (*found["errors"], *found["ended"])), ""]
-    columns = ("changes", "at a change", "at a moment", "SIGKILL", "SIGTERM", "SIGINT", "full disk", "wrong")
+    columns = (
+        "changes",
+        "need room",
+        "at a change",
+        "at a moment",
+        "SIGKILL",
+        "SIGTERM",
+        "SIGINT",
+        "full disk",
+        "wrong",
+    )
     lines += [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for name, counts in found["kills"].items():
         lines.append(f"| {name} | {' | '.join(str(counts.get(each, 0)) for each in columns)} |")
@@ -170,9 +187,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=720)
     parser.add_argument("--processes", type=int, default=13, help="that fuzz, and give way to the others")
+    parser.add_argument(
+        "--inputs", type=Path, default=Path("inputs"), help="more to begin with: a folder a target"
+    )
     parser.add_argument("--killers", type=int, default=2, help="processes for each command")
     parser.add_argument(
-        "--times", type=int, default=13, help="attacks of each at changes, and as many at moments"
+        "--times", type=int, default=14, help="attacks of each at changes, and as many at moments"
     )
     parser.add_argument("--commands", default=",".join(COMMANDS), help="that are killed")
     parser.add_argument("--clients", type=int, default=256, help="of the server; 0 for none")
