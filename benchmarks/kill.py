@@ -185,6 +185,9 @@ def main() -> None:
     parser.add_argument(
         "--fork", action="store_true", help="begin with the libraries imported: in half the time"
     )
+    parser.add_argument(
+        "--full", help="I/N: a full disk at every N-th change that needs room, from the I-th on, and no more"
+    )
     options = parser.parse_args()
     if options.fork:
         kill_fork.import_libraries()

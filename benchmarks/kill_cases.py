@@ -32,7 +32,8 @@ def hear(event, arguments):
     if not inside and place not in str(arguments[:2]):
         return
     changes += 1
-    needs_room += [changes - 1] * (event in grows)
+    if event in grows:
+        needs_room.append(changes - 1)
     if how == "full disk":
         if 0 <= last < changes and event in grows:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))

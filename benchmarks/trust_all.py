@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--times", type=int, default=14, help="attacks of each at changes, and as many at moments"
     )
+    parser.add_argument("--full", type=int, default=1, help="0 leaves out the full disks")
     parser.add_argument("--commands", default=",".join(COMMANDS), help="that are killed")
     parser.add_argument("--clients", type=int, default=256, help="of the server; 0 for none")
     parser.add_argument("--serve-seconds", type=float, default=600)
