@@ -1,11 +1,10 @@
 """Compares refinements: one quantised model, refined by every variant, and the worst domain of each.
 
     TWLA_DATA=… python benchmarks/refine_trials.py smollm2 --steps 240 \\
-        --variants base cooldown:cooldown=0.5 "hot:code_rate=1e-2,batch=8" own:self=0.25
+        --variants base cooldown:cooldown=0.5 "hot:code_rate=1e-2,batch=8" own:own_text=0.25
 
-A variant is a name and what it changes: any setting of the end-to-end refinement, `text` (a corpus), and `self`, the
-share of windows that the model samples itself. `--bits 16 4` scores every model with its inputs at 16 and at 4 bits,
-and a variant with `activation_bits=4` learns with them at 4:
+A variant is a name and what it changes: any setting of the end-to-end refinement, and `text` (a corpus). `--bits 16 4`
+scores every model with its inputs at 16 and at 4 bits, and a variant with `activation_bits=4` learns with them at 4:
 
     TWLA_DATA=… python benchmarks/refine_trials.py smollm2 --steps 1100 --bits 16 4 \\
         --variants a16:cooldown=0.5 a4:cooldown=0.5,activation_bits=4
@@ -30,7 +29,6 @@ import numpy as np
 from twla_jax import recipe, xla_flags
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import domains, scoring
-from twla_jax.inference import self_sampling
 from twla_jax.jobs import loading
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.models.sites import set_activation_bits
@@ -45,10 +43,10 @@ VARIANTS = (
     "cooldown 0.5:cooldown=0.5",
     "batch 8:batch=8",
     "rates doubled:code_rate=1e-2,scale_rate=4e-3",
-    "a quarter of its own text:self=0.25",
+    "a quarter of its own text:own_text=0.25",
     "scales alone:code_rate=0,scale_rate=1e-2",
 )
-_OWN = ("text", "self", "tokens")
+_OWN = ("text", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,7 @@ class Variant:
     Attributes:
       name: as the table has it.
       settings: of the end-to-end refinement, by name.
-      own: `text`, `self` and `tokens`, where given.
+      own: `text` and `tokens`, where given.
     """
 
     name: str
@@ -149,13 +147,7 @@ class Trials:
             tokens = domain_tokens(corpus, self._tokenizer, self._size, count * seq_len)
             self._read[name] = count * seq_len, tokens
         seed = self._recipe.calibration.seed + 1
-        windows = sample_windows(tokens, count, seq_len, seed)
-        own = round(float(variant.own.get("self", 0)) * count)
-        if own:
-            sampled = self_sampling.sample_text(self._teacher, own, seq_len, seed=seed, progress=False)
-            places = np.linspace(0, count - 1, own).round().astype(int)  # spread over all steps
-            windows[places] = sampled
-        return windows
+        return sample_windows(tokens, count, seq_len, seed)
 
     def _score(self, model: Decoder) -> dict[str, Any]:
         model, teacher = (
