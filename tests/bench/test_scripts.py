@@ -175,9 +175,9 @@ def test_every_refinement_starts_from_the_same_model(stories_model, texts, tmp_p
 
 
 def test_a_variant_is_a_name_and_what_it_changes():
-    variant = script("refine_trials").Variant.parse("hot:code_rate=1e-2,batch=8,text=pydoc,self=0.25")
-    assert variant.settings == {"code_rate": 0.01, "batch": 8}
-    assert variant.own == {"text": "pydoc", "self": 0.25}
+    variant = script("refine_trials").Variant.parse("hot:code_rate=1e-2,batch=8,text=pydoc,own_text=0.25")
+    assert variant.settings == {"code_rate": 0.01, "batch": 8, "own_text": 0.25}
+    assert variant.own == {"text": "pydoc"}
 
 
 @pytest.mark.slow

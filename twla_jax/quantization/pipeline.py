@@ -38,6 +38,7 @@ from twla_jax.quantization.stream import ResidualStream
 from twla_jax.storage import resume
 
 _log = logging.getLogger(__name__)
+_FORM = 2  # of what an interrupted quantisation leaves; that of another version is refused
 
 _RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotated input is measured on
 _RANGE_TOKENS = 256  # of these
@@ -121,6 +122,7 @@ def _open_work_dir(
     rotations: Mapping[str, KroneckerRotation] | None = None,
 ) -> resume.WorkDir:
     work = {
+        "form": _FORM,
         "config": model.config.to_dict(),
         "settings": settings.to_dict(),
         "dtype": model.dtype.name,
