@@ -100,6 +100,17 @@ def test_the_cache_changes_nothing(quantised):
     np.testing.assert_array_equal(found, logits[:, 4:7].argmax(-1))
 
 
+def test_a_token_alone_reads_words_and_finds_the_same_tokens(quantised):
+    model = set_activation_bits(quantised[0], 16)
+    prepared = prepare_for_inference(model, unpack=True)
+    # Only these have 128 columns; a prompt is multiplied by floats.
+    assert all(block.down_linear.words is not None for block in prepared.layers)
+    prompt = quantised[1][:1, :5]
+    found = generate(prepared, prompt, max_new_tokens=4, eos_token_ids=())
+    logits = tiny.logits(model, np.concatenate([prompt, found], axis=1))
+    np.testing.assert_array_equal(found, logits[:, 4:8].argmax(-1))
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_an_exchange_changes_nothing(quantised, tokens):
     """That of a device whose kernels pass outputs on, where a block goes another way."""

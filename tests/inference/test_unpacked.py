@@ -1,14 +1,18 @@
 """Weights unpacked once, as on a CPU: the same numbers, the same roundings of activations, and only where they fit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from twla_jax.core.tensors import dequantize
 from twla_jax.errors import TwlaError
 from twla_jax.inference import execution, unpacked
-from twla_jax.inference.packed_decoder import prepare_for_inference
+from twla_jax.inference.packed_decoder import PackedDecoder, prepare_for_inference
+from twla_jax.models.decoder import Decoder
 from twla_jax.models.sharding import make_mesh
 from twla_jax.quantization.embedding import quantize_embeddings
 from twla_jax.recipe import EmbeddingSettings
@@ -40,3 +44,15 @@ def test_a_cpu_unpacks_what_fits(model, monkeypatch):
     monkeypatch.setattr(unpacked, "host_bytes", lambda: 2 * matrices - 2)
     assert execution.for_inference(model, "auto") == (model, "the quantiser's own arithmetic")
     assert execution.for_inference(model, "off")[0] is model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_integers_gives_one_token_the_logits_of_its_floats(tiny_config, tied):
+    config = dataclasses.replace(tiny_config, hidden_size=160, num_layers=1, tie_word_embeddings=tied)
+    plain = Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    prepared = prepare_for_inference(quantize_embeddings(plain, EmbeddingSettings(bits=8)), unpack=True)
+    assert isinstance(prepared, PackedDecoder)
+    assert prepared.head_words is not None
+    h = jnp.asarray(np.random.default_rng(0).standard_normal((2, 160)), jnp.float32)
+    one_by_one = np.concatenate([prepared.logits(h[i : i + 1]) for i in range(2)])
+    np.testing.assert_allclose(one_by_one, prepared.logits(h), rtol=1e-5, atol=1e-4)

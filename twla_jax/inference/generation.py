@@ -21,6 +21,7 @@ _BUCKET = (
 _CHUNK = 512  # tokens of a prompt at a time
 # Of a long prompt, more at a time: weights and earlier keys are read less often. Its rest goes in by smaller chunks.
 _LONG_CHUNK, _LONG_PROMPT = 2048, 8192
+_SHORT_PROMPT = 16
 
 
 def generate(
@@ -114,7 +115,9 @@ def room_for(length: int, held: int, count: int) -> int:
 
 
 def _chunk(length: int) -> int:
-    return min(_CHUNK, bucket(length))
+    # A CPU takes as long for tokens that only fill up as for others.
+    short = length <= _SHORT_PROMPT and jax.default_backend() == "cpu"
+    return min(_CHUNK, bucket(length), _SHORT_PROMPT if short else _CHUNK)
 
 
 def fill(

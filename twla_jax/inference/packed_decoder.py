@@ -25,7 +25,7 @@ from twla_jax.inference import tensor_parallel
 from twla_jax.inference.packed_block import PackedBlock, packed_block
 from twla_jax.inference.packed_cache import PackedCache
 from twla_jax.inference.packed_linear import for_kernels
-from twla_jax.inference.unpacked import runs_unpacked, unpack_block
+from twla_jax.inference.unpacked import add_words, head_words, runs_unpacked, unpack_block
 from twla_jax.models.blocks import ChainBlock, Context
 from twla_jax.models.decoder import Decoder, can_fuse
 from twla_jax.models.layers import replace
@@ -33,6 +33,7 @@ from twla_jax.models.sharding import shardings
 from twla_jax.ops.attention.kv_cache import KVCache, empty_layer
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.integer_matmul import IntegerWeight, integer_matmul, integer_rows, integer_weight, obstacle
+from twla_jax.ops.word_product import WordWeight, word_product
 
 
 def prepare_for_inference(
@@ -75,7 +76,13 @@ def prepare_for_inference(
 
 
 class PackedDecoder(Decoder):
-    """A `Decoder` with a list of `PackedBlock`s, run one after the other: a scan would copy each layer's weights."""
+    """A `Decoder` with a list of `PackedBlock`s, run one after the other: a scan would copy each layer's weights.
+
+    Attributes:
+      head_words: the head's integers as a single token reads them, in place of floats; None where there are none.
+    """
+
+    head_words: nnx.Param[WordWeight] | None
 
     def __init__(
         self,
@@ -97,17 +104,17 @@ class PackedDecoder(Decoder):
         self.head = model.head
         if model.head is not None:
             self.head = replace(model.head, kernel=table(model.head.kernel.get_value(), columns=True))
-        self.blocks = nnx.List(  # pyright: ignore[reportAttributeAccessIssue]
-            [
-                packed_block(
-                    unpack_block(layer, model.dtype) if unpack else layer,
-                    dtype=model.dtype,
-                    mesh=mesh,
-                    implementation=implementation,
-                )
-                for layer in (_layer(model.blocks, i) for i in range(model.config.num_layers))
-            ]
-        )
+        kernel = model.embed.get_value() if model.head is None else model.head.kernel.get_value()
+        words = head_words(kernel) if unpack else None
+        self.head_words = nnx.data(None if words is None else nnx.Param(words))
+        options = {"dtype": model.dtype, "mesh": mesh, "implementation": implementation}
+        blocks = []
+        for layer in (_layer(model.blocks, i) for i in range(model.config.num_layers)):
+            block = packed_block(unpack_block(layer, model.dtype) if unpack else layer, **options)
+            if unpack:
+                add_words(block, layer)
+            blocks.append(block)
+        self.blocks = nnx.List(blocks)  # pyright: ignore[reportAttributeAccessIssue]
 
     def embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Return the embeddings of ids within the vocabulary, in `dtype`; of packed rows, only these are unpacked."""
@@ -118,6 +125,8 @@ class PackedDecoder(Decoder):
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
+        if self.head_words is not None and h.size == h.shape[-1]:
+            return self.cap_logits(word_product(h, self.head_words.get_value()))
         kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
         if isinstance(kernel, IntegerWeight):
             y = integer_matmul(h, kernel, out_dtype=jnp.float32, implementation=self.implementation)

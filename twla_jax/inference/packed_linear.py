@@ -26,6 +26,7 @@ from twla_jax.ops.quantized_linear import MOST_TOKENS, quantized_linear
 from twla_jax.ops.rotate_quantize import gate, kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
+from twla_jax.ops.word_product import WordWeight, word_product
 
 # Most tokens at a time whose 16-bit activations go through the integer kernels, in two parts; beyond, bf16 is faster.
 _MOST_WIDE = 64
@@ -142,7 +143,13 @@ class KernelInput(nnx.Module):
 
 
 class KernelLinear(nnx.Module):
-    """One or several linears that read the same input, as one matrix; `y` lists their outputs side by side."""
+    """One or several linears that read the same input, as one matrix; `y` lists their outputs side by side.
+
+    Attributes:
+      words: the same weights in fewer bytes, which a single token reads in place of floats; None where there are none.
+    """
+
+    words: nnx.Param[WordWeight] | None
 
     def __init__(
         self,
@@ -156,7 +163,7 @@ class KernelLinear(nnx.Module):
         linears = block.linears(site)
         kernels = [linear.kernel.get_value() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
-        self.bias = self.second_plane = nnx.data(None)
+        self.bias = self.second_plane = self.words = nnx.data(None)
         self.by_rows = False
         if all(isinstance(kernel, TernaryTensor) for kernel in kernels):
             pack = _kernel_weight
@@ -222,8 +229,11 @@ class KernelLinear(nnx.Module):
             first, second = (self._product(x, plane, jnp.float32) for plane in planes)
             return (first + second).astype(self.dtype)
         assert not isinstance(x, QuantizedTokens)  # which are made for ternary weights alone
-        form = "...m,nm->...n" if self.by_rows else "...m,mn->...n"
-        y = jnp.einsum(form, x, weight, precision=precision(self.dtype))
+        if self.words is not None and x.size == x.shape[-1]:
+            y = word_product(x, self.words.get_value()).astype(self.dtype)
+        else:
+            form = "...m,nm->...n" if self.by_rows else "...m,mn->...n"
+            y = jnp.einsum(form, x, weight, precision=precision(self.dtype))
         return y if self.bias is None else y + self.bias.get_value()
 
     def _product(self, x: Any, weight: KernelWeight, dtype: DTypeLike) -> jax.Array:
