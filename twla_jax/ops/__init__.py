@@ -2,7 +2,8 @@
 
 Every op runs everywhere: `implementation=None` takes the kernel of the platform that the program is compiled for, or
 the XLA reference where there is none. There is one folder an op, with the reference beside its kernels;
-`docs/kernels.md` says how these work. All of it runs under `jax.jit`.
+`docs/kernels.md` says how these work. All of it runs under `jax.jit`. `word_product` is
+for CPUs, which have no kernels.
 
 A product of quantised activations with ternary weights:
 
@@ -24,6 +25,7 @@ from twla_jax.ops.quantized_linear import quantized_linear
 from twla_jax.ops.rotate_quantize import KernelRotation, kernel_rotation, quantizer_settings, rotate_quantize
 from twla_jax.ops.ternary_matmul import KernelWeight, kernel_weight, ternary_matmul
 from twla_jax.ops.tokens import QuantizedTokens
+from twla_jax.ops.word_product import WordWeight, word_product, word_weight
 
 __all__ = [
     "AttentionSplits",
@@ -36,6 +38,7 @@ __all__ = [
     "LinearOperands",
     "Positions",
     "QuantizedTokens",
+    "WordWeight",
     "decode_attention",
     "empty_layer",
     "expert_matmul",
@@ -52,4 +55,6 @@ __all__ = [
     "quantizer_settings",
     "rotate_quantize",
     "ternary_matmul",
+    "word_product",
+    "word_weight",
 ]
