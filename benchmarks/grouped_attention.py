@@ -111,7 +111,9 @@ def _difference(cache: LayerKV, written: LayerKV, past) -> float:
         seen = np.broadcast_to(
             ~np.asarray(past)[..., None] if new.ndim == 5 else ~np.asarray(past), new.shape
         )
-        unit = 1.0 if cache.scales is not None and new.ndim == 5 else 2**-7 * np.abs(same) + 1e-6
+        # Where the norm is rounded may move a number of bf16 by a step, and its rotation both of a pair.
+        half = np.roll(same, same.shape[-1] // 2, -1) if new.ndim == 5 else 0
+        unit = 1.0 if cache.scales is not None and new.ndim == 5 else 2**-6 * np.hypot(same, half) + 1e-6
         worst = max(worst, float((np.abs(new - same) / unit)[seen].max()))
     return worst
 
@@ -169,7 +171,7 @@ def main() -> None:
         line = f"{b:4} {length:5} {dtype:9} {config.warps:2} warps x {config.groups} | {old:7.1f} µs | {new:7.1f} µs"
         lines.append(f"{line} | {least / rate * 1e6:7.1f} µs")
         print(lines[-1], flush=True)
-        if arguments.tune and (b, length) in ((64, 512), (16, 512)):
+        if arguments.tune and length == 512:
             for other in others(config, d * jnp.dtype(dtype).itemsize):
                 op = functools.partial(gpu.decode_attention, epsilon=_EPSILON, config=other)
                 taken = seconds(op, b, length, dtype)

@@ -108,10 +108,11 @@ def load_global(ref, offset, count=1, *, condition=None):
     )
 
 
-def copy(at, ref, offset, count=1):
+def copy(at, ref, offset, count, *, condition):
     """Read at once, but write only when the copy is waited for."""
     machine = emulated_machine.machine
-    machine.copies.append((machine.masks[-1], at, load_global(ref, offset, count)))
+    found = load_global(ref, offset, count, condition=condition)
+    machine.copies.append((machine.masks[-1] & condition, at, found))
 
 
 def end_copies():

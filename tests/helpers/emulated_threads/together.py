@@ -18,6 +18,10 @@ def barrier(count, group=0):
     emulated_machine.machine.met += 1
 
 
+def warp_barrier():
+    pass  # lanes go in step
+
+
 def cluster_arrive():
     pass  # writes before it do not count as seen: others may arrive later
 

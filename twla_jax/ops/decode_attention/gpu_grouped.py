@@ -89,13 +89,18 @@ def _kernel(*refs, heads_smem, own_smem, ring_smem, shape: GroupShape, epsilon: 
     first_head *= config.queries
     kv_head = lax.div(first_head, jnp.int32(heads // kv_heads))
     cache = [ref.at[kind, sequence, kv_head] for ref in of_cache for kind in range(2)]
+    row = sequence if length_gmem.shape[0] > 1 else 0
+    angles = [angles_gmem.at[i, row] for i in range(2)]
+    # Before the copies, as they would wait behind these.
+    found = gpu_grouped_heads.fetch_heads(
+        qkv_gmem.at[sequence], angles, norm_scales, first_head, kv_head, shape=shape
+    )
     copies = functools.partial(gpu_grouped_copies.start_copies, cache, ring_smem, shape=shape)
     # The first copies start before the length is known; entries past it are masked later.
-    copies(jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(cache[0].shape[0] - 1), jnp.int32(1))
+    copies(jnp.int32(0), jnp.int32(0), jnp.int32(cache[0].shape[0]))
     gpu_grouped_copies.end_copies()
-    row = sequence if length_gmem.shape[0] > 1 else 0
     length, window = length_gmem[row], window_gmem[0]
-    start, last = jnp.maximum(length + 1 - window, 0), jnp.maximum(length - 1, 0)
+    start = jnp.maximum(length + 1 - window, 0)
     of_step = CHUNK * config.warps
     skipped = jnp.maximum(lax.div(start, of_step) - 1, 0)
     steps = jnp.maximum(lax.div(length + of_step - 1, of_step) - skipped, 1)
@@ -107,21 +112,18 @@ def _kernel(*refs, heads_smem, own_smem, ring_smem, shape: GroupShape, epsilon: 
     def fetch(i):
         """Start the copies of the i-th step, if there is one."""
         slot = lax.rem(i, jnp.int32(SLOTS))
-        copies(slot, index(i), jnp.minimum(start, last), last, jnp.where(i < steps, 1, 0))
+        copies(slot, index(i), jnp.where(i < steps, length, 0))
         gpu_grouped_copies.end_copies()
 
     for i in range(1, SLOTS):
         fetch(jnp.int32(i))
-    gpu_grouped_heads.rotate_group(
-        qkv_gmem.at[sequence],
-        [angles_gmem.at[i, row] for i in range(2)],
-        norm_scales,
-        heads_smem,
-        first_head,
-        kv_head,
-        shape=shape,
-        epsilon=epsilon,
-    )
+
+    def rotate(_, found):
+        gpu_grouped_heads.rotate_group(found, heads_smem, shape=shape, epsilon=epsilon)
+        return found
+
+    # A loop of one trip: else the compiler would start copies after it has waited for the heads, and rotated them.
+    lax.fori_loop(0, jnp.minimum(length + 1, 1), rotate, found)
     gpu_grouped_heads.write_entry(heads_smem, cache, first_head, length, shape=shape)
     gpu_grouped_finish.attend_to_itself(heads_smem, own_smem, shape=shape)
     q = gpu_grouped_heads.load_queries(heads_smem, shape=shape)

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -15,9 +16,59 @@ _SPLAT = plgpu.Layout.WG_SPLAT
 _EXPONENT = 0x7F800000
 
 
-def rotate_group(
-    qkv_gmem, angles, norm_scales, heads_smem, first_head, kv_head, *, shape, epsilon: float
-) -> None:
+def fetch_heads(
+    qkv_gmem, angles, norm_scales, first_head, kv_head, *, shape: GroupShape
+) -> tuple[jax.Array, ...]:
+    """Start the loads of a warp's heads, and of what `rotate_group` needs besides.
+
+    Args:
+      qkv_gmem: heads of a sequence.
+      angles: the cosines and the sines.
+      norm_scales: weights of the norms of queries and keys, or nothing.
+      first_head: the first query's head.
+      kv_head: head of the key and of the value.
+      shape: how the heads are split up.
+
+    Returns:
+      The heads, the cosines and the sines, and the norm scales if there are any.
+    """
+    refs, queries, d = [qkv_gmem, *angles, *norm_scales], shape.config.queries, shape.d
+    counts = [d // threads.WARP * len(_numbers(shape)), d // threads.WARP]
+    counts += [2 * d // threads.WARP] * bool(norm_scales)
+
+    @threads.on_threads(
+        arg_types=(*[_SPLAT] * 2, *[plgpu.RefType()] * len(refs)),
+        return_type=tuple(threads.values(count, jnp.float32) for count in counts),
+    )
+    def run(_, first_head, kv_head, qkv, cos, sin, *scales):
+        first_head, kv_head = map(threads.splat_word, (first_head, kv_head))
+        me, heads = MatrixLane(shape), []
+        features = _features(me, shape)
+        for number in _numbers(shape):
+            kind = (me.warp + number).least(queries + 1)
+            of_kv = kind * shape.kv_heads + (kv_head + (shape.heads - queries * shape.kv_heads))
+            row = threads.select(kind < queries, first_head + kind, of_kv)
+            heads += [threads.load_real(qkv, row * d + each) for each in features]
+        half = features[: len(features) // 2]
+        found = [heads, [threads.load_real(ref, each) for ref in (cos, sin) for each in half]]
+        if scales:
+            found.append([threads.load_real(ref, each) for ref in scales for each in features])
+        return tuple(map(threads.as_array, found))
+
+    return run(first_head, kv_head, *refs)
+
+
+def _numbers(shape: GroupShape) -> range:
+    """Return the first of the heads that a warp has of each round, less the warp's number."""
+    return range(0, shape.config.queries + 2, shape.config.warps)
+
+
+def _features(me: MatrixLane, shape: GroupShape) -> list[Word]:
+    """Return a lane's features, those that are rotated together half of them apart."""
+    return [me.lane + i for i in range(0, shape.d, threads.WARP)]
+
+
+def rotate_group(found, heads_smem, *, shape: GroupShape, epsilon: float) -> None:
     """Write the group's queries, its key and its value to shared memory, in float32, and wait for the group.
 
     Queries and the key are normalised if there are norm scales, and rotated. Queries are divided by powers of two, so
@@ -25,33 +76,24 @@ def rotate_group(
     numbers, and their scales come after them.
 
     Args:
-      qkv_gmem: heads of a sequence.
-      angles: the cosines and the sines.
-      norm_scales: weights of the norms of queries and keys, or nothing.
+      found: from `fetch_heads`.
       heads_smem: `[queries + 2, d + MARGIN]`.
-      first_head: the first query's head.
-      kv_head: head of the key and of the value.
       shape: how the heads are split up.
       epsilon: added to the mean square in the norm.
     """
-    refs = [qkv_gmem, *angles, *norm_scales, heads_smem]
-    queries, warps, d = shape.config.queries, shape.config.warps, shape.d
+    queries, d, count = shape.config.queries, shape.d, shape.d // threads.WARP
 
-    @threads.on_threads(arg_types=(*[_SPLAT] * 2, *[plgpu.RefType()] * len(refs)))
-    def run(_, first_head, kv_head, qkv, cos, sin, *rest):
+    @threads.on_threads(
+        arg_types=(*[threads.per_thread(each.shape[0] // 128) for each in found], plgpu.RefType())
+    )
+    def run(_, heads, angles, *rest):
         *scales, out = rest
-        first_head, kv_head = map(threads.splat_word, (first_head, kv_head))
         me, to = MatrixLane(shape), threads.address(out)
-        half = [me.lane + i for i in range(0, d // 2, threads.WARP)]
-        features = half + [each + d // 2 for each in half]
-        cosines, sines = ([threads.load_real(ref, each) for each in half] for ref in (cos, sin))
-        scales = [[threads.load_real(ref, each) for each in features] for ref in scales]
-        numbers, vectors = [me.warp + i for i in range(0, queries + 2, warps)], []
-        for number in numbers:
-            kind = number.least(queries + 1)
-            of_kv = kind * shape.kv_heads + (kv_head + (shape.heads - queries * shape.kv_heads))
-            row = threads.select(kind < queries, first_head + kind, of_kv)
-            vectors.append([threads.load_real(qkv, row * d + each) for each in features])
+        features, heads, angles = _features(me, shape), threads.reals(heads), threads.reals(angles)
+        cosines, sines = angles[: count // 2], angles[count // 2 :]
+        scales = [threads.reals(scales[0])[i : i + count] for i in (0, count)] if scales else []
+        numbers = [me.warp + i for i in _numbers(shape)]
+        vectors = [heads[i : i + count] for i in range(0, len(heads), count)]
         for number, vector in zip(numbers, vectors, strict=True):
             is_query, is_value = number < queries, number >= queries + 1
             turned = vector
@@ -85,7 +127,7 @@ def rotate_group(
                     threads.store(at, last, offset=4 * d)
         me.barrier()
 
-    run(first_head, kv_head, *refs)
+    run(*found, heads_smem)
 
 
 def place_of_head(at: Word, number: Word, shape: GroupShape) -> Word:

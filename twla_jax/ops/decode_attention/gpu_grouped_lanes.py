@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from twla_jax.ops.decode_attention.gpu_grouped_shape import CHUNK, PIECE, GroupShape, MatrixLane
+from twla_jax.ops.decode_attention.gpu_grouped_shape import (
+    CHUNK,
+    PIECE,
+    GroupShape,
+    MatrixLane,
+    constant_swizzle,
+    line_of,
+    swizzle,
+)
 from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Real, Word
 
@@ -116,19 +124,22 @@ def weigh(state, q, ring_smem, slot, step, start, end, *, shape: GroupShape) -> 
 
 def _scores(q: list[Word], at: Word, me: MatrixLane, shape: GroupShape) -> list[Real]:
     """Return the products of both positions' keys with both queries."""
-    scores, j = [threads.real(0.0)] * 4, 0
-    of_position = threads.WARP * shape.d * shape.size // 4
-    for piece in range(0, of_position, threads.WARP * PIECE):
-        pieces = [threads.load(at + me.lane * PIECE, 4, offset=i * of_position + piece) for i in range(2)]
+    zero, j, whole = threads.real(0.0), 0, shape.d * shape.size
+    scores, others = [zero] * 4, [zero] * 4  # two sums, as a product waits for the one before it
+    within = me.column * PIECE ^ swizzle(me.row)
+    at = at + line_of(me.row, whole)
+    for piece in range(0, whole, 4 * PIECE):
+        here = at + (within ^ piece & 64)
+        pieces = [threads.load(here, 4, offset=8 * i * whole + (piece & ~64)) for i in range(2)]
         if shape.quantized:
             parts = [[half for word in words for half in threads.float16_bytes(word)] for words in pieces]
         else:
             parts = pieces
         for i in range(0, len(parts[0]), 2):
             a = [parts[0][i], parts[1][i], parts[0][i + 1], parts[1][i + 1]]
-            scores = threads.multiply_16_bits(a, q[j : j + 2], scores, bfloat16=not shape.quantized)
-            j += 2
-    return scores
+            new = threads.multiply_16_bits(a, q[j : j + 2], scores, bfloat16=not shape.quantized)
+            scores, others, j = others, new, j + 2
+    return [one + other for one, other in zip(scores, others, strict=True)]
 
 
 def mix(state, weights, ring_smem, slot, step, start, end, *, shape: GroupShape) -> jax.Array:
@@ -148,12 +159,13 @@ def mix(state, weights, ring_smem, slot, step, start, end, *, shape: GroupShape)
         me, out, columns = MatrixLane(shape), threads.reals(state), threads.words(weights)
         whole = shape.d * shape.size
         size, nothing, tile = min(PIECE, whole // 8), threads.word(0), 4
-        at = me.slot(threads.address(ring), slot) + (CHUNK * whole) + me.lane * size
+        at = me.slot(threads.address(ring), slot) + (CHUNK * whole) + line_of(me.column * 2, whole)
+        within = me.row * size ^ swizzle(me.column * 2)
+        places = [(at + (within ^ constant_swizzle(i)), i * whole & ~127) for i in (0, 1, 8, 9)]
         seen = [threads.both(each >= start, each < end) for each in me.values(step)]
         for piece in range(0, whole // 8, size):
             of_positions = [
-                threads.load(at, size // 4, offset=threads.WARP * (i * (whole // 8) + piece))
-                for i in range(4)
+                threads.load(place, size // 4, offset=offset + 8 * piece) for place, offset in places
             ]
             if not shape.quantized:  # memory past the last position may hold anything; int8 times 0 is 0
                 of_positions = [

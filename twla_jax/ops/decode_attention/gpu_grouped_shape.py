@@ -80,3 +80,22 @@ class MatrixLane:
     def barrier(self) -> None:
         """Wait for the threads of the group."""
         threads.barrier(self.shape.config.warps * threads.WARP, self.group)
+
+
+def line_of(row: Word, size: int) -> Word:
+    """Return where the line of 128 bytes begins in which a row of `size` bytes begins."""
+    return row * size & ~127
+
+
+def swizzle(row: Word) -> Word:
+    """Return what the offsets of a row's bytes in its line are xor-ed with.
+
+    So no two lanes that are served at once read the same banks: eight read two rows that follow each other, or four
+    rows that are two apart. It is linear: rows without a bit in common may be swizzled one after the other.
+    """
+    return ((row ^ row >> 1) & 1) * 64 + (row & 4) * 8
+
+
+def constant_swizzle(row: int) -> int:
+    """Return `swizzle` of a number that is known."""
+    return ((row ^ row >> 1) & 1) * 64 + (row & 4) * 8

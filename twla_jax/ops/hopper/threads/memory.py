@@ -9,6 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from twla_jax.ops.hopper.threads.scalars import Real, Word, operand, ptx_real, ptx_words, registers
+from twla_jax.ops.hopper.threads.together import warp_barrier
 
 
 def bits(ref: ir.Value) -> int:
@@ -94,11 +95,12 @@ def load_global(
     return ptx_words(ptx, count, _global(ref, offset), flag)
 
 
-def copy(at: Word, ref: ir.Value, offset: Word, count: int = 1) -> None:
+def copy(at: Word, ref: ir.Value, offset: Word, count: int, *, condition: ir.Value) -> None:
     """Start a copy of 1, 2 or 4 words, `offset` bytes from a reference's first, to shared memory: `cp.async`."""
-    through = "cg" if count == 4 else "ca"
-    ptx = f"cp.async.{through}.shared.global [$0], [$1], {4 * count};"
-    utils.inline_ptx(ptx, at.value, _global(ref, offset), has_side_effects=True)
+    copy = f"cp.async.{'cg' if count == 4 else 'ca'}.shared.global [$0], [$1], {4 * count};"
+    flag = arith.extui(ir.IntegerType.get_signless(32), condition)
+    ptx = f"{{.reg .pred p; setp.ne.b32 p, $2, 0; @p {copy}}}"
+    utils.inline_ptx(ptx, at.value, _global(ref, offset), flag, has_side_effects=True)
 
 
 def end_copies() -> None:
@@ -109,7 +111,7 @@ def end_copies() -> None:
 def wait_for_copies(count: int) -> None:
     """Wait until the copies of all lanes of a warp are done, but for those of the last `count` batches."""
     utils.inline_ptx(f"cp.async.wait_group {count};", has_side_effects=True)
-    utils.inline_ptx("bar.warp.sync 0xffffffff;", has_side_effects=True, convergent=True)
+    warp_barrier()
 
 
 def load_real(ref: ir.Value, index: Word) -> Real:

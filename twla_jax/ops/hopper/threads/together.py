@@ -21,6 +21,11 @@ def barrier(count: int, group: Word | int = 0) -> None:
     utils.inline_ptx(f"bar.sync $0, {count};", number.value, has_side_effects=True, convergent=True)
 
 
+def warp_barrier() -> None:
+    """Wait for the lanes of the warp, and for what they read and wrote."""
+    utils.inline_ptx("bar.warp.sync 0xffffffff;", has_side_effects=True, convergent=True)
+
+
 def cluster_arrive() -> None:
     """Signal to the cluster's blocks that this thread has arrived, with all that it wrote to shared memory before."""
     utils.inline_ptx("barrier.cluster.arrive.release.aligned;", has_side_effects=True, convergent=True)
