@@ -30,7 +30,7 @@ def draw(path: Path, rows: list[tuple[str, str, float]], most: float) -> None:
     (name, _, score), *others = rows
     axes.axhline(score, color="black", linewidth=1)
     axes.annotate(f"{name}, {score:g}", (4.95, score), (0, 4), **_text("right"))
-    shown = [row for row in others if row[2] <= most and not row[0].startswith("the same")]
+    shown = [row for row in others if row[2] <= most]
     for name, bits, score in shown:
         low, high = _range(bits)
         colour = next((colour for word, colour in OTHERS.items() if name.startswith(word)), OURS)

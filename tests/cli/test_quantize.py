@@ -49,7 +49,7 @@ def test_tokens_of_the_refinement_are_steps_of_whole_batches():
 
 def test_minutes_of_the_refinement_draw_text_for_the_steps_they_may_take():
     recipe = load_recipe("w1.58-g128-refined")
-    for minutes, steps in ((0.5, 500), (2, 2000), (60, 8000)):
+    for minutes, steps in ((0.5, 500), (2, 2000), (60, 9000)):
         settings = quantize._refined_on(recipe, None, minutes).refine.end_to_end
         assert (settings.steps, settings.minutes) == (steps, minutes)
 

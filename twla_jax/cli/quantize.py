@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # which imports JAX
     from twla_jax.recipe import Recipe
 
 _DRAWN_A_MINUTE = 1000  # steps whose text is drawn for every minute of refinement, and the most of them
-_MOST_DRAWN = 8000
+_MOST_DRAWN = 9000  # as many as the longest recipe takes
 
 
 def quantize(

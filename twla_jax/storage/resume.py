@@ -84,7 +84,8 @@ class WorkDir:
         if identity.is_file():
             if _read_identity(identity) != fingerprint:
                 raise TwlaError(
-                    f"{folder}: holds unfinished work on another model, text or recipe; remove it or choose another OUT"
+                    f"{folder}: holds unfinished work on another model, text or recipe, or by another version of twla;"
+                    " remove it or choose another OUT"
                 )
         elif folder.exists() and not _holds_only_work(folder):
             raise TwlaError(f"{folder}: exists and holds no unfinished work; remove it or choose another OUT")
