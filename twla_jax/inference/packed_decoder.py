@@ -105,13 +105,14 @@ class PackedDecoder(Decoder):
         if model.head is not None:
             self.head = replace(model.head, kernel=table(model.head.kernel.get_value(), columns=True))
         kernel = model.embed.get_value() if model.head is None else model.head.kernel.get_value()
-        words = head_words(kernel) if unpack else None
+        in_words = unpack and jax.default_backend() == "cpu"
+        words = head_words(kernel) if in_words else None
         self.head_words = nnx.data(None if words is None else nnx.Param(words))
         options = {"dtype": model.dtype, "mesh": mesh, "implementation": implementation}
         blocks = []
         for layer in (_layer(model.blocks, i) for i in range(model.config.num_layers)):
             block = packed_block(unpack_block(layer, model.dtype) if unpack else layer, **options)
-            if unpack:
+            if in_words:
                 add_words(block, layer)
             blocks.append(block)
         self.blocks = nnx.List(blocks)  # pyright: ignore[reportAttributeAccessIssue]
