@@ -7,16 +7,17 @@ the kernels alone, a layer, over so many caches that none stays in the L2 cache.
 """
 
 import argparse
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twla_jax.bench import timing
+from twla_jax.bench import decode, shapes, timing
 from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer, write
 from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import gpu, reference
+from twla_jax.ops.decode_attention import gpu, reference, split_sizes
 from twla_jax.ops.decode_attention.split_sizes import GroupConfig, group_config
 
 _EVERYWHERE = np.iinfo(np.int32).max
@@ -151,10 +152,26 @@ def others(config: GroupConfig, size: int) -> list[GroupConfig]:
     return [each for each in found if each != config and each.warps * each.groups * size <= 16 * HEADS[2]]
 
 
+def step_times(sequences: int, layers: int = 8) -> list[float]:
+    """Returns the seconds of a decode step of some layers of Qwen3-8B without tensor cores, and with them."""
+    config = dataclasses.replace(shapes.SHAPES["qwen3-8b"], num_layers=layers)
+    settings = decode.DecodeSettings(cache_dtype=jnp.int8)
+    before, found = split_sizes.group_config, []
+    for on in (False, True):
+        split_sizes.group_config = functools.partial(before, grouped=on)
+        jax.clear_caches()
+        model = shapes.random_decoder(config, activation_bits=4, embedding_bits=4)
+        found.append(decode.step_seconds(model, sequences, settings))
+        del model
+    split_sizes.group_config = before
+    return found
+
+
 def main() -> None:
     """Checks, times, and prints the table."""
     parser = argparse.ArgumentParser(description="Checks and times attention on tensor cores.")
     parser.add_argument("--tune", action="store_true", help="time other splits too")
+    parser.add_argument("--step", action="store_true", help="time decode steps of eight layers too")
     arguments = parser.parse_args()
     check(gpu.decode_attention)
     heads, kv_heads, d = HEADS
@@ -178,6 +195,12 @@ def main() -> None:
                 lines.append(f"     {other.warps:2} warps x {other.groups}: {taken * 1e6:.1f} µs")
                 print(lines[-1], flush=True)
     print("\n".join(lines))
+    if arguments.step:
+        for sequences in (64, 16):
+            off, on = (1e6 * each for each in step_times(sequences))
+            print(
+                f"8 layers of Qwen3-8B, {sequences} sequences: {off:.0f} µs a step, {on:.0f} on tensor cores"
+            )
 
 
 if __name__ == "__main__":

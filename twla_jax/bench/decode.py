@@ -115,6 +115,8 @@ def _random_cache(model: Decoder, batch: int, settings: DecodeSettings) -> KVCac
     def fill(layer: LayerKV, key) -> LayerKV:
         def random(leaf):
             values = jax.random.normal(key, leaf.shape)
+            if leaf.ndim == layer.entries.ndim - 1:  # scales are positive
+                values = jnp.abs(values) + 0.1
             return (30 * values if leaf.dtype == jnp.int8 else values).astype(leaf.dtype)
 
         return layer.with_stores(jax.tree.map(random, layer.stores))
