@@ -1,4 +1,4 @@
-"""Quantising, refining and decoding on several devices against one: `python benchmarks/mesh.py --devices 2`.
+"""Compares quantising, refining and decoding on several devices with one: `python benchmarks/mesh.py --devices 2`.
 
 Random weights of a published shape, a few blocks. Each part is run on one device and on a mesh, compared, and timed
 once it is compiled. The table comes last.
@@ -46,7 +46,7 @@ def quantise(config: DecoderConfig, windows: np.ndarray, mesh: Any) -> tuple[flo
 
 
 def refine(config: DecoderConfig, windows: np.ndarray, mesh: Any) -> tuple[float, Any]:
-    """Return the seconds of a step of the end-to-end refinement, and the losses of three steps."""
+    """Return the seconds of a step of the end-to-end refinement, and the losses of its four steps."""
     settings = EndToEndSettings(steps=4, batch=len(windows), dtype="bfloat16")
     student = descent.training_form(random_model(config, activation_bits=16), jnp.bfloat16, mesh)
     teacher = descent.training_form(random_model(config, activation_bits=None), jnp.bfloat16, mesh)

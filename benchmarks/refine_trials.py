@@ -51,7 +51,7 @@ _OWN = ("text", "tokens")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What one trial changes.
+    """Says what one trial changes.
 
     Attributes:
       name: as the table has it.
@@ -79,7 +79,7 @@ class Variant:
 
 
 class Trials:
-    """The model, its quantised form that every variant starts from, and the texts."""
+    """Holds the model, its quantised form that every variant starts from, and the texts."""
 
     def __init__(self, options: argparse.Namespace):
         self._options = options
@@ -115,7 +115,7 @@ class Trials:
         self.start["seconds"] = time.perf_counter() - start
 
     def run(self, variant: Variant) -> dict[str, Any]:
-        """Refine by a variant, and returns its figures."""
+        """Refine by a variant, and return its figures."""
         options = self._options
         defaults = {"steps": options.steps, "batch": options.batch, "dtype": options.dtype}
         settings = EndToEndSettings(**(defaults | variant.settings))
@@ -172,12 +172,12 @@ class Trials:
 
 
 def _key(name: str, bits: int) -> str:
-    """The name of a figure at so many bits; at 16 it has none."""
+    """Return the name of a figure with its bits; at 16 without."""
     return name if bits == 16 else f"{name} A{bits}"
 
 
 def _measured(found: dict[str, Any]) -> list[int]:
-    """The bits at which a variant was scored."""
+    """Return the bits at which a variant was scored."""
     return [bits for bits in (16, 8, 6, 4, 2) if f"A{bits}" in found]
 
 
@@ -257,7 +257,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run every variant for which there is time, and prints a line as each is done."""
+    """Run every variant for which there is time, and print a line as each is done."""
     started = time.perf_counter()
     trials, results = Trials(options), []
     for variant in [None, *map(Variant.parse, options.variants)]:

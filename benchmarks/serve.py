@@ -1,4 +1,4 @@
-"""Serving beside bare decoding, on one GPU: `python benchmarks/serve.py`.
+"""Times serving beside bare decoding, on one GPU: `python benchmarks/serve.py`.
 
 Models are random and packed, of a known shape. For each it times decode steps as `twla bench decode` does, then the
 engine in this process, then the server, with clients in a process of their own. All requests come at once, and all go

@@ -30,7 +30,7 @@ Timed = list[tuple[float, Any]]
 
 
 def around(config: RingTileConfig, columns: int) -> Iterator[RingTileConfig]:
-    """The same tiles, and others: more warpgroups, other tiles under way, smaller copies, twice the blocks."""
+    """Return the same tiles, and others: more warpgroups, other tiles under way, smaller copies, twice the blocks."""
     under_way = config.rows * config.warpgroups * config.stages * config.together
     for rows, warpgroups, together in itertools.product(
         {config.rows, 8 * -(-config.rows // 16)}, (2, 3, 4), {1, -(-config.together // 2), config.together}
@@ -42,7 +42,7 @@ def around(config: RingTileConfig, columns: int) -> Iterator[RingTileConfig]:
 
 
 def timed(n: int, m: int, *, gated: bool) -> tuple[RingTileConfig, Timed]:
-    """The tiles that the rule gives, and all with their seconds, fastest first; without those that find no room."""
+    """Return the tiles that the rule gives, and all with their seconds, fastest first, if they find room."""
     rotation, settings = shapes.rotation_for_kernels(jax.random.key(1), m, n), quantizer_settings(4, 0.9)
 
     def make(key):
@@ -70,7 +70,7 @@ def timed(n: int, m: int, *, gated: bool) -> tuple[RingTileConfig, Timed]:
 
 
 def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
-    """Seconds of `ternary_matmul`, and of `gpu_few` by the rule and with tiles around it, fastest first."""
+    """Return the seconds of `ternary_matmul`, and of `gpu_few` by the rule and with tiles around it, fastest first."""
 
     def make(key):
         return shapes.weight(key, n, m), shapes.tokens(key, tokens, m)
@@ -96,7 +96,7 @@ def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
 
 
 def timed_head(tokens: int, n: int, m: int) -> tuple[float, Timed]:
-    """Seconds of a head of 4 bits by the rule and with other tiles, fastest first."""
+    """Return the seconds of a head of 4 bits by the rule and with other tiles, fastest first."""
     make = functools.partial(shapes.head, n=n, m=m, bits=4)
     size, weight = shapes.bytes_of(make), jax.eval_shape(make, jax.random.key(0))
     rule = gpu_tile_config(tokens, weight.rows, weight.column_tiles, weight.planes)

@@ -125,7 +125,7 @@ class OnePlane(Quantizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SymmetricPlane(Quantizer):
-    """One plane without μ: scales `(α,)`, codes T in {-1, 0, 1}, levels `−α, 0, α`; no μ is stored."""
+    """Fits one plane without μ: scales `(α,)`, codes T in {-1, 0, 1}, levels `−α, 0, α`; no μ is stored."""
 
     threshold: float
 

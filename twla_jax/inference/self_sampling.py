@@ -20,18 +20,16 @@ from twla_jax.inference import generation
 from twla_jax.inference.packed_decoder import prepare_for_inference
 from twla_jax.limits import check_number
 from twla_jax.models.arguments import checked_tokens, require_model
-from twla_jax.models.config import check_length
+from twla_jax.models.config import DecoderConfig, check_length
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.progress import Bar
 from twla_jax.storage import resume
 
-_CACHE_BYTES, _CACHE_SHARE = (
-    4e9,
-    0.2,
-)  # of keys and values, at most; or of the device's memory, where that is known
+_CACHE_SHARE = 0.2  # of the device's memory, that keys and values may take
+_CACHE_BYTES = 4e9  # the same where the memory is not known
 _CPU_BATCH, _BATCH = 8, 64  # rows at a time, at most
-_MANY = 1024  # the same where much is sampled
-_GIVEN, _PIECE = 32, 512  # tokens: of a piece of a window that are the text's own; and of a piece
+_PIECE_BATCH = 1024  # the same for pieces, which are short
+_PIECE, _GIVEN = 512, 32  # tokens of a piece of a window, and the first of them, which stay the text's own
 
 
 @resume.keeps_work_dir
@@ -65,8 +63,10 @@ def sample_text(
     config = model.config
     check_length(seq_len, config)
     batch = _batch(config, seq_len, _BATCH)
-    settings = {"config": config.to_dict(), "seq_len": seq_len, "seed": seed, "batch": batch}
-    store = None if work_dir is None else _open_work_dir(Path(work_dir), settings, resume.leaves(model))
+    store = None
+    if work_dir is not None:
+        settings = {"config": config.to_dict(), "seq_len": seq_len, "seed": seed, "batch": batch}
+        store = _open_work_dir(Path(work_dir), settings, resume.leaves(model))
     start = functools.partial(_first_tokens, config, batch, seed)
     return _sampled(model, rows, seq_len, start, seed, store, progress=progress)
 
@@ -106,10 +106,11 @@ def continue_windows(
     given = min(_GIVEN, length // 2)
     if not given:
         return windows
-    batch = _batch(model.config, length, _MANY)
-    settings = {"config": model.config.to_dict(), "seed": seed, "batch": batch}
-    arrays = [windows, *resume.leaves(model)] if work_dir else []
-    store = _open_work_dir(Path(work_dir), settings, arrays) if work_dir else None
+    batch = _batch(model.config, length, _PIECE_BATCH)
+    store = None
+    if work_dir is not None:
+        settings = {"config": model.config.to_dict(), "seed": seed, "batch": batch}
+        store = _open_work_dir(Path(work_dir), settings, [windows, *resume.leaves(model)])
 
     def start(index: int) -> Int32[np.ndarray, "batch given"]:
         rows = np.arange(index * batch, (index + 1) * batch) % len(texts)
@@ -134,11 +135,11 @@ def _sampled(
 ) -> Int32[np.ndarray, "rows seq_len"]:
     """Return rows that go on from `start` of each batch; fewer of them if the seconds are over."""
     done: list[np.ndarray] = []
-    prepared, begun, sizes = None, time.perf_counter(), -(-rows // len(start(0)))
-    if store and (plan := store.load("batches")):
-        sizes, seconds = int(plan["batches"]), None
+    prepared, begun, batches = None, time.perf_counter(), -(-rows // len(start(0)))
+    if store and (plan := store.load("batches")):  # of an earlier call, whose text must come again
+        batches, seconds = int(plan["batches"]), None
     with Bar(total=rows, desc="sample", unit="row", disable=not progress) as bar:
-        for index in range(sizes):
+        for index in range(batches):
             saved = store.load(f"batch-{index}") if store else None
             if saved is None:
                 if seconds is not None and time.perf_counter() - begun > seconds:
@@ -154,7 +155,7 @@ def _sampled(
     return np.concatenate(done or [np.zeros((0, seq_len), np.int32)])[:rows]
 
 
-def _batch(config: Any, seq_len: int, most: int) -> int:
+def _batch(config: DecoderConfig, seq_len: int, most: int) -> int:
     """Return how many rows are sampled at a time: a power of two that the cache has room for."""
     batch = _CPU_BATCH if jax.default_backend() == "cpu" else most
     room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -175,7 +176,7 @@ def _keys(seed: int, index: int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
 
 
-def _first_tokens(config: Any, batch: int, seed: int, index: int) -> Int32[np.ndarray, "batch 1"]:
+def _first_tokens(config: DecoderConfig, batch: int, seed: int, index: int) -> Int32[np.ndarray, "batch 1"]:
     if config.bos_token_id is not None:
         return np.full((batch, 1), config.bos_token_id, np.int32)
     first, _ = _keys(seed, index)

@@ -31,7 +31,7 @@ _ROWS = 8192  # that are rotated at a time: the embedding is not held in float32
 
 @dataclasses.dataclass(frozen=True)
 class _Rotations:
-    """The stream's rotation, `x ↦ vec(L·mat(x)·R)`, and those of each layer's value heads, if there are any."""
+    """Holds the stream's rotation, `x ↦ vec(L·mat(x)·R)`, and those of each layer's value heads, if there are any."""
 
     left: Float32[np.ndarray, "l l"]
     right: Float32[np.ndarray, "r r"]
@@ -145,7 +145,7 @@ def _change(
     value: np.ndarray,
     layer: int,
 ) -> np.ndarray:
-    """Return the kernel `[m, n]` or bias `[n]` of one layer's linear, in its dtype."""
+    """Return the kernel `[m, n]` or bias `[n]` of one layer's linear with the rotations in it, in its dtype."""
     if part == "kernel" and scales is not None:
         value = rotations.rotated(value.T, scales[layer]).T
     if name == "v":

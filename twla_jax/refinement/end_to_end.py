@@ -112,7 +112,7 @@ def _with_own_text(
     work_dir: str | Path | None,
     progress: bool,
 ) -> Int32[np.ndarray, "w s"]:
-    """Return the windows, a share of them, drawn at random, as the teacher goes on from their beginnings."""
+    """Return the windows, a share of which, drawn at random, the teacher has continued piece by piece."""
     drawn = np.random.default_rng(0).permutation(len(windows))[: round(settings.own_text * len(windows))]
     drawn.sort()
     seconds = _OWN_SHARE * 60 * settings.minutes or None

@@ -173,7 +173,7 @@ class Engine:
 
     def _turn(self) -> None:
         """Admit what there is room for, hand the device the next steps, and deliver those before."""
-        begin = len(self._in_flight)
+        earlier = len(self._in_flight)
         with self._changed:
             self._schedule.release()
         self._admit()
@@ -186,18 +186,22 @@ class Engine:
             # The next call would not return before it is over: what is there is told first.
             while self._in_flight:
                 self._deliver(self._in_flight.popleft())
-            begin, active = 0, self._schedule.active
+            earlier, active = 0, self._schedule.active
         if active:
             with self._spending("steps"):
                 self._step(active)
         # What was handed over in this turn is read in the next one, if there is one.
-        while self._in_flight and (begin or not active):
+        while self._in_flight and (earlier or not active):
             self._deliver(self._in_flight.popleft())
-            begin -= 1
+            earlier -= 1
+
+    def _rows(self, active: Mapping[int, Ticket]) -> int:
+        """Return how many slots, the first ones, a call has to run for these requests."""
+        return next(n for n in self.settings.row_counts if n > max(active))
 
     def _loop_ahead(self, active: Mapping[int, Ticket]) -> int | None:
         """Return the rows of the loop of fixed length that can run for these requests; None if none can."""
-        rows = next(n for n in self.settings.row_counts if n > max(active))
+        rows = self._rows(active)
         steps = self._runner.fixed.get(rows)
         if steps is None or self._schedule.waits or steps > max(each.left for each in active.values()):
             return None
@@ -211,7 +215,7 @@ class Engine:
             made = functools.partial(self._runner.fixed_steps, ahead, keep, filtered=filtered)
             self._hand_over(made, active, self._runner.fixed[ahead])
             return
-        rows = next(n for n in self.settings.row_counts if n > max(active))
+        rows = self._rows(active)
         most = 1 if self._schedule.waits else int(CALL_SECONDS / max(self._step_seconds, 1e-6))
         left = max(each.left for each in active.values())
         count = max(1, min(left, self.settings.steps, most))

@@ -47,7 +47,7 @@ class Generation:
 
     @property
     def filtered(self) -> bool:
-        """Returns whether tokens are drawn, and not from all."""
+        """Returns whether tokens are drawn, and a filter (top-k, top-p, min-p) leaves some out."""
         asked = self.sampling
         return asked.temperature > 0 and bool(asked.top_k or asked.top_p < 1 or asked.min_p > 0)
 
