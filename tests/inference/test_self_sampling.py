@@ -108,9 +108,8 @@ def test_long_windows_are_continued_in_pieces(model, begun, continued, monkeypat
 def test_windows_that_there_is_no_time_for_stay_as_they_are(model, begun, continued, tmp_path, monkeypatch):
     monkeypatch.setattr(self_sampling.time, "perf_counter", iter(range(100)).__next__)
     options = {"work_dir": tmp_path / "own", "progress": False}
-    some = continue_windows(
-        model, begun, seconds=1, **options
-    )  # a second passes between two looks at the clock
+    # A second passes between two looks at the clock.
+    some = continue_windows(model, begun, seconds=1, **options)
     np.testing.assert_array_equal(some[:8], continued[:8])
     np.testing.assert_array_equal(some[8:], begun[8:])
     # The same again, however much time there is now.

@@ -38,7 +38,7 @@ from twla_jax.quantization.stream import ResidualStream
 from twla_jax.storage import resume
 
 _log = logging.getLogger(__name__)
-_FORM = 2  # of what an interrupted quantisation leaves; that of another version is refused
+_FORM = 2  # of what an interrupted quantisation leaves; work in another form is refused
 
 _RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotated input is measured on
 _RANGE_TOKENS = 256  # of these

@@ -21,7 +21,7 @@ from twla_jax.refinement_settings import LearningSettings
 from twla_jax.storage import resume
 
 _SNAPSHOT_SECONDS = 300
-_STATE = 2  # form of what an interrupted refinement leaves; that of another version is refused
+_STATE = 2  # form of what an interrupted refinement leaves; work in another form is refused
 
 _log = logging.getLogger(__name__)
 

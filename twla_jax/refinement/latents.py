@@ -29,7 +29,7 @@ from twla_jax.refinement import two_plane_latents
 _MARGIN = 0.45  # from its code, at most, that a latent starts: on the code's side of the rounding boundary
 _REACH = 1.5  # latents beyond pass no gradient: their code is the outermost already
 _LEAST_CLIP = 0.1  # that one may learn
-_ROW_COST = 4  # of rotating a row of weights, in float32, in rotated inputs
+_ROW_COST = 4  # inputs that are rotated in the time of a row of weights, which is in float32
 Latents = dict[str, dict[str, jax.Array]]
 
 

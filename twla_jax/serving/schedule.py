@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from twla_jax.serving.requests import Ticket
 
-_ENOUGH = 4  # of the rows of a call that reads several prompts, one in so many must be used
+_ENOUGH = (
+    4  # a call that reads several prompts must use one in so many of its rows, or it costs more than it saves
+)
 
 
 class Schedule:
