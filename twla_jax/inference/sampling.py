@@ -88,10 +88,17 @@ def choose(
     """
     if sampler.repetition_penalty is not None and seen is not None:
         logits = penalize(logits, seen, sampler.repetition_penalty)
-    scaled = logits / jnp.maximum(sampler.temperature, 1e-6)
-    drawn = jax.random.categorical(key, keep_likely(scaled, sampler.top_k, sampler.top_p, sampler.min_p))
     best = likeliest(logits)
-    return jnp.where((sampler.temperature > 0) & (best >= 0), drawn, best).astype(jnp.int32)
+
+    def draw() -> Int32[Array, " b"]:
+        scaled = logits / jnp.maximum(sampler.temperature, 1e-6)
+        drawn = jax.random.categorical(key, keep_likely(scaled, sampler.top_k, sampler.top_p, sampler.min_p))
+        return jnp.where(best >= 0, drawn, best).astype(jnp.int32)
+
+    # A random number for every token of the vocabulary takes a CPU longer than a branch.
+    if jax.default_backend() == "cpu" and sampler.temperature.ndim == 0:
+        return jax.lax.cond(sampler.temperature > 0, draw, lambda: best)
+    return jnp.where(sampler.temperature > 0, draw(), best)
 
 
 def likeliest(logits: Float[Array, "b vocab"]) -> Int32[Array, " b"]:
