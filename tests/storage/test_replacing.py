@@ -1,5 +1,6 @@
 """A folder is replaced whole or not at all, by one run at a time, and what killed runs left is cleared up."""
 
+import _thread
 import contextlib
 import errno
 import os
@@ -10,10 +11,12 @@ import threading
 import time
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 
 from twla_jax.errors import TwlaError
-from twla_jax.storage import folders, locks, places, resume
+from twla_jax.recipe import Recipe
+from twla_jax.storage import checkpoint, folders, locks, places, resume
 
 # In a process of its own: a run that puts `new` into OUT and is killed where `kill` says.
 RUN = """
@@ -258,3 +261,19 @@ def test_a_disk_without_room_for_new_files_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda _: full)
     with pytest.raises(TwlaError, match="no inodes left"):
         folders.require_room(tmp_path / "out", [1000] * 50)
+
+
+def test_an_interrupt_waits_until_the_arrays_are_written(tiny_ternary, tmp_path, monkeypatch):
+    # In the middle of it, orbax's threads would each print a traceback.
+    save, ended = ocp.PyTreeCheckpointer.save, []
+
+    def interrupted(*args):
+        _thread.interrupt_main()
+        save(*args)
+        ended.append(True)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tiny_ternary, None, tmp_path / "out", Recipe(), {})
+    assert ended
+    assert not list(tmp_path.iterdir())

@@ -1,10 +1,11 @@
 """Moves the parameters of a model between memory and the disk: every array by its name, codes packed closer there."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def to_stored(model: Decoder, only: type = object) -> tuple[dict[str, Any], dict
 def write(folder: Path, arrays: dict[str, Any]) -> None:
     """Write arrays by name to `folder`, which nothing is in, so that the same arrays give the same bytes."""
     with hosts.alone(), _checkpointer() as checkpointer:
-        checkpointer.save(folder, layered_arrays.first_layers(arrays))
+        _undisturbed(functools.partial(checkpointer.save, folder, layered_arrays.first_layers(arrays)))
     layered_arrays.append_layers(folder, arrays)
     for name in _UNREAD:
         (folder / name).unlink(missing_ok=True)
@@ -122,8 +123,9 @@ def restore(model: Decoder, params: Path, tensors: dict[str, Any], mesh: jax.sha
             )
     with _checkpointer() as checkpointer:
         try:
-            arrays = checkpointer.restore(
-                params, item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+            options = ocp.checkpoint_utils.construct_restore_args(wanted)
+            arrays = _undisturbed(
+                functools.partial(checkpointer.restore, params, item=wanted, restore_args=options)
             )
         except (ValueError, TypeError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -166,6 +168,16 @@ def _assign(model: Decoder, name: str, value: Any) -> None:
     module = functools.reduce(getattr, parents, model)
     # nnx.data: a rotation may land where the full-precision model has None
     setattr(module, last, nnx.data(nnx.Param(value)))
+
+
+def _undisturbed(call: Callable[[], Any]) -> Any:
+    """Return what a call gives, made in another thread; Ctrl-C is raised once it is over.
+
+    Orbax works in threads of its own. Interrupted in the middle, each of them prints a traceback.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # a thread that an interrupt meets as it begins is not waited for
+        return pool.submit(call).result()
 
 
 @contextlib.contextmanager
