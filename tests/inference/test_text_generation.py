@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 import transformers
 from flax import nnx
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from twla_jax.errors import TwlaError
@@ -45,6 +45,7 @@ def test_bytes_that_are_no_text_do_not_hold_up_what_follows(byte_tokenizer):
     assert text.endswith("b")
 
 
+@example(parts=["𖡝\U0001cc00".encode()], size=1)
 @given(st.lists(st.binary(max_size=6) | st.text(max_size=3).map(str.encode), max_size=6), st.integers(1, 7))
 def test_tokens_together_give_the_text_that_they_give_one_by_one(byte_tokenizer, parts, size):
     letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()

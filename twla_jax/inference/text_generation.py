@@ -115,7 +115,8 @@ class Detokenizer:
         """Return the text that several tokens add, as `push` would one by one, in a fraction of the time."""
         ids = [*self._ids, *map(int, tokens)]
         known, text = self._decode(self._ids[: self._shown]), self._decode(ids)
-        if not text.startswith(known) or "\ufffd" in text[len(known) :]:
+        # Half a character may merge with bytes before it that are no text, and add nothing to see.
+        if not text.startswith(known) or "\ufffd" in text[len(known) :] or text.endswith("\ufffd"):
             return "".join(map(self.push, tokens))
         self._ids = ids
         return self._shown_now(text[len(known) :])
