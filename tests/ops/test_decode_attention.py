@@ -102,10 +102,12 @@ def check(op, *, norm, case, dtype=jnp.bfloat16, tolerance=6e-3):
     np.testing.assert_allclose(np.asarray(layer.entries, float), cache, rtol=edge, atol=1e-6)
 
 
-def check_integers(op, *, norm, case):
+def check_integers(op, *, norm, case, scales_of_values=None):
     qkv, floats, positions, window, scales = operands(*case)
     key, value = floats.entries.swapaxes(2, 3)
     layer = written(empty_layer(floats.entries.shape, jnp.int8), key, value, jnp.int32(0))
+    if scales_of_values is not None:
+        layer = dataclasses.replace(layer, scales=layer.scales.at[1].set(scales_of_values))
     arguments = (qkv, layer, positions, window, scales)
     _, after = attend_by_reference(*arguments[:4], scales if norm else None, epsilon=EPSILON)
     numbers = np.asarray(after.entries, float) * np.asarray(after.scales, float)[..., None]
@@ -236,6 +238,19 @@ def test_gpu_kernel_on_tensor_cores_thread_by_thread(case, norm, queries, warps,
     chosen = split_sizes.GroupConfig(queries=queries, warps=warps, groups=groups)
     op = functools.partial(emulated, config=chosen)
     (check if dtype == jnp.bfloat16 else check_integers)(op, norm=norm, case=case)
+
+
+@pytest.mark.parametrize("spread", [1, 300])
+def test_scores_far_apart_and_scales_of_any_sign_and_size_on_tensor_cores(spread, monkeypatch):
+    case = (2, 4, 2, 64, 128, 100, ALL)
+    by_position = np.resize([1e-3, -1.0, 0.0, 1e-12, 3e4, -2e-9], 128)
+    qkv, *rest = operands(*case)
+    spread_out = (qkv * jnp.where(jnp.arange(8) < 4, spread, 1)[:, None]).astype(qkv.dtype)
+    monkeypatch.setitem(globals(), "operands", lambda *_: (spread_out, *rest))
+    emulated_threads.emulate(monkeypatch)
+    chosen = split_sizes.GroupConfig(queries=2, warps=4)
+    op = functools.partial(emulated, config=chosen)
+    check_integers(op, norm=False, case=case, scales_of_values=jnp.asarray(by_position, jnp.float32))
 
 
 @pytest.mark.parametrize("kernel", [False, True])

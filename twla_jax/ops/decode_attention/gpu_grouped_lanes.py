@@ -22,6 +22,7 @@ from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Real, Word
 
 _LOWEST = -1e30  # replaces −∞, since −∞ − (−∞) is not a number
+_LEAST_SCALE = 1e-30  # replaces smaller magnitudes of a value's scale, whose logarithm is taken
 _SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -71,7 +72,7 @@ def weigh(state, q, ring_smem, slot, step, start, end, *, shape: GroupShape) -> 
         factors, numbers = threads.reals(factors), threads.reals(state)
         tops, totals, mixed = numbers[:2], numbers[2:4], numbers[4:]
         shifts, inverses = [zero] * 2, [threads.real(1.0)] * 2
-        of_keys = [threads.real(1.0)] * 2
+        of_keys, signs = [threads.real(1.0)] * 2, []
         if shape.quantized:
             at_scales, one = at + (4 * shape.slot - 2 * CHUNK * 4), threads.real(1.0)
             found = [
@@ -86,8 +87,11 @@ def weigh(state, q, ring_smem, slot, step, start, end, *, shape: GroupShape) -> 
             of_values = [
                 threads.select(yes, each.real(), one) for each, yes in zip(found[2:], seen, strict=True)
             ]
-            shifts = [threads.logarithm(each) for each in of_values]
-            inverses = [threads.reciprocal(each) for each in of_values]
+            sizes = [each.most(zero - each).most(_LEAST_SCALE) for each in of_values]
+            shifts, inverses = (
+                [op(each) for each in sizes] for op in (threads.logarithm, threads.reciprocal)
+            )
+            signs = [value * inverse for value, inverse in zip(of_values, inverses, strict=True)]
         weights, fades = [], []
         for query in range(2):
             mine = [
@@ -111,6 +115,8 @@ def weigh(state, q, ring_smem, slot, step, start, end, *, shape: GroupShape) -> 
             for weight, inverse in zip(of_query, inverses, strict=True):
                 total = weight.times_plus(inverse, total)
             tops[query], totals[query] = top, total
+            if shape.quantized:
+                of_query = [weight * sign for weight, sign in zip(of_query, signs, strict=True)]
             weights.append(of_query)
             fades.append(fade)
         mixed = [each * fades[i % 2] for i, each in enumerate(mixed)]

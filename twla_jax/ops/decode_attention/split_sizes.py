@@ -13,7 +13,9 @@ _WARPS, _FEW_WARPS = 16, 8  # of a block; a warp of several queries, or of a clu
 _CLUSTERS = {2: 66, 4: 30, 8: 15}
 _SPLITS = (4, 2)  # numbers of splits that are left apart; every reader of the mix reads them all
 _MOST_READS = 20480  # of a key head's positions, by all of its queries; beyond, some read them together
-_GROUPED = False  # whether tensor cores are used, where they may be
+_GROUPED = (
+    False  # whether tensor cores are used, where they may be: no whole decode step was measured with them
+)
 _GROUP = 8  # queries of a block on tensor cores, at most: the columns of `mma.sync`
 _FEWEST_GROUPS = 64  # blocks on tensor cores; fewer share the positions of a head better in clusters
 _SOME_STEPS, _MANY_STEPS = 2, 8  # of one block, beyond which clusters of four, and of other sizes, pay
