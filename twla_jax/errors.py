@@ -15,9 +15,9 @@ class TwlaError(Exception):
         """Take the message; line ends in it, as of a file's name, become blanks; a long one loses its middle."""
         if len(message) > _FIRST + _LAST:
             message = f"{message[:_FIRST]}…{message[-_LAST:]}"
-        if not message.isprintable():
-            message = "".join(
+        super().__init__(
+            "".join(
                 each if each.isprintable() else " " if each.isspace() else ascii(each)[1:-1]
                 for each in message
             )
-        super().__init__(message)
+        )
