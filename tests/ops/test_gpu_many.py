@@ -78,7 +78,7 @@ def emulate_warpgroups(monkeypatch):
     emulated_warpgroups.emulate(monkeypatch, pl, plgpu)
     monkeypatch.setattr(gpu_many_rings, "unpack_rows", unpacked_rows)
     monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
-    monkeypatch.setattr(gpu_many, "STREAMING_MULTIPROCESSORS", 4)  # two clusters, with several outputs each
+    monkeypatch.setattr(gpu_many, "CLUSTERS", {1: 4, 2: 2})  # with several outputs each
 
 
 def unpacked_rows(packed, plane, *, exact, wide):

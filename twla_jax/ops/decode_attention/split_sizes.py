@@ -2,20 +2,16 @@
 
 import dataclasses
 
-from twla_jax.ops.hopper.limits import STREAMING_MULTIPROCESSORS
+from twla_jax.ops.hopper.limits import CLUSTERS, STREAMING_MULTIPROCESSORS
 
 _LOADS = 8  # of keys, and of values, of 16 bytes each, that a thread has in flight
 _MOST_LOADS = 10  # where these are all the loads of a thread
 _QUERIES = 4  # of a warp, at most, which a thread has registers for
 _WARPS, _FEW_WARPS = 16, 8  # of a block; a warp of several queries, or of a cluster, has registers for eight
-# By blocks of a cluster, the clusters that an H100 holds at once, a block to each multiprocessor: not all of its groups
-# of multiprocessors are multiples of four.
-_CLUSTERS = {2: 66, 4: 30, 8: 15}
 _SPLITS = (4, 2)  # numbers of splits that are left apart; every reader of the mix reads them all
 _MOST_READS = 20480  # of a key head's positions, by all of its queries; beyond, some read them together
-_GROUPED = (
-    False  # whether tensor cores are used, where they may be: no whole decode step was measured with them
-)
+# Whether tensor cores are used, where they may be. No whole decode step was measured with them.
+_GROUPED = False
 _GROUP = 8  # queries of a block on tensor cores, at most: the columns of `mma.sync`
 _FEWEST_GROUPS = 64  # blocks on tensor cores; fewer share the positions of a head better in clusters
 _SOME_STEPS, _MANY_STEPS = 2, 8  # of one block, beyond which clusters of four, and of other sizes, pay
@@ -111,6 +107,6 @@ def _split(heads: int, choices: list[int], steps: int) -> tuple[int, int]:
         for splits in (4, 2) if many else (4,):
             for queries in choices:
                 blocks = heads // queries
-                if blocks <= _CLUSTERS[splits] and (many or queries <= 2):
-                    return queries, 8 if many and blocks <= _CLUSTERS[8] else splits
+                if blocks <= CLUSTERS[splits] and (many or queries <= 2):
+                    return queries, 8 if many and blocks <= CLUSTERS[8] else splits
     return next((n for n in choices if heads // n <= STREAMING_MULTIPROCESSORS), choices[-1]), 1

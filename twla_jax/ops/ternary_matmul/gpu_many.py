@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.hopper.limits import STREAMING_MULTIPROCESSORS, WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.hopper.limits import CLUSTERS, WARPGROUPS, WGMMA_ROWS
 from twla_jax.ops.ternary_matmul import gpu_many_outputs, gpu_many_rings, tile_configs
 from twla_jax.ops.ternary_matmul.gpu_many_outputs import ManyOutputs
 from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyRings, ManyWork
@@ -54,7 +54,7 @@ def matmul(
     y = plgpu.kernel(
         functools.partial(_kernel, work=work, weight=weight),
         out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
-        grid=(min(work.outputs, STREAMING_MULTIPROCESSORS // config.cluster),),
+        grid=(min(work.outputs, CLUSTERS[config.cluster]),),
         grid_names=("block",),
         cluster=(config.cluster,),
         cluster_names=("cluster",),
