@@ -11,6 +11,7 @@ both, for `docs/scaling.md`:
 import argparse
 import dataclasses
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -97,18 +98,19 @@ def stored_model(config: DecoderConfig, dtype: str) -> Decoder:
     )
     rng = np.random.default_rng(0)
 
-    def array(leaf: Any) -> Any:
-        values = rng.standard_normal(leaf.shape[-2:], np.float32) * 0.02
-        return np.broadcast_to(values.astype(ml_dtypes.bfloat16), leaf.shape)
+    def array(shape: tuple[int, ...]) -> np.ndarray:
+        # Large arrays repeat their first values: drawing all of them would take longer than the measurement.
+        values = rng.standard_normal(min(math.prod(shape), 2**24), np.float32) * 0.02
+        return np.resize(values.astype(ml_dtypes.bfloat16), shape)
 
     def fill(path: tuple, leaf: Any) -> Any:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         if "blocks" not in names:
-            return array(leaf) if leaf.ndim > 1 else np.ones(leaf.shape, ml_dtypes.bfloat16)
+            return array(leaf.shape) if leaf.ndim > 1 else np.ones(leaf.shape, ml_dtypes.bfloat16)
         shape = (config.num_layers, *leaf.shape[1:])
         if leaf.ndim < 3:
             return np.broadcast_to(np.ones(1, ml_dtypes.bfloat16), shape)
-        matrix = array(leaf)[0]
+        matrix = np.broadcast_to(array(leaf.shape[-2:]), leaf.shape[1:])
         return StoredLayers(lambda index: matrix, shape, matrix.dtype)
 
     model = jax.tree_util.tree_map_with_path(fill, abstract)
