@@ -43,7 +43,8 @@ def quantize_block(
     """
     result = {}
     stride = max(1, stream.tokens // settings.activations.clip_tokens)
-    original = block
+    original, compensation = block, settings.weights.compensation
+    relative = compensation is not None and compensation.tokens == "relative"
     for index, site in enumerate(block.sites):
         linears = block.linears(site)
         moment, samples = stream.everywhere(_no_moment(site, linears)), []
@@ -60,6 +61,7 @@ def quantize_block(
                 **spans,
                 stride=stride,
                 keep=exact is not None,
+                relative=relative,
             )
             batch.state = State(x, inner)
             samples.append(sample)
