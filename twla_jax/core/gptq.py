@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from twla_jax.core import tensors
-from twla_jax.core.factors import Factors, factor_groups, group_and_padded, padded_moment
+from twla_jax.core import group_descent, tensors
+from twla_jax.core.factors import Factors, damped_moment, factor_groups, group_and_padded, padded_moment
 from twla_jax.core.quantizers import PackedTensor, Quantizer, quantizer
 from twla_jax.core.settings import WeightSettings
 
@@ -124,8 +124,13 @@ def sweep_columns(
         return w, (scales, codes.astype(jnp.int16))
 
     _, (scales, codes) = jax.lax.scan(quantize_group, target, (jnp.arange(0, padded, group), roots))
-    codes = codes.transpose(1, 0, 2).reshape(n, padded)[:, :m]
-    tensor = levels.pack(codes, tuple(p.T for p in scales), group)
+    codes = codes.transpose(1, 0, 2).reshape(n, padded)
+    if settings.compensation and settings.compensation.passes:
+        h = damped_moment(mean_moment, padded, damping)
+        codes, scales = group_descent.descend(
+            target, codes.astype(jnp.float32), scales, h, exists, levels, settings.compensation.passes
+        )
+    tensor = levels.pack(codes[:, :m], tuple(p.T for p in scales), group)
     difference = weight[:, :m] - tensors.dequantize(tensor)
     return tensor, output_figures(weight[:, :m], difference, mean_moment) | {"damping": damping}
 

@@ -106,6 +106,7 @@ class CompensationSettings(Settings):
         for before they are quantised (QEP's β); 0 leaves that out, and the pass of the full-precision model it needs.
       tokens: what an error of a token counts for where it is added to the residual stream: as it is (`equal`), or
         `relative` to the stream's size there, as the norms that read it see it.
+      passes: over all columns after the sweep, each of which chooses codes and scales anew with the others as they are.
     """
 
     table: ClassVar[str] = "weights.compensation"
@@ -113,6 +114,7 @@ class CompensationSettings(Settings):
     damping: float = ranged(0.01, above=0)
     propagation: float = ranged(0.5, low=0, high=1)
     tokens: Literal["equal", "relative"] = "equal"
+    passes: int = ranged(0, low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
