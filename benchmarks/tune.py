@@ -101,9 +101,14 @@ def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
     return now, sorted(found, key=lambda pair: pair[0])
 
 
-def others_of_many(rule: ManyTileConfig) -> Iterator[ManyTileConfig]:
-    """Return the rule's tiles, and others: one line or two, and clusters of up to four blocks."""
+def others_of_many(rule: ManyTileConfig, tiles: int, *, split: bool) -> Iterator[ManyTileConfig]:
+    """Return the rule's tiles, and others: one line or two, and clusters that share tokens; or columns, if `split`."""
     yield rule
+    for cluster in (2, 3, 4) if split else ():
+        slots = min(-(-tiles // cluster), 4 if cluster == 2 else 3)
+        yield dataclasses.replace(rule, lines=1, cluster=cluster, split=True, x_slots=slots)
+    if split:
+        return
     for lines, cluster in itertools.product((rule.lines, 3 - rule.lines), (1, 2, 4)):
         slots = min(4, rule.x_slots * rule.lines // lines)
         config = dataclasses.replace(rule, lines=lines, cluster=cluster, x_slots=slots)
@@ -111,7 +116,7 @@ def others_of_many(rule: ManyTileConfig) -> Iterator[ManyTileConfig]:
             yield config
 
 
-def timed_many(tokens: int, n: int, m: int) -> tuple[float, Timed]:
+def timed_many(tokens: int, n: int, m: int, *, split: bool) -> tuple[float, Timed]:
     """Return the seconds of `gpu_many` by the rule, and with other tiles that give the same, fastest first."""
 
     def make(key):
@@ -122,11 +127,12 @@ def timed_many(tokens: int, n: int, m: int) -> tuple[float, Timed]:
         return gpu_many.matmul(*operands, out_dtype=jnp.bfloat16, config=config)
 
     size = shapes.bytes_of(lambda key: make(key)[0])
-    rule = many_tile_config(tokens, jax.eval_shape(make, jax.random.key(0))[0].rows)
+    weight = jax.eval_shape(make, jax.random.key(0))[0]
+    rule = many_tile_config(tokens, weight.rows)
     operands = jax.jit(make)(jax.random.key(0))
     expected = jax.jit(functools.partial(product, rule))(*operands)
     found = []
-    for config in others_of_many(rule):
+    for config in others_of_many(rule, weight.column_tiles, split=split):
         try:
             same = jnp.array_equal(jax.jit(functools.partial(product, config))(*operands), expected)
             seconds = timing.seconds_each(functools.partial(product, config), make, size)
@@ -186,11 +192,13 @@ if __name__ == "__main__":
     for shape in options.shape:
         if options.head:
             for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
-                _print(f"{shape}, {name} {n}x{m}, 64 tokens", *timed_many(64, n, m))
+                _print(f"{shape}, {name} {n}x{m}, 64 tokens", *timed_many(64, n, m, split=False))
             vocabulary, width = shapes.SHAPES[shape].vocab_size, shapes.SHAPES[shape].hidden_size
             for tokens in (64, 16):
                 name = f"{shape}, head of 4 bits {vocabulary}x{width}, {tokens} tokens"
                 _print(name, *timed_head(tokens, vocabulary, width))
+            for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
+                _print(f"{shape}, {name} {n}x{m}, 64 tokens, split", *timed_many(64, n, m, split=True))
             continue
         for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
             name = f"{shape}, {name} {n}x{m}"

@@ -14,6 +14,7 @@ from twla_jax.core import tensors
 from twla_jax.ops.ternary_matmul import (
     gpu,
     gpu_many,
+    gpu_many_blocks,
     gpu_many_outputs,
     gpu_many_rings,
     reference,
@@ -58,6 +59,28 @@ def test_equals_the_reference_warpgroup_by_warpgroup(
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    ("t", "n", "m", "cluster", "x_slots"),
+    [
+        (40, 700, 1536, 2, 2),
+        (20, 200, 1024, 3, 1),
+        (64, 640, 2600, 2, 2),
+    ],  # tokens stay; a block has no tile; a ring
+)
+def test_blocks_of_a_cluster_share_columns(t, n, m, cluster, x_slots, monkeypatch):
+    weight, arguments = packed([matrix(n, m, 128)]), operands(tokens(t, m))
+    residual = jax.random.normal(jax.random.key(0), (t, n), jnp.bfloat16)
+    emulate_warpgroups(monkeypatch)
+    sizes = {"tokens": 64, "lines": 1, "stages": 2, "x_slots": x_slots, "x_planes": 4}
+    plain = tile_configs.ManyTileConfig(cluster=1, **sizes)
+    chosen = tile_configs.ManyTileConfig(cluster=cluster, split=True, **sizes)
+    expected, found = (
+        gpu_many.matmul(*arguments, weight, residual, out_dtype=jnp.bfloat16, config=config)
+        for config in (plain, chosen)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("lines", [1, 2])
 def test_adds_a_residual(lines, monkeypatch):
     t, n, m = 200, 256, 600
@@ -78,7 +101,17 @@ def emulate_warpgroups(monkeypatch):
     emulated_warpgroups.emulate(monkeypatch, pl, plgpu)
     monkeypatch.setattr(gpu_many_rings, "unpack_rows", unpacked_rows)
     monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
-    monkeypatch.setattr(gpu_many, "CLUSTERS", {1: 4, 2: 2})  # with several outputs each
+    monkeypatch.setattr(gpu_many_blocks, "send", send)
+    monkeypatch.setattr(gpu_many_blocks, "received", received)
+    monkeypatch.setattr(gpu_many, "CLUSTERS", {1: 4, 2: 2, 3: 1})  # with several outputs each
+
+
+def send(own, sums, half, place):
+    sums.arrays[int(half)][int(place)] = np.asarray(own).ravel()
+
+
+def received(sums, half, shape):
+    return sums.array.sum(0).reshape(shape)
 
 
 def unpacked_rows(packed, plane, *, exact, wide):

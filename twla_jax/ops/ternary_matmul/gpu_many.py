@@ -22,7 +22,12 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from twla_jax.core.packing import PLANE
 from twla_jax.ops.hopper.limits import CLUSTERS, WARPGROUPS, WGMMA_ROWS
-from twla_jax.ops.ternary_matmul import gpu_many_outputs, gpu_many_rings, tile_configs
+from twla_jax.ops.ternary_matmul import (
+    gpu_many_blocks,
+    gpu_many_outputs,
+    gpu_many_rings,
+    tile_configs,
+)
 from twla_jax.ops.ternary_matmul.gpu_many_outputs import ManyOutputs
 from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyRings, ManyWork
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
@@ -65,6 +70,7 @@ def matmul(
             "of_rings": gpu_many_rings.scratch_types(work, weight),
             "of_outputs": gpu_many_outputs.scratch_types(work, out_dtype, grouped=weight.grouped),
             "of_lines": line_scratch_types(config),
+            "of_blocks": gpu_many_blocks.scratch_types(config),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last, *added)
@@ -98,6 +104,7 @@ def _kernel(
     of_rings,
     of_outputs,
     of_lines,
+    of_blocks,
     work: ManyWork,
     weight: KernelWeight,
 ):
@@ -135,6 +142,12 @@ def _kernel(
         def _(i):
             first_token, first_row = work.place(i)
             first_row += half * WGMMA_ROWS
+            if work.config.split:
+                fetch = functools.partial(outputs.fetch, first_token, first_row)
+                gpu_many_blocks.finishes(half)(fetch)
+                sums = rings.sums(i, line, half)
+                finish = functools.partial(outputs.finish, first_token=first_token, first_row=first_row)
+                return gpu_many_blocks.add(i, half, sums, finish, **of_blocks)
             if lines == 1:
                 outputs.fetch(first_token, first_row)
                 return outputs.finish(rings.sums(i, line, half), first_token, first_row)
@@ -142,6 +155,8 @@ def _kernel(
             sums = rings.sums(i, line, half)
             _add_lines(i, line, sums, lambda sums: outputs.finish(sums, first_token, first_row), **of_lines)
 
+        if work.config.split:
+            pl.when(work.mine() > 0)(lambda: gpu_many_blocks.end(half, **of_blocks))
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -44,9 +44,17 @@ class ManyWork:
     @property
     def outputs(self) -> int:
         """Return the number of outputs, which clusters share and compute one after the other."""
-        return pl.cdiv(self.weight_rows, self.rows * self.config.cluster) * pl.cdiv(
-            self.tokens, self.config.tokens
-        )
+        return pl.cdiv(self.weight_rows, self.rows * self.shared) * pl.cdiv(self.tokens, self.config.tokens)
+
+    @property
+    def shared(self) -> int:
+        """Return the number of blocks that share the tokens of an output, not its rows."""
+        return 1 if self.config.split else self.config.cluster
+
+    @property
+    def parts(self) -> int:
+        """Return into how many parts the columns are divided."""
+        return self.config.lines * self.config.cluster // self.shared
 
     def mine(self) -> jax.Array:
         """Return how many outputs this block has."""
@@ -57,7 +65,9 @@ class ManyWork:
         """Return the first token and the first row of this block's output i."""
         tokens = pl.cdiv(self.tokens, self.config.tokens)
         output = lax.axis_index("block") + i * lax.axis_size("block")
-        rows = lax.div(output, tokens) * self.config.cluster + lax.axis_index("cluster")
+        rows = lax.div(output, tokens)
+        if not self.config.split:
+            rows = rows * self.config.cluster + lax.axis_index("cluster")
         return lax.rem(output, tokens) * self.config.tokens, rows * self.rows
 
 
@@ -77,7 +87,9 @@ def scratch_types(work: ManyWork, weight: KernelWeight) -> dict[str, Any]:
         "filled": plgpu.Barrier(num_arrivals=2 if weight.grouped else 1, num_barriers=lines * config.stages),
         "freed": plgpu.Barrier(num_arrivals=halves, num_barriers=lines * config.stages),
         "x_filled": plgpu.Barrier(num_barriers=lines * config.x_slots),
-        "x_freed": plgpu.ClusterBarrier(
+        "x_freed": plgpu.Barrier(num_arrivals=halves, num_barriers=lines * config.x_slots)
+        if config.split
+        else plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=halves, num_barriers=lines * config.x_slots
         ),
     }
@@ -102,10 +114,20 @@ class ManyRings:
         """Return the number of shares of a tile's tokens."""
         return self.weight.planes // self.work.config.x_planes
 
+    @property
+    def stays(self) -> bool:
+        """Return whether a block's tokens are loaded once, for all of its outputs."""
+        config, most = self.work.config, pl.cdiv(self.weight.column_tiles, self.work.parts)
+        return config.split and self.shares == 1 and config.x_slots >= most
+
+    def part(self, line: jax.Array) -> jax.Array:
+        """Return which part of the columns a line has."""
+        return lax.axis_index("cluster") if self.work.config.split else line
+
     def own(self, line: jax.Array) -> jax.Array:
         """Return how many of an output's tiles a line has."""
-        lines = self.work.config.lines
-        return lax.div(self.weight.column_tiles - line + lines - 1, lines)
+        parts = self.work.parts
+        return lax.div(self.weight.column_tiles - self.part(line) + parts - 1, parts)
 
     def fill(self, line: jax.Array, codes_gmem, scales_gmem, x_gmem) -> None:
         """Load all that a line reads, by one warp."""
@@ -117,7 +139,7 @@ class ManyRings:
         def _(k):
             i, own_tile = lax.div(k, own), lax.rem(k, own)
             first_token, first_row = work.place(i)
-            tile, slot = own_tile * config.lines + line, lax.rem(k, stages)
+            tile, slot = own_tile * work.parts + self.part(line), lax.rem(k, stages)
             tokens, rows = pl.ds(first_token, config.tokens), pl.ds(first_row, work.rows)
             barrier = line * stages + slot
             pl.when(k >= stages)(lambda: plgpu.barrier_wait(self.freed.at[barrier]))
@@ -128,17 +150,24 @@ class ManyRings:
             copy(codes_gmem.at[tile, rows], self.codes)
             if self.weight.grouped:
                 copy(scales_gmem.at[tile, :, rows], self.scales)
-            for share in range(self.shares):
+
+            def copy_tokens(share):
                 x_slot, barrier = self._x_slot(k, share, line)
+                source = x_gmem.at[tokens, pl.ds((self.shares * tile + share) * width, width)]
+                ends = source, self.x.at[line, x_slot], self.x_filled.at[barrier]
+                plgpu.copy_gmem_to_smem(*ends, collective_axes=None if config.split else "cluster")
+
+            if self.stays:
+                return pl.when(k < own)(lambda: copy_tokens(0))
+            for share in range(self.shares):
+                _, barrier = self._x_slot(k, share, line)
                 again = self.shares * k + share >= x_slots
                 pl.when(again)(lambda barrier=barrier: plgpu.barrier_wait(self.x_freed.at[barrier]))
-                source = x_gmem.at[tokens, pl.ds((self.shares * tile + share) * width, width)]
-                plgpu.copy_gmem_to_smem(
-                    source, self.x.at[line, x_slot], self.x_filled.at[barrier], collective_axes="cluster"
-                )
+                copy_tokens(share)
 
         # Other blocks of the cluster must be done with this one's memory before it ends.
-        for barrier, slots, end in ((self.freed, stages, last), (self.x_freed, x_slots, self.shares * last)):
+        rings = [(self.freed, stages, last), (self.x_freed, x_slots, self.shares * last)]
+        for barrier, slots, end in rings[:1] if self.stays else rings:
 
             @pl.loop(jnp.maximum(0, end - slots), end)
             def _(step, barrier=barrier, slots=slots):
@@ -150,9 +179,13 @@ class ManyRings:
 
         def step(k, acc):
             slot = lax.rem(k, self.work.config.stages)
+            if self.stays:
+                filled = self.x_filled.at[self._x_slot(k, 0, line)[1]]
+                pl.when(k < own)(lambda: plgpu.barrier_wait(filled))
             add = functools.partial(self._add_tile, k, slot, line, half)
             acc = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))
-            plgpu.barrier_arrive(self.x_freed.at[self._x_slot(k, self.shares - 1, line)[1]])
+            if not self.stays:
+                plgpu.barrier_arrive(self.x_freed.at[self._x_slot(k, self.shares - 1, line)[1]])
             plgpu.barrier_arrive(self.freed.at[line * self.work.config.stages + slot])
             return acc
 
@@ -162,7 +195,7 @@ class ManyRings:
     def _x_slot(self, k, share: int, line) -> tuple[jax.Array, jax.Array]:
         """Return where a tile's share lies in the line's ring, and the number of its barrier."""
         slots = self.work.config.x_slots
-        slot = lax.rem(self.shares * k + share, slots)
+        slot = lax.rem(k, self.own(line)) if self.stays else lax.rem(self.shares * k + share, slots)
         return slot, line * slots + slot
 
     def _add_tile(self, k, slot, line, half, acc_ref) -> None:
@@ -178,7 +211,8 @@ class ManyRings:
             codes, previous = self._unpack(packed, pairs, plane), x_barrier
             if place == 0:
                 x_slot, x_barrier = self._x_slot(k, share, line)
-                plgpu.barrier_wait(self.x_filled.at[x_barrier])
+                if not self.stays:
+                    plgpu.barrier_wait(self.x_filled.at[x_barrier])
             plgpu.wgmma(acc_ref, codes, self.x.at[line, x_slot, :, pl.ds(place * PLANE, PLANE)].T)
             if plane:
                 plgpu.wgmma_wait(1)

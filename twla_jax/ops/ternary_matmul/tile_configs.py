@@ -74,8 +74,9 @@ class ManyTileConfig:
     """Describes a block's tokens, a multiple of 32, and how its two warpgroups share the work.
 
     With one line, each has 64 rows of its own; with two, both have the same rows, and share the columns. Blocks of a
-    `cluster` share tokens. A line has `stages` tiles of weights in flight, and `x_slots` times `x_planes` of a tile's
-    planes of tokens.
+    `cluster` share tokens; or, where `split`, which takes one line, they have the same rows and tokens, and share the
+    columns. A line has `stages` tiles of weights in flight, and `x_slots` times `x_planes` of a tile's planes of
+    tokens. Where these are all the columns that a block of a split cluster has, it loads its tokens once.
     """
 
     tokens: int
@@ -84,6 +85,7 @@ class ManyTileConfig:
     stages: int
     x_slots: int
     x_planes: int
+    split: bool = False
 
 
 def many_tile_config(tokens: int, rows: int) -> ManyTileConfig:
