@@ -22,7 +22,7 @@ from twla_jax.ops.hopper.limits import BLOCK_MEMORY
 from twla_jax.ops.quantized_linear import gpu, gpu_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings
 from twla_jax.ops.ternary_matmul import gpu as ternary_gpu
-from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, ternary_matmul
+from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, gpu_many_floats, ternary_matmul
 from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
 from twla_jax.ops.ternary_matmul.tile_configs import (
     GpuTileConfig,
@@ -145,7 +145,10 @@ def timed_many(tokens: int, n: int, m: int, *, split: bool) -> tuple[float, Time
 
 
 def timed_head(tokens: int, n: int, m: int) -> tuple[float, Timed]:
-    """Return the seconds of a head of 4 bits by the rule and with other tiles, fastest first."""
+    """Return the seconds of a head of 4 bits by the rule and with other tiles, fastest first.
+
+    Those of `gpu_many_floats` are checked to 1e-4 of the largest output.
+    """
     make = functools.partial(shapes.head, n=n, m=m, bits=4)
     size, weight = shapes.bytes_of(make), jax.eval_shape(make, jax.random.key(0))
     rule = gpu_tile_config(tokens, weight.rows, weight.column_tiles, weight.planes)
@@ -154,19 +157,34 @@ def timed_head(tokens: int, n: int, m: int) -> tuple[float, Timed]:
     def operands(key):
         return make(key), shapes.activations(key, tokens, m)
 
-    found = []
+    kernels = {
+        GpuTileConfig: lambda weight, x, config: ternary_gpu.product(
+            x, group_sums(x), weight, out_dtype=jnp.float32, config=config
+        ),
+        ManyTileConfig: lambda weight, x, config: gpu_many_floats.product(
+            x, weight, out_dtype=jnp.float32, config=config
+        ),
+    }
+    made = jax.jit(operands)(jax.random.key(0))
+    expected = jax.jit(functools.partial(kernels[GpuTileConfig], config=rule))(*made)
+    many, tried = gpu_many_floats.tile_config(tokens), [rule]
+    for cluster, stages in ((2, 3), (1, 3), (4, 3), (2, 2)):
+        tried.append(dataclasses.replace(many, cluster=cluster, stages=stages))
     for rows, block, warpgroups, stages in itertools.product((64, 128), few, (1, 2), (1, 2, 3)):
         config = GpuTileConfig(rows=rows, tokens=block, warpgroups=warpgroups, stages=stages)
         slot = rows * 128 + 2 * (block * 256 + 4 * rows) + 8 * block
         if warpgroups * stages * slot + (warpgroups + 1) * block * rows * 4 > BLOCK_MEMORY:
             continue
 
-        def head(weight, x, config=config):
-            return ternary_gpu.product(x, group_sums(x), weight, out_dtype=jnp.float32, config=config)
-
+        if config != rule:
+            tried.append(config)
+    found = []
+    for config in tried:
+        head = functools.partial(kernels[type(config)], config=config)
         try:
+            error = float(abs(jax.jit(head)(*made) - expected).max() / abs(expected).max())
             found.append((timing.seconds_each(head, operands, size), config))
-            print(f"  {found[-1][0] * 1e6:.2f} us: {config}", flush=True)
+            print(f"  {found[-1][0] * 1e6:.2f} us, error {error:.0e}: {config}", flush=True)
         except Exception as error:  # whatever the compiler says of tiles that do not fit
             print(f"  {config}: {str(error).splitlines()[0][:100]}", flush=True)
     now = next((seconds for seconds, config in found if config == rule), float("nan"))

@@ -108,12 +108,18 @@ class Sums:
     """Holds sums of products, some in flight: they read memory when they are waited for."""
 
     def __init__(self, value):
-        self.value, self.in_flight = np.array(value, np.int64), []
+        self.value, self.in_flight = np.array(value, wider(value)), []
 
     def wait(self, left):
         while len(self.in_flight) > left:
             codes, ref = self.in_flight.pop(0)
-            self.value += np.asarray(codes, np.int64) @ ref.array.astype(np.int64)
+            kind = self.value.dtype
+            self.value += np.asarray(codes).astype(kind) @ ref.array.astype(kind)
+
+
+def wider(value):
+    """Return int64 or float64."""
+    return np.int64 if jnp.issubdtype(value.dtype, jnp.integer) else np.float64
 
 
 def run_at_once(function, places, failures):
@@ -208,7 +214,7 @@ def emulate(monkeypatch, pl, plgpu):
         def run(sums):
             function(sums)
             sums.wait(0)
-            return jnp.asarray(sums.value, jnp.int32)
+            return jnp.asarray(sums.value, jnp.int32 if sums.value.dtype == np.int64 else jnp.float32)
 
         return run
 

@@ -10,11 +10,14 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from twla_jax.bench import shapes
 from twla_jax.core import tensors
+from twla_jax.ops.integer_matmul import integer_weight
 from twla_jax.ops.ternary_matmul import (
     gpu,
     gpu_many,
     gpu_many_blocks,
+    gpu_many_floats,
     gpu_many_outputs,
     gpu_many_rings,
     reference,
@@ -81,6 +84,29 @@ def test_blocks_of_a_cluster_share_columns(t, n, m, cluster, x_slots, monkeypatc
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("x_planes", [1, 2])
+def test_codes_of_four_bits_times_floats(x_planes, monkeypatch):
+    t, n, m, groups = 20, 300, 1000, 8
+    rng = np.random.default_rng(0)
+    tensor = tensors.IntegerTensor(
+        codes=rng.integers(0, 16, (n, m)).astype(np.uint8),
+        scale=(0.1 + rng.random((n, groups))).astype(np.float16),
+        zero_point=rng.integers(0, 16, (n, groups)).astype(np.uint8),
+        in_features=m,
+        group_size=128,
+        bits=4,
+    )
+    x = jnp.asarray(rng.normal(size=(t, m)), jnp.bfloat16)
+    expected = np.float64(x) @ np.float64(tensor.dequantize()).T
+    weight = jax.jit(integer_weight)(tensor)
+    emulate_warpgroups(monkeypatch)
+    chosen = tile_configs.ManyTileConfig(
+        tokens=16, lines=1, cluster=2, stages=2, x_slots=3, x_planes=x_planes
+    )
+    found = gpu_many_floats.product(x, weight, out_dtype=jnp.float32, config=chosen)
+    np.testing.assert_allclose(found[:, :n], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("lines", [1, 2])
 def test_adds_a_residual(lines, monkeypatch):
     t, n, m = 200, 256, 600
@@ -101,6 +127,9 @@ def emulate_warpgroups(monkeypatch):
     emulated_warpgroups.emulate(monkeypatch, pl, plgpu)
     monkeypatch.setattr(gpu_many_rings, "unpack_rows", unpacked_rows)
     monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
+    monkeypatch.setattr(gpu_many_floats, "unpack_floats", unpacked_floats)
+    monkeypatch.setattr(gpu_many_floats, "unpacked_order", lambda x: x)
+    monkeypatch.setattr(gpu_many_floats, "CLUSTERS", {2: 2})
     monkeypatch.setattr(gpu_many_blocks, "send", send)
     monkeypatch.setattr(gpu_many_blocks, "received", received)
     monkeypatch.setattr(gpu_many, "CLUSTERS", {1: 4, 2: 2, 3: 1})  # with several outputs each
@@ -112,6 +141,10 @@ def send(own, sums, half, place):
 
 def received(sums, half, shape):
     return sums.array.sum(0).reshape(shape)
+
+
+def unpacked_floats(packed, plane, offsets):
+    return (np.asarray(packed) >> 4 * plane & 15).astype(np.float32) - np.asarray(offsets)[:, None]
 
 
 def unpacked_rows(packed, plane, *, exact, wide):
@@ -153,6 +186,19 @@ def test_adds_a_residual_itself(t, compile_for_h100):
     compiled, reports = compile_for_h100(functools.partial(gpu.matmul, out_dtype=jnp.bfloat16), *operands)
     assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
     assert "fusion" not in compiled.as_text()
+
+
+@pytest.mark.aot
+def test_what_is_only_timed_spills_nothing(compile_for_h100):
+    weight = jax.eval_shape(lambda key: shapes.head(key, 2048, 4096, 4), jax.random.key(0))
+    head = functools.partial(gpu_many_floats.product, out_dtype=jnp.float32)
+    _, reports = compile_for_h100(head, jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16), weight)
+    chosen = tile_configs.ManyTileConfig(
+        tokens=64, lines=1, cluster=2, stages=3, x_slots=4, x_planes=4, split=True
+    )
+    function = functools.partial(gpu_many.matmul, out_dtype=jnp.bfloat16, config=chosen)
+    reports += compile_for_h100(function, *operand_shapes(64, 4096, 4096, 128, jnp.int8))[1]
+    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"] * 2
 
 
 @pytest.mark.aot

@@ -18,7 +18,7 @@ from twla_jax.ops.hopper.limits import WARPGROUPS, WGMMA_ROWS
 from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows, unpack_weights
 from twla_jax.ops.ternary_matmul.tile_configs import ManyTileConfig
-from twla_jax.ops.ternary_matmul.weight import KernelWeight
+from twla_jax.ops.ternary_matmul.weight import PackedWeight
 
 LAYOUT = plgpu.Layout.WGMMA
 
@@ -71,18 +71,21 @@ class ManyWork:
         return lax.rem(output, tokens) * self.config.tokens, rows * self.rows
 
 
-def scratch_types(work: ManyWork, weight: KernelWeight) -> dict[str, Any]:
-    """Return the shared memory of `ManyRings`, by its fields."""
+def scratch_types(work: ManyWork, weight: PackedWeight, dtype=jnp.int8) -> dict[str, Any]:
+    """Return the shared memory of `ManyRings`, by its fields, for tokens in `dtype`."""
     config, lines, halves = work.config, work.config.lines, work.halves
     return {
         "codes": plgpu.SMEM(
             (lines, config.stages, work.rows, PLANE), jnp.uint8, transforms=swizzle_transforms(1)
         ),
-        "scales": plgpu.SMEM((lines, config.stages, weight.planes, work.rows), jnp.int16),
+        "scales": plgpu.SMEM(
+            (lines, config.stages, weight.parameters if weight.grouped else weight.planes, work.rows),
+            weight.gpu_scales.dtype,
+        ),
         "x": plgpu.SMEM(
             (lines, config.x_slots, config.tokens, config.x_planes * PLANE),
-            jnp.int8,
-            transforms=swizzle_transforms(1),
+            dtype,
+            transforms=swizzle_transforms(jnp.dtype(dtype).itemsize),
         ),
         "filled": plgpu.Barrier(num_arrivals=2 if weight.grouped else 1, num_barriers=lines * config.stages),
         "freed": plgpu.Barrier(num_arrivals=halves, num_barriers=lines * config.stages),
@@ -100,7 +103,7 @@ class ManyRings:
     """Holds, for each line, `stages` tiles of codes and scales, and tokens in shares of a tile's planes."""
 
     work: ManyWork
-    weight: KernelWeight
+    weight: PackedWeight
     codes: Any
     scales: Any
     x: Any

@@ -115,6 +115,42 @@ def unpack_weights(packed: jax.Array, plane: int, pairs: Int32[Array, " rows"]) 
     return convert_registers(packed, pairs >> 8, (pairs & 0xFF) ^ 0x80)  # pyright: ignore[reportCallIssue]
 
 
+def unpack_floats(packed: jax.Array, plane: int, offsets: Int32[Array, " rows"]) -> jax.Array:
+    """Return `[rows, PLANE]` codes of 4 bits less offsets in bf16, as the left operand of `plgpu.wgmma`.
+
+    Its columns are in `unpacked_order`.
+
+    Args:
+      packed: bytes in the layout `WGMMA_8BIT`.
+      plane: which codes of a byte.
+      offsets: whole numbers from 0 to 127, for each row, in the layout `WGMMA.reduce(1)`.
+    """
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA_8BIT, layout.reduce(1)),
+        return_type=plgpu.ShapeDtypeStruct(packed.shape, jnp.bfloat16, layout=layout),
+    )
+    def convert_registers(_, array, offsets):
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        i32 = ir.IntegerType.get_signless(32)
+        taken = [utils.bitcast(utils.bitcast(each, i32), pair) for each in offsets.registers.flat]
+        # A thread has two rows, which alternate; of each, 4 columns of 16 become two pairs, of 8 columns each.
+        registers = array.registers.reshape(-1, 2)
+        out = np.empty((len(registers), 2, 2), dtype=object)
+        for (tile, row), register in np.ndenumerate(registers):
+            for odd in range(2):
+                word = arith.andi(_shifted(register, 8 * odd + 4 * plane), _word(0x000F000F))
+                raised = utils.bitcast(arith.ori(word, _word(0x43004300)), pair)
+                out[tile, odd, row] = arith.subf(raised, taken[row])
+        target = layout.to_mgpu()
+        registers = out.reshape(target.registers_shape(packed.shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=None)
+
+    # 128 + offset twice, in bf16: 128 is 0x4300, and its mantissa counts whole numbers.
+    return convert_registers(packed, (offsets + 0x4300) * 0x10001)  # pyright: ignore[reportCallIssue]
+
+
 def unpacked_order(x: Array) -> Array:
     """Return the columns of x `[t, m]` in the order in which bf16 codes come out of their bytes.
 
