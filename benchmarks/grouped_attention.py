@@ -62,10 +62,8 @@ def cache_layer(key, b: int, kv_heads: int, size: int, d: int, dtype) -> LayerKV
 
 
 def rule(b: int, heads: int, kv_heads: int, d: int, size: int, dtype) -> GroupConfig:
-    """Returns the split that the rule gives, whether it is on or off."""
-    config = group_config(
-        b * heads, heads // kv_heads, size, d, quantized=jnp.dtype(dtype) == jnp.int8, grouped=True
-    )
+    """Returns the split that the rule gives."""
+    config = group_config(b * heads, heads // kv_heads, size, d, quantized=jnp.dtype(dtype) == jnp.int8)
     if config is None:
         raise ValueError(f"{b} sequences of {heads} heads do not take tensor cores")
     return config
@@ -158,7 +156,7 @@ def step_times(sequences: int, layers: int = 8) -> list[float]:
     settings = decode.DecodeSettings(cache_dtype=jnp.int8)
     before, found = split_sizes.group_config, []
     for on in (False, True):
-        split_sizes.group_config = functools.partial(before, grouped=on)
+        split_sizes.group_config = before if on else lambda *_, **__: None
         jax.clear_caches()
         model = shapes.random_decoder(config, activation_bits=4, embedding_bits=4)
         found.append(decode.step_seconds(model, sequences, settings))
@@ -181,8 +179,12 @@ def main() -> None:
     rate = timing.copy_bandwidth()
     for b, length, dtype in TIMED:
         config = rule(b, heads, kv_heads, d, length, dtype)
-        ops = [functools.partial(gpu.decode_attention, epsilon=_EPSILON, config=config)]
-        ops.insert(0, functools.partial(gpu.decode_attention, epsilon=_EPSILON))
+        plain = split_sizes.split_config(
+            b * heads, heads // kv_heads, length, d, quantized=jnp.dtype(dtype) == jnp.int8
+        )
+        ops = [
+            functools.partial(gpu.decode_attention, epsilon=_EPSILON, config=each) for each in (plain, config)
+        ]
         old, new = (seconds(op, b, length, dtype) * 1e6 for op in ops)
         least = 2 * b * kv_heads * length * (d * jnp.dtype(dtype).itemsize + 4 * (dtype == "int8"))
         line = f"{b:4} {length:5} {dtype:9} {config.warps:2} warps x {config.groups} | {old:7.1f} µs | {new:7.1f} µs"
@@ -198,9 +200,10 @@ def main() -> None:
     if arguments.step:
         for sequences in (64, 16):
             off, on = (1e6 * each for each in step_times(sequences))
-            print(
+            line = (
                 f"8 layers of Qwen3-8B, {sequences} sequences: {off:.0f} µs a step, {on:.0f} on tensor cores"
             )
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ _QUERIES = 4  # of a warp, at most, which a thread has registers for
 _WARPS, _FEW_WARPS = 16, 8  # of a block; a warp of several queries, or of a cluster, has registers for eight
 _SPLITS = (4, 2)  # numbers of splits that are left apart; every reader of the mix reads them all
 _MOST_READS = 20480  # of a key head's positions, by all of its queries; beyond, some read them together
-# Whether tensor cores are used, where they may be. No whole decode step was measured with them.
-_GROUPED = False
 _GROUP = 8  # queries of a block on tensor cores, at most: the columns of `mma.sync`
-_FEWEST_GROUPS = 64  # blocks on tensor cores; fewer share the positions of a head better in clusters
+_FEWEST_GROUPS = 128  # on tensor cores, key heads of all sequences: the fewest that were measured
+_POSITIONS = 64  # of a warp on tensor cores, at least: 16 sequences took 7.5 µs with 8 warps, 8.3 with 16
 _SOME_STEPS, _MANY_STEPS = 2, 8  # of one block, beyond which clusters of four, and of other sizes, pay
 
 
@@ -45,23 +44,25 @@ class GroupConfig:
 
 
 def group_config(
-    heads: int, shared: int, size: int, head_dim: int, *, quantized: bool = False, grouped: bool = _GROUPED
+    heads: int, shared: int, size: int, head_dim: int, *, quantized: bool = False
 ) -> GroupConfig | None:
     """Return the split for tensor cores, for arguments as `split_config` has them, or None if these do not pay.
 
     A multiprocessor has one block, of as many warps as there are registers for. A group has as many of them as keep
-    the multiprocessors busy.
+    the multiprocessors busy, and a block as many groups as let all blocks run at once.
     """
     queries = max(n for n in range(1, _GROUP + 1) if shared % n == 0)
     blocks = heads // queries
-    if not grouped or queries == 1 or blocks < _FEWEST_GROUPS:
+    if queries == 1 or blocks < _FEWEST_GROUPS:
         return None
     # Sixteen warps leave a thread 128 registers, and fill shared memory with copies under way.
     most = max(4, min(16, 16 * 128 // (head_dim * (1 if quantized else 2))))
     warps = most
-    while warps > 4 and (warps * blocks > most * STREAMING_MULTIPROCESSORS or warps * 16 > size):
+    while warps > 4 and (warps * blocks > most * STREAMING_MULTIPROCESSORS or warps * _POSITIONS > size):
         warps //= 2
-    groups = next(n for n in (most // warps, 2, 1) if blocks % n == 0)
+    rounds = -(-blocks // STREAMING_MULTIPROCESSORS)
+    allowed = min(most // warps, 1 << (rounds - 1).bit_length())
+    groups = next(n for n in (allowed, 2, 1) if n <= allowed and blocks % n == 0)
     return GroupConfig(queries=queries, warps=warps, groups=groups)
 
 
