@@ -2,8 +2,7 @@
 
 For each matrix of the shapes, at one token, what the one-kernel linear takes by
 `ops/quantized_linear/linear_tiles.py`, and the fastest of the tiles around it; with `--few`, `ternary_matmul` at one
-to sixteen tokens, and `gpu_few` with others; with `--head`, heads of 4 bits at 16 and 64 tokens, after matrices at 64
-with other clusters. What is timed is printed at once.
+to sixteen tokens, and `gpu_few` with others; with `--head`, heads of 4 bits at 16 and 64 tokens.
 """
 
 import argparse
@@ -22,14 +21,9 @@ from twla_jax.ops.hopper.limits import BLOCK_MEMORY
 from twla_jax.ops.quantized_linear import gpu, gpu_linear
 from twla_jax.ops.rotate_quantize import quantizer_settings
 from twla_jax.ops.ternary_matmul import gpu as ternary_gpu
-from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, gpu_many_floats, ternary_matmul
+from twla_jax.ops.ternary_matmul import gpu_few, ternary_matmul
 from twla_jax.ops.ternary_matmul.ring_tiles import RingTileConfig
-from twla_jax.ops.ternary_matmul.tile_configs import (
-    GpuTileConfig,
-    ManyTileConfig,
-    gpu_tile_config,
-    many_tile_config,
-)
+from twla_jax.ops.ternary_matmul.tile_configs import GpuTileConfig, gpu_tile_config
 from twla_jax.ops.tokens import group_sums
 
 Timed = list[tuple[float, Any]]
@@ -101,54 +95,8 @@ def timed_few(tokens: int, n: int, m: int) -> tuple[float, Timed]:
     return now, sorted(found, key=lambda pair: pair[0])
 
 
-def others_of_many(rule: ManyTileConfig, tiles: int, *, split: bool) -> Iterator[ManyTileConfig]:
-    """Return the rule's tiles, and others: one line or two, and clusters that share tokens; or columns, if `split`."""
-    yield rule
-    for cluster in (2, 3, 4) if split else ():
-        slots = min(-(-tiles // cluster), 4 if cluster == 2 else 3)
-        yield dataclasses.replace(rule, lines=1, cluster=cluster, split=True, x_slots=slots)
-    if split:
-        return
-    for lines, cluster in itertools.product((rule.lines, 3 - rule.lines), (1, 2, 4)):
-        slots = min(4, rule.x_slots * rule.lines // lines)
-        config = dataclasses.replace(rule, lines=lines, cluster=cluster, x_slots=slots)
-        if config != rule:
-            yield config
-
-
-def timed_many(tokens: int, n: int, m: int, *, split: bool) -> tuple[float, Timed]:
-    """Return the seconds of `gpu_many` by the rule, and with other tiles that give the same, fastest first."""
-
-    def make(key):
-        return shapes.weight(key, n, m), shapes.tokens(key, tokens, m)
-
-    def product(config, weight, x):
-        operands = x.codes, x.sums, x.scale, x.zero_point, weight
-        return gpu_many.matmul(*operands, out_dtype=jnp.bfloat16, config=config)
-
-    size = shapes.bytes_of(lambda key: make(key)[0])
-    weight = jax.eval_shape(make, jax.random.key(0))[0]
-    rule = many_tile_config(tokens, weight.rows)
-    operands = jax.jit(make)(jax.random.key(0))
-    expected = jax.jit(functools.partial(product, rule))(*operands)
-    found = []
-    for config in others_of_many(rule, weight.column_tiles, split=split):
-        try:
-            same = jnp.array_equal(jax.jit(functools.partial(product, config))(*operands), expected)
-            seconds = timing.seconds_each(functools.partial(product, config), make, size)
-        except Exception as error:  # whatever the compiler says of tiles that do not fit
-            print(f"  {config}: {str(error).splitlines()[0][:100]}", flush=True)
-            continue
-        print(f"  {seconds * 1e6:.2f} us{'' if same else ', WRONG'}: {config}", flush=True)
-        found.append((seconds, config))
-    return found[0][0], sorted(found, key=lambda pair: pair[0])
-
-
 def timed_head(tokens: int, n: int, m: int) -> tuple[float, Timed]:
-    """Return the seconds of a head of 4 bits by the rule and with other tiles, fastest first.
-
-    Those of `gpu_many_floats` are checked to 1e-4 of the largest output.
-    """
+    """Return the seconds of a head of 4 bits by the rule and with other tiles, fastest first."""
     make = functools.partial(shapes.head, n=n, m=m, bits=4)
     size, weight = shapes.bytes_of(make), jax.eval_shape(make, jax.random.key(0))
     rule = gpu_tile_config(tokens, weight.rows, weight.column_tiles, weight.planes)
@@ -157,34 +105,19 @@ def timed_head(tokens: int, n: int, m: int) -> tuple[float, Timed]:
     def operands(key):
         return make(key), shapes.activations(key, tokens, m)
 
-    kernels = {
-        GpuTileConfig: lambda weight, x, config: ternary_gpu.product(
-            x, group_sums(x), weight, out_dtype=jnp.float32, config=config
-        ),
-        ManyTileConfig: lambda weight, x, config: gpu_many_floats.product(
-            x, weight, out_dtype=jnp.float32, config=config
-        ),
-    }
-    made = jax.jit(operands)(jax.random.key(0))
-    expected = jax.jit(functools.partial(kernels[GpuTileConfig], config=rule))(*made)
-    many, tried = gpu_many_floats.tile_config(tokens), [rule]
-    for cluster, stages in ((2, 3), (1, 3), (4, 3), (2, 2)):
-        tried.append(dataclasses.replace(many, cluster=cluster, stages=stages))
+    found = []
     for rows, block, warpgroups, stages in itertools.product((64, 128), few, (1, 2), (1, 2, 3)):
         config = GpuTileConfig(rows=rows, tokens=block, warpgroups=warpgroups, stages=stages)
         slot = rows * 128 + 2 * (block * 256 + 4 * rows) + 8 * block
         if warpgroups * stages * slot + (warpgroups + 1) * block * rows * 4 > BLOCK_MEMORY:
             continue
 
-        if config != rule:
-            tried.append(config)
-    found = []
-    for config in tried:
-        head = functools.partial(kernels[type(config)], config=config)
+        def head(weight, x, config=config):
+            return ternary_gpu.product(x, group_sums(x), weight, out_dtype=jnp.float32, config=config)
+
         try:
-            error = float(abs(jax.jit(head)(*made) - expected).max() / abs(expected).max())
             found.append((timing.seconds_each(head, operands, size), config))
-            print(f"  {found[-1][0] * 1e6:.2f} us, error {error:.0e}: {config}", flush=True)
+            print(f"  {found[-1][0] * 1e6:.2f} us: {config}", flush=True)
         except Exception as error:  # whatever the compiler says of tiles that do not fit
             print(f"  {config}: {str(error).splitlines()[0][:100]}", flush=True)
     now = next((seconds for seconds, config in found if config == rule), float("nan"))
@@ -203,20 +136,16 @@ if __name__ == "__main__":
     )
     parser.add_argument("--shape", choices=shapes.SHAPES, action="append", required=True)
     parser.add_argument("--few", action="store_true")
-    parser.add_argument("--head", action="store_true", help="only what 16 and 64 sequences take")
+    parser.add_argument("--head", action="store_true", help="only heads of 4 bits, at 16 and 64 tokens")
     options = parser.parse_args()
     xla_flags.disable_triton_gemm()
     timing.copy_bandwidth()  # what is timed first takes longer
     for shape in options.shape:
         if options.head:
-            for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
-                _print(f"{shape}, {name} {n}x{m}, 64 tokens", *timed_many(64, n, m, split=False))
             vocabulary, width = shapes.SHAPES[shape].vocab_size, shapes.SHAPES[shape].hidden_size
             for tokens in (64, 16):
                 name = f"{shape}, head of 4 bits {vocabulary}x{width}, {tokens} tokens"
                 _print(name, *timed_head(tokens, vocabulary, width))
-            for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
-                _print(f"{shape}, {name} {n}x{m}, 64 tokens, split", *timed_many(64, n, m, split=True))
             continue
         for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
             name = f"{shape}, {name} {n}x{m}"

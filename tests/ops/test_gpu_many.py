@@ -24,6 +24,7 @@ from twla_jax.ops.ternary_matmul import (
     tile_configs,
 )
 from twla_jax.ops.ternary_matmul.weight import fields_of_pair
+from twla_jax.ops.tokens import group_sums
 
 from helpers import emulated_warpgroups
 from helpers.ternary_operands import matrix, operand_shapes, operands, packed, tokens
@@ -63,25 +64,44 @@ def test_equals_the_reference_warpgroup_by_warpgroup(
 
 
 @pytest.mark.parametrize(
-    ("t", "n", "m", "cluster", "x_slots"),
+    ("t", "n", "m", "lines", "cluster", "x_slots"),
     [
-        (40, 700, 1536, 2, 2),
-        (20, 200, 1024, 3, 1),
-        (64, 640, 2600, 2, 2),
-    ],  # tokens stay; a block has no tile; a ring
+        (40, 700, 1536, 1, 2, 2),  # tokens stay
+        (20, 200, 1024, 1, 3, 1),  # a block has no tile
+        (64, 640, 2600, 1, 2, 2),
+        (40, 700, 3000, 2, 2, 1),
+        (64, 640, 2600, 4, 2, 2),
+        (40, 700, 3000, 3, 1, 2),
+    ],
 )
-def test_blocks_of_a_cluster_share_columns(t, n, m, cluster, x_slots, monkeypatch):
+def test_blocks_of_a_cluster_share_columns(t, n, m, lines, cluster, x_slots, monkeypatch):
     weight, arguments = packed([matrix(n, m, 128)]), operands(tokens(t, m))
     residual = jax.random.normal(jax.random.key(0), (t, n), jnp.bfloat16)
     emulate_warpgroups(monkeypatch)
-    sizes = {"tokens": 64, "lines": 1, "stages": 2, "x_slots": x_slots, "x_planes": 4}
-    plain = tile_configs.ManyTileConfig(cluster=1, **sizes)
-    chosen = tile_configs.ManyTileConfig(cluster=cluster, split=True, **sizes)
+    sizes = {"tokens": 64, "stages": 2, "x_slots": x_slots, "x_planes": 4}
+    plain = tile_configs.ManyTileConfig(lines=1, cluster=1, **sizes)
+    groups = max(lines, 2)
+    chosen = tile_configs.ManyTileConfig(
+        lines=lines, cluster=cluster, split=cluster > 1, warpgroups=groups, **sizes
+    )
     expected, found = (
         gpu_many.matmul(*arguments, weight, residual, out_dtype=jnp.bfloat16, config=config)
         for config in (plain, chosen)
     )
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("t", [16, 5])
+def test_adds_both_parts_of_wide_tokens(t, monkeypatch):
+    n, m = 256, 600
+    weight, (x, _, scale, zero_point) = packed([matrix(n, m, 128)]), operands(tokens(2 * t, m))
+    residual = jax.random.normal(jax.random.key(0), (t, n))
+    operands_of = x, group_sums(x), scale, zero_point
+    expected = reference.matmul(*operands_of, weight, out_dtype=jnp.float32)
+    expected = residual + (expected.reshape(2, t, n).sum(0) - weight.bias)
+    emulate_warpgroups(monkeypatch)
+    found = gpu_many.matmul(*operands_of, weight, residual, out_dtype=jnp.float32, wide=True)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("x_planes", [1, 2])

@@ -1,9 +1,10 @@
 """Multiplies more than sixteen int8 tokens by two-bit weights on Hopper GPUs (Pallas Mosaic GPU), on tensor cores.
 
-Two warpgroups multiply, 64 weight rows each, which they unpack in registers as the left operand of `wgmma`. Each has
-rows of its own; or both have the same, where that keeps more multiprocessors busy, and every other tile of columns. A
-third warpgroup keeps rings of tiles filled, across the outputs that a block computes one after the other. While one
-warpgroup scales its sums, the other multiplies. Blocks of a cluster share tokens, which are read once for all.
+Warpgroups multiply, two as a rule, 64 weight rows each, which they unpack in registers as the left operand of `wgmma`.
+Each has rows of its own; or all have the same, where that keeps more multiprocessors busy, and take turns with tiles
+of columns. One more warpgroup keeps rings of tiles filled, across the outputs that a block computes one after the
+other. While one warpgroup scales its sums, another multiplies. Blocks of a cluster share tokens, which are read once
+for all.
 
 Where a row has several (α, μ), its weights are unpacked to whole numbers of its step, which int8 holds: sums of all
 columns stay integers, and registers have room for more tokens than they would beside sums in float32.
@@ -21,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.hopper.limits import CLUSTERS, WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.hopper.limits import CLUSTERS, WGMMA_ROWS
 from twla_jax.ops.ternary_matmul import (
     gpu_many_blocks,
     gpu_many_outputs,
@@ -32,6 +33,9 @@ from twla_jax.ops.ternary_matmul.gpu_many_outputs import ManyOutputs
 from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyRings, ManyWork
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
+
+# By warpgroups that multiply, the registers of a thread that loads, and of one that multiplies.
+_REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
 
 def matmul(
@@ -44,37 +48,57 @@ def matmul(
     *,
     out_dtype,
     config: tile_configs.ManyTileConfig | None = None,
+    wide: bool = False,
 ) -> Float[Array, "t n"]:
-    """Return what `reference.matmul` computes, for int8 x."""
-    t, config = len(x), config or tile_configs.many_tile_config(len(x), weight.rows)
+    """Return what `reference.matmul` computes, for int8 x.
+
+    If `wide`, the second half of x are the tokens' finer codes, and there are half as many outputs; a block has them
+    all.
+    """
+    t = len(x) // 2 if wide else len(x)
+    if wide:
+        x, sums, scale, zero_point = (_pad_halves(each) for each in (x, sums, scale, zero_point))
+    config = config or tile_configs.many_tile_config(len(x), weight.rows)
+    if wide and config.tokens != len(x):
+        raise ValueError(f"a block has {config.tokens} of {len(x)} codes")
     # The copy engine swizzles pieces of 8 tokens by 128 bytes: it pads past the end, but cannot cut a piece.
     x = pad_columns(x) if x.shape[1] % PLANE else x
     x = jnp.pad(x, ((0, -t % 8), (0, 0)))
     added = []
     if residual is not None and _adds(residual, weight, out_dtype):
-        added = [jnp.pad(residual, ((0, -t % 8), (0, 0)))]
+        added = [jnp.pad(residual, ((0, -t % (16 if wide else 8)), (0, 0)))]
     # Sums of int8 weights need no sums of tokens.
     last = weight.steps if weight.grouped else jnp.pad(sums.sum(-1).astype(jnp.float32), (0, -t % 8))
     work = ManyWork(tokens=len(x), weight_rows=weight.rows, config=config)
+    outputs = len(x) // 2 if wide else len(x)
     y = plgpu.kernel(
-        functools.partial(_kernel, work=work, weight=weight),
-        out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
+        functools.partial(_kernel, work=work, weight=weight, wide=wide),
+        out_type=jax.ShapeDtypeStruct((outputs, weight.rows), out_dtype),
         grid=(min(work.outputs, CLUSTERS[config.cluster]),),
         grid_names=("block",),
         cluster=(config.cluster,),
         cluster_names=("cluster",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="ternary_matmul_many",
         scratch_types={
             "of_rings": gpu_many_rings.scratch_types(work, weight),
-            "of_outputs": gpu_many_outputs.scratch_types(work, out_dtype, grouped=weight.grouped),
+            "of_outputs": gpu_many_outputs.scratch_types(work, out_dtype, grouped=weight.grouped, wide=wide),
             "of_lines": line_scratch_types(config),
             "of_blocks": gpu_many_blocks.scratch_types(config),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last, *added)
     return weight.finished(y[:t], None if added else residual)
+
+
+def _pad_halves(each: jax.Array) -> jax.Array:
+    """Return both halves, of as many tokens each, filled up to a multiple of 16."""
+    halves = each.reshape(2, -1, *each.shape[1:])
+    missing = -halves.shape[1] % 16
+    if not missing:
+        return each
+    return jnp.pad(halves, [(0, 0), (0, missing)] + [(0, 0)] * (each.ndim - 1)).reshape(-1, *each.shape[1:])
 
 
 def _adds(residual: jax.Array, weight: KernelWeight, out_dtype) -> bool:
@@ -84,11 +108,12 @@ def _adds(residual: jax.Array, weight: KernelWeight, out_dtype) -> bool:
 
 
 def line_scratch_types(config: tile_configs.ManyTileConfig) -> dict[str, Any]:
-    """Return the shared memory that passes the second line's sums to the first, if there are two."""
-    if config.lines == 1:
+    """Return the shared memory that passes other lines' sums to the first, if there are several."""
+    others = config.lines - 1
+    if not others:
         return {}
-    sums = plgpu.SMEM((WGMMA_ROWS, config.tokens), jnp.int32)
-    return {"sums": sums, "added": plgpu.Barrier(), "taken": plgpu.Barrier()}
+    sums = plgpu.SMEM((others, WGMMA_ROWS, config.tokens), jnp.int32)
+    return {"sums": sums, "added": plgpu.Barrier(num_arrivals=others), "taken": plgpu.Barrier()}
 
 
 def _kernel(
@@ -107,25 +132,28 @@ def _kernel(
     of_blocks,
     work: ManyWork,
     weight: KernelWeight,
+    wide: bool,
 ):
     *residual_gmem, out_gmem = residual_and_out_gmem
-    group, lines = lax.axis_index("warpgroup"), work.config.lines
+    group, lines, groups = lax.axis_index("warpgroup"), work.config.lines, work.config.warpgroups
+    fewer, more = _REGISTERS[groups]
     rings = ManyRings(work=work, weight=weight, **of_rings)
 
-    @pl.when(group == WARPGROUPS)
+    @pl.when(group == groups)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(fewer, action="decrease")
 
         @plgpu.warp_map
         def _(line):
             pl.when(line < lines)(lambda: rings.fill(line, codes_gmem, scales_gmem, x_gmem))
 
-    @pl.when(group < WARPGROUPS)
+    @pl.when(group < groups)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(more, action="increase")
         line, half = lax.rem(group, lines), lax.div(group, lines)
         outputs = ManyOutputs(
             half=half,
+            wide=wide,
             scale_gmem=scale_gmem,
             zero_point_gmem=zero_point_gmem,
             row_sums_gmem=row_sums_gmem,
@@ -142,36 +170,43 @@ def _kernel(
         def _(i):
             first_token, first_row = work.place(i)
             first_row += half * WGMMA_ROWS
-            if work.config.split:
-                fetch = functools.partial(outputs.fetch, first_token, first_row)
-                gpu_many_blocks.finishes(half)(fetch)
-                sums = rings.sums(i, line, half)
-                finish = functools.partial(outputs.finish, first_token=first_token, first_row=first_row)
-                return gpu_many_blocks.add(i, half, sums, finish, **of_blocks)
-            if lines == 1:
+
+            def fetch():
                 outputs.fetch(first_token, first_row)
-                return outputs.finish(rings.sums(i, line, half), first_token, first_row)
-            pl.when(line == 0)(lambda: outputs.fetch(first_token, first_row))
-            sums = rings.sums(i, line, half)
-            _add_lines(i, line, sums, lambda sums: outputs.finish(sums, first_token, first_row), **of_lines)
+
+            def finish(sums):
+                outputs.finish(sums, first_token, first_row)
+
+            start, end = fetch, finish
+            if work.config.split:
+                start = functools.partial(gpu_many_blocks.finishes(half), fetch)
+                end = functools.partial(gpu_many_blocks.add, i, half, finish=finish, **of_blocks)
+            if lines == 1:
+                start()
+                return end(rings.sums(i, line, half))
+            pl.when(line == 0)(start)
+            _add_lines(i, line, rings.sums(i, line, half), end, **of_lines)
 
         if work.config.split:
-            pl.when(work.mine() > 0)(lambda: gpu_many_blocks.end(half, **of_blocks))
+            adds = jnp.logical_and(work.mine() > 0, line == 0)
+            pl.when(adds)(lambda: gpu_many_blocks.end(half, **of_blocks))
         plgpu.wait_smem_to_gmem(0)
 
 
 def _add_lines(i, line, own: jax.Array, finish: Callable[[jax.Array], None], *, sums, added, taken) -> None:
-    """Finish in the first of two lines what both have summed."""
+    """Finish in the first line what all have summed."""
 
-    @pl.when(line == 1)
+    @pl.when(line > 0)
     def _():
         pl.when(i > 0)(lambda: plgpu.barrier_wait(taken))
-        sums[...] = own
+        sums.at[line - 1][...] = own
         plgpu.barrier_arrive(added)
 
     @pl.when(line == 0)
     def _():
         plgpu.barrier_wait(added)
-        total = own + plgpu.load(sums, layout=LAYOUT, optimized=False)
+        total = own
+        for other in range(sums.shape[0]):
+            total += plgpu.load(sums.at[other], layout=LAYOUT, optimized=False)
         plgpu.barrier_arrive(taken)
         finish(total)

@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, Int32
 
 from twla_jax.ops.hopper import threads
-from twla_jax.ops.hopper.limits import WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.hopper.limits import WGMMA_ROWS
 from twla_jax.ops.hopper.threads import Word
 from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT
 from twla_jax.ops.ternary_matmul.tile_configs import ManyTileConfig
@@ -33,7 +33,9 @@ def scratch_types(config: ManyTileConfig) -> dict[str, Any]:
     """Return the shared memory of other blocks' sums, for one half of the rows, and the halves' barriers."""
     if not config.split:
         return {}
-    barriers = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=WARPGROUPS)
+    barriers = plgpu.ClusterBarrier(
+        collective_axes=("cluster",), num_barriers=config.warpgroups // config.lines
+    )
     sums = plgpu.SMEM((config.cluster - 1, WGMMA_ROWS * config.tokens), jnp.int32)
     return {"sums": sums, "sent": barriers, "taken": barriers}
 

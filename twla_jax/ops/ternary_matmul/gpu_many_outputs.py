@@ -16,7 +16,7 @@ from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyWork
 
 
-def scratch_types(work: ManyWork, dtype, *, grouped: bool) -> dict[str, Any]:
+def scratch_types(work: ManyWork, dtype, *, grouped: bool, wide: bool = False) -> dict[str, Any]:
     """Return the shared memory of `ManyOutputs`, by its fields, for each half of a block's rows."""
     halves, tokens, itemsize = work.halves, work.config.tokens, jnp.dtype(dtype).itemsize
     return {
@@ -24,7 +24,7 @@ def scratch_types(work: ManyWork, dtype, *, grouped: bool) -> dict[str, Any]:
         "of_rows": plgpu.SMEM((halves, 3, WGMMA_ROWS), jnp.float32),
         "scales": plgpu.SMEM((halves, 2, WGMMA_ROWS), jnp.float16),
         "out": plgpu.SMEM(
-            (halves, math.gcd(tokens, 256 // itemsize), WGMMA_ROWS),
+            (halves, math.gcd(tokens // 2 if wide else tokens, 256 // itemsize), WGMMA_ROWS),
             dtype,
             transforms=swizzle_transforms(itemsize),
         ),
@@ -39,10 +39,11 @@ class ManyOutputs:
 
     In global memory are each token's scale and zero point, and each row's sum and bias; where rows have several
     groups also their steps, else α and μ of rows and the tokens' sums; and the outputs, and the residual if there is
-    one.
+    one. If `wide`, the second half of the sums is added to the first.
     """
 
     half: jax.Array
+    wide: bool
     scale_gmem: Any
     zero_point_gmem: Any
     row_sums_gmem: Any
@@ -81,11 +82,14 @@ class ManyOutputs:
     def finish(self, sums: jax.Array, first_token: jax.Array, first_row: jax.Array) -> None:
         """Scale sums `[64, tokens]`, and copy them to their place, some tokens at a time."""
         plgpu.barrier_wait(self.loaded.at[self.half])
-        width = self.out.shape[1]
-        for j in range(0, sums.shape[1], width):
+        width, count = self.out.shape[1], sums.shape[1] // 2 if self.wide else sums.shape[1]
+        for j in range(0, count, width):
             if j:
                 self._fetch_residual(first_token + j, first_row)
-            self._write(sums[:, j : j + width], j, first_token + j, first_row)
+            y = self._scaled(sums[:, j : j + width], j)
+            if self.wide:
+                y += self._scaled(sums[:, count + j : count + j + width], count + j, biased=False)
+            self._write(y, first_token + j, first_row)
 
     def _fetch_residual(self, first_token, first_row) -> None:
         """Load the residual into the place of the outputs, once the outputs before have left it."""
@@ -95,7 +99,8 @@ class ManyOutputs:
         source = self.residual_gmem.at[pl.ds(first_token, self.out.shape[1]), pl.ds(first_row, WGMMA_ROWS)]
         plgpu.copy_gmem_to_smem(source, self.out.at[self.half], self.residual_loaded.at[self.half])
 
-    def _write(self, sums: jax.Array, j: int, first_token, first_row) -> None:
+    def _scaled(self, sums: jax.Array, j: int, *, biased: bool = True) -> jax.Array:
+        """Return the outputs of sums `[64, width]` of tokens from `j` on, in float32."""
         shape, width = sums.shape, self.out.shape[1]
 
         def spread(values, axis):
@@ -117,7 +122,11 @@ class ManyOutputs:
             # U = T + 1, and both are whole numbers that float32 holds.
             y = alpha * (y - of_token(2)) + mu * of_token(2)
         row_sums, bias = (of_row(self.of_rows, kind) for kind in range(2))
-        y = rescale(y, of_token(0), of_token(1), row_sums, bias)
+        return rescale(y, of_token(0), of_token(1), row_sums, bias if biased else None)
+
+    def _write(self, y: jax.Array, first_token, first_row) -> None:
+        """Copy outputs `[64, width]` to their place, and the residual with them."""
+        width = self.out.shape[1]
         value, out = y.astype(self.out.dtype), self.out.at[self.half]
         if self.residual_gmem is not None:
             plgpu.barrier_wait(self.residual_loaded.at[self.half])

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.hopper.limits import WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.hopper.limits import WGMMA_ROWS
 from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows, unpack_weights
 from twla_jax.ops.ternary_matmul.tile_configs import ManyTileConfig
@@ -34,7 +34,7 @@ class ManyWork:
     @property
     def halves(self) -> int:
         """Return the number of halves of 64 rows each that a block has at once."""
-        return WARPGROUPS // self.config.lines
+        return self.config.warpgroups // self.config.lines
 
     @property
     def rows(self) -> int:
@@ -125,7 +125,8 @@ class ManyRings:
 
     def part(self, line: jax.Array) -> jax.Array:
         """Return which part of the columns a line has."""
-        return lax.axis_index("cluster") if self.work.config.split else line
+        config = self.work.config
+        return lax.axis_index("cluster") * config.lines + line if config.split else line
 
     def own(self, line: jax.Array) -> jax.Array:
         """Return how many of an output's tiles a line has."""

@@ -71,10 +71,10 @@ def mma_tile_config(tokens: int, rows: int, tiles: int) -> MmaTileConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ManyTileConfig:
-    """Describes a block's tokens, a multiple of 32, and how its two warpgroups share the work.
+    """Describes a block's tokens, a multiple of 32, and how its warpgroups, two to four, share the work.
 
-    With one line, each has 64 rows of its own; with two, both have the same rows, and share the columns. Blocks of a
-    `cluster` share tokens; or, where `split`, which takes one line, they have the same rows and tokens, and share the
+    With one line, each has 64 rows of its own; with as many lines as warpgroups, all have the same rows, and share the
+    columns. Blocks of a `cluster` share tokens; or, where `split`, they have the same rows and tokens, and share the
     columns. A line has `stages` tiles of weights in flight, and `x_slots` times `x_planes` of a tile's planes of
     tokens. Where these are all the columns that a block of a split cluster has, it loads its tokens once.
     """
@@ -86,6 +86,7 @@ class ManyTileConfig:
     x_slots: int
     x_planes: int
     split: bool = False
+    warpgroups: int = 2
 
 
 def many_tile_config(tokens: int, rows: int) -> ManyTileConfig:
