@@ -8,15 +8,14 @@ is incomplete.
 """
 
 import argparse
-import concurrent.futures
-import http.client
+import asyncio
 import json
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def main() -> None:
@@ -42,14 +41,21 @@ def main() -> None:
         return
     rows = []
     for shape in options.shapes.split(","):
-        begun = time.perf_counter()
-        rows += measure(shape, options)
-        print(f"{shape}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-    print_table(rows)
+        for row in measure(shape, options):
+            rows.append(row)
+            print(line(row), flush=True)  # all there is if the time runs out
+    print("\n" + HEAD)
+    for row in rows:
+        print(line(row))
 
 
-def measure(shape: str, options: argparse.Namespace) -> list[dict]:
-    """Returns a row for each number of clients."""
+def said(shape: str, begun: float, what: str) -> None:
+    """Prints how long something took."""
+    print(f"{shape}: {what} {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def measure(shape: str, options: argparse.Namespace) -> Iterator[dict]:
+    """Yields two rows for each number of clients: of the engine alone, and of the server."""
     from twla_jax import xla_flags
 
     xla_flags.disable_triton_gemm()
@@ -61,10 +67,14 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
 
     counts = sorted(map(int, options.clients.split(",")))
     bits = {"activation_bits": options.activation_bits, "embedding_bits": options.embedding_bits}
+    begun = time.perf_counter()
     model = shapes.random_decoder(SHAPES[shape], **bits)
+    said(shape, begun, "random weights took")
     # As many tokens before a step as the requests have in their middle.
     bare = decode.DecodeSettings(context=options.prompt + options.new // 2, cache_dtype=options.kv_cache)
+    begun = time.perf_counter()
     step = {count: decode.step_seconds(model, count, bare) for count in counts}
+    said(shape, begun, "decode steps as in twla bench took")
     settings = EngineSettings(
         slots=counts[-1],
         rows=tuple(counts),
@@ -75,37 +85,32 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict]:
     )
     begun = time.perf_counter()
     engine = Engine(model, settings)
-    compiled = time.perf_counter() - begun
+    said(shape, begun, "starting the engine took")
+    print(f"{shape}: steps of a loop by rows: {engine.fixed}", flush=True)
     service = Service(engine, plain_tokenizer(model.config.vocab_size), ServiceSettings(model=shape))
-    server, rows = Server(service, grace=5), []
+    server = Server(service, grace=5)
     with listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         for count in counts:
             asked = {"count": count, "prompt": options.prompt, "new": options.new, "top_p": options.top_p}
             through_http = {**asked, "port": listening.getsockname()[1], "model": shape}
-            ways: dict[str, Callable[[], dict]] = {
-                "engine": lambda asked=asked: run(engine, **asked),
-                "server": lambda asked=through_http: in_a_process(asked),
+            few = {"new": min(options.new, 96)}
+            ways: dict[str, Callable[..., dict]] = {
+                "engine": lambda asked=asked, **few: run(engine, **asked | few),
+                "server": lambda asked=through_http, **few: in_a_process(asked | few),
             }
             for way, go in ways.items():
-                go()  # once to warm up
+                go(**few)  # once to warm up
                 before = dict(engine.seconds)
                 found = go()
                 whole = found["tokens"] / found["rate"]
                 found["spent"] = {name: (engine.seconds[name] - before[name]) / whole for name in before}
                 if found["tokens"] != count * options.new:
                     raise SystemExit(f"{shape}, {way}: {found['tokens']} tokens of {count * options.new}")
-                rows.append(
-                    {"shape": shape, "way": way, "clients": count, "bare": count / step[count], **found}
-                )
+                yield {"shape": shape, "way": way, "clients": count, "bare": count / step[count], **found}
         server.should_exit = True
         thread.join()
-    print(
-        f"{shape}: engine started in {compiled:.0f} s; steps of a loop by rows: {engine.fixed}",
-        file=sys.stderr,
-    )
-    return rows
 
 
 def run(engine, *, count: int, prompt: int, new: int, top_p: float | None) -> dict:
@@ -165,34 +170,56 @@ def in_a_process(asked: dict) -> dict:
 
 
 def ask(*, count: int, prompt: int, new: int, top_p: float | None, port: int, model: str) -> dict:
-    """Returns the figures of `count` clients that read streams over HTTP."""
-    sampling = {"temperature": 0} if top_p is None else {"temperature": 1, "top_p": top_p}
-    together = threading.Barrier(count + 1)
+    """Returns the figures of `count` clients that read streams over HTTP.
 
-    def one(index: int) -> list[tuple[float, int]]:
+    They share one thread and one event loop, and look into the events only after the last has come: a client of its own
+    thread for each would mostly wait for Python's lock.
+    """
+    sampling = {"temperature": 0} if top_p is None else {"temperature": 1, "top_p": top_p}
+    head = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nconnection: close"
+
+    def asked(index: int) -> bytes:
         body = {"model": model, "prompt": tokens_of(index, prompt), "max_tokens": new, **sampling}
         body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.connect()
-        together.wait()
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        times, whole = [], 0
-        for line in connection.getresponse():
+        sent = json.dumps(body).encode()
+        return f"{head}\r\ncontent-length: {len(sent)}\r\n\r\n".encode() + sent
+
+    async def one(connection, request: bytes) -> list[tuple[float, bytes]]:
+        reader, writer = connection
+        writer.write(request)
+        came = []
+        while data := await reader.read(2**16):
+            came.append((time.perf_counter(), data))
+        writer.close()
+        return came
+
+    async def all_at_once():
+        connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
+        requests = [asked(index) for index in range(count)]
+        begun = time.perf_counter()
+        return begun, await asyncio.gather(*map(one, connections, requests))
+
+    begun, came = asyncio.run(all_at_once())
+    return figures(begun, [tokens_in(each) for each in came])
+
+
+def tokens_in(came: list[tuple[float, bytes]]) -> list[tuple[float, int]]:
+    """Returns when how many tokens came, of a stream that is whole; a word is a token."""
+    times, whole, rest = [], None, b""
+    for moment, data in came:
+        *lines, rest = (rest + data).split(b"\n")
+        words = 0
+        for line in lines:
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
                 if event["choices"]:
-                    # A word a token, with a space between two.
-                    times.append((time.perf_counter(), len(event["choices"][0]["text"].split())))
+                    words += len(event["choices"][0]["text"].split())
                 else:
                     whole = event["usage"]["completion_tokens"]
-        assert sum(tokens for _, tokens in times) == whole, (times, whole)
-        return times
-
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        running = [pool.submit(one, index) for index in range(count)]
-        together.wait()
-        begun = time.perf_counter()
-        return figures(begun, [each.result() for each in running])
+        if words:
+            times.append((moment, words))
+    assert sum(tokens for _, tokens in times) == whole, (times, whole, came[:1])
+    return times
 
 
 def tokens_of(seed: int, count: int) -> list[int]:
@@ -211,28 +238,26 @@ def plain_tokenizer(size: int):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def print_table(rows: list[dict]) -> None:
-    """Prints a line a row."""
-    print(
-        "\n| model | | clients | tokens/s | of bench decode | while all run | first token, ms | last of the first "
-        "| prompts, steps, waiting, telling |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [
-            row["shape"],
-            row["way"],
-            row["clients"],
-            f"{row['rate']:.0f}",
-            f"{row['rate'] / row['bare']:.0%}",
-        ]
-        cells += [
-            f"{row['together'] / row['bare']:.0%}",
-            f"{1e3 * row['first']:.0f}",
-            f"{1e3 * row['first_of_all']:.0f}",
-            ", ".join(f"{part:.0%}" for part in row["spent"].values()),
-        ]
-        print("| " + " | ".join(map(str, cells)) + " |")
+HEAD = """\
+| model | | clients | tokens/s | of bench decode | while all run | first token, ms | last of the first | reads, steps, \
+waiting, telling |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def line(row: dict) -> str:
+    """Returns the line of a row in the table."""
+    cells = [
+        row["shape"],
+        row["way"],
+        row["clients"],
+        f"{row['rate']:.0f}",
+        f"{row['rate'] / row['bare']:.0%}",
+        f"{row['together'] / row['bare']:.0%}",
+        f"{1e3 * row['first']:.0f}",
+        f"{1e3 * row['first_of_all']:.0f}",
+        ", ".join(f"{part:.0%}" for part in row["spent"].values()),
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Generates text from prompts and chats, token by token or several texts at once."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class Detokenizer:
     _LONGEST_CHARACTER = 4  # tokens, each at least a byte of it
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()):
-        self._tokenizer = tokenizer
+        self._text = _decoder(tokenizer)
         self._ids = list(before[-self._BEFORE :])
         self._shown = len(self._ids)  # ids whose text was given out
 
@@ -127,7 +128,23 @@ class Detokenizer:
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._text(ids, skip_special_tokens=True)
+
+
+def _decoder(tokenizer: Any) -> Callable[..., str]:
+    """Return what turns ids into text: of the `tokenizers` library, unless a tokenizer's class has its own way.
+
+    transformers first looks at every id, which takes four times as long as the rest.
+    """
+    whole = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return whole
+    from transformers import PreTrainedTokenizerFast as Plain
+
+    kind = type(tokenizer)
+    own = any(getattr(kind, name) is not getattr(Plain, name) for name in ("decode", "_decode"))
+    return whole if own else backend.decode
 
 
 class StopTexts:

@@ -5,7 +5,6 @@ No route reads or writes a file. The engine's tokens come from its thread and ar
 
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,6 +23,7 @@ from twla_jax.serving import openapi, protocol
 from twla_jax.serving.admission import check_host, check_key, read_body
 from twla_jax.serving.answers import Choice, Envelope, Piece
 from twla_jax.serving.engine import Engine
+from twla_jax.serving.mailbox import Mailbox
 from twla_jax.serving.metrics import Metrics
 from twla_jax.serving.protocol import ApiError, Asked
 from twla_jax.serving.requests import Busy, Delivery, Generation
@@ -46,6 +46,7 @@ class Service:
         self._chat_ends = chats.ends_of_answer(tokenizer, engine.config.eos_token_ids)
         # One thread: a tokenizer is not made for several.
         self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, "twla-tokenizer")
+        self._mailbox: Mailbox | None = None
         self._started = int(time.time())
 
     def app(self) -> Starlette:
@@ -127,7 +128,10 @@ class Service:
         if self.closing:
             raise Busy("the server is shutting down", None)
         loop = asyncio.get_running_loop()
-        prompts = await loop.run_in_executor(self._tokenizing, self._encode, asked)
+        if asked.messages or any(isinstance(each, str) for each in asked.prompts):
+            prompts = await loop.run_in_executor(self._tokenizing, self._encode, asked)
+        else:
+            prompts = self._encode(asked)
         generations = [
             self._generation(asked, prompt, choice) for prompt in prompts for choice in range(asked.choices)
         ]
@@ -136,13 +140,10 @@ class Service:
             for i, each in enumerate(generations)
         ]
         deliveries: asyncio.Queue[tuple[Choice, Delivery]] = asyncio.Queue()
+        mailbox = self._mailbox = self._mailbox or Mailbox(loop)
 
         def sink(choice: Choice) -> Callable[[Delivery], None]:
-            def put(delivery: Delivery) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop may be closed at the very end
-                    loop.call_soon_threadsafe(deliveries.put_nowait, (choice, delivery))
-
-            return put
+            return lambda delivery: mailbox.put(deliveries, (choice, delivery))
 
         tickets = self.engine.submit_all(
             [(each, sink(choice)) for each, choice in zip(generations, choices, strict=True)]
@@ -154,10 +155,10 @@ class Service:
         envelope = Envelope(self._settings.model, tokens, chat=chat)
         pieces = self._pieces(choices, deliveries, begun)
         if asked.stream:
-            events = self._events(envelope, choices, pieces, usage=asked.usage)
+            events = self._events(envelope, choices, pieces, all_read=deliveries.empty, usage=asked.usage)
             return EventStream(events, leave=lambda: self._leave(choices))
         try:
-            return JSONResponse(await unless_gone(request, self._whole(envelope, choices, pieces)))
+            return JSONResponse(await unless_gone(request.receive, self._whole(envelope, choices, pieces)))
         finally:
             self._leave(choices)
 
@@ -233,22 +234,25 @@ class Service:
         choices: list[Choice],
         pieces: AsyncIterator[tuple[Choice, Piece]],
         *,
+        all_read: Callable[[], bool],
         usage: bool,
     ) -> AsyncIterator[bytes]:
-        """Yield the events of a stream."""
-        for choice in choices:
-            if (begin := envelope.first(choice)) is not None:
-                yield event(begin)
+        """Yield the events of a stream, those that come together as one: every write costs more than an event."""
+        waiting = b"".join(event(begin) for each in choices if (begin := envelope.first(each)) is not None)
+        if waiting:
+            yield waiting
+            waiting = b""
         try:
             async for choice, piece in pieces:
                 if piece.text or piece.reason is not None or piece.logprobs is not None:
-                    yield event(envelope.event(choice, piece))
+                    waiting += event(envelope.event(choice, piece))
+                if waiting and all_read() and any(each.reason is None for each in choices):
+                    yield waiting
+                    waiting = b""
         except ApiError as error:
-            yield event(error.body)
+            yield waiting + event(error.body)
             return
-        if usage:
-            yield event(envelope.last(choices))
-        yield b"data: [DONE]\n\n"
+        yield waiting + (event(envelope.last(choices)) if usage else b"") + b"data: [DONE]\n\n"
 
     def _leave(self, choices: list[Choice]) -> None:
         """Take what is not finished out of the engine: nobody listens any more."""

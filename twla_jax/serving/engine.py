@@ -26,7 +26,10 @@ from twla_jax.serving.runner import CALL_SECONDS, Runner
 from twla_jax.serving.schedule import Schedule
 from twla_jax.serving.settings import EngineSettings
 
-_PREFILL = 2048  # tokens of prompts, with padding, between two decode calls
+_PREFILL = (
+    2048  # tokens of prompts, with padding, between two decode calls; twice as many if no request ran before
+)
+_NEEDED = 0.8  # part of a loop of fixed length that must be needed
 _log = logging.getLogger(__name__)
 
 
@@ -176,7 +179,16 @@ class Engine:
         earlier = len(self._in_flight)
         with self._changed:
             self._schedule.release()
-        self._admit()
+        room = _PREFILL if self._schedule.active else 2 * _PREFILL
+        left = self._admit(room)
+        if left < room and self._runner.blocks:
+            # First tokens are told before steps are handed over: requests that have come by then would have to wait
+            # for these steps.
+            self._deliver_all()
+            earlier = 0
+            with self._changed:
+                self._schedule.release()
+            self._admit(left)
         with self._changed:
             moves = self._schedule.moves(self.settings.row_counts)
         for source, target in moves:
@@ -184,8 +196,7 @@ class Engine:
         active = self._schedule.active
         if active and self._runner.blocks and self._loop_ahead(active) is None:
             # The next call would not return before it is over: what is there is told first.
-            while self._in_flight:
-                self._deliver(self._in_flight.popleft())
+            self._deliver_all()
             earlier, active = 0, self._schedule.active
         if active:
             with self._spending("steps"):
@@ -203,7 +214,9 @@ class Engine:
         """Return the rows of the loop of fixed length that can run for these requests; None if none can."""
         rows = self._rows(active)
         steps = self._runner.fixed.get(rows)
-        if steps is None or self._schedule.waits or steps > max(each.left for each in active.values()):
+        left = max(each.left for each in active.values())
+        # A last loop that is somewhat too long takes less time than one that is handed over step by step.
+        if steps is None or self._schedule.waits or _NEEDED * steps > left:
             return None
         return None if any(each.generation.logprobs for each in active.values()) else rows
 
@@ -230,9 +243,8 @@ class Engine:
         for ticket in tickets.values():
             ticket.handed += steps or 1
 
-    def _admit(self) -> None:
-        """Read waiting prompts, so many tokens of them between two decode calls, and put them into slots."""
-        budget = _PREFILL
+    def _admit(self, budget: int) -> int:
+        """Read waiting prompts and put them into slots; returns what is left of the budget, tokens with padding."""
         with self._spending("reading"):
             while budget > 0:
                 with self._changed:
@@ -242,7 +254,8 @@ class Engine:
                 elif (long := self._schedule.prefilling) is not None:
                     budget -= self._read_on(long)
                 else:
-                    return
+                    break
+        return budget
 
     def _read(self, slots: Mapping[int, Ticket]) -> int:
         """Read whole prompts into slots, in one call; returns how many places for tokens it had."""
@@ -262,6 +275,11 @@ class Engine:
             with self._changed:
                 self._schedule.place_long()
         return width
+
+    def _deliver_all(self) -> None:
+        """Deliver what was handed over, once it is there."""
+        while self._in_flight:
+            self._deliver(self._in_flight.popleft())
 
     def _deliver(self, call: _Call) -> None:
         """Tell every request its new tokens; waits for the device."""

@@ -7,36 +7,51 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from twla_jax.serving.protocol import ApiError
 from twla_jax.serving.requests import Busy
 
+_written = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
-class EventStream(StreamingResponse):
-    """Sends events, and says so when it ends, however it ends."""
+
+class EventStream(Response):
+    """Sends events until there are no more or the client has left, and says so when it ends, however it ends."""
 
     def __init__(self, events: AsyncIterator[bytes], *, leave: Callable[[], None]):
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._leave = leave
+        super().__init__(headers={"cache-control": "no-cache"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._events, self._leave = events, leave
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events to an ASGI server."""
         try:
-            await super().__call__(scope, receive, send)
+            await unless_gone(receive, self._send_all(send))
+        except ClientDisconnect:
+            pass
         finally:
             self._leave()
 
+    async def _send_all(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for body in self._events:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-async def unless_gone(request: Request, work: Any) -> Any:
+
+async def unless_gone(receive: Any, work: Any) -> Any:
     """Return what `work` comes to, unless the client leaves before.
+
+    Args:
+      receive: of ASGI, after the request's body.
+      work: what to wait for.
 
     Raises:
       ClientDisconnect: it has left; the work is stopped.
     """
 
     async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
@@ -52,7 +67,7 @@ async def unless_gone(request: Request, work: Any) -> Any:
 
 def event(data: Mapping[str, Any]) -> bytes:
     """Return a server-sent event that holds JSON."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _written(data).encode() + b"\n\n"
 
 
 def failure(error: ApiError) -> Response:

@@ -29,6 +29,7 @@ from twla_jax.serving.settings import EngineSettings
 
 CALL_SECONDS = 0.04  # of a decode call, for which a request that arrives has to wait
 _TOGETHER = 1024  # tokens of prompts that are read in one call
+_MANY = 4  # times as many tokens of the shortest prompts, where there are slots for them
 _TIMED, _TRIES = 9, 3  # steps by which the time of one is measured; and how often
 
 
@@ -37,7 +38,7 @@ class Runner:
 
     Attributes:
       chunks: tokens of a prompt that go in at a time, ascending.
-      together: by chunk, how many prompts of that length are read at once, where several are.
+      together: by chunk, how many prompts of that length a call may read beside one alone, ascending.
       fixed: by number of rows, the steps of the loops that `fixed_steps` runs; empty where there are none.
       blocks: whether the host waits in `steps` until these are over.
       programs: the jitted functions by name.
@@ -82,7 +83,7 @@ class Runner:
         """Put requests with prompts of one width into slots, and return their first tokens, in their order.
 
         Args:
-          generations: one, or as many as `together` says at most.
+          generations: one, or as many as the last number of `together` at most.
           places: their slots.
         """
         arguments = self._prompts(generations, places)
@@ -93,7 +94,7 @@ class Runner:
         """Return what `slots.read` takes of these requests, padded."""
         width = self.width(len(generations[0].prompt))
         assert width is not None
-        count = 1 if len(generations) == 1 else self.together[width]
+        count = next(n for n in (1, *self.together.get(width, ())) if n >= len(generations))
         prompts, counts = np.zeros((count, width), np.int32), np.ones(count, np.int32)
         for index, each in enumerate(generations):
             counts[index] = len(each.prompt)
@@ -165,7 +166,7 @@ class Runner:
         prompts = [
             ([_nothing(width)] * count, range(count))
             for width in self.chunks
-            for count in sorted({1, min(2, self.together.get(width, 1))})
+            for count in (1, *self.together.get(width, ()))
         ]
         read, steps = self.programs["read"], self.programs["steps"]
         given = self._leaves, self._slots
@@ -236,16 +237,24 @@ def _nothing(width: int) -> Generation:
     return Generation(prompt=(0,) * width, max_new_tokens=1, sampling=Sampling())
 
 
-def _together(settings: EngineSettings, chunks: Sequence[int], model: Decoder) -> dict[int, int]:
-    """Return how many prompts of each width are read at once, where several are."""
+def _together(settings: EngineSettings, chunks: Sequence[int], model: Decoder) -> dict[int, tuple[int, ...]]:
+    """Return how many prompts of each width a call may read beside one alone, ascending, where it may read several.
+
+    The host takes as long to hand over a call for many prompts as for a few. So where there are slots for many, the
+    shortest ones have a larger call, too.
+    """
     tokens = settings.together
     if tokens is None:
         tokens = 0 if jax.default_backend() == "cpu" else _TOGETHER
     scaling = model.config.rope_scaling
     if settings.one_shape or (scaling is not None and scaling.kind == "longrope"):  # by each one's length
         tokens = 0
-    counts = {width: min(tokens // width, settings.slots) for width in chunks}
-    return {width: count for width, count in counts.items() if count > 1}
+    times = {width: (1, _MANY) if width == chunks[0] else (1,) for width in chunks}
+    counts = {
+        width: {min(n * tokens // width, settings.slots) for n in each} - {0, 1}
+        for width, each in times.items()
+    }
+    return {width: tuple(sorted(each)) for width, each in counts.items() if each}
 
 
 @contextlib.contextmanager

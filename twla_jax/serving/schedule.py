@@ -2,7 +2,7 @@
 
 import collections
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from twla_jax.serving.requests import Ticket
 
@@ -20,13 +20,13 @@ class Schedule:
       prefilling: the request whose long prompt is read by chunks; a slot is free for it.
     """
 
-    def __init__(self, slots: int, width: Callable[[int], int | None], together: Mapping[int, int]):
+    def __init__(self, slots: int, width: Callable[[int], int | None], together: Mapping[int, Sequence[int]]):
         """Begin with free slots.
 
         Args:
           slots: how many there are.
           width: returns the places for a prompt of some length, None if it is read by chunks.
-          together: how many prompts of a width are read in one call, where several are.
+          together: how many prompts of a width may be read in one call beside one alone, ascending; see `Runner`.
         """
         self.waiting: collections.deque[Ticket] = collections.deque()
         self.running: list[Ticket | None] = [None] * slots
@@ -85,9 +85,11 @@ class Schedule:
             self.prefilling = self.waiting.popleft()
             _begin([self.prefilling])
             return {}
-        together = self._together.get(width, 1)
-        alike = [each for each in self.waiting if self.width(each) == width][: min(together, len(free))]
-        group = alike if len(alike) * _ENOUGH >= together else alike[:1]
+        alike = [each for each in self.waiting if self.width(each) == width][: len(free)]
+        few, *more = self._together.get(width, (1,))
+        # Of a larger call, half must be in use: it takes the device longer, not only the host.
+        size = max([n for n in more if 2 * len(alike) >= n], default=few)
+        group = alike[:size] if len(alike) * _ENOUGH >= few else alike[:1]
         self.waiting = collections.deque(each for each in self.waiting if each not in group)
         _begin(group)
         slots = dict(zip(free, group, strict=False))

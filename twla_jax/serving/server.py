@@ -26,7 +26,7 @@ class Server(uvicorn.Server):
                 service.app(),
                 http="h11",
                 ws="none",
-                loop="asyncio",
+                loop="auto",  # uvloop, which orbax brings along where there is one
                 lifespan="off",
                 log_level="warning",
                 access_log=False,

@@ -20,8 +20,9 @@ class EngineSettings:
       one_shape: whether every step takes all slots along, and every prompt is read alone: then not even the last bit
         of an answer depends on other requests.
       chunks: tokens of a prompt that go in at a time, ascending; by default as `generate` takes them.
-      together: tokens, with padding, of a call that reads several prompts; fewer than two of the shortest chunks for
-        none. By default 1024, and none on a CPU, which takes its time for every one of them.
+      together: tokens, with padding, of a call that reads several prompts, and a quarter of those of a larger call for
+        the shortest prompts; fewer than two of the shortest chunks for none. By default 1024, and none on a CPU, which
+        takes its time for every one of them.
       ahead: whether loops of a fixed number of steps are compiled, too, which are handed over at once, for requests
         without log-probabilities; by default on a GPU.
       cache_dtype: of keys and values; None for the model's own.
