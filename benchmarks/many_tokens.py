@@ -2,73 +2,96 @@
 
     python benchmarks/many_tokens.py
 
-Matrices of Qwen3-8B at 64 tokens and of LLaMA-2-7B at 16 tokens of 16 bits, and 4-bit heads at 64 and 16. Integer
-products are compared with those by the rule, which must be the same; heads with the reference's, to 1e-4 of the
-largest. What is timed is printed at once, the fastest of each last.
+4-bit heads and matrices of Qwen3-8B at 64 tokens, then a decode step with the fastest; matrices of LLaMA-2-7B at 16
+tokens of 16 bits, then a step. Integer products must be those by the rule; heads and tokens of 16 bits are compared
+to 1e-4 of the largest output, or a step of bf16. What is timed is printed at once.
 """
 
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from twla_jax import xla_flags
-from twla_jax.bench import shapes, timing
+from twla_jax.bench import decode, shapes, timing
 from twla_jax.ops.integer_matmul import integer_matmul
-from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, gpu_many_floats, reference, ternary_matmul
-from twla_jax.ops.ternary_matmul.tile_configs import ManyTileConfig, many_tile_config
-from twla_jax.ops.tokens import QuantizedTokens, group_sums, wide_tokens
+from twla_jax.ops.ternary_matmul import gpu, gpu_many, gpu_many_floats, tile_configs
+from twla_jax.ops.ternary_matmul.reference import in_two_parts
+from twla_jax.ops.ternary_matmul.tile_configs import ManyTileConfig
+from twla_jax.ops.tokens import QuantizedTokens, wide_tokens
 
-CLOSE = 1e-4  # of the largest output, in float32
-BF16 = 2**-7  # the same in bf16, where numbers on two sides of an edge are rounded
+CLOSE = {"integers": 0.0, "floats": 1e-4, "bf16": 2**-7}  # of the largest output
+BYTES = 130e6  # that pass between two uses of a buffer: twice the L2 cache
+START = time.perf_counter()
+Found = dict[ManyTileConfig | str, float]
 
 
-def compare(name: str, kernels: dict[str, Callable[..., Any]], make, size: int, close: float) -> None:
-    """Check kernels of the operands of `make` against the first of them, and time them."""
-    operands = jax.jit(make)(jax.random.key(0))
-    expected, found = None, []
+def measure(kernel: Callable[..., Any], operands: list[Any]) -> tuple[jax.Array, float]:
+    """Return the output of the first operands, and the device seconds of one call."""
+    once = jax.jit(kernel)
+    run = jax.jit(lambda parts: [once(*part) for part in parts])
+    if not timing.on_gpu():
+        return run(operands)[0], timing.wall_seconds(run, operands) / len(operands)
+    from jax.experimental.mosaic.gpu import profiler
+
+    outputs, calls = profiler.measure(run, aggregate=False, iterations=3)(operands)
+    taken = statistics.median(sum(each for _, each in call) for call in calls or []) / 1e3
+    return outputs[0], taken / len(operands)
+
+
+def compare(name: str, kernels: dict[Any, Callable[..., Any]], make, close: float) -> Found:
+    """Return the seconds of kernels that agree with the first of them, of operands that `make` makes from a key."""
+    size = shapes.bytes_of(lambda key: make(key)[0])
+    made = jax.jit(make)
+    operands = [made(jax.random.key(i)) for i in range(int(BYTES / size) + 1 if timing.on_gpu() else 1)]
+    expected, found = None, {}
     for what, kernel in kernels.items():
+        shown = short(what) if isinstance(what, ManyTileConfig) else what
         try:
-            y = jax.jit(kernel)(*operands).astype(jnp.float32)
-            expected = y if expected is None else expected
-            error = float(abs(y - expected).max() / abs(expected).max())
-            seconds = timing.seconds_each(kernel, make, size)
+            y, seconds = measure(kernel, operands)
         except Exception as error:  # whatever the compiler says of tiles that do not fit
-            print(f"  {what}: {str(error).splitlines()[0][:100]}", flush=True)
+            print(f"  {shown}: {str(error).splitlines()[0][:100]}", flush=True)
             continue
-        verdict = f"error {error:.0e}" if error <= close else f"WRONG, error {error:.0e}"
-        print(f"  {seconds * 1e6:7.2f} us, {verdict}: {what}", flush=True)
-        found.append((seconds, what))
-    if found:
-        print(f"{name}: {found[0][0] * 1e6:.2f} us, {min(found)[0] * 1e6:.2f} by {min(found)[1]}", flush=True)
+        y = y.astype(jnp.float32)
+        expected = y if expected is None else expected
+        error = float(abs(y - expected).max() / abs(expected).max())
+        right = error <= close
+        print(
+            f"  {seconds * 1e6:7.2f} us, {'' if right else 'WRONG, '}error {error:.0e}: {shown}", flush=True
+        )
+        if right:
+            found[what] = seconds
+    print(f"{name}, after {time.perf_counter() - START:.0f} s", flush=True)
+    return found
 
 
-def others(rule: ManyTileConfig, tiles: int) -> Iterator[ManyTileConfig]:
-    """Yield other tiles than the rule's: more warpgroups, and clusters that share the columns."""
+def others(rule: ManyTileConfig, tiles: int, *, rows: int) -> list[ManyTileConfig]:
+    """Return other tiles than the rule's: four warpgroups, and clusters that share the columns."""
     few, change = rule.tokens <= 32, functools.partial(dataclasses.replace, rule, cluster=1, stages=2)
-    more = {"x_slots": 3, "x_planes": 2 if few else 1}
-    yield change(lines=4, warpgroups=4, **more)
-    yield change(lines=3, warpgroups=3, x_slots=2, x_planes=2)
-    yield change(lines=2, cluster=2, stages=3, x_slots=4 if few else 2, x_planes=4, split=True)
-    yield change(lines=4, warpgroups=4, cluster=2, split=True, **(more if few else more | {"x_slots": 2}))
-    for cluster in (2, 3):
-        slots = min(-(-tiles // cluster), 4 if cluster == 2 else 3)
-        yield change(lines=1, cluster=cluster, stages=3, x_slots=slots, x_planes=4, split=True)
+    four = {"lines": 4, "warpgroups": 4, "x_planes": 2 if few else 1}
+    both = change(cluster=2, split=True, x_slots=3 if few else 2, **four)
+    two = change(lines=2, cluster=2, stages=3, x_slots=4 if few else 2, x_planes=4, split=True)
+    slots = min(-(-tiles // 2), 4)
+    stays = change(lines=1, cluster=2, stages=3, x_slots=slots, x_planes=4, split=True)
+    alone = change(x_slots=3, **four)
+    return [alone, two, both] if rows <= 4096 else [alone, stays]
 
 
 def short(config: ManyTileConfig) -> str:
     """Return what distinguishes the tiles."""
     split = f", columns over {config.cluster} blocks" if config.split else f", cluster {config.cluster}"
     ring = f"{config.stages} stages, {config.x_slots} x {config.x_planes} planes"
-    return f"{config.lines} of {config.warpgroups} warpgroups a line{split}, {ring}"
+    return f"{config.lines} lines of {config.warpgroups} warpgroups{split}, {ring}"
 
 
-def integers(tokens: int, n: int, m: int, name: str) -> None:
-    """Compare the tiles of a ternary product of int8 tokens."""
+def integers(name: str, tokens: int, n: int, m: int) -> Found:
+    """Compare the tiles of a ternary product of int8 tokens, the rule's first."""
 
     def make(key):
         return shapes.weight(key, n, m), shapes.tokens(key, tokens, m)
@@ -78,49 +101,39 @@ def integers(tokens: int, n: int, m: int, name: str) -> None:
         return gpu_many.matmul(*operands, out_dtype=jnp.bfloat16, config=config)
 
     weight = jax.eval_shape(make, jax.random.key(0))[0]
-    rule = many_tile_config(tokens, weight.rows)
-    kernels: dict[str, Any] = {f"rule: {short(rule)}": functools.partial(product, config=rule)}
-    if tokens <= 16:
-        kernels = {"few tokens": lambda weight, x: ternary_matmul(x, weight)} | kernels
-    for config in others(rule, weight.column_tiles):
-        kernels[short(config)] = functools.partial(product, config=config)
-    compare(
-        name,
-        kernels,
-        make,
-        shapes.bytes_of(lambda key: make(key)[0]),
-        0 if tokens > 16 else BF16,
-    )
+    rule = tile_configs.many_tile_config(tokens, weight.rows)
+    configs = [rule, *others(rule, weight.column_tiles, rows=weight.rows)]
+    kernels = {config: functools.partial(product, config=config) for config in configs}
+    return compare(name, kernels, make, CLOSE["integers"])
 
 
-def wide(tokens: int, n: int, m: int, name: str) -> None:
+def wide(name: str, tokens: int, n: int, m: int) -> Found:
     """Compare products of tokens of 16 bits: added up by XLA, and by the kernel."""
 
     def make(key):
         x = wide_tokens(shapes.activations(key, tokens, m).astype(jnp.float32))
         return shapes.weight(key, n, m), x
 
-    def at_once(weight, x: QuantizedTokens, config=None):
-        codes, scale, zero_point = (
-            each.reshape(2 * tokens, *each.shape[2:]) for each in (x.codes, x.scale, x.zero_point)
-        )
-        options = {"out_dtype": jnp.bfloat16, "wide": True}
-        if 2 * tokens <= 16:
-            return gpu_few.matmul(codes, scale, zero_point, weight, **options)
-        sums = group_sums(codes)
-        return gpu_many.matmul(codes, sums, scale, zero_point, weight, config=config, **options)
+    def product(weight, x: QuantizedTokens, matmul):
+        parts = x.codes, x.sums, x.scale, x.zero_point
+        operands = (each.reshape(2 * tokens, *each.shape[2:]) for each in parts)
+        return matmul(*operands, weight, out_dtype=jnp.bfloat16)
 
     weight = jax.eval_shape(make, jax.random.key(0))[0]
-    kernels: dict[str, Any] = {"added up by XLA": lambda weight, x: ternary_matmul(x, weight)}
-    kernels["at once"] = at_once
+    kernels: dict[Any, Any] = {
+        "added up by XLA": in_two_parts(gpu.matmul),
+        "at once": functools.partial(gpu.wide_matmul, at_once=True),
+    }
     if 2 * tokens > 16:
-        for config in others(many_tile_config(2 * tokens, weight.rows), weight.column_tiles):
-            kernels[f"at once, {short(config)}"] = functools.partial(at_once, config=config)
-    compare(name, kernels, make, shapes.bytes_of(lambda key: make(key)[0]), BF16)
+        rule = tile_configs.many_tile_config(2 * tokens, weight.rows)
+        for config in others(rule, weight.column_tiles, rows=weight.rows):
+            kernels[config] = functools.partial(gpu_many.matmul, wide=True, config=config)
+    kernels = {what: functools.partial(product, matmul=matmul) for what, matmul in kernels.items()}
+    return compare(name, kernels, make, CLOSE["bf16"])
 
 
-def head(tokens: int, n: int, m: int, name: str) -> None:
-    """Compare the reference, the kernel in use and the one on tensor cores of an LM head of 4 bits."""
+def head(name: str, tokens: int, n: int, m: int) -> Found:
+    """Compare the kernel in use for an LM head of 4 bits with others."""
 
     def make(key):
         return shapes.head(key, n, m, 4), shapes.activations(key, tokens, m)
@@ -128,43 +141,82 @@ def head(tokens: int, n: int, m: int, name: str) -> None:
     def many(weight, x, config):
         return gpu_many_floats.product(x, weight, out_dtype=jnp.float32, config=config)
 
-    kernels: dict[str, Any] = {
-        "reference": lambda weight, x: reference.product(x, group_sums(x), weight),
-        "in use": lambda weight, x: integer_matmul(x, weight, out_dtype=jnp.float32),
-    }
-    rule = gpu_many_floats.tile_config(tokens)
-    for cluster, stages, slots in ((2, 3, 3), (1, 3, 3), (4, 3, 3), (2, 2, 2)):
-        config = dataclasses.replace(rule, cluster=cluster, stages=stages, x_slots=slots)
-        kernels[f"many: {short(config)}"] = functools.partial(many, config=config)
-    compare(name, kernels, make, shapes.bytes_of(lambda key: make(key)[0]), CLOSE)
+    kernels: dict[Any, Any] = {"in use": lambda weight, x: integer_matmul(x, weight, out_dtype=jnp.float32)}
+    for cluster in (2, 1):
+        config = dataclasses.replace(gpu_many_floats.tile_config(tokens), cluster=cluster)
+        kernels[config] = functools.partial(many, config=config)
+    return compare(name, kernels, make, CLOSE["floats"])
+
+
+def best(found: list[Found]) -> ManyTileConfig | None:
+    """Return the config with the least sum of times, if all have it."""
+    common = [
+        config
+        for config in found[0]
+        if isinstance(config, ManyTileConfig) and all(config in each for each in found)
+    ]
+    return min(common, key=lambda config: sum(each[config] for each in found), default=None)
+
+
+def step(shape: str, sequences: int, bits: int, cache_dtype, fastest, *, of_head: bool) -> None:
+    """Print the time of a decode step whose products take these tiles, by rows, and the head that was found faster."""
+    rule, before, wide_before = tile_configs.many_tile_config, gpu.product, gpu.wide_matmul
+    codes = sequences if bits < 16 else 2 * sequences
+
+    def chosen(tokens, rows):
+        return (tokens == codes and fastest.get(rows)) or rule(tokens, rows)
+
+    def product(x, sums, weight, *arguments, **options):
+        if weight.bits == 4 and not arguments and gpu_many_floats.obstacle(weight) is None:
+            return gpu_many_floats.product(x, weight, out_dtype=options["out_dtype"])
+        return before(x, sums, weight, *arguments, **options)
+
+    tile_configs.many_tile_config = chosen
+    gpu.wide_matmul = functools.partial(wide_before, at_once=True)
+    gpu.product = product if of_head else before
+    jax.clear_caches()
+    config = shapes.SHAPES[shape]
+    model = shapes.random_decoder(config, activation_bits=bits, embedding_bits=4)
+    taken = decode.step_seconds(model, sequences, decode.DecodeSettings(cache_dtype=cache_dtype))
+    del model
+    print(
+        f"{shape}, {sequences} sequences, A{bits}: {taken * 1e6:.0f} us a step,"
+        f" {sequences / taken:.0f} tokens/s, after {time.perf_counter() - START:.0f} s",
+        flush=True,
+    )
+    tile_configs.many_tile_config, gpu.product, gpu.wide_matmul = rule, before, wide_before
 
 
 def main() -> None:
-    """Compare what was asked for, or all."""
-    parser = argparse.ArgumentParser(
+    """Compare all, and time steps."""
+    argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", choices=("head", "matrices", "wide", "sizes", "few"), action="append")
-    asked = parser.parse_args().only or ["head", "matrices", "wide", "sizes", "few"]
+    ).parse_args()
     xla_flags.disable_triton_gemm()
     timing.copy_bandwidth()  # what is timed first takes longer
-    qwen, llama = shapes.SHAPES["qwen3-8b"], shapes.SHAPES["llama-2-7b"]
-    if "head" in asked:
-        for tokens in (64, 16):
-            head(tokens, qwen.vocab_size, qwen.hidden_size, f"Qwen3-8B, head, {tokens} tokens")
-    if "matrices" in asked:
-        for name, (n, m) in shapes.matrices(qwen).items():
-            integers(64, n, m, f"Qwen3-8B, {name}, 64 tokens")
-    if "wide" in asked:
-        for tokens in (16, 8):
-            for name, (n, m) in shapes.matrices(llama).items():
-                wide(tokens, n, m, f"LLaMA-2-7B, {name}, {tokens} tokens of 16 bits")
-    if "sizes" in asked:
-        for tokens in (32, 96, 128):
-            integers(tokens, 4096, 12288, f"Qwen3-8B, down, {tokens} tokens")
-    if "few" in asked:
-        for name, (n, m) in shapes.matrices(llama).items():
-            integers(16, n, m, f"LLaMA-2-7B, {name}, 16 tokens")
+    for shape, sequences, bits, cache_dtype in (("qwen3-8b", 64, 4, jnp.int8), ("llama-2-7b", 16, 16, None)):
+        config, faster = shapes.SHAPES[shape], False
+        sizes = shapes.matrices(config)
+        if bits < 16:
+            found = head(
+                f"{shape}, head, {sequences} tokens", sequences, config.vocab_size, config.hidden_size
+            )
+            rule = gpu_many_floats.tile_config(sequences)
+            faster = found.get(rule, 1) < found.get("in use", 1)
+        of_rows: dict[int, list[Found]] = {}
+        for name, (n, m) in sizes.items():
+            compared = integers if bits < 16 else wide
+            found = compared(f"{shape}, {name} {n}x{m}, {sequences} tokens", sequences, n, m)
+            of_rows.setdefault(n, []).append(found)
+        fastest = {n: best(found) for n, found in of_rows.items()}
+        if bits == 16:  # what the rule gives has another name
+            at_once = {n: sum(each.get("at once", 1) for each in found) for n, found in of_rows.items()}
+            fastest = {
+                n: config
+                for n, config in fastest.items()
+                if config and sum(each[config] for each in of_rows[n]) < at_once[n]
+            }
+        step(shape, sequences, bits, cache_dtype, fastest, of_head=faster)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Computes `x Ŵᵀ + b` with ternary weights that stay packed at two bits: the public entry of this op."""
 
-import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ from jaxtyping import Array, Float
 
 from twla_jax.ops.dispatch import Implementation, dispatch
 from twla_jax.ops.ternary_matmul import gpu, reference, tpu
+from twla_jax.ops.ternary_matmul.reference import in_two_parts
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import QuantizedTokens, group_sums
 
@@ -39,14 +39,9 @@ def ternary_matmul(
     Raises:
       TwlaError: the requested implementation cannot be used.
     """
-    if isinstance(x, QuantizedTokens) and x.wide:
-        # Both codes are multiplied like tokens of their own, and their outputs added up; each adds the bias.
-        codes = dataclasses.replace(x, wide=False)
-        y = ternary_matmul(codes, weight, out_dtype=jnp.float32, implementation=implementation)
-        y = (y.sum(0) - weight.bias[: weight.out_features]).astype(out_dtype)
-        return y if residual is None else residual + y
+    wide = isinstance(x, QuantizedTokens) and x.wide
     if isinstance(x, QuantizedTokens):
-        lead = x.codes.shape[:-1]
+        lead = x.codes.shape[1 if wide else 0 : -1]
         operands = (
             x.codes.reshape(-1, weight.in_features),
             x.sums.reshape(-1, 4 * weight.column_tiles),
@@ -60,10 +55,10 @@ def ternary_matmul(
     y = dispatch(
         "ternary_matmul",
         implementation,
-        functools.partial(reference.matmul, out_dtype=out_dtype),
+        functools.partial(in_two_parts(reference.matmul) if wide else reference.matmul, out_dtype=out_dtype),
         {
-            "gpu": functools.partial(gpu.matmul, out_dtype=out_dtype),
-            "tpu": functools.partial(tpu.matmul, out_dtype=out_dtype),
+            "gpu": functools.partial(gpu.wide_matmul if wide else gpu.matmul, out_dtype=out_dtype),
+            "tpu": functools.partial(in_two_parts(tpu.matmul) if wide else tpu.matmul, out_dtype=out_dtype),
         },
         dict.fromkeys(("gpu", "tpu"), _obstacle(operands[0].dtype)),
         *operands,

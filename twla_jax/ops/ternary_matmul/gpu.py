@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from twla_jax.core.packing import PLANE
 from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul import gpu_few, gpu_many, gpu_mma, tile_configs
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack, unpacked_order
+from twla_jax.ops.ternary_matmul.reference import in_two_parts
 from twla_jax.ops.ternary_matmul.weight import (
     KernelWeight,
     PackedWeight,
@@ -29,6 +30,7 @@ from twla_jax.ops.ternary_matmul.weight import (
 )
 from twla_jax.ops.tokens import group_sums, pad_columns
 
+_AT_ONCE = False  # whether kernels add up both parts of wide tokens: no GPU has run that
 _COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
 
 
@@ -52,6 +54,27 @@ def matmul(
     else:  # Floats have no scale and no zero point.
         y = product(x, sums, weight, (weight.steps, weight.bias), out_dtype=out_dtype)
     return weight.finished(y, residual)
+
+
+def wide_matmul(
+    x: Int8[Array, "2t m"],
+    sums: Int32[Array, "2t groups"],
+    scale: Float32[Array, " 2t"],
+    zero_point: Float32[Array, " 2t"],
+    weight: KernelWeight,
+    residual: Float[Array, "t n"] | None = None,
+    *,
+    out_dtype,
+    at_once: bool = _AT_ONCE,
+) -> Float[Array, "t n"]:
+    """Return what `reference.in_two_parts(reference.matmul)` computes, for tokens of 16 bits in two int8 codes."""
+    options = {"out_dtype": out_dtype, "wide": True}
+    if at_once and gpu_few.obstacle(len(x), weight) is None:
+        return gpu_few.matmul(x, scale, zero_point, weight, residual, **options)
+    if at_once and tile_configs.FEW_TOKENS < len(x) <= gpu_many.MOST_WIDE:
+        return gpu_many.matmul(x, sums, scale, zero_point, weight, residual, **options)
+    operands = x, sums, scale, zero_point, weight, residual
+    return in_two_parts(matmul)(*operands, out_dtype=out_dtype)
 
 
 def product(

@@ -34,6 +34,7 @@ from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyRings, ManyWo
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
 
+MOST_WIDE = 128  # codes of wide tokens that a block has
 # By warpgroups that multiply, the registers of a thread that loads, and of one that multiplies.
 _REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
 

@@ -1,5 +1,7 @@
 """Computes the ternary matmul in plain XLA: it runs everywhere, and kernels are tested against it."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Num
@@ -32,6 +34,18 @@ def matmul(
     y = product(x, sums, weight) * weight.steps
     y = scale[:, None] * (y - zero_point[:, None] * weight.row_sums) + weight.bias
     return weight.finished(y.astype(out_dtype), residual)
+
+
+def in_two_parts(matmul: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return the product of wide tokens, whose finer codes come after the others: the sum of both parts' outputs."""
+
+    def run(x, sums, scale, zero_point, weight: KernelWeight, residual=None, *, out_dtype) -> jax.Array:
+        # Each part adds the bias.
+        y = matmul(x, sums, scale, zero_point, weight, out_dtype=jnp.float32)
+        y = y.reshape(2, -1, weight.out_features).sum(0) - weight.bias[: weight.out_features]
+        return weight.finished(y.astype(out_dtype), residual)
+
+    return run
 
 
 def product(
