@@ -2,8 +2,10 @@
 
 import pytest
 
+from twla_jax.serving.reading import prompts_together
 from twla_jax.serving.requests import Generation, Ticket
 from twla_jax.serving.schedule import Schedule
+from twla_jax.serving.settings import EngineSettings
 
 
 def tickets(*lengths):
@@ -36,3 +38,13 @@ def test_a_call_for_many_is_not_made_for_one():
     assert len(schedule.read_next()) == 1
     schedule.waiting.extend(tickets(1, 2))
     assert [len(schedule.read_next()) for _ in range(2)] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("slots", "expected"), [(16, {64: (16,), 512: (2,)}), (64, {64: (16, 64), 512: (2,)}), (1, {})]
+)
+def test_only_the_shortest_prompts_have_a_larger_call_and_only_where_slots_are_many(
+    tiny_model, slots, expected
+):
+    settings = EngineSettings(together=1024, slots=slots)
+    assert prompts_together(settings, (64, 512), tiny_model) == expected

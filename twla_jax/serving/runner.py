@@ -23,13 +23,12 @@ from twla_jax.ops.attention.kv_cache import KVCache
 from twla_jax.serving import slots as device
 from twla_jax.serving.placement import mesh_of, shardings
 from twla_jax.serving.programs import compile_together, jitted
+from twla_jax.serving.reading import prompts_together
 from twla_jax.serving.requests import Generation
 from twla_jax.serving.rows import Made, Rows, row, together
 from twla_jax.serving.settings import EngineSettings
 
 CALL_SECONDS = 0.04  # of a decode call, for which a request that arrives has to wait
-_TOGETHER = 1024  # tokens of prompts that are read in one call
-_MANY = 4  # times as many tokens of the shortest prompts, where there are slots for them
 _TIMED, _TRIES = 9, 3  # steps by which the time of one is measured; and how often
 
 
@@ -58,7 +57,7 @@ class Runner:
         chunk = next((n for n in settings.chunks if n >= settings.max_length), settings.chunks[-1])
         self.chunks = tuple(n for n in settings.chunks if n <= chunk)
         size = -(-settings.max_length // chunk) * chunk
-        self.together = _together(settings, self.chunks, model)
+        self.together = prompts_together(settings, self.chunks, model)
         self.fixed: dict[int, int] = {}
         self.blocks = jax.default_backend() == "gpu" if settings.ahead is None else settings.ahead
         self._config, self._settings = model.config, settings
@@ -235,26 +234,6 @@ class Runner:
 def _nothing(width: int) -> Generation:
     """Return a request whose prompt takes so many places."""
     return Generation(prompt=(0,) * width, max_new_tokens=1, sampling=Sampling())
-
-
-def _together(settings: EngineSettings, chunks: Sequence[int], model: Decoder) -> dict[int, tuple[int, ...]]:
-    """Return how many prompts of each width a call may read beside one alone, ascending, where it may read several.
-
-    The host takes as long to hand over a call for many prompts as for a few. So where there are slots for many, the
-    shortest ones have a larger call, too.
-    """
-    tokens = settings.together
-    if tokens is None:
-        tokens = 0 if jax.default_backend() == "cpu" else _TOGETHER
-    scaling = model.config.rope_scaling
-    if settings.one_shape or (scaling is not None and scaling.kind == "longrope"):  # by each one's length
-        tokens = 0
-    times = {width: (1, _MANY) if width == chunks[0] else (1,) for width in chunks}
-    counts = {
-        width: {min(n * tokens // width, settings.slots) for n in each} - {0, 1}
-        for width, each in times.items()
-    }
-    return {width: tuple(sorted(each)) for width, each in counts.items() if each}
 
 
 @contextlib.contextmanager
