@@ -107,8 +107,8 @@ def integers(name: str, tokens: int, n: int, m: int) -> Found:
     return compare(name, kernels, make, CLOSE["integers"])
 
 
-def wide(name: str, tokens: int, n: int, m: int) -> Found:
-    """Compare products of tokens of 16 bits: added up by XLA, and by the kernel."""
+def wide(name: str, tokens: int, n: int, m: int, *, tiles: bool = True) -> Found:
+    """Compare products of tokens of 16 bits: added up by XLA, and by the kernel, with other tiles too if asked."""
 
     def make(key):
         x = wide_tokens(shapes.activations(key, tokens, m).astype(jnp.float32))
@@ -124,7 +124,7 @@ def wide(name: str, tokens: int, n: int, m: int) -> Found:
         "added up by XLA": in_two_parts(gpu.matmul),
         "at once": functools.partial(gpu.wide_matmul, at_once=True),
     }
-    if 2 * tokens > 16:
+    if tiles and 2 * tokens > 16:
         rule = tile_configs.many_tile_config(2 * tokens, weight.rows)
         for config in others(rule, weight.column_tiles, rows=weight.rows):
             kernels[config] = functools.partial(gpu_many.matmul, wide=True, config=config)
@@ -194,29 +194,25 @@ def main() -> None:
     ).parse_args()
     xla_flags.disable_triton_gemm()
     timing.copy_bandwidth()  # what is timed first takes longer
-    for shape, sequences, bits, cache_dtype in (("qwen3-8b", 64, 4, jnp.int8), ("llama-2-7b", 16, 16, None)):
-        config, faster = shapes.SHAPES[shape], False
-        sizes = shapes.matrices(config)
-        if bits < 16:
-            found = head(
-                f"{shape}, head, {sequences} tokens", sequences, config.vocab_size, config.hidden_size
-            )
-            rule = gpu_many_floats.tile_config(sequences)
-            faster = found.get(rule, 1) < found.get("in use", 1)
-        of_rows: dict[int, list[Found]] = {}
-        for name, (n, m) in sizes.items():
-            compared = integers if bits < 16 else wide
-            found = compared(f"{shape}, {name} {n}x{m}, {sequences} tokens", sequences, n, m)
-            of_rows.setdefault(n, []).append(found)
-        fastest = {n: best(found) for n, found in of_rows.items()}
-        if bits == 16:  # what the rule gives has another name
-            at_once = {n: sum(each.get("at once", 1) for each in found) for n, found in of_rows.items()}
-            fastest = {
-                n: config
-                for n, config in fastest.items()
-                if config and sum(each[config] for each in of_rows[n]) < at_once[n]
-            }
-        step(shape, sequences, bits, cache_dtype, fastest, of_head=faster)
+    shape, tokens = "qwen3-8b", 64
+    config = shapes.SHAPES[shape]
+    found = head(f"{shape}, head, {tokens} tokens", tokens, config.vocab_size, config.hidden_size)
+    faster = found.get(gpu_many_floats.tile_config(tokens), 1) < found.get("in use", 1)
+    of_rows: dict[int, list[Found]] = {}
+    for name, (n, m) in shapes.matrices(config).items():
+        found = integers(f"{shape}, {name} {n}x{m}, {tokens} tokens", tokens, n, m)
+        of_rows.setdefault(n, []).append(found)
+    fastest = {n: best(found) for n, found in of_rows.items()}
+    step(shape, tokens, 4, jnp.int8, fastest, of_head=faster)
+    shape, tokens = "llama-2-7b", 16
+    sizes = shapes.matrices(shapes.SHAPES[shape])
+    wide(f"{shape}, down, {tokens} tokens of 16 bits", tokens, *sizes["down"], tiles=False)
+    step(shape, tokens, 16, None, {}, of_head=faster)
+    for name, (n, m) in sizes.items():
+        wide(f"{shape}, {name} {n}x{m}, {tokens} tokens of 16 bits", tokens, n, m)
+    wide(f"{shape}, down, 8 tokens of 16 bits", 8, *sizes["down"])
+    config = shapes.SHAPES["qwen3-8b"]
+    head(f"qwen3-8b, head, {tokens} tokens", tokens, config.vocab_size, config.hidden_size)
 
 
 if __name__ == "__main__":
