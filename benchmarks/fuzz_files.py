@@ -10,24 +10,43 @@ from typing import Any
 _MAPPED = (".safetensors", ".gguf", ".gz", ".zst")
 _held: dict[str, bytes] = {}
 _written: dict[str, bytes] = {}
-_known: dict[tuple[str, str], "MemoryPath"] = {}
+_known: dict[str, "MemoryPath"] = {}
+_MOST = 1000  # paths that are kept
+_CONVERTED = ("encoding", "errors", "newline")
 
 
 class MemoryPath(PosixPath):
-    """A path whose file may be held in memory; all else is as on the disk."""
+    """A path whose file may be held in memory; all else is as on the disk.
+
+    The same text gives the same object, so that it is parsed once.
+    """
+
+    def __new__(cls, *parts: Any) -> "MemoryPath":
+        """Return the path itself of a path alone, as nothing can change it."""
+        if len(parts) == 1:
+            if type(parts[0]) is cls:
+                return parts[0]
+            if (path := _known.get(parts[0] if type(parts[0]) is str else "")) is not None:
+                return path
+        path = super().__new__(cls)
+        if len(parts) == 1 and type(parts[0]) is str and len(_known) < _MOST:
+            _known[parts[0]] = path
+        return path
+
+    def __init__(self, *parts: Any) -> None:
+        """Take the parts, once."""
+        if not hasattr(self, "_raw_paths"):
+            super().__init__(*parts)
 
     def __truediv__(self, name: Any) -> "MemoryPath":
-        """Return the same object for the same name, parsed once."""
-        key = str(self), str(name)
-        if (path := _known.get(key)) is None:
-            path = super().__truediv__(name)
-            if len(_known) < 1000:
-                _known[key] = path
-        return path
+        """Return the path of what has this name in the folder."""
+        if type(name) is str and name[:1] not in ("", "/"):
+            return MemoryPath(f"{self}/{name}")
+        return super().__truediv__(name)
 
     def __rtruediv__(self, folder: Any) -> "MemoryPath":
         """Return this path below another one, also where that is an ordinary path."""
-        return MemoryPath(folder, self)
+        return self if self.is_absolute() else MemoryPath(folder, self)
 
     def open(self, mode: str = "r", *args: Any, **options: Any) -> Any:
         """Open the file, of those in memory for reading."""
@@ -35,8 +54,13 @@ class MemoryPath(PosixPath):
             return super().open(mode, *args, **options)
         if "b" in mode:
             return io.BytesIO(data)
-        text = {name: options[name] for name in ("encoding", "errors", "newline") if name in options}
-        return io.TextIOWrapper(io.BytesIO(data), **text)
+        return io.TextIOWrapper(
+            io.BytesIO(data), **{name: options[name] for name in _CONVERTED if name in options}
+        )
+
+    def read_bytes(self) -> bytes:
+        """Return what the file holds."""
+        return super().read_bytes() if (data := _held.get(str(self))) is None else data
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Return what the system says of a regular file of this size."""
@@ -60,7 +84,9 @@ def put(folder: Path, files: dict[str, bytes], *, on_disk: bool = False) -> Memo
     wanted = {f"{folder}/{name}": content for name, content in files.items()}
     apart = {name for name in wanted if on_disk or name.endswith(_MAPPED)}
     _held.clear()
-    _held.update({name: wanted[name] for name in wanted.keys() - apart})
+    _held.update(wanted)
+    for name in apart:
+        del _held[name]
     for name in _written.keys() - apart:
         os.unlink(name)
         del _written[name]
@@ -69,4 +95,4 @@ def put(folder: Path, files: dict[str, bytes], *, on_disk: bool = False) -> Memo
             with open(name, "wb", buffering=0) as file:
                 file.write(wanted[name])
             _written[name] = wanted[name]
-    return MemoryPath(folder)
+    return MemoryPath(str(folder))

@@ -3,7 +3,7 @@
 import json
 import random
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ODD = (
@@ -62,9 +62,10 @@ def mutator(
     """
 
     pool = [place for each in known for place in places(each)]
+    chance = random.Random()
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
-        chance = random.Random(seed)
+        chance.seed(seed)
         before, head, tail = data[:skipped], data[skipped:], b""
         if len(before) == 8:
             (size,) = struct.unpack("<Q", before)
@@ -86,19 +87,22 @@ def mutator(
     return mutate
 
 
-def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield every value inside JSON with the keys that lead to it."""
-    yield way, value
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, each in inside:
-        yield from places(each, (*way, key))
+def places(value: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Return every value inside JSON with the keys that lead to it."""
+    found: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    for way, each in found:  # which grows meanwhile
+        if isinstance(each, dict):
+            found += [((*way, key), inside) for key, inside in each.items()]
+        elif isinstance(each, list):
+            found += [((*way, key), inside) for key, inside in enumerate(each)]
+    return found
 
 
 def changed(value: Any, pool: list[tuple[tuple[Any, ...], Any]], chance: random.Random) -> Any:
     """Return JSON with one value changed, added or removed; half the time where another of `pool` lies."""
     way, other = chance.choice(pool)
     if chance.random() < 0.5:
-        way, _ = chance.choice(list(places(value)))
+        way, _ = chance.choice(places(value))
     new = chance.choice((other, chance.choice(ODD), chance.choice(pool)[1]))
     return _put(value, way, new, chance)
 
