@@ -163,7 +163,7 @@ def manifest(data: bytes) -> None:
         except (ValueError, RecursionError):
             return
         sealed = hashlib.sha256(body.encode()).hexdigest()  # as the library does it, but written once
-        (folder / MANIFEST).write_text(f'{body[:-1]}, "checksum": "{sealed}"}}')
+        (checkpoint.Path(str(folder)) / MANIFEST).write_text(f'{body[:-1]}, "checksum": "{sealed}"}}')
         checkpoint.load(folder)
 
 
@@ -313,10 +313,10 @@ def _repeat_nothing() -> None:
     from flax import nnx
 
     from twla_jax import json_files, recipe
-    from twla_jax.storage import folders, parameters
+    from twla_jax.storage import checkpoint, folders, manifest, parameters
     from twla_jax.text import corpora
 
-    corpora.Path = fuzz_files.MemoryPath
+    corpora.Path = checkpoint.Path = manifest.Path = fuzz_files.MemoryPath
 
     trace, restore, fingerprint = nnx.eval_shape, parameters.restore, folders.fingerprint
     read = json_files.read_json
@@ -342,6 +342,8 @@ def _repeat_nothing() -> None:
     nnx.eval_shape, parameters.restore = eval_shape, restore_once
     folders.fingerprint = functools.cache(fingerprint)
     recipe.recipe_names = functools.cache(recipe.recipe_names)
+    if _quantized_folder.cache_info().currsize:
+        fuzz_files.hold(_quantized_folder())
     json_files.read_json = lambda path: (read_once if path.name == ".zarray" else read)(path)
 
 

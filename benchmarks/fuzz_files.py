@@ -62,6 +62,13 @@ class MemoryPath(PosixPath):
         """Return what the file holds."""
         return super().read_bytes() if (data := _held.get(str(self))) is None else data
 
+    def write_text(self, data: str, *args: Any, **options: Any) -> int:
+        """Replace what the file holds."""
+        if str(self) not in _held:
+            return super().write_text(data, *args, **options)
+        _held[str(self)] = data.encode()
+        return len(data)
+
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Return what the system says of a regular file of this size."""
         if (data := _held.get(str(self))) is None:
@@ -96,3 +103,8 @@ def put(folder: Path, files: dict[str, bytes], *, on_disk: bool = False) -> Memo
                 file.write(wanted[name])
             _written[name] = wanted[name]
     return MemoryPath(str(folder))
+
+
+def hold(folder: Path) -> None:
+    """Take what is in a folder into memory, from where it is read from then on."""
+    _held.update({str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()})

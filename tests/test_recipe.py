@@ -77,6 +77,7 @@ def test_an_unknown_name_lists_what_exists():
         ("[refine.end_to_end]\nsteps = 0", r"refine.end_to_end.steps = 0: must be 1 or more"),
         ("[calibration]\nseed = -1", r"calibration.seed = -1: must be between 0 and"),
         ("extends = 'w2'", r"mine.toml: recipe 'w2' is neither a file nor one of"),
+        (f"extends = '{'w' * 300}'", r"mine.toml: recipe 'w+' is neither a file nor one of"),
         ("extends = 3", r"extends = 3: must be the name of a recipe"),
         ("extends = 'mine.toml'", r"mine.toml: extends itself"),
         ("weights = 3", r"weights: must be a table"),

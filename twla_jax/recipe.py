@@ -160,7 +160,7 @@ def _load(name_or_path: str | Path, folder: Path, extended_by: tuple[Path, ...])
     path = folder / name_or_path
     if str(name_or_path) in recipe_names():
         path = configs_folder() / f"{name_or_path}.toml"
-    elif not path.is_file():
+    elif not _is_file(path):
         known = ", ".join(recipe_names())
         before = f"{extended_by[-1]}: " if extended_by else ""
         raise TwlaError(f"{before}recipe '{name_or_path}' is neither a file nor one of: {known}")
@@ -176,6 +176,13 @@ def _load(name_or_path: str | Path, folder: Path, extended_by: tuple[Path, ...])
         return base.updated({"name": path.stem, **values})
     except TwlaError as error:
         raise TwlaError(f"{path}: {error}") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

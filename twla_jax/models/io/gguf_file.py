@@ -6,6 +6,7 @@ at which a file was cut short. A model split over several files is read as one.
 
 import dataclasses
 import enum
+import math
 import mmap
 import re
 import struct
@@ -30,18 +31,20 @@ _CHECKS = {
     "split.tensors.count": integer(0, 2**32 - 1),
 }
 _PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_SCALARS = {  # value type → struct format; strings and arrays are the two that are missing
-    gguf.GGUFValueType.UINT8: "<B",
-    gguf.GGUFValueType.INT8: "<b",
-    gguf.GGUFValueType.UINT16: "<H",
-    gguf.GGUFValueType.INT16: "<h",
-    gguf.GGUFValueType.UINT32: "<I",
-    gguf.GGUFValueType.INT32: "<i",
-    gguf.GGUFValueType.FLOAT32: "<f",
-    gguf.GGUFValueType.BOOL: "<?",
-    gguf.GGUFValueType.UINT64: "<Q",
-    gguf.GGUFValueType.INT64: "<q",
-    gguf.GGUFValueType.FLOAT64: "<d",
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_STRING, _ARRAY = int(gguf.GGUFValueType.STRING), int(gguf.GGUFValueType.ARRAY)
+_SCALARS = {  # layout by value type; strings and arrays are the two that are missing
+    gguf.GGUFValueType.UINT8: struct.Struct("<B"),
+    gguf.GGUFValueType.INT8: struct.Struct("<b"),
+    gguf.GGUFValueType.UINT16: struct.Struct("<H"),
+    gguf.GGUFValueType.INT16: struct.Struct("<h"),
+    gguf.GGUFValueType.UINT32: struct.Struct("<I"),
+    gguf.GGUFValueType.INT32: struct.Struct("<i"),
+    gguf.GGUFValueType.FLOAT32: struct.Struct("<f"),
+    gguf.GGUFValueType.BOOL: struct.Struct("<?"),
+    gguf.GGUFValueType.UINT64: struct.Struct("<Q"),
+    gguf.GGUFValueType.INT64: struct.Struct("<q"),
+    gguf.GGUFValueType.FLOAT64: struct.Struct("<d"),
 }
 
 
@@ -174,26 +177,26 @@ def _let_go(mapped: mmap.mmap, tensor: StoredTensor) -> None:
 
 def _read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     cursor = _Cursor(data, 4)
-    version = cursor.scalar("<I")
+    version = cursor.scalar(_U32)
     if version not in _VERSIONS:
         raise ValueError(f"version {version}, supported are {_VERSIONS}")
-    tensor_count, value_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+    tensor_count, value_count = cursor.scalar(_U64), cursor.scalar(_U64)
     metadata: dict[str, Any] = {}
     for _ in range(value_count):
         key = cursor.string()
         if key in metadata:
             raise ValueError(f"metadata {key!r} is there twice")
-        metadata[key] = cursor.value(cursor.scalar("<I"))
+        metadata[key] = cursor.value(cursor.scalar(_U32))
     check_values(metadata, _CHECKS, str(path))
     table: dict[str, tuple] = {}
     for _ in range(tensor_count):
-        name, axes = cursor.string(), cursor.scalar("<I")
+        name, axes = cursor.string(), cursor.scalar(_U32)
         if name in table:
             raise ValueError(f"tensor {name!r} is there twice")
         if axes > _MOST_AXES:
             raise ValueError(f"tensor {name!r} has {axes} axes")
-        shape = tuple(cursor.scalar("<Q") for _ in range(axes))[::-1]
-        table[name] = shape, _kind(cursor.scalar("<I")), cursor.scalar("<Q")
+        shape = tuple(cursor.scalar(_U64) for _ in range(axes))[::-1]
+        table[name] = shape, _kind(cursor.scalar(_U32)), cursor.scalar(_U64)
     alignment = metadata.get(_ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
     data_start = -(-cursor.at // alignment) * alignment
     return metadata, {
@@ -211,31 +214,34 @@ class _Cursor:
         self._data = data
         self.at = at
 
-    def scalar(self, layout: str) -> Any:
-        (value,) = struct.unpack_from(layout, self._data, self.at)
-        self.at += struct.calcsize(layout)
+    def scalar(self, layout: struct.Struct) -> Any:
+        (value,) = layout.unpack_from(self._data, self.at)
+        self.at += layout.size
         return value
 
     def string(self) -> str:
-        length = self.scalar("<Q")
-        if self.at + length > len(self._data):
+        (length,) = _U64.unpack_from(self._data, self.at)
+        start = self.at + _U64.size
+        if start + length > len(self._data):
             raise EOFError
-        self.at += length
-        return self._data[self.at - length : self.at].decode("utf-8", errors="replace")
+        self.at = start + length
+        return self._data[start : self.at].decode("utf-8", errors="replace")
 
     def value(self, kind: int, nested: int = 0) -> Any:
-        if kind == gguf.GGUFValueType.STRING:
+        if kind == _STRING:
             return self.string()
-        if kind != gguf.GGUFValueType.ARRAY:
+        if kind != _ARRAY:
             return self.scalar(_SCALARS[gguf.GGUFValueType(kind)])
         if nested == _MOST_NESTED:
             raise ValueError("arrays are nested too deeply")
-        item_kind, length = self.scalar("<I"), self.scalar("<Q")
-        if item_kind == gguf.GGUFValueType.STRING or item_kind == gguf.GGUFValueType.ARRAY:
+        item_kind, length = self.scalar(_U32), self.scalar(_U64)
+        if item_kind == _STRING:
+            return [self.string() for _ in range(length)]
+        if item_kind == _ARRAY:
             return [self.value(item_kind, nested + 1) for _ in range(length)]
-        layout = f"<{length}{_SCALARS[gguf.GGUFValueType(item_kind)][1]}"
-        values = struct.unpack_from(layout, self._data, self.at)
-        self.at += struct.calcsize(layout)
+        layout = struct.Struct(f"<{length}{_SCALARS[gguf.GGUFValueType(item_kind)].format[1]}")
+        values = layout.unpack_from(self._data, self.at)
+        self.at += layout.size
         return list(values)
 
 
@@ -258,4 +264,4 @@ def _byte_size(shape: tuple[int, ...], kind: Any) -> int:
     values, size = _BLOCKS.get(kind) or gguf.GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % values:
         raise ValueError(f"a tensor of shape {list(shape)} cannot be {kind.name}")
-    return int(np.prod(shape, dtype=object)) // values * size
+    return math.prod(shape) // values * size
