@@ -2,11 +2,12 @@
 
     python benchmarks/kill.py COMMAND --model MODEL --text FILE --times 24
 
-COMMAND is quantize, refine (a quantisation that refines), allocate, compare, report, generate, chat, serve, export-hf
-or export-gguf. Half of the attacks come just before a change of the file system, drawn from all that a run makes: a
-signal, or a disk that is full from there on. The others are signals at random moments. After each attack every file
-and folder must be the old one or the new one; then the command runs again, and must leave the same bytes as a run that
-nothing disturbed (but for seconds and memory in reports) and no other file. It ends with a table, and fails otherwise.
+COMMAND is quantize, refine (a quantisation that refines), mesh (one on two devices), allocate, compare, report,
+generate, chat, serve, export-hf or export-gguf. Half of the attacks come just before a change of the file system, drawn
+from all that a run makes: a signal, or a disk that is full from there on. The others are signals at random moments.
+After each attack every file and folder must be the old one or the new one; then the command runs again, and must leave
+the same bytes as a run that nothing disturbed (but for seconds and memory in reports) and no other file. It ends with a
+table, and fails otherwise.
 """
 
 import argparse

@@ -60,6 +60,7 @@ finally:
     count()
 """
 FULL = "full disk"
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 RECIPE = """
 rotation.steps = 2
 activations.clip_tokens = 64
@@ -119,6 +120,8 @@ def run(case: Case, last: int = -1, how: str = "none", after: float | None = Non
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # which would go before
     if how != FULL:  # a damaged program would be an error
         environment["JAX_RAISE_PERSISTENT_CACHE_ERRORS"] = "true"
+    if "--mesh" in case.command:
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {TWO_DEVICES}"
     arguments = [str(case.to), str(last), how, *case.command]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     timers, answers, lines = [], [], []
@@ -196,6 +199,7 @@ def make_case(
     commands = {
         "quantize": (*quantize, "--recipe", work / "plain.toml"),
         "refine": (*quantize, "--recipe", work / "refined.toml"),
+        "mesh": (*quantize, "--recipe", work / "plain.toml", "--mesh", "data=2"),
         "allocate": ("allocate", to / "out", "--budget", 5, *short, "--plot", to / "plot.png"),
         "compare": (
             *("compare", work / "model", "--recipes", f"{work / 'plain.toml'},{work / 'integers.toml'}"),
@@ -219,7 +223,7 @@ def make_case(
         ended = run(dataclasses.replace(case, command=tuple(map(str, first)), keeps_programs=False))
         assert ended.status == 0, ended.errors
         shutil.copytree(to / "out", work / "out")
-    if name in ("quantize", "refine", "allocate"):
+    if name in ("quantize", "refine", "mesh", "allocate"):
         shutil.copytree(work / "out", before / "out")
     for file in {"allocate": ["plot.png"], "compare": ["plot.png"], "report": ["page.html"]}.get(name, ()):
         (before / file).write_text("of an earlier run")
