@@ -190,6 +190,7 @@ def main() -> None:
         "--quantized", type=Path, help="keeps the quantised model for other runs of this script"
     )
     parser.add_argument("--times", type=int, default=12, help="attacks at changes, and as many at moments")
+    parser.add_argument("--moments", type=int, help="attacks at moments, where they are more or fewer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no attack begins later")
     parser.add_argument(
@@ -214,7 +215,8 @@ def main() -> None:
             else None
         )
         limits = {"seed": options.seed, "seconds": options.seconds}
-        counts, wrong = attacks(case, options.times, options.times, full=full, **limits)
+        moments = options.times if options.moments is None else options.moments
+        counts, wrong = attacks(case, options.times, moments, full=full, **limits)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     columns = ("old", "some of both", "new", "ended before", "mixed")
