@@ -21,6 +21,7 @@ from twla_jax.core.settings import WeightSettings
 _DEFAULT = WeightSettings()
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 128  # columns swept between two updates of the rest
+_STRIP = 4  # of these between two updates of the block: a GPU takes as long to begin a step as to run it
 
 
 def accumulate_moment(moment: Float[Array, "m m"], x: Float[Array, "*tokens m"]) -> Float[Array, "m m"]:
@@ -186,19 +187,30 @@ def sweep_codes(
     """
     size = w.shape[1]
     block = math.gcd(size, _BLOCK)
+    strip = math.gcd(block, _STRIP)
 
-    def column(j, state):
+    def sweep_strip(s, state):
         w_block, codes, errors, u = state
-        current = w_block[j]
-        code = levels.nearest(current, *scales)
-        error = (current - levels.values(code, *scales)) / u[j, j]
-        later = jnp.arange(block) > j
-        return (
-            w_block - jnp.where(later, u[j], 0)[:, None] * error,
-            codes.at[j].set(code),
-            errors.at[j].set(error),
-            u,
+        start = s * strip
+        rows = jax.lax.dynamic_slice_in_dim(u, start, strip)
+        inside = jax.lax.dynamic_slice_in_dim(rows, start, strip, axis=1)
+        mine = jax.lax.dynamic_slice_in_dim(w_block, start, strip)
+        found, missed = [], []
+        for j in range(strip):
+            current = mine[j]
+            for i, error in enumerate(missed):
+                current = current - inside[i, j] * error
+            found.append(levels.nearest(current, *scales))
+            error = (current - levels.values(found[j], *scales)) / inside[j, j]
+            missed.append(jax.lax.optimization_barrier(error))  # else XLA computes it again in each use
+        later = jnp.arange(block) >= start + strip
+        for i, error in enumerate(missed):
+            w_block = w_block - jnp.where(later, rows[i], 0)[:, None] * error
+        codes, errors = (
+            jax.lax.dynamic_update_slice_in_dim(all_, jnp.stack(new), start, 0)
+            for all_, new in ((codes, found), (errors, missed))
         )
+        return w_block, codes, errors, u
 
     def sweep_block(b, state):
         w, codes = state  # columns first: a column is then a contiguous slice
@@ -207,7 +219,8 @@ def sweep_codes(
         u = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
         w_block = jax.lax.dynamic_slice_in_dim(w, start, block)
         empty = jnp.zeros_like(w_block)
-        _, new, errors, _ = jax.lax.fori_loop(0, block, column, (w_block, empty, empty, u))
+        steps = block // strip
+        _, new, errors, _ = jax.lax.fori_loop(0, steps, sweep_strip, (w_block, empty, empty, u))
         if size > block:
             later = jnp.arange(size) >= start + block
             w = w - jnp.matmul(jnp.where(later, rows, 0).T, errors, precision=_HIGHEST)
