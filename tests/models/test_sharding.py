@@ -25,6 +25,7 @@ from twla_jax.models.decoder import Decoder
 from twla_jax.models.layers import shallow_copy
 from twla_jax.models.sites import set_activation_bits
 from twla_jax.quantization import block, pipeline, rotation_fitting
+from twla_jax.quantization.site import over_all, rotated_rows
 from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint
 
@@ -151,6 +152,17 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
     on_mesh, _ = pipeline.quantize_blocks(model, WINDOWS, RECIPE.quantization, mesh=mesh, progress=False)
     assert next(rest, None) is None
     jax.tree.map(np.testing.assert_array_equal, on_mesh, result)
+
+
+def test_devices_with_the_same_weights_share_the_sweep_of_their_rows(mesh):
+    rng, everywhere = np.random.default_rng(0), jax.sharding.NamedSharding(mesh, P())
+    kernels = [rng.normal(size=(16, n)).astype(np.float32) for n in (24, 8)]
+    placed = tuple(jax.device_put(kernel, everywhere) for kernel in kernels)
+    rows, _ = rotated_rows(placed, None, jnp.ones((4, 16)), over=over_all(placed))
+    assert rows.sharding.shard_shape(rows.shape) == (32 // mesh.size, 16)
+    np.testing.assert_array_equal(rows, np.concatenate([kernel.T for kernel in kernels]))
+    assert over_all(placed[:1]) is not None
+    assert over_all((placed[0][:, :3],)) is None  # which eight devices do not divide
 
 
 def test_rotations_are_fitted_on_the_mesh_as_on_one_device(model, mesh):

@@ -12,7 +12,7 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.folded_rotation import folded_config
 from twla_jax.quantization import memory
-from twla_jax.quantization.stream import BATCH_TOKENS, DEVICE_SHARE
+from twla_jax.quantization.stream import DEVICE_SHARE
 from twla_jax.quantization.work import Speed, block_work, model_seconds
 from twla_jax.recipe import Recipe
 from twla_jax.reports.run import peak_memory
@@ -89,8 +89,7 @@ def device_bytes(model: Decoder, recipe: Recipe, room: int | None, devices: int 
     settings, text = recipe.quantization, recipe.calibration
     on_host = _streams_on_host(model, recipe, None if room is None else devices * room)
     block = memory.block_bytes(model, _STORED)
-    windows = min(text.windows, max(1, BATCH_TOKENS // text.seq_len))
-    batch = memory.batch_bytes(model, text.seq_len, -(-windows // devices))
+    batch = memory.batch_bytes(model, text.seq_len, -(-text.windows // devices))
 
     def at(streams: int, moments: int, work: int) -> dict[str, int]:
         on_device = 0 if on_host else streams // devices

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from twla_jax import hosts
 from twla_jax.core import quantizers
 from twla_jax.core.activation import OFF, ActivationQuantizer
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import QuantizationSettings
+from twla_jax.models import sharding
 from twla_jax.models.blocks import ChainBlock, Context, Site, State
 from twla_jax.models.layers import Linear, replace
 from twla_jax.quantization.advance import advance, advance_reference, finish_block, kept_before, leaves
@@ -87,6 +89,8 @@ def quantize_block(
         kernels = {f"{name}.kernel": tensor for name, tensor in zip(site.linears, tensors, strict=True)}
         inputs = input_changes(site, rotations.get(site.name), clips, settings.activations.bits)
         block = replace(block, kernels | inputs)
+        if stream.mesh is not None:  # as the forward pass has them, whose windows are over `data`
+            block = hosts.put(block, sharding.shardings(block, stream.mesh))
         result |= {f"{site.name}.clips": clips}
         result |= {f"{site.name}.{key}": value for key, value in figures.items()}
     finish_block(block, stream, context)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
 from twla_jax.core import gptq, grouped, kotms
@@ -47,7 +48,8 @@ def quantize_site(
     Returns:
       The packed tensor of each linear, the input's clips, and figures by name.
     """
-    rows, sample = rotated_rows(kernels, rotation, sample)
+    published = isinstance(settings.weights.quantizer, GroupedSettings)
+    rows, sample = rotated_rows(kernels, rotation, sample, over=None if published else over_all(kernels))
     sizes = tuple(kernel.shape[1] for kernel in kernels)
     drift = None
     if error_moment is not None:
@@ -55,7 +57,7 @@ def quantize_site(
         drift = output_drift(rows, error_moment, settings=settings.weights)
         del error_moment
     mean_moment = rotated_mean(moment, rotation, tokens)
-    if isinstance(settings.weights.quantizer, GroupedSettings):
+    if published:
         tensors, dense, figures = in_published_groups(
             rows, mean_moment, sizes=sizes, settings=settings.weights
         )
@@ -69,12 +71,28 @@ def quantize_site(
     return tensors, fitted_clips(dense, sample, candidates=settings.activations.clips), figures
 
 
-@functools.partial(jax.jit, donate_argnames="sample")
+def over_all(kernels: tuple[Float[Array, "m n"], ...]) -> NamedSharding | None:
+    """Return the sharding of rows over every axis of the mesh that the kernels lie on; None if they do not divide.
+
+    No row's sweep needs another's: so devices that hold the same weights, each with windows of its own, share them.
+    """
+    where, rows = getattr(kernels[0], "sharding", None), sum(kernel.shape[1] for kernel in kernels)
+    if not isinstance(where, NamedSharding) or rows % where.mesh.size:
+        return None
+    return NamedSharding(where.mesh, PartitionSpec(where.mesh.axis_names[::-1]))
+
+
+@functools.partial(jax.jit, donate_argnames="sample", static_argnames="over")
 def rotated_rows(
-    kernels: tuple[Float[Array, "m n"], ...], rotation: KroneckerRotation | None, sample: Float[Array, "c m"]
+    kernels: tuple[Float[Array, "m n"], ...],
+    rotation: KroneckerRotation | None,
+    sample: Float[Array, "c m"],
+    *,
+    over: NamedSharding | None = None,
 ) -> tuple[Float[Array, "n m"], Float[Array, "c m"]]:
-    """Return the rows of all linears, float32, and the sample, both rotated."""
+    """Return the rows of all linears, float32, and the sample, both rotated; the rows split as `over` says."""
     rows = jnp.concatenate([kernel.astype(jnp.float32).T for kernel in kernels])
+    rows = rows if over is None else jax.lax.with_sharding_constraint(rows, over)
     if rotation is None:
         return rows, sample
     left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)

@@ -19,7 +19,7 @@ from twla_jax.models.blocks import State
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.stored_layers import StoredLayers, without_blocks
 
-BATCH_TOKENS = 8192  # tokens that go through a block at a time
+BATCH_TOKENS = 8192  # tokens of each device that go through a block at a time
 DEVICE_SHARE = 0.4  # of the device's memory that all streams may take before they move to the host
 _HOST_SHARE = 0.4  # of the host's memory that they may take there before they move to files
 
@@ -70,7 +70,7 @@ class ResidualStream:
         """
         count, seq_len = windows.shape
         split = mesh.shape["data"] if mesh is not None else 1
-        size = -(-max(1, min(count, BATCH_TOKENS // seq_len)) // split) * split
+        size = split * max(1, min(-(-count // split), BATCH_TOKENS // seq_len))
         self.tokens = windows.size
         self.mesh = mesh
         self.context = self.everywhere(model.context(seq_len))

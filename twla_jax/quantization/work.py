@@ -38,7 +38,8 @@ class BlockWork:
     Attributes:
       passes: operations of the forward passes, in the model's type.
       moments: operations of the second moments, in float32.
-      matrices: operations of the sweeps on whole matrices: factors of the moments, and errors that are pushed on.
+      factors: operations of the moments' factors; of experts, of their sweeps, too, of which no device takes a part.
+      matrices: operations of the sweeps on whole matrices, as errors are pushed on; devices share their rows.
       elements: operations of the sweeps within a group, one by one.
       steps: of the sweeps, one after another.
       rotations: operations of the fits of rotations.
@@ -46,6 +47,7 @@ class BlockWork:
 
     passes: float
     moments: float
+    factors: float
     matrices: float
     elements: float
     steps: float
@@ -74,15 +76,16 @@ def block_work(model: Decoder, windows: int, seq_len: int, settings: Quantizatio
         chunks = experts // chunk_size(experts, m, n) if site.experts else 1
         found["passes"] += 2.0 * streams * tokens * taken * runs[index] * m * n
         found["moments"] += 2.0 * streams * tokens * taken * m * m
-        # The moments' factor, its inverse, and products of as many: seven of them also with every row.
-        found["matrices"] += experts * (4.0 * m**3 + 14.0 * n * m * m)
+        # The moments' factor, its inverse, and products of as many; and seven with every row.
+        found["factors"] += experts * 4.0 * m**3
+        found["factors" if site.experts else "matrices"] += experts * 14.0 * n * m * m
         found["elements"] += 2.0 * rounds * experts * n * m * _SWEPT
         found["steps"] += float(rounds * chunks * m)
         found["rotations"] += _rotation(m, n * experts, settings)
     # Scores and values of each token with all others.
     attention = 2 * seq_len * config.num_heads * config.head_dim
     found["passes"] += 2.0 * streams * tokens * attention
-    return BlockWork(**found)
+    return BlockWork(matrices=found.pop("matrices", 0.0), **found)
 
 
 def _rotation(m: int, n: int, settings: QuantizationSettings) -> float:
@@ -110,13 +113,14 @@ def seconds(work: BlockWork, speed: Speed, devices: int = 1) -> tuple[float, flo
     Args:
       work: of the block.
       speed: of a device.
-      devices: that windows and the blocks' rotations are spread over; sweeps stay on all of them alike.
+      devices: that windows, the rows of sweeps and the blocks' rotations are spread over; factors stay on all of them,
+        and each begins all steps.
     """
     rotations = work.rotations / (_ROTATIONS * speed.float32 * devices)
-    shared = work.passes / speed.products + work.moments / speed.float32
-    sweeps = work.matrices / speed.float32
+    shared = work.passes / speed.products + (work.moments + work.matrices) / speed.float32
     elements = work.elements / (_ELEMENTS * speed.float32)
-    block = (shared / devices + sweeps) / _PRODUCTS + elements + _STEP_SECONDS * work.steps
+    products = (shared / devices + work.factors / speed.float32) / _PRODUCTS
+    block = products + elements + _STEP_SECONDS * work.steps
     return rotations, block
 
 
