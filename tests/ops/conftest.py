@@ -63,6 +63,15 @@ def compile_for():
 
 
 @pytest.fixture
+def two_h100():
+    """Return a mesh of two H100, over which a model is split."""
+    if not _installed("jax_plugins.xla_cuda13"):
+        pytest.skip("jax_plugins.xla_cuda13 is not installed: pip install '.[aot]'")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x2")
+    return topologies.make_mesh(topology, (1, 2), ("data", "model"))
+
+
+@pytest.fixture
 def compile_for_h100(monkeypatch, capfd, request):
     """Return a function that compiles for an H100; it returns the program, and ptxas's line on each kernel's spills.
 

@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from twla_jax.bench import SHAPES, shapes
-from twla_jax.inference import generation
+from twla_jax.inference import generation, tensor_parallel
 from twla_jax.inference.packed_block import PackedLlamaBlock
 from twla_jax.inference.sampling import Sampling
+from twla_jax.models import sharding
+from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import empty_layer
 from twla_jax.ops.attention.reference import Positions, attention
 from twla_jax.ops.rotate_quantize import quantizer_settings, rotate_quantize
@@ -49,6 +53,30 @@ def test_a_step_copies_neither_cache_nor_weights(
     assert compiled.memory_analysis().temp_size_in_bytes < 8e6
     if target == "h100":  # XLA would fuse a kernel with the slices that it reads.
         assert not re.search(r"%dynamic_slice_fusion\S* = ", compiled.as_text())
+
+
+@pytest.mark.hlo
+@pytest.mark.aot
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_on_two_gpus_brings_its_row_of_the_embedding_and_no_other(packed, two_h100):
+    model = nnx.eval_shape(lambda: Decoder(SHAPES["tiny"], rngs=nnx.Rngs(0)))
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32, sharding=NamedSharding(two_h100, PartitionSpec()))
+
+    def rows(model, token):
+        if packed:
+            return tensor_parallel.rows(model.embed.get_value(), token, model.dtype, two_h100)
+        return model.embed_tokens(token)
+
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        model,
+        sharding.shardings(model, two_h100),
+    )
+    whole = NamedSharding(two_h100, PartitionSpec())
+    program = jax.jit(rows, out_shardings=whole).lower(placed, token).compile().as_text()
+    sent = re.findall(r"f32\[(\S*),512\]\S* (all-gather|all-reduce|reduce-scatter)", program)
+    assert sent
+    assert {name for _, name in sent} == {"all-reduce"}
 
 
 @pytest.mark.hlo

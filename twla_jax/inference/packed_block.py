@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from twla_jax.inference import tensor_parallel
 from twla_jax.inference.packed_cache import PackedLayer
 from twla_jax.inference.packed_experts import PackedExperts
 from twla_jax.inference.packed_linear import FewTokens, KernelInput, KernelLinear, Ungated
@@ -20,6 +21,7 @@ from twla_jax.models.families.llama import LlamaBlock
 from twla_jax.models.layers import RMSNorm
 from twla_jax.models.routing import Routing
 from twla_jax.ops.attention.kv_cache import LayerKV
+from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.decode_attention import AttentionSplits, decode_attention
 from twla_jax.ops.dispatch import Implementation
 from twla_jax.ops.linear_pair import LinearOperands, linear_pair, new_pair_exchange
@@ -146,13 +148,25 @@ class PackedLlamaBlock(PackedBlock, LlamaBlock):
         self, site: Site, h: Any, cache: LayerKV | None, context: Context
     ) -> tuple[Any, LayerKV | None]:
         """Return the attention's mix and the cache; of one token they are one op, which may leave the mix in parts."""
-        kernels = self.mesh is None and self.shared.issuperset({"attend", "project", "score_changes"})
+        kernels, linear = self.shared.issuperset({"attend", "project", "score_changes"}), self.linear(site)
+        if kernels and self.mesh is not None and cache is not None:
+            kernels = tensor_parallel.splits_heads(linear.weight.get_value(), cache, self.mesh)
         if cache is None or context.positions.tokens > 1 or not kernels:
             return super().attend(site, h, cache, context)
-        scales, epsilon, linear = None, 0.0, self.linear(site)
+        scales, epsilon = None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
             scales = self.q_norm.scale.get_value(), self.k_norm.scale.get_value()
             epsilon = self.q_norm.epsilon
+        if self.mesh is not None:
+            options = {"norm_scales": scales, "epsilon": epsilon, "implementation": self.implementation}
+
+            def op(qkv: jax.Array, layer: LayerKV, positions: Positions) -> tuple[Any, LayerKV]:
+                heads = qkv.reshape(len(qkv), -1, self.head_dim)
+                return decode_attention(heads, layer, positions, context.reach, **options)
+
+            operands = linear(h)[:, 0], cache.stores, context.positions
+            mixed, stores = tensor_parallel.attend(op, *operands, self.mesh)
+            return mixed[:, None], cache.with_stores(stores)
         where = {"layer": cache, "positions": context.positions, "window": context.reach}
         where |= {"apart": self.takes_splits, "implementation": self.implementation}
         if isinstance(h, FewTokens) and (plane := linear.plane) is not None:

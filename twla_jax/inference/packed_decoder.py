@@ -99,7 +99,7 @@ class PackedDecoder(Decoder):
         )
         self.implementation: Implementation | None = implementation
         self.norm = model.norm
-        table = functools.partial(_table, dtype=model.dtype, packed=mesh is None and not unpack)
+        table = functools.partial(_table, dtype=model.dtype, packed=not unpack, mesh=mesh)
         self.embed = nnx.Param(table(model.embed.get_value()))
         self.head = model.head
         if model.head is not None:
@@ -117,12 +117,23 @@ class PackedDecoder(Decoder):
             blocks.append(block)
         self.blocks = nnx.List(blocks)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def embed_tokens(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Return the first block's input, in `dtype`, whole on every device of a mesh."""
+        x = super().embed_tokens(tokens)
+        return x if self.mesh is None else tensor_parallel.whole(x, self.mesh)
+
     def embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Return the embeddings of ids within the vocabulary, in `dtype`; of packed rows, only these are unpacked."""
         table = self.embed.get_value()
+        if self.mesh is not None:
+            return tensor_parallel.rows(table, tokens, self.dtype, self.mesh)
         if isinstance(table, IntegerWeight):
             return integer_rows(table, tokens, self.dtype)
         return super().embedding_rows(tokens)
+
+    def last_norm(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Return the last block's output after the final norm; on a mesh, it is gathered for the head before that."""
+        return super().last_norm(x if self.mesh is None else tensor_parallel.whole(x, self.mesh))
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
@@ -130,8 +141,13 @@ class PackedDecoder(Decoder):
             return self.cap_logits(word_product(h, self.head_words.get_value()))
         kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
         if isinstance(kernel, IntegerWeight):
-            y = integer_matmul(h, kernel, out_dtype=jnp.float32, implementation=self.implementation)
-            return self.cap_logits(y)
+            options = {"out_dtype": jnp.float32, "implementation": self.implementation}
+            op = functools.partial(integer_matmul, **options)
+            if self.mesh is None:
+                return self.cap_logits(op(h, kernel))
+            rows = h.reshape(len(h), -1, h.shape[-1])
+            y = tensor_parallel.matmul(op, rows, kernel, self.mesh)
+            return self.cap_logits(y.reshape(*h.shape[:-1], -1))
         return super().logits(h)
 
     @property
@@ -175,7 +191,7 @@ def _device_layer(blocks: ChainBlock, index: jax.Array) -> ChainBlock:
 
 
 def _table(
-    matrix: jax.Array | IntegerTensor, *, dtype, packed: bool, columns: bool = False
+    matrix: jax.Array | IntegerTensor, *, dtype, packed: bool, mesh: Mesh | None, columns: bool = False
 ) -> jax.Array | IntegerWeight:
     """Return an embedding or LM head: integers as kernels take them, if `packed` and they do; else floats, cast once.
 
@@ -185,6 +201,9 @@ def _table(
     if not isinstance(matrix, IntegerTensor):
         return jnp.asarray(matrix, dtype)
     if packed and obstacle(matrix) is None:
-        return for_kernels(_integer_weight(matrix))
+        pack = (
+            _integer_weight if mesh is None else functools.partial(tensor_parallel.sharded_table, mesh=mesh)
+        )
+        return for_kernels(pack(matrix))
     floats = jnp.asarray(dequantize(matrix, jnp.float32), dtype)
     return floats.T if columns else floats

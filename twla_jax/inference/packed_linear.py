@@ -91,7 +91,7 @@ class KernelInput(nnx.Module):
         self.quantizer = nnx.data(nnx.Param(quantizer) if rounds else None)
         self.mesh, self.implementation = mesh, implementation
         narrow = jnp.dtype(dtype) == jnp.bfloat16
-        self.wide = settings is None and ternary and mesh is None and narrow and not site.experts
+        self.wide = settings is None and ternary and narrow and not site.experts
         self.of_experts = site.experts
 
     @property
@@ -136,7 +136,8 @@ class KernelInput(nnx.Module):
         settings = self._options()
         if isinstance(x, AttentionSplits):
             return FewTokens(x=x, settings=settings)
-        if self.mesh is None and tokens <= MOST_TOKENS and not self.of_experts:
+        few = tokens <= MOST_TOKENS or (self.mesh is not None and self.settings is None)
+        if few and not self.of_experts:
             return FewTokens(x=gate(x) if gated else x, settings=settings)
         op = functools.partial(rotate_quantize, gated=gated, implementation=self.implementation, **settings)
         return op(x) if self.mesh is None else tensor_parallel.per_token(op, x, self.mesh)
@@ -195,6 +196,8 @@ class KernelLinear(nnx.Module):
         gated: bool = False,
     ) -> Float[Array, "*tokens n"]:
         """Return `x Ŵᵀ + b` in the model's type, and the residual added; or, of two, `silu(first) · second`."""
+        if isinstance(x, FewTokens) and self.mesh is not None:
+            return self._split(x, residual, gated=gated)
         if isinstance(x, FewTokens) and (plane := self.plane) is not None:
             y = quantized_linear(
                 x.x,
@@ -235,6 +238,27 @@ class KernelLinear(nnx.Module):
             form = "...m,nm->...n" if self.by_rows else "...m,mn->...n"
             y = jnp.einsum(form, x, weight, precision=precision(self.dtype))
         return y if self.bias is None else y + self.bias.get_value()
+
+    def _split(self, x: FewTokens, residual: jax.Array | None, *, gated: bool) -> jax.Array:
+        """Return the outputs of few tokens on a mesh: each device turns and quantises them for its own rows."""
+        assert self.mesh is not None
+        planes = (
+            self.weight.get_value(),
+            *(() if self.second_plane is None else [self.second_plane.get_value()]),
+        )
+        options: dict[str, Any] = {"implementation": self.implementation}
+
+        def op(tokens: jax.Array, planes: tuple[KernelWeight, ...], *added: jax.Array) -> jax.Array:
+            if len(planes) == 1:
+                more = x.settings | {"gated": gated, "residual": added[0] if added else None}
+                return quantized_linear(tokens, weight=planes[0], out_dtype=self.dtype, **more, **options)
+            codes = rotate_quantize(tokens, **x.settings, **options)
+            y = sum(ternary_matmul(codes, plane, out_dtype=jnp.float32, **options) for plane in planes)
+            y = jnp.asarray(y, self.dtype)
+            y = gate(y) if gated else y
+            return added[0] + y if added else y
+
+        return tensor_parallel.matmul(op, x.x, planes, self.mesh, residual)
 
     def _product(self, x: Any, weight: KernelWeight, dtype: DTypeLike) -> jax.Array:
         op = functools.partial(ternary_matmul, out_dtype=dtype, implementation=self.implementation)

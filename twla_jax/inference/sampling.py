@@ -103,9 +103,17 @@ def choose(
 
 def likeliest(logits: Float[Array, "b vocab"]) -> Int32[Array, " b"]:
     """Return the likeliest token of every row; −1 where its logit is not finite."""
-    best = logits.argmax(-1)  # of NaN if there is one
-    greatest = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
-    return jnp.where(jnp.isfinite(greatest), best, _NO_TOKEN).astype(jnp.int32)
+
+    def better(found: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+        (value, token), (kept, best) = found, other
+        wins = (value > kept) | jnp.isnan(value)  # as `argmax` has it
+        return jnp.where(wins, value, kept), jnp.where(wins | ((value == kept) & (token < best)), token, best)
+
+    # One reduction to the token and its logit: looking it up would gather the logits of all devices on each.
+    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    start = jnp.asarray(-jnp.inf, logits.dtype), jnp.int32(0)
+    greatest, best = jax.lax.reduce((logits, tokens), start, better, (logits.ndim - 1,))
+    return jnp.where(jnp.isfinite(greatest), best, _NO_TOKEN)
 
 
 def require_tokens(tokens: Int[np.ndarray, "*shape"], dtype: Any) -> None:

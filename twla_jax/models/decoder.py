@@ -78,7 +78,7 @@ class Decoder(nnx.Module):
             return _apply_block(block, x, context)
 
         context = self.context(tokens.shape[1])
-        return self.norm(self.through_blocks(step, self.embed_tokens(tokens), context))
+        return self.last_norm(self.through_blocks(step, self.embed_tokens(tokens), context))
 
     def decode(
         self, tokens: Int[Array, "b t"], cache: KVCache, *, until: Int32[Array, ""] | None = None
@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
             return x, cache.with_layer(index, entries)
 
         x, cache = self.through_blocks(step, (self.embed_tokens(tokens), cache), context)
-        return self.norm(x), dataclasses.replace(cache, length=cache.length + tokens.shape[1])
+        return self.last_norm(x), dataclasses.replace(cache, length=cache.length + tokens.shape[1])
 
     def through_blocks[T](
         self,
@@ -147,12 +147,19 @@ class Decoder(nnx.Module):
 
     def embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Return the embeddings of ids within the vocabulary, in `dtype`."""
-        return take_rows(self.embed.get_value(), tokens, self.dtype)
+        # Of one row XLA makes a slice, before which a GPU would gather all of an embedding that is split.
+        places = jnp.pad(tokens.reshape(-1), (0, 1 if tokens.size == 1 else 0))
+        rows = take_rows(self.embed.get_value(), places, self.dtype)
+        return rows[: tokens.size].reshape(*tokens.shape, -1)
 
     def scale_embedding(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Return embeddings times the scale that the family has for them, if any."""
         scale = self.config.embed_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+    def last_norm(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Return the last block's output after the final norm."""
+        return self.norm(x)
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
