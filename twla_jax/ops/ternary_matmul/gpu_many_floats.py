@@ -97,7 +97,7 @@ def _kernel(codes_gmem, scales_gmem, x_gmem, out_gmem, *, of_rings, out_smem, wo
         def _(i):
             first_token, first_row = work.place(i)
             rows = pl.ds(first_row + half * WGMMA_ROWS, WGMMA_ROWS)
-            y = rings.sums(i, 0, half)
+            y = rings.sums(i, jnp.int32(0), half)
             for j in range(0, y.shape[1], width):
                 value = y[:, j : j + width].astype(out_smem.dtype)
                 if out_smem.dtype.itemsize == 4:  # narrower numbers are transposed by the store
