@@ -91,12 +91,7 @@ def padded_moment(
     return jnp.pad(mean_moment, (0, padded - len(mean_moment)))
 
 
-def damped_moment(
-    mean_moment: Float[Array, "m m"], padded: int, damping: Float[Array, ""]
-) -> Float[Array, "padded padded"]:
-    """Return the H that `factor` factored, as it is; 1 on the diagonal where no column exists."""
-    m = len(mean_moment)
-    diagonal = jnp.diagonal(mean_moment)
-    scale = jnp.where(diagonal.sum() > 0, diagonal.mean(), 1.0)
-    added = jnp.where(jnp.arange(padded) < m, damping * scale, 1.0)
-    return jnp.pad(mean_moment, (0, padded - m)) + jnp.diag(added)
+def mean_diagonal(moment: Float[Array, "m m"]) -> Float[Array, ""]:
+    """Return what a damping is a share of; 1 for inputs that are always zero, where any positive H will do."""
+    mean = jnp.diagonal(moment).mean()
+    return jnp.where(mean > 0, mean, 1.0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 from twla_jax.core import group_descent, tensors
-from twla_jax.core.factors import Factors, damped_moment, factor_groups, group_and_padded, padded_moment
+from twla_jax.core.factors import Factors, factor_groups, group_and_padded, mean_diagonal, padded_moment
 from twla_jax.core.quantizers import PackedTensor, Quantizer, quantizer
 from twla_jax.core.settings import WeightSettings
 
@@ -127,9 +127,16 @@ def sweep_columns(
     _, (scales, codes) = jax.lax.scan(quantize_group, target, (jnp.arange(0, padded, group), roots))
     codes = codes.transpose(1, 0, 2).reshape(n, padded)
     if settings.compensation and settings.compensation.passes:
-        h = damped_moment(mean_moment, padded, damping)
+        whole, ridge = padded_moment(mean_moment, padded, settings), damping * mean_diagonal(mean_moment)
         codes, scales = group_descent.descend(
-            target, codes.astype(jnp.float32), scales, h, exists, levels, settings.compensation.passes
+            target,
+            codes.astype(jnp.float32),
+            scales,
+            whole,
+            ridge,
+            exists,
+            levels,
+            settings.compensation.passes,
         )
     tensor = levels.pack(codes[:, :m], tuple(p.T for p in scales), group)
     difference = weight[:, :m] - tensors.dequantize(tensor)

@@ -22,7 +22,8 @@ def descend(
     target: Float[Array, "n padded"],
     codes: Float[Array, "n padded"],
     scales: tuple[Float[Array, "groups n"], ...],
-    h: Float[Array, "padded padded"],
+    moment: Float[Array, "padded padded"],
+    ridge: Float[Array, ""],
     exists: Bool[Array, " padded"],
     levels: Quantizer,
     passes: int,
@@ -33,7 +34,8 @@ def descend(
       target: W, rows are outputs.
       codes: of the sweep, as floats.
       scales: of the sweep, as stored.
-      h: H, damped second moments; positive definite, also where no column exists.
+      moment: S/t; `H = S/t + ridge·I`.
+      ridge: what damps it.
       exists: which columns do.
       levels: what is rounded to.
       passes: over all groups; static.
@@ -45,8 +47,8 @@ def descend(
         codes, scales, slope = state
         start = index * group
         columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group)
-        mask, rows = columns(exists), columns(h)
-        metric = columns(rows, axis=1)
+        mask, rows = columns(exists), columns(moment)
+        metric = columns(rows, axis=1) + jnp.diag(jnp.where(mask, ridge, 1))
         here, own = columns(codes, axis=1), tuple(each[index] for each in scales)
         before = _values(here, own, mask, levels)
         # The best the group could be with the others as they are: the least of a parabola in its own columns.
@@ -56,12 +58,14 @@ def descend(
         here, own = levels.stored(here, levels.relocate(best, here, own, metric, mask))
         change = _values(here, own, mask, levels) - before
         slope = slope - jnp.matmul(change, rows, precision=_HIGHEST)
+        damped = columns(slope, axis=1) - ridge * change
+        slope = jax.lax.dynamic_update_slice_in_dim(slope, damped, start, 1)
         codes = jax.lax.dynamic_update_slice_in_dim(codes, here, start, 1)
         return (codes, tuple(a.at[index].set(b) for a, b in zip(scales, own, strict=True)), slope), None
 
     spread = tuple(jnp.repeat(each.T, group, axis=1) for each in scales)
     difference = target - jnp.where(exists, levels.values(codes, *spread), 0)
-    slope = jnp.matmul(difference, h, precision=_HIGHEST)
+    slope = jnp.matmul(difference, moment, precision=_HIGHEST) + ridge * difference
     order = jnp.tile(jnp.arange(groups), passes)
     (codes, scales, _), _ = jax.lax.scan(descend_group, (codes, scales, slope), order)
     return codes, scales

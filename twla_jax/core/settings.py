@@ -135,7 +135,7 @@ class WeightSettings(Settings):
     compensation: CompensationSettings | None = CompensationSettings()
 
     def check(self) -> None:
-        """Refuse what the published layout does not have: other groups, no compensation, propagated errors."""
+        """Refuse what the published layout does not have: other groups, no compensation, propagated errors, passes."""
         if isinstance(self.quantizer, GroupedSettings):
             require(
                 self.group_size == 128, self.key("group_size"), self.group_size, "128 in the published layout"
@@ -144,6 +144,9 @@ class WeightSettings(Settings):
             require(self.compensation is not None, self.key("compensation"), False, wanted)
             key = CompensationSettings.key("propagation")
             require(self.propagation == 0, key, self.propagation, "0 in the published layout")
+            key = CompensationSettings.key("passes")
+            passes = self.compensation.passes if self.compensation else 0
+            require(passes == 0, key, passes, "0 in the published layout")
 
     @property
     def propagation(self) -> float:

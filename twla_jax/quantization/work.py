@@ -67,6 +67,7 @@ def block_work(model: Decoder, windows: int, seq_len: int, settings: Quantizatio
     streams = 2 if settings.weights.propagation else 1
     grouped = isinstance(settings.weights.quantizer, GroupedSettings)
     rounds = 1 if grouped else quantizers.quantizer(settings.weights).rounds
+    passes = settings.weights.compensation.passes if settings.weights.compensation else 0
     runs = _runs(model.sites)
     found: dict[str, float] = collections.defaultdict(float)
     for index, site in enumerate(model.sites):
@@ -76,11 +77,11 @@ def block_work(model: Decoder, windows: int, seq_len: int, settings: Quantizatio
         chunks = experts // chunk_size(experts, m, n) if site.experts else 1
         found["passes"] += 2.0 * streams * tokens * taken * runs[index] * m * n
         found["moments"] += 2.0 * streams * tokens * taken * m * m
-        # The moments' factor, its inverse, and products of as many; and seven with every row.
+        # The moments' factor, its inverse, and products of as many; and seven with every row, and one of each pass.
         found["factors"] += experts * 4.0 * m**3
-        found["factors" if site.experts else "matrices"] += experts * 14.0 * n * m * m
-        found["elements"] += 2.0 * rounds * experts * n * m * _SWEPT
-        found["steps"] += float(rounds * chunks * m)
+        found["factors" if site.experts else "matrices"] += experts * (14.0 + 2.0 * passes) * n * m * m
+        found["elements"] += 2.0 * (rounds + passes) * experts * n * m * _SWEPT
+        found["steps"] += float((rounds + passes) * chunks * m)
         found["rotations"] += _rotation(m, n * experts, settings)
     # Scores and values of each token with all others.
     attention = 2 * seq_len * config.num_heads * config.head_dim
