@@ -145,6 +145,10 @@ def test_fused_attention_is_that_of_the_chunks():
     kv = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3))
     expected = reference.attention(q, kv, positions, jnp.int32(2**30))
     np.testing.assert_allclose(fused.fused_attention(q, k, v, implementation="xla"), expected, atol=1e-5)
+    for window, reach in ((3, 3), (3, 2**30), (9, 9)):
+        expected = reference.attention(q, kv, positions, jnp.int32(reach))
+        found = fused.windowed_attention(q, k, v, jnp.int32(reach), window, implementation="xla")
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_span_of_layers_keeps_each_layers_reach_and_rotary_angles():

@@ -69,6 +69,7 @@ class Context:
       rotary: which of several rotary angles each layer has, `[layers]`; None where all have the same, and of one layer.
       experts: those that each token takes, `[b, t, k]`, instead of its router's choice; None lets the router choose.
       fused: whether attention of many tokens is cuDNN's; see `decoder.can_fuse`.
+      window: how far back those layers reach that do not reach over all; None where there are none.
     """
 
     positions: Positions
@@ -76,6 +77,7 @@ class Context:
     rotary: Int32[Array, " layers"] | None = None
     experts: Int32[Array, "b t k"] | None = None
     fused: bool = dataclasses.field(default=False, metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def span(self, first: int, count: int) -> "Context":
         """Return the context of `count` layers from `first` on, from that of all."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
 from twla_jax.core.quantizers import PackedTensor
@@ -24,6 +25,7 @@ from twla_jax.models.config import DecoderConfig
 from twla_jax.models.families import family_of
 from twla_jax.models.layers import Linear, RMSNorm, precision, replace
 from twla_jax.models.rope import angles, rotary_kinds
+from twla_jax.ops.attention import fused as fused_attention
 from twla_jax.ops.attention.kv_cache import KVCache, LayerKV, empty_layer
 from twla_jax.ops.attention.reference import Positions
 
@@ -163,10 +165,11 @@ class Decoder(nnx.Module):
 
     def logits(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
         """Return logits from `hidden`'s output, accumulated and returned in float32."""
-        kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
-        by_rows = self.head is None
-        if isinstance(kernel, PackedTensor):
-            kernel, by_rows = dequantize(kernel, jnp.float32), True
+        return self.cap_logits(self.head_outputs(h))
+
+    def head_outputs(self, h: Float[Array, "*tokens d"]) -> Float[Array, "*tokens vocab"]:
+        """Return what `cap_logits` makes logits of, float32."""
+        kernel, by_rows = self._head_kernel(h.dtype)
         # For a single row of narrow floats, XLA on GPUs would first write out the whole matrix in float32.
         rows = h.reshape(-1, h.shape[-1])
         rows = jnp.pad(
@@ -175,11 +178,29 @@ class Decoder(nnx.Module):
         y = jnp.einsum(
             "td,vd->tv" if by_rows else "td,dv->tv",
             rows,
-            kernel.astype(h.dtype),
+            kernel,
             precision=precision(h.dtype),
             preferred_element_type=jnp.float32,
         )
-        return self.cap_logits(y[: h.size // h.shape[-1]].reshape(*h.shape[:-1], -1))
+        return y[: h.size // h.shape[-1]].reshape(*h.shape[:-1], -1)
+
+    def head_slope(self, slope: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens d"]:
+        """Return the slope at `hidden`'s output from that at `head_outputs`, multiplied and returned in its dtype.
+
+        Where that is narrow, the transpose that JAX derives would be a product of float32.
+        """
+        kernel, by_rows = self._head_kernel(slope.dtype)
+        return jnp.einsum(
+            "...v,vd->...d" if by_rows else "...v,dv->...d", slope, kernel, precision=precision(slope.dtype)
+        )
+
+    def _head_kernel(self, dtype: DTypeLike) -> tuple[Float[Array, "_ _"], bool]:
+        """Return the head's matrix in `dtype`, and whether its rows are the vocabulary's."""
+        kernel = self.embed.get_value() if self.head is None else self.head.kernel.get_value()
+        by_rows = self.head is None
+        if isinstance(kernel, PackedTensor):
+            kernel, by_rows = dequantize(kernel, jnp.float32), True
+        return kernel.astype(dtype), by_rows
 
     def cap_logits(self, y: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens vocab"]:
         """Return logits scaled and capped as the family has it, if it does."""
@@ -223,7 +244,13 @@ class Decoder(nnx.Module):
         positions = self.positions(length, start=start, keys=keys, until=until)
         kinds = rotary_kinds(self.config)
         rotary = None if kinds is None else jnp.asarray(kinds)
-        return Context(positions=positions, reach=self.attention_reach(), rotary=rotary, fused=self.fused)
+        return Context(
+            positions=positions,
+            reach=self.attention_reach(),
+            rotary=rotary,
+            fused=self.fused,
+            window=self.config.sliding_window,
+        )
 
     @property
     def first_kernel(self) -> jax.Array | PackedTensor:
@@ -255,10 +282,20 @@ def computing_in[M: Decoder](model: M, dtype: jnp.dtype | str, *, fused: bool = 
     Args:
       model: stays as it is.
       dtype: a float type.
-      fused: whether attention of many tokens may be cuDNN's, where `can_fuse` says that it can.
+      fused: whether attention of many tokens may be cuDNN's, where `can_fuse` says that it can; of whole sequences
+        also where some layers have a window.
     """
     dtype = jnp.dtype(dtype)
-    return replace(model, dtype=dtype, fused=fused and can_fuse(model.config, dtype))
+    can = fused and (can_fuse(model.config, dtype) or _can_fuse_windows(model.config, dtype))
+    return replace(model, dtype=dtype, fused=can)
+
+
+def _can_fuse_windows(config: DecoderConfig, dtype: jnp.dtype) -> bool:
+    """Return whether cuDNN's kernels take whole sequences of a model in which some layers have a window."""
+    narrow = jnp.dtype(dtype).itemsize == 2 and config.head_dim <= 256 and config.head_dim % 8 == 0
+    slides = config.sliding_window is not None and config.attention_softcap is None
+    hopper = (compute_capability() or (0, 0)) >= (9, 0)
+    return narrow and slides and hopper and fused_attention.takes_windows(config.head_dim)
 
 
 def can_fuse(config: DecoderConfig, dtype: jnp.dtype) -> bool:

@@ -1,7 +1,5 @@
 """Computes the loss of refinement: how far a student's predictions are from its teacher's."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -38,10 +36,14 @@ def kl_of_hidden(
 
     real = jnp.arange(length + padding).reshape(-1, chunk) < length
 
-    @functools.partial(jax.value_and_grad, argnums=1)
     def chunk_kl(p, q, real):
-        p, q = (jax.nn.log_softmax(model.logits(h)) for model, h in ((teacher, p), (student, q)))
-        return jnp.where(real, (jnp.exp(p) * (p - q)).sum(-1), 0).sum() / size
+        """Return the divergence of a chunk and its slope at q: `softmax(q) − softmax(p)` at the student's logits."""
+        logits, uncapped = jax.vjp(student.cap_logits, student.head_outputs(q))
+        expected, got = jax.nn.log_softmax(teacher.logits(p)), jax.nn.log_softmax(logits)
+        likely = jnp.exp(expected)
+        divergence = jnp.where(real, (likely * (expected - got)).sum(-1), 0).sum() / size
+        (slope,) = uncapped(jnp.where(real[:, None], jnp.exp(got) - likely, 0) / size)
+        return divergence, student.head_slope(slope.astype(q.dtype))
 
     # A chunk's gradient is taken while its logits are there: neither model's are computed again for the way back.
     got = chunks(got)

@@ -77,10 +77,12 @@ class LlamaBlock(ChainBlock):
         if cache is not None:
             cache = write(cache, k, v, positions.start)
             many = positions.tokens > 1 and not positions.start.ndim
-            if fusable and many and fused.takes_chunks():
+            if fusable and context.window is None and many and fused.takes_chunks():
                 return fused.chunk_attention(q, cache, positions), cache
         elif fusable and q.shape[1] == k.shape[1]:
-            return fused.fused_attention(q, k, v), None
+            if context.window is None:
+                return fused.fused_attention(q, k, v), None
+            return fused.windowed_attention(q, k, v, context.reach, context.window), None
         layer = LayerKV(entries=jnp.stack([k, v]).swapaxes(2, 3)) if cache is None else cache
         return attention(q, layer, positions, context.reach, **changes), cache
 

@@ -1,15 +1,19 @@
 """Attends by cuDNN's kernels, which never write scores to memory: whole sequences, and chunks of a cached text."""
 
+import functools
 import importlib
+import logging
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from twla_jax.ops.attention.kv_cache import LayerKV, dequantize
 from twla_jax.ops.attention.reference import Positions
 
+_log = logging.getLogger(__name__)
 Implementation = Literal["cudnn", "xla"]
 
 
@@ -23,6 +27,63 @@ def fused_attention(
     """Return `attention` of whole sequences without a window."""
     mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     return mixed.reshape(*q.shape[:2], -1)
+
+
+def windowed_attention(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv d"],
+    v: Float[Array, "b t kv d"],
+    reach: Int32[Array, ""],
+    window: int,
+    *,
+    implementation: Implementation = "cudnn",
+) -> Float[Array, "b t heads_d"]:
+    """Return `attention` of whole sequences in a layer that reaches back `window` positions, or else over all.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      reach: of this layer; a scan over layers has it as data.
+      window: that of the layers that have one; static.
+      implementation: `xla` computes it by plain products, on any device.
+    """
+    if q.shape[1] <= window:
+        return fused_attention(q, k, v, implementation=implementation)
+    attend = functools.partial(
+        jax.nn.dot_product_attention, q, k, v, is_causal=True, implementation=implementation
+    )
+    mixed = jax.lax.cond(reach <= window, lambda: attend(local_window_size=(window - 1, 0)), attend)
+    return mixed.reshape(*q.shape[:2], -1)
+
+
+@functools.cache
+def takes_windows(head_dim: int) -> bool:
+    """Return whether cuDNN attends in windows by heads so wide, forwards and backwards, as plain products do.
+
+    Which sizes it has kernels for depends on its version: a small case is tried.
+    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((1, 256, 2, head_dim), (1, 256, 1, head_dim), (1, 256, 1, head_dim))
+    inputs = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+
+    def results(implementation: Implementation) -> list[np.ndarray]:
+        def total(q, k, v, reach):
+            mixed = windowed_attention(q, k, v, reach, 64, implementation=implementation)
+            return (
+                mixed.astype(jnp.float32) * jnp.arange(mixed.size).reshape(mixed.shape) / mixed.size
+            ).sum()
+
+        slopes = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        found = [slope for reach in (64, 256) for slope in slopes(*inputs, jnp.int32(reach))]
+        return [np.asarray(slope, np.float32) for slope in found]
+
+    try:
+        pairs = zip(results("cudnn"), results("xla"), strict=True)
+        return all(np.abs(one - other).max() < 0.05 * np.abs(other).max() for one, other in pairs)
+    except Exception as error:  # what cuDNN lacks shows in a dozen ways
+        _log.info("cuDNN does not attend in windows by heads of %d: %s", head_dim, error)
+        return False
 
 
 def takes_chunks() -> bool:
