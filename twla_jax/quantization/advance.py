@@ -57,6 +57,7 @@ def advance(
     real: Float[Array, " b"],
     moment: Float[Array, "m m"] | ExpertMoments | None,
     context: Context,
+    given: Float[Array, "b s"] | None = None,
     *,
     first: int,
     last: int,
@@ -79,6 +80,7 @@ def advance(
       real: 0 for windows that only fill up a batch: they give zeros, which count for nothing in moments or clips.
       moment: second moments to add that input's to; None to take none.
       context: of the block's layer.
+      given: what each token's error counts for; None for all alike.
       first: the site that the state has come to.
       last: the site whose input is looked at.
       stride: so many tokens from one of the sample to the next.
@@ -97,7 +99,9 @@ def advance(
     if h.ndim > 3:  # a row for each expert of a token; one more, lest all of the sample be of one rank
         stride = stride * h.shape[2] + 1
     sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
-    weights = stream_weights(block, state, context, last) if relative else None
+    weights = given
+    if relative and (found := stream_weights(block, state, context, last)) is not None:
+        weights = found if given is None else found * given
     if isinstance(moment, ExpertMoments):
         assert experts is not None
         moment = moment.add(h, h, experts, real)
