@@ -5,9 +5,10 @@
 
 A variant is a name and what it changes in the recipe: keys with dots between a table and what is in it. A seed is that
 of the windows and of the rotations, as `twla quantize --seed` has it, unless a variant sets one of them; `NAME@1+2:…`
-runs with these seeds alone. `trial.fisher=1` weighs tokens by the square of the loss's slope at a block's output. A
-line is printed as each is done, and a table of all at the end. Nothing begins once `--seconds` are over. TWLA_SMOLLM2
-may name the GGUF file that `smollm2` stands for.
+runs with these seeds alone. `trial.fisher=1` weighs tokens by the square of the loss's slope at a block's output;
+`trial.scales=100` lets scales and norms alone learn for 100 steps, at `trial.rate`. A line is printed as each is done,
+and a table of all at the end. Nothing begins once `--seconds` are over. TWLA_SMOLLM2 may name the GGUF file that
+`smollm2` stands for.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from twla_jax.jobs import loading
 from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.quantization import pipeline, rotation_fitting
-from twla_jax.refinement_settings import RefineSettings
+from twla_jax.refinement import end_to_end
+from twla_jax.refinement_settings import EndToEndSettings, RefineSettings
 from twla_jax.text import corpora
 from twla_jax.text.windows import domain_tokens, sample_windows
 
@@ -130,13 +132,16 @@ class Trials:
             progress=False,
         )
         done = time.perf_counter()
+        if "scales" in own:
+            model = self._with_scales(model, windows.shape[1], own["scales"], own.get("rate", 5e-3), seed + 1)
+        tuned = time.perf_counter()
         scored = {"batch_size": self._options.eval_batch_size, "progress": False}
         student, original = (computing_in(each, "bfloat16", fused=True) for each in (model, self._teacher))
         result = {
             "variant": name,
             "seed": seed,
             "tokens": int(windows.size),
-            "seconds": {"rotations": fitted - start, "blocks": done - fitted},
+            "seconds": {"rotations": fitted - start, "blocks": done - fitted, "scales": tuned - done},
             "output_error": float(np.mean([site["output_error"] for site in found["sites"]])),
             "domains": domains.evaluate_domains(student, self._texts, original=original, **scored)["domains"],
         }
@@ -161,6 +166,14 @@ class Trials:
         ]
         print(f"  share of the heaviest hundredth of tokens, by layer: {', '.join(shares)}", flush=True)
         return whole.astype(np.float32)
+
+    def _with_scales(self, model: Decoder, seq_len: int, steps: int, rate: float, seed: int) -> Decoder:
+        """Return the model after so many steps in which scales and norms alone learn."""
+        settings = EndToEndSettings(
+            steps=steps, batch=8192 // seq_len, code_rate=0, scale_rate=rate, cooldown=0.5
+        )
+        windows = sample_windows(self._tokens[1], steps * settings.batch, seq_len, seed)
+        return end_to_end.refine(model, self._teacher, windows, settings, progress=False)[0]
 
     def _windows(self, settings: recipe.Recipe) -> np.ndarray:
         drawn = settings.calibration
@@ -191,7 +204,7 @@ def line(found: dict[str, Any]) -> str:
     return (
         f"{found['variant']}, seed {found['seed']}: worst {rows[-1]['ratio']:.2f}, mean {mean:.3f}{test};"
         f" output error {found['output_error']:.4f}; rotations {seconds['rotations']:.0f} s, blocks"
-        f" {seconds['blocks']:.0f} s; {each}"
+        f" {seconds['blocks']:.0f} s, scales {seconds['scales']:.0f} s; {each}"
     )
 
 
