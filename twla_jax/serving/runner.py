@@ -115,11 +115,15 @@ class Runner:
         """
         width = self.chunks[-1]
         count = min(width, len(prompt) - start)
-        part = np.zeros((1, width), np.int32)
+        logits, self._staged = self.programs["prefill"](*self._chunk(prompt, start, count))
+        return logits, count, width
+
+    def _chunk(self, prompt: Sequence[int], start: int, count: int) -> tuple[Any, ...]:
+        """Return what `slots.prefill` takes of the next `count` tokens of a prompt, with the model and the row."""
+        part = np.zeros((1, self.chunks[-1]), np.int32)
         part[0, :count] = prompt[start : start + count]
         numbers = (np.int32(start), np.int32(count), np.int32(len(prompt)))
-        logits, self._staged = self.programs["prefill"](self._leaves, part, *numbers, self._staged)
-        return logits, count, width
+        return self._leaves, part, *numbers, self._staged
 
     def forget(self) -> None:
         """Empty the row for long prompts: NaN in it would reach what is read into it, even past the prompt's end."""
@@ -168,9 +172,11 @@ class Runner:
             for count in (1, *self.together.get(width, ()))
         ]
         read, steps = self.programs["read"], self.programs["steps"]
-        given = self._leaves, self._slots
+        given, long = (self._leaves, self._slots), (0,) * (self.chunks[-1] + 1)
+        prefill = functools.partial(self.programs["prefill"].lower, *self._chunk(long, 0, self.chunks[-1]))
         compile_together(
             [
+                *([] if self._staged is None else [prefill]),
                 *(functools.partial(read.lower, *given, *self._prompts(*each)) for each in prompts),
                 *(
                     functools.partial(steps.lower, *given, none, np.int32(1), rows=rows)
@@ -182,7 +188,7 @@ class Runner:
             for each in prompts:
                 self.read(*each)
             if self._staged is not None:
-                logits, *_ = self.prefill((0,) * (self.chunks[-1] + 1), 0)
+                logits, *_ = self.prefill(long, 0)
                 self.admit(_nothing(1), logits, 0)
                 self.forget()
             self.move(0, 0)
