@@ -54,8 +54,7 @@ def seconds_each(function: Callable[..., Any], make: Callable[[jax.Array], Any],
 
     Args:
       function: of the operands.
-      make: operands from a random key. They all belong to one call: XLA would compute once what follows from a shared
-        one.
+      make: operands from a random key; all are of one call, as XLA would compute once what follows from a shared one.
       size: bytes of the operands that count.
     """
     copies = int(ROTATED_BYTES / size) + 1 if _measured() else 1
