@@ -240,3 +240,16 @@ def test_an_audit_tells_a_vulnerability_from_a_registry_that_does_not_answer():
         said, status = verdict(1, output, errors)
         assert said.startswith("could not ask a registry")
         assert (len(said.splitlines()), status) == (1, 0)
+
+
+@pytest.mark.slow
+def test_several_devices_are_compared_with_one_and_a_killed_run_with_a_whole_one(monkeypatch, capsys):
+    mesh = script("mesh")
+    monkeypatch.setattr(mesh.xla_flags, "disable_triton_gemm", lambda: None)
+    ended = iter([(4, "digest"), (3, "begins"), (2, "another digest")])  # whole, killed, and run again
+    monkeypatch.setattr(mesh, "child", lambda *arguments: next(ended))
+    with pytest.raises(SystemExit, match="other bytes"):
+        mesh.main(["resume", "decode", "--shape", "tiny", "--decode-shape", "tiny", "--decode-layers", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "=2" in line]
+    assert re.search(r"resume +data=2 .* then 2 more: OTHER BYTES", rows[0])
+    assert re.search(r"decode +model=2 .* ×   \d+ and \d+ tokens/s, \d+% of the tokens are the same", rows[1])
