@@ -41,6 +41,7 @@ def test_a_quantised_folder_alone_is_enough(out, capsys):
     assert report["evaluation"]["perplexity"]["A16"] >= report["evaluation"]["perplexity"]["full"] > 1
     assert report["calibration"]["sha256"] != report["evaluation"]["sha256"]
     assert report["versions"]["jax"]
+    assert report["same_bytes"].startswith("same versions, XLA flags and kind of device")
     by_phase = [peak["host_bytes"] for peak in report["peak_memory_by_phase"].values()]
     assert 0 < by_phase[0] <= by_phase[-1] <= report["peak_memory"]["host_bytes"]
     assert report["peak_memory_by_phase"].keys() == report["seconds"].keys()

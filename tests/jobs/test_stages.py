@@ -26,6 +26,7 @@ from twla_jax.refinement_settings import (
     EndToEndSettings,
     RefineSettings,
 )
+from twla_jax.reports.run import same_bytes
 
 # As in the tests of each stage alone, so that what is compiled there serves here.
 LEARNING = {"steps": 2, "batch": 4, "dtype": "float32"}
@@ -141,3 +142,13 @@ def test_tokens_are_drawn_from_as_the_recipe_says(model):
     assert list(drawn[1]) == ["layers", "seconds"]
     for one, other in zip(jax.tree.leaves(drawn[0]), jax.tree.leaves(given[0]), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_report_says_when_the_same_bytes_come_again():
+    shared, one_order = "same versions, XLA flags and kind of device", "--xla_gpu_deterministic_ops=true"
+    assert same_bytes("cpu", 1, "") == same_bytes("gpu", 1, f"--xla_a=1 {one_order}") == shared
+    assert same_bytes("gpu", 1, "").startswith("not promised, as a GPU may add up in another order")
+    assert same_bytes("gpu", 1, "").endswith(f"with XLA_FLAGS={one_order}: {shared}")
+    assert (
+        same_bytes("cpu", 4, "") == f"{shared}, on the same mesh of these 4: others add up in another order"
+    )

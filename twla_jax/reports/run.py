@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import resource
 import sys
@@ -25,6 +26,7 @@ _PACKAGES = (
     "gguf",
     "numpy",
 )
+_ONE_ORDER = "--xla_gpu_deterministic_ops=true"
 
 
 class Phases:
@@ -54,7 +56,7 @@ class Phases:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions and the device that computes, JSON-ready."""
+    """Return the versions, the device that computes, and when a run gives the same bytes again, JSON-ready."""
     device = jax.devices()[0]
     return {
         "versions": {
@@ -63,7 +65,24 @@ def environment() -> dict[str, Any]:
             **{package: importlib.metadata.version(package) for package in _PACKAGES},
         },
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "same_bytes": same_bytes(device.platform, jax.device_count(), os.environ.get("XLA_FLAGS", "")),
     }
+
+
+def same_bytes(kind: str, devices: int, flags: str) -> str:
+    """Return in words when the same command gives the same bytes; `docs/reliability.md` says what was tried.
+
+    Args:
+      kind: platform of the devices, as JAX calls it.
+      devices: how many there are.
+      flags: of XLA.
+    """
+    shared = "same versions, XLA flags and kind of device"
+    if devices > 1:
+        shared += f", on the same mesh of these {devices}: others add up in another order"
+    if kind == "gpu" and _ONE_ORDER not in flags:
+        return f"not promised, as a GPU may add up in another order each time; with XLA_FLAGS={_ONE_ORDER}: {shared}"
+    return shared
 
 
 def peak_memory() -> dict[str, int | None]:
