@@ -39,8 +39,10 @@ def quantize(options: argparse.Namespace, work: Path, name: str, fraction: float
         str(work / "recipe.toml"),
         "--calibration",
         str(options.text),
+        "--check-corpus",
+        str(options.text),
         "--check-windows",
-        "0",
+        "2",
     ]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     return ended.returncode, ended.stderr
