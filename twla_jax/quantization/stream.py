@@ -17,6 +17,7 @@ from twla_jax.devices import host_bytes, on_device
 from twla_jax.models import sharding
 from twla_jax.models.blocks import State
 from twla_jax.models.decoder import Decoder
+from twla_jax.models.layers import replace
 from twla_jax.models.stored_layers import StoredLayers, without_blocks
 
 BATCH_TOKENS = 8192  # tokens of each device that go through a block at a time
@@ -74,7 +75,7 @@ class ResidualStream:
         self.tokens = windows.size
         self.mesh = mesh
         self.context = self.everywhere(model.context(seq_len))
-        self._head = without_blocks(model)
+        self._embedding = replace(without_blocks(model), head=None)
         self._sharding = sharding.batch_sharding(mesh) if mesh is not None else None
         self._count = count
         # The last batch is filled up, so that nothing compiles twice.
@@ -94,9 +95,9 @@ class ResidualStream:
 
     def start(self) -> None:
         """Embed the windows."""
-        head = on_device(self._head)
+        embedding = on_device(self._embedding)
         self._states = [
-            State(self._keep(self._put(head.embed_tokens(jnp.asarray(batch))))) for batch in self.windows
+            State(self._keep(self._put(embedding.embed_tokens(jnp.asarray(batch))))) for batch in self.windows
         ]
 
     def everywhere(self, tree: Any) -> Any:
