@@ -2,7 +2,7 @@
 
 For each matrix of the shapes, at one token, what the one-kernel linear takes by
 `ops/quantized_linear/linear_tiles.py`, and the fastest of the tiles around it; with `--few`, `ternary_matmul` at one
-to sixteen tokens, and `gpu_few` with others; with `--head`, heads of 4 bits at 16 and 64 tokens.
+to sixteen tokens, and `gpu_few` with others; with `--head`, heads of 4 bits at 16 tokens.
 """
 
 import argparse
@@ -136,16 +136,16 @@ if __name__ == "__main__":
     )
     parser.add_argument("--shape", choices=shapes.SHAPES, action="append", required=True)
     parser.add_argument("--few", action="store_true")
-    parser.add_argument("--head", action="store_true", help="only heads of 4 bits, at 16 and 64 tokens")
+    parser.add_argument("--head", action="store_true", help="only heads of 4 bits, at 16 tokens")
     options = parser.parse_args()
     xla_flags.disable_triton_gemm()
     timing.copy_bandwidth()  # what is timed first takes longer
     for shape in options.shape:
         if options.head:
             vocabulary, width = shapes.SHAPES[shape].vocab_size, shapes.SHAPES[shape].hidden_size
-            for tokens in (64, 16):
-                name = f"{shape}, head of 4 bits {vocabulary}x{width}, {tokens} tokens"
-                _print(name, *timed_head(tokens, vocabulary, width))
+            _print(
+                f"{shape}, head of 4 bits {vocabulary}x{width}, 16 tokens", *timed_head(16, vocabulary, width)
+            )
             continue
         for name, (n, m) in shapes.matrices(shapes.SHAPES[shape]).items():
             name = f"{shape}, {name} {n}x{m}"

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twla_jax.ops.dispatch import Implementation, dispatch
+from twla_jax.ops.integer_matmul import gpu
 from twla_jax.ops.integer_matmul.weight import IntegerWeight
-from twla_jax.ops.ternary_matmul import gpu, reference, tpu
+from twla_jax.ops.ternary_matmul import reference, tpu
 from twla_jax.ops.tokens import group_sums
 
 

@@ -30,7 +30,6 @@ from twla_jax.ops.ternary_matmul.weight import (
 )
 from twla_jax.ops.tokens import group_sums, pad_columns
 
-_AT_ONCE = False  # whether kernels add up both parts of wide tokens: no GPU has run that
 _COPIES = 4  # of weights, scales, tokens and their sums, into each slot of a ring
 
 
@@ -65,15 +64,11 @@ def wide_matmul(
     residual: Float[Array, "t n"] | None = None,
     *,
     out_dtype,
-    at_once: bool = _AT_ONCE,
 ) -> Float[Array, "t n"]:
     """Return what `reference.in_two_parts(reference.matmul)` computes, for tokens of 16 bits in two int8 codes."""
-    options = {"out_dtype": out_dtype, "wide": True}
-    if at_once and gpu_few.obstacle(len(x), weight) is None:
-        return gpu_few.matmul(x, scale, zero_point, weight, residual, **options)
-    if at_once and tile_configs.FEW_TOKENS < len(x) <= gpu_many.MOST_WIDE:
-        return gpu_many.matmul(x, sums, scale, zero_point, weight, residual, **options)
     operands = x, sums, scale, zero_point, weight, residual
+    if tile_configs.FEW_TOKENS < len(x) <= gpu_many.MOST_WIDE:
+        return gpu_many.matmul(*operands, out_dtype=out_dtype, wide=True)
     return in_two_parts(matmul)(*operands, out_dtype=out_dtype)
 
 

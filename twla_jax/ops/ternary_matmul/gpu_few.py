@@ -58,20 +58,16 @@ def matmul(
     *,
     out_dtype,
     config: RingTileConfig | None = None,
-    wide: bool = False,
 ) -> Float[Array, "t n"]:
-    """Return what `reference.matmul` computes, for int8 x, in the rows that are outputs, plus the residual.
-
-    If `wide`, the second half of x are the tokens' finer codes, and there are half as many outputs.
-    """
+    """Return what `reference.matmul` computes, for int8 x, in the rows that are outputs, plus the residual."""
     t, n = len(x), weight.out_features
     added = [] if residual is None else [threads.readable(residual)]
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _CHUNK)))
     config = config or launch_plan(t, weight)
     rows = Rows(config.rows, 1)
     return plgpu.kernel(
-        functools.partial(_kernel, rows=rows, config=config, weight=weight, wide=wide),
-        out_type=jax.ShapeDtypeStruct((t // 2 if wide else t, n), out_dtype),
+        functools.partial(_kernel, rows=rows, config=config, weight=weight),
+        out_type=jax.ShapeDtypeStruct((t, n), out_dtype),
         grid=(gpu_ring.block_count(n, rows),),
         grid_names=("rows",),
         num_threads=config.warpgroups,
@@ -86,14 +82,14 @@ def matmul(
     )(*gpu_ring.weight_operands(weight), x, scale, zero_point, *added)
 
 
-def _kernel(*refs, rows: Rows, config: RingTileConfig, weight: KernelWeight, wide: bool, **memory):
+def _kernel(*refs, rows: Rows, config: RingTileConfig, weight: KernelWeight, **memory):
     of_weight, (x_gmem, scale_gmem, zero_point_gmem, *residual, out_gmem) = refs[:5], refs[5:]
     count = 128 * config.warpgroups
 
     words, ends = _fetch_tokens(x_gmem, weight.column_tiles, count), _fetch_ends(scale_gmem, zero_point_gmem)
     outputs = gpu_ring.RingOutputs(stored=out_gmem)
     start_prefetch, finish_outputs = gpu_ring.product_stages(
-        of_weight, residual, outputs, rows=rows, config=config, weight=weight, flat=_FLAT, wide=wide, **memory
+        of_weight, residual, outputs, rows=rows, config=config, weight=weight, flat=_FLAT, **memory
     )
 
     def answer() -> jax.Array:

@@ -1,10 +1,10 @@
 """Multiplies more than sixteen int8 tokens by two-bit weights on Hopper GPUs (Pallas Mosaic GPU), on tensor cores.
 
-Warpgroups multiply, two as a rule, 64 weight rows each, which they unpack in registers as the left operand of `wgmma`.
-Each has rows of its own; or all have the same, where that keeps more multiprocessors busy, and take turns with tiles
-of columns. One more warpgroup keeps rings of tiles filled, across the outputs that a block computes one after the
-other. While one warpgroup scales its sums, another multiplies. Blocks of a cluster share tokens, which are read once
-for all.
+Two warpgroups multiply, 64 weight rows each, which they unpack in registers as the left operand of `wgmma`. Each has
+rows of its own; or both have the same, where that keeps more multiprocessors busy, and every other tile of columns. A
+third warpgroup keeps rings of tiles filled, across the outputs that a block computes one after the other. While one
+warpgroup scales its sums, the other multiplies. Blocks of a cluster share tokens, which are read once for all, or
+columns.
 
 Where a row has several (α, μ), its weights are unpacked to whole numbers of its step, which int8 holds: sums of all
 columns stay integers, and registers have room for more tokens than they would beside sums in float32.
@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.hopper.limits import CLUSTERS, WGMMA_ROWS
+from twla_jax.ops.hopper.limits import CLUSTERS, WARPGROUPS, WGMMA_ROWS
 from twla_jax.ops.ternary_matmul import (
     gpu_many_blocks,
     gpu_many_outputs,
@@ -34,9 +34,7 @@ from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyRings, ManyWo
 from twla_jax.ops.ternary_matmul.weight import KernelWeight
 from twla_jax.ops.tokens import pad_columns
 
-MOST_WIDE = 128  # codes of wide tokens that a block has
-# By warpgroups that multiply, the registers of a thread that loads, and of one that multiplies.
-_REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
+MOST_WIDE = 32  # codes of wide tokens, the most that a GPU was seen to add up at once
 
 
 def matmul(
@@ -59,7 +57,7 @@ def matmul(
     t = len(x) // 2 if wide else len(x)
     if wide:
         x, sums, scale, zero_point = (_pad_halves(each) for each in (x, sums, scale, zero_point))
-    config = config or tile_configs.many_tile_config(len(x), weight.rows)
+    config = config or tile_configs.many_tile_config(len(x), weight.rows, jnp.dtype(out_dtype).itemsize)
     if wide and config.tokens != len(x):
         raise ValueError(f"a block has {config.tokens} of {len(x)} codes")
     # The copy engine swizzles pieces of 8 tokens by 128 bytes: it pads past the end, but cannot cut a piece.
@@ -79,7 +77,7 @@ def matmul(
         grid_names=("block",),
         cluster=(config.cluster,),
         cluster_names=("cluster",),
-        num_threads=config.warpgroups + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="ternary_matmul_many",
         scratch_types={
@@ -109,12 +107,11 @@ def _adds(residual: jax.Array, weight: KernelWeight, out_dtype) -> bool:
 
 
 def line_scratch_types(config: tile_configs.ManyTileConfig) -> dict[str, Any]:
-    """Return the shared memory that passes other lines' sums to the first, if there are several."""
-    others = config.lines - 1
-    if not others:
+    """Return the shared memory that passes the second line's sums to the first, if there are two."""
+    if config.lines == 1:
         return {}
-    sums = plgpu.SMEM((others, WGMMA_ROWS, config.tokens), jnp.int32)
-    return {"sums": sums, "added": plgpu.Barrier(num_arrivals=others), "taken": plgpu.Barrier()}
+    sums = plgpu.SMEM((WGMMA_ROWS, config.tokens), jnp.int32)
+    return {"sums": sums, "added": plgpu.Barrier(), "taken": plgpu.Barrier()}
 
 
 def _kernel(
@@ -136,21 +133,20 @@ def _kernel(
     wide: bool,
 ):
     *residual_gmem, out_gmem = residual_and_out_gmem
-    group, lines, groups = lax.axis_index("warpgroup"), work.config.lines, work.config.warpgroups
-    fewer, more = _REGISTERS[groups]
+    group, lines = lax.axis_index("warpgroup"), work.config.lines
     rings = ManyRings(work=work, weight=weight, **of_rings)
 
-    @pl.when(group == groups)
+    @pl.when(group == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(fewer, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
 
         @plgpu.warp_map
         def _(line):
             pl.when(line < lines)(lambda: rings.fill(line, codes_gmem, scales_gmem, x_gmem))
 
-    @pl.when(group < groups)
+    @pl.when(group < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(more, action="increase")
+        plgpu.set_max_registers(232, action="increase")
         line, half = lax.rem(group, lines), lax.div(group, lines)
         outputs = ManyOutputs(
             half=half,
@@ -178,36 +174,34 @@ def _kernel(
             def finish(sums):
                 outputs.finish(sums, first_token, first_row)
 
-            start, end = fetch, finish
-            if work.config.split:
-                start = functools.partial(gpu_many_blocks.finishes(half), fetch)
-                end = functools.partial(gpu_many_blocks.add, i, half, finish=finish, **of_blocks)
             if lines == 1:
-                start()
-                return end(rings.sums(i, line, half))
-            pl.when(line == 0)(start)
+                fetch()
+                return finish(rings.sums(i, line, half))
+            here, end = line == 0, finish
+            if work.config.split:
+                here = jnp.logical_and(here, lax.axis_index("cluster") == 0)
+                end = functools.partial(gpu_many_blocks.add, i, finish=finish, **of_blocks)
+            pl.when(here)(fetch)
             _add_lines(i, line, rings.sums(i, line, half), end, **of_lines)
 
         if work.config.split:
             adds = jnp.logical_and(work.mine() > 0, line == 0)
-            pl.when(adds)(lambda: gpu_many_blocks.end(half, **of_blocks))
+            pl.when(adds)(lambda: gpu_many_blocks.end(**of_blocks))
         plgpu.wait_smem_to_gmem(0)
 
 
 def _add_lines(i, line, own: jax.Array, finish: Callable[[jax.Array], None], *, sums, added, taken) -> None:
-    """Finish in the first line what all have summed."""
+    """Finish in the first of two lines what both have summed."""
 
-    @pl.when(line > 0)
+    @pl.when(line == 1)
     def _():
         pl.when(i > 0)(lambda: plgpu.barrier_wait(taken))
-        sums.at[line - 1][...] = own
+        sums[...] = own
         plgpu.barrier_arrive(added)
 
     @pl.when(line == 0)
     def _():
         plgpu.barrier_wait(added)
-        total = own
-        for other in range(sums.shape[0]):
-            total += plgpu.load(sums.at[other], layout=LAYOUT, optimized=False)
+        total = own + plgpu.load(sums, layout=LAYOUT, optimized=False)
         plgpu.barrier_arrive(taken)
         finish(total)

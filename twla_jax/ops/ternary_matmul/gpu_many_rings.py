@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.hopper.limits import WGMMA_ROWS
+from twla_jax.ops.hopper.limits import WARPGROUPS, WGMMA_ROWS
 from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows, unpack_weights
 from twla_jax.ops.ternary_matmul.tile_configs import ManyTileConfig
@@ -34,7 +34,7 @@ class ManyWork:
     @property
     def halves(self) -> int:
         """Return the number of halves of 64 rows each that a block has at once."""
-        return self.config.warpgroups // self.config.lines
+        return WARPGROUPS // self.config.lines
 
     @property
     def rows(self) -> int:
@@ -117,12 +117,6 @@ class ManyRings:
         """Return the number of shares of a tile's tokens."""
         return self.weight.planes // self.work.config.x_planes
 
-    @property
-    def stays(self) -> bool:
-        """Return whether a block's tokens are loaded once, for all of its outputs."""
-        config, most = self.work.config, pl.cdiv(self.weight.column_tiles, self.work.parts)
-        return config.split and self.shares == 1 and config.x_slots >= most
-
     def part(self, line: jax.Array) -> jax.Array:
         """Return which part of the columns a line has."""
         config = self.work.config
@@ -154,24 +148,16 @@ class ManyRings:
             copy(codes_gmem.at[tile, rows], self.codes)
             if self.weight.grouped:
                 copy(scales_gmem.at[tile, :, rows], self.scales)
-
-            def copy_tokens(share):
+            for share in range(self.shares):
                 x_slot, barrier = self._x_slot(k, share, line)
+                again = self.shares * k + share >= x_slots
+                pl.when(again)(lambda barrier=barrier: plgpu.barrier_wait(self.x_freed.at[barrier]))
                 source = x_gmem.at[tokens, pl.ds((self.shares * tile + share) * width, width)]
                 ends = source, self.x.at[line, x_slot], self.x_filled.at[barrier]
                 plgpu.copy_gmem_to_smem(*ends, collective_axes=None if config.split else "cluster")
 
-            if self.stays:
-                return pl.when(k < own)(lambda: copy_tokens(0))
-            for share in range(self.shares):
-                _, barrier = self._x_slot(k, share, line)
-                again = self.shares * k + share >= x_slots
-                pl.when(again)(lambda barrier=barrier: plgpu.barrier_wait(self.x_freed.at[barrier]))
-                copy_tokens(share)
-
         # Other blocks of the cluster must be done with this one's memory before it ends.
-        rings = [(self.freed, stages, last), (self.x_freed, x_slots, self.shares * last)]
-        for barrier, slots, end in rings[:1] if self.stays else rings:
+        for barrier, slots, end in ((self.freed, stages, last), (self.x_freed, x_slots, self.shares * last)):
 
             @pl.loop(jnp.maximum(0, end - slots), end)
             def _(step, barrier=barrier, slots=slots):
@@ -183,13 +169,9 @@ class ManyRings:
 
         def step(k, acc):
             slot = lax.rem(k, self.work.config.stages)
-            if self.stays:
-                filled = self.x_filled.at[self._x_slot(k, 0, line)[1]]
-                pl.when(k < own)(lambda: plgpu.barrier_wait(filled))
             add = functools.partial(self._add_tile, k, slot, line, half)
             acc = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(acc))
-            if not self.stays:
-                plgpu.barrier_arrive(self.x_freed.at[self._x_slot(k, self.shares - 1, line)[1]])
+            plgpu.barrier_arrive(self.x_freed.at[self._x_slot(k, self.shares - 1, line)[1]])
             plgpu.barrier_arrive(self.freed.at[line * self.work.config.stages + slot])
             return acc
 
@@ -199,7 +181,7 @@ class ManyRings:
     def _x_slot(self, k, share: int, line) -> tuple[jax.Array, jax.Array]:
         """Return where a tile's share lies in the line's ring, and the number of its barrier."""
         slots = self.work.config.x_slots
-        slot = lax.rem(k, self.own(line)) if self.stays else lax.rem(self.shares * k + share, slots)
+        slot = lax.rem(self.shares * k + share, slots)
         return slot, line * slots + slot
 
     def _add_tile(self, k, slot, line, half, acc_ref) -> None:
@@ -215,8 +197,7 @@ class ManyRings:
             codes, previous = self._unpack(packed, pairs, plane), x_barrier
             if place == 0:
                 x_slot, x_barrier = self._x_slot(k, share, line)
-                if not self.stays:
-                    plgpu.barrier_wait(self.x_filled.at[x_barrier])
+                plgpu.barrier_wait(self.x_filled.at[x_barrier])
             plgpu.wgmma(acc_ref, codes, self.x.at[line, x_slot, :, pl.ds(place * PLANE, PLANE)].T)
             if plane:
                 plgpu.wgmma_wait(1)
