@@ -1,6 +1,5 @@
-"""The notebook runs from top to bottom on a CPU, and the model it saves serves the script."""
+"""The notebooks run from top to bottom on a CPU, the second on the model that the first saves."""
 
-import runpy
 from pathlib import Path
 
 import nbformat
@@ -10,31 +9,34 @@ from nbclient import NotebookClient
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-@pytest.mark.slow
-def test_notebook_then_script(stories_model, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    monkeypatch.setenv("TWLA_QUICKSTART_MODEL", str(stories_model))
-    monkeypatch.setenv("TWLA_QUICKSTART_OUT", str(out))
-    monkeypatch.setenv("TWLA_QUICKSTART_SMALL", "1")
-    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+def run_notebook(name: str, folder: Path) -> list[str]:
+    """Return the lines that a notebook prints when it is run in a folder."""
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
     ).execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    printed = (output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    return "".join(printed).splitlines()
+
+
+@pytest.mark.slow
+def test_quickstart_then_your_jit(stories_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TWLA_QUICKSTART_MODEL", str(stories_model))
+    monkeypatch.setenv("TWLA_QUICKSTART_OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("TWLA_QUICKSTART_SMALL", "1")
+    printed = "\n".join(run_notebook("quickstart.ipynb", tmp_path))
     assert "the restored model gives the same logits" in printed
     assert "the model on a mesh gives the same logits" in printed
 
-    main = runpy.run_path(str(EXAMPLES / "use_in_your_jit.py"))["main"]
-    main(out)
-    *_, tuned = capsys.readouterr().out.splitlines()
+    *_, tuned = run_notebook("use_in_your_jit.ipynb", tmp_path)
     before, after = tuned.removeprefix("soft prompt: loss ").split(" in ")[0].split(" → ")
     assert float(after) < float(before)
 
 
-def test_your_own_flax_model(capsys):
-    main = runpy.run_path(str(EXAMPLES / "your_own_flax_model.py"))["main"]
-    main(steps=2)
-    *_, floats, ternary, last = capsys.readouterr().out.splitlines()
+@pytest.mark.slow
+def test_your_own_flax_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWLA_EXAMPLE_STEPS", "2")
+    *_, floats, ternary, last = run_notebook("your_own_flax_model.ipynb", tmp_path)
     bytes_of = [
         int(line.split(", ")[-1].removesuffix(" bytes").replace(",", "")) for line in (floats, ternary)
     ]
