@@ -112,7 +112,12 @@ def check_rotations(implementation: str, rotations=ROTATIONS) -> None:
 
 
 # Tokens, rows, columns, group size.
-INTEGERS = ((1, 1000, 576, 128), (TOKENS, 4096, 4096, 128), (40, 1000, 1024, 1024))
+INTEGERS = (
+    (1, 1000, 576, 128),
+    (TOKENS, 4096, 4096, 128),
+    (40, 1000, 1024, 1024),
+    (70, 1000, 576, 128),
+)
 
 
 def check_integers(implementation: str, products=INTEGERS) -> None:
