@@ -150,11 +150,12 @@ def _visible(query: jax.Array, key: jax.Array, window) -> jax.Array:
 def _softmax(scores: jax.Array, visible: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Return the weights before they are divided by their total, and the total, in which sinks have their part."""
     scores = jnp.where(visible, scores, -jnp.inf)
-    largest = scores.max(-1, keepdims=True)
+    # Both results are in its units, so that no slope of their ratio passes through it.
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     if sinks is None:
         weights = jnp.exp(scores - largest)
         return weights, weights.sum(-1, keepdims=True)
     sinks = sinks.astype(scores.dtype)
-    largest = jnp.maximum(largest, sinks)
+    largest = jax.lax.stop_gradient(jnp.maximum(largest, sinks))
     weights = jnp.exp(scores - largest)
     return weights, weights.sum(-1, keepdims=True) + jnp.exp(sinks - largest)
