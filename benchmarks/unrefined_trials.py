@@ -5,10 +5,9 @@
 
 A variant is a name and what it changes in the recipe: keys with dots between a table and what is in it. A seed is that
 of the windows and of the rotations, as `twla quantize --seed` has it, unless a variant sets one of them; `NAME@1+2:…`
-runs with these seeds alone. `trial.fisher=1` weighs tokens by the square of the loss's slope at a block's output;
-`trial.scales=100` lets scales and norms alone learn for 100 steps, at `trial.rate`. A line is printed as each is done,
-and a table of all at the end. Nothing begins once `--seconds` are over. TWLA_SMOLLM2 may name the GGUF file that
-`smollm2` stands for.
+runs with these seeds alone. `trial.scales=100` lets scales and norms alone learn for 100 steps, at `trial.rate`. A line
+is printed as each is done, and a table of all at the end. Nothing begins once `--seconds` are over. TWLA_SMOLLM2 may
+name the GGUF file that `smollm2` stands for.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,7 +28,6 @@ from twla_jax.core.settings import QuantizationSettings
 from twla_jax.errors import TwlaError
 from twla_jax.evaluation import domains, scoring
 from twla_jax.jobs import loading
-from twla_jax.models import sharding
 from twla_jax.models.decoder import Decoder, computing_in
 from twla_jax.quantization import pipeline, rotation_fitting
 from twla_jax.refinement import end_to_end
@@ -54,31 +51,6 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
         except ValueError:
             here[key] = value
     return name, tables
-
-
-@jax.jit
-def slopes(model: Decoder, tokens: jax.Array, key: jax.Array) -> jax.Array:
-    """Return `[layers, b, t]`: the mean square slope of the loss at every block's output.
-
-    The loss is that of next tokens drawn from the model's own predictions, so that squares are Fisher's information.
-    """
-    context = model.context(tokens.shape[1])
-
-    def loss(deltas: jax.Array) -> jax.Array:
-        @jax.checkpoint
-        def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-            block, index, delta = layer
-            return block(x, context.layer(index)) + delta.astype(x.dtype), None
-
-        layers = (model.blocks, jnp.arange(len(context.reach)), deltas)
-        x, _ = jax.lax.scan(step, model.embed_tokens(tokens), layers)
-        logits = model.logits(model.norm(x))
-        drawn = jax.lax.stop_gradient(jax.random.categorical(key, logits))
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1).sum()
-
-    count = len(context.reach)
-    found = jax.grad(loss)(jnp.zeros((count, *tokens.shape, model.config.hidden_size), model.dtype))
-    return jnp.square(found.astype(jnp.float32)).mean(-1)
 
 
 class Trials:
@@ -117,10 +89,6 @@ class Trials:
         settings = seeded.updated(changes)
         windows = self._windows(settings)
         start = time.perf_counter()
-        weights = None
-        if "fisher" in own:
-            weights = self._token_weights(windows, own["fisher"])
-            print(f"  token weights after {time.perf_counter() - start:.1f} s", flush=True)
         rotations = self._fitted(settings.quantization)
         fitted = time.perf_counter()
         model, found = pipeline.quantize_blocks(
@@ -128,7 +96,6 @@ class Trials:
             windows,
             settings.quantization,
             rotations=rotations,
-            token_weights=weights,
             progress=False,
         )
         done = time.perf_counter()
@@ -149,23 +116,6 @@ class Trials:
             whole = scoring.evaluate(student, self._test, **scored)
             result["perplexity"] = whole["perplexity"]
         return result
-
-    def _token_weights(self, windows: np.ndarray, power: float) -> np.ndarray:
-        model = sharding.place(computing_in(self._teacher, "bfloat16", fused=True), None)
-        batch = max(1, 8192 // windows.shape[1])
-        found = []
-        for start in range(0, len(windows), batch):
-            part = windows[start : start + batch]
-            part = np.pad(part, ((0, batch - len(part)), (0, 0)))
-            found.append(np.asarray(slopes(model, jnp.asarray(part), jax.random.key(start))))
-        whole = np.concatenate(found, axis=1)[:, : len(windows)]
-        whole = (whole / whole.mean((1, 2), keepdims=True)) ** power
-        flat = np.sort(whole.reshape(len(whole), -1), axis=1)
-        shares = [
-            f"{row[-len(row) // 100 :].sum() / row.sum():.2f}" for row in flat[:: max(1, len(flat) // 6)]
-        ]
-        print(f"  share of the heaviest hundredth of tokens, by layer: {', '.join(shares)}", flush=True)
-        return whole.astype(np.float32)
 
     def _with_scales(self, model: Decoder, seq_len: int, steps: int, rate: float, seed: int) -> Decoder:
         """Return the model after so many steps in which scales and norms alone learn."""

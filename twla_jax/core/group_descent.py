@@ -51,10 +51,10 @@ def descend(
         metric = columns(rows, axis=1) + jnp.diag(jnp.where(mask, ridge, 1))
         here, own = columns(codes, axis=1), tuple(each[index] for each in scales)
         before = _values(here, own, mask, levels)
+        here = _descend_columns(columns(slope, axis=1), here, own, metric, mask, levels)
         # The best the group could be with the others as they are: the least of a parabola in its own columns.
-        step = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(metric), True), columns(slope, axis=1).T).T
-        best = before + step
-        here = _descend_columns(best, here, own, metric, mask, levels)
+        inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(metric), True), jnp.eye(group))
+        best = before + jnp.matmul(columns(slope, axis=1), inverse, precision=_HIGHEST)
         here, own = levels.stored(here, levels.relocate(best, here, own, metric, mask))
         change = _values(here, own, mask, levels) - before
         slope = slope - jnp.matmul(change, rows, precision=_HIGHEST)
@@ -63,8 +63,9 @@ def descend(
         codes = jax.lax.dynamic_update_slice_in_dim(codes, here, start, 1)
         return (codes, tuple(a.at[index].set(b) for a, b in zip(scales, own, strict=True)), slope), None
 
-    spread = tuple(jnp.repeat(each.T, group, axis=1) for each in scales)
-    difference = target - jnp.where(exists, levels.values(codes, *spread), 0)
+    by_group = codes.reshape(len(codes), groups, group)
+    values = levels.values(by_group, *(each.T[..., None] for each in scales)).reshape(codes.shape)
+    difference = target - jnp.where(exists, values, 0)
     slope = jnp.matmul(difference, moment, precision=_HIGHEST) + ridge * difference
     order = jnp.tile(jnp.arange(groups), passes)
     (codes, scales, _), _ = jax.lax.scan(descend_group, (codes, scales, slope), order)
@@ -78,18 +79,26 @@ def _values(
 
 
 def _descend_columns(
-    best: Float[Array, "n g"],
+    slope: Float[Array, "n g"],
     codes: Float[Array, "n g"],
     scales: Scales,
     metric: Float[Array, "g g"],
     mask: Bool[Array, " g"],
     levels: Quantizer,
 ) -> Float[Array, "n g"]:
-    """Return the codes `[n, g]` of one group after each column's was chosen anew, one after another."""
+    """Return the codes `[n, g]` of one group after each column's was chosen anew, one after another.
+
+    Args:
+      slope: `(w − ŵ) H` at the group's columns.
+      codes: so far.
+      scales: of the group.
+      metric: H at the group's rows and columns.
+      mask: which columns exist.
+      levels: what is rounded to.
+    """
     size = codes.shape[1]
     block = math.gcd(size, _BLOCK)
     values = _values(codes, scales, mask, levels)
-    slope = jnp.matmul(best - values, metric, precision=_HIGHEST)
 
     def column(j, state):
         codes, values, slope, square = state

@@ -104,8 +104,6 @@ class CompensationSettings(Settings):
       damping: added to the diagonal of the second moments, as a share of its mean, before factoring.
       propagation: share of the error that earlier layers leave in the inputs that the weights are changed to make up
         for before they are quantised (QEP's β); 0 leaves that out, and the pass of the full-precision model it needs.
-      tokens: what an error of a token counts for where it is added to the residual stream: as it is (`equal`), or
-        `relative` to the stream's size there, as the norms that read it see it.
       passes: over all columns after the sweep, each of which chooses codes and scales anew with the others as they are.
     """
 
@@ -113,7 +111,6 @@ class CompensationSettings(Settings):
 
     damping: float = ranged(0.01, above=0)
     propagation: float = ranged(0.5, low=0, high=1)
-    tokens: Literal["equal", "relative"] = "equal"
     passes: int = ranged(0, low=0)
 
 

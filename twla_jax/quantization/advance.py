@@ -12,9 +12,6 @@ from twla_jax.models.blocks import ChainBlock, Context, State, run
 from twla_jax.quantization.experts import ExpertMoments
 from twla_jax.quantization.stream import ResidualStream
 
-# All of an input, each token's experts where it has any, and what its tokens count for where not all count alike.
-_Kept = tuple[Float[Array, "b s *k m"], Int32[Array, "b s k"] | None, Float[Array, "b s"] | None]
-
 
 def sample_site(
     block: ChainBlock, stream: ResidualStream, context: Context, index: int, stride: int
@@ -48,7 +45,7 @@ def finish_block(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("first", "last", "stride", "keep", "relative"), donate_argnames=("x", "moment")
+    jax.jit, static_argnames=("first", "last", "stride", "keep"), donate_argnames=("x", "moment")
 )
 def advance(
     block: ChainBlock,
@@ -57,19 +54,17 @@ def advance(
     real: Float[Array, " b"],
     moment: Float[Array, "m m"] | ExpertMoments | None,
     context: Context,
-    given: Float[Array, "b s"] | None = None,
     *,
     first: int,
     last: int,
     stride: int,
     keep: bool = False,
-    relative: bool = False,
 ) -> tuple[
     Float[Array, "b s d"],
     Float[Array, "b s _"] | None,
     Float[Array, "m m"] | ExpertMoments | None,
     Float[Array, "c m"],
-    _Kept | None,
+    tuple[Float[Array, "b s *k m"], Int32[Array, "b s k"] | None] | None,
 ]:
     """Move one batch from site `first` to the input of site `last`.
 
@@ -80,16 +75,14 @@ def advance(
       real: 0 for windows that only fill up a batch: they give zeros, which count for nothing in moments or clips.
       moment: second moments to add that input's to; None to take none.
       context: of the block's layer.
-      given: what each token's error counts for; None for all alike.
       first: the site that the state has come to.
       last: the site whose input is looked at.
       stride: so many tokens from one of the sample to the next.
       keep: whether all of the input is returned.
-      relative: whether tokens count as `stream_weights` has it, where it has anything.
 
     Returns:
-      The stream and inner state to go on from, the moments, a sample of the input, float32, and with `keep` all of it,
-      each token's experts, where the site has any, and each token's weight, where they have any.
+      The stream and inner state to go on from, the moments, a sample of the input, float32, and with `keep` all of it
+      and each token's experts, where the site has any.
     """
     site, before = block.sites[last], State(x, inner)
     state = run(block, before, context, first, last)
@@ -99,38 +92,13 @@ def advance(
     if h.ndim > 3:  # a row for each expert of a token; one more, lest all of the sample be of one rank
         stride = stride * h.shape[2] + 1
     sample = h.reshape(-1, h.shape[-1])[stride // 2 :: stride].astype(jnp.float32)
-    weights = given
-    if relative and (found := stream_weights(block, state, context, last)) is not None:
-        weights = found if given is None else found * given
     if isinstance(moment, ExpertMoments):
         assert experts is not None
         moment = moment.add(h, h, experts, real)
     elif moment is not None:
-        weighted = h if weights is None else h.astype(jnp.float32) * jnp.sqrt(weights)[..., None]
-        moment = gptq.accumulate_moment(moment, weighted)
+        moment = gptq.accumulate_moment(moment, h)
     kept = before if site.recomputed else state
-    return kept.x, kept.inner, moment, sample, (h, experts, weights) if keep else None
-
-
-def stream_weights(
-    block: ChainBlock, state: State, context: Context, index: int
-) -> Float[Array, "b s"] | None:
-    """Return how much each token's error counts at a site: less, the larger the residual stream that it is added to.
-
-    The norms that read the stream divide it by its size, and an error in it with it. The first tokens of a text, whose
-    stream is a thousand times as large as others' in many models, would outweigh all other tokens together.
-
-    Args:
-      block: with the sites before this one as they should be.
-      state: before the site.
-      context: of the block's layer.
-      index: of the site; None is returned where it does not write to the stream, and of experts.
-    """
-    site = block.sites[index]
-    if not site.writes or site.experts:
-        return None
-    x = run(block, state, context, index, index + 1).x.astype(jnp.float32)
-    return 1 / jnp.maximum(jnp.square(x).mean(-1), 1e-12)
+    return kept.x, kept.inner, moment, sample, (h, experts) if keep else None
 
 
 @functools.partial(jax.jit, static_argnames=("first", "last"), donate_argnames=("x", "error_moment"))
@@ -138,7 +106,7 @@ def advance_reference(
     original: ChainBlock,
     x: Float[Array, "b s d"],
     inner: Float[Array, "b s _"] | None,
-    quantized: _Kept,
+    quantized: tuple[Float[Array, "b s *k m"], Int32[Array, "b s k"] | None],
     real: Float[Array, " b"],
     error_moment: Float[Array, "m m"] | ExpertMoments,
     context: Context,
@@ -155,7 +123,7 @@ def advance_reference(
       original: the block in full precision.
       x: its residual stream.
       inner: what site `first` reads instead of it, if it does.
-      quantized: h, the same input in the quantised model, each token's experts, where the site has any, and its weight.
+      quantized: h, the same input in the quantised model, and each token's experts, where the site has any.
       real: 0 for windows that only fill up a batch.
       error_moment: `Σ (h₀ − h)ᵀ h` so far, of the full-precision input h₀.
       context: of the block's layer.
@@ -166,7 +134,7 @@ def advance_reference(
       The stream and inner state to go on from, and the error_moment.
     """
     site, before = original.sites[last], State(x, inner)
-    h, experts, weights = quantized
+    h, experts = quantized
     context = dataclasses.replace(context, experts=experts)
     state = run(original, before, context, first, last)
     exact = original.before(site, state, context)
@@ -175,8 +143,6 @@ def advance_reference(
     if isinstance(error_moment, ExpertMoments):
         assert experts is not None
         return kept.x, kept.inner, error_moment.add(difference, h, experts, real)
-    if weights is not None:
-        difference = difference * weights[..., None]
     h, difference = (each.reshape(-1, h.shape[-1]).astype(jnp.float32) for each in (h, difference))
     error_moment = error_moment + jnp.matmul(difference.T, h, precision=jax.lax.Precision.HIGHEST)
     return kept.x, kept.inner, error_moment

@@ -29,7 +29,6 @@ def quantize_block(
     reference: ResidualStream | None,
     context: Context,
     settings: QuantizationSettings,
-    weights: Any = None,
 ) -> dict[str, jax.Array]:
     """Quantise one block, input by input, and move the stream past it.
 
@@ -40,34 +39,29 @@ def quantize_block(
       reference: of the full-precision model, which moves with it, where errors of earlier layers are made up for.
       context: of this block's layer.
       settings: its `weights` and `activations` are read.
-      weights: what each token's error counts for, by batch `[batches, b, s]`; None for all alike.
 
     Returns:
       `q.kernel.codes`, `q.kernel.alpha`, … for every linear, and for every input its clips and figures.
     """
     result = {}
     stride = max(1, stream.tokens // settings.activations.clip_tokens)
-    original, compensation = block, settings.weights.compensation
-    relative = compensation is not None and compensation.tokens == "relative"
+    original = block
     for index, site in enumerate(block.sites):
         linears = block.linears(site)
         moment, samples = stream.everywhere(_no_moment(site, linears)), []
         error_moment = stream.everywhere(_no_moment(site, linears)) if reference else None
         spans = {"first": kept_before(block, index), "last": index}
         pairs = zip(stream.batches(), reference.batches(), strict=True) if reference else None
-        every = pairs or ((batch, None) for batch in stream.batches())
-        for number, (batch, exact) in enumerate(every):
+        for batch, exact in pairs or ((batch, None) for batch in stream.batches()):
             x, inner, moment, sample, h = advance(
                 block,
                 *leaves(batch.state),
                 batch.real,
                 moment,
                 context,
-                None if weights is None or site.experts else jnp.asarray(weights[number]),
                 **spans,
                 stride=stride,
                 keep=exact is not None,
-                relative=relative,
             )
             batch.state = State(x, inner)
             samples.append(sample)

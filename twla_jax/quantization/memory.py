@@ -52,10 +52,12 @@ def site_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> in
         count = model.config.num_experts
         swept = chunk_size(count, m, n) * (_ROWS * rows + _MOMENTS * square)
         return int(_FLOAT32 * (swept + _SAMPLES * sample + 2 * streams * count * square))
+    passes = settings.weights.compensation.passes if settings.weights.compensation else 0
     steps = {  # of `quantization.site`
         "rotated": (streams + 2) * square + rows + sample,
         "factored": 5 * square + 2 * rows + sample,
         "swept": 2 * square + 5.5 * rows + sample,
+        "passed over": 3 * square + 8.5 * rows + sample if passes else 0,
         "clipped": square + rows + 4 * sample,
     }
     return int(_FLOAT32 * max(steps.values()))

@@ -51,7 +51,6 @@ def quantize_blocks(
     settings: QuantizationSettings,
     *,
     rotations: Mapping[str, KroneckerRotation] | None = None,
-    token_weights: np.ndarray | None = None,
     work_dir: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
@@ -64,7 +63,6 @@ def quantize_blocks(
       settings: of weights, rotations and activations.
       rotations: of every site, with a leading axis of layers, as `settings.rotation` fits them: those of another model
         quantised from this one. None fits them.
-      token_weights: `[layers, w, s]`, what each token's error counts for in each block; None for all alike. A trial.
       work_dir: finished rotations and blocks, and the residual stream after each block, are kept here; a later call
         with the same model, windows and settings goes on from them. Of a model whose layers are in files, the blocks
         of the result stay here, too. Of several hosts, each gives a folder of its own, and the first one's counts.
@@ -98,7 +96,7 @@ def quantize_blocks(
             model, samples, settings.rotation, store, mesh, progress
         )
     fitted = time.perf_counter()
-    layers = _quantize_blocks(model, windows, rotations, settings, store, mesh, progress, token_weights)
+    layers = _quantize_blocks(model, windows, rotations, settings, store, mesh, progress)
     figures = [
         {
             "layer": index,
@@ -189,7 +187,6 @@ def _quantize_blocks(
     store: resume.WorkDir | None,
     mesh: jax.sharding.Mesh | None,
     progress: bool,
-    token_weights: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """Return what `quantize_block` finds for every block, on the host.
 
@@ -228,13 +225,8 @@ def _quantize_blocks(
                     for site, r in rotations.items()
                 }
                 context = stream.context.layer(index)
-                weights = None
-                if token_weights is not None:
-                    filled = stream.windows.shape[0] * stream.windows.shape[1] - len(windows)
-                    each = np.pad(token_weights[index], ((0, filled), (0, 0)))
-                    weights = each.reshape(stream.windows.shape)
                 result = hosts.fetch(
-                    quantize_block(_place(block, mesh), here, stream, reference, context, settings, weights)
+                    quantize_block(_place(block, mesh), here, stream, reference, context, settings)
                 )
                 _require_finite(model, index, result)
                 snapshots.keep_block(index, result)
