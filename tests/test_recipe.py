@@ -143,6 +143,7 @@ OLD_WEIGHTS = {
     "compensate": True,
     "propagation": 0.5,
 }
+OLD_CALIBRATION = {"windows": 128, "seq_len": 2048}
 OLD_REFINE = {
     "steps": 0,
     "batch": 4,
@@ -167,6 +168,7 @@ def old(name, rotation="random", refine=(), **weights):
         "rotation": {"start": rotation, "factors": "balanced", "steps": 100},
         "embedding": {"bits": 16, "group_size": 128},
         "refine": {**OLD_REFINE, **dict(refine)},
+        "calibration": OLD_CALIBRATION,
     }
 
 
@@ -174,7 +176,8 @@ def test_recipes_in_folders_of_version_0_1_0_are_read():
     two = old("w2x1.58-g128-refined", quantizer="ternary", planes=2, refine={"steps": 240})
     assert Recipe.from_dict(two) == load_recipe("w2x1.58-g128-refined")
     integer = {"quantizer": "integer", "bits": 3, "rounds": 0, "compensate": False, "propagation": 0.0}
-    assert Recipe.from_dict(old("rtn-int3", "none", **integer)) == load_recipe("rtn-int3")
+    drawn = {"calibration": OLD_CALIBRATION}
+    assert Recipe.from_dict(old("rtn-int3", "none", **integer)) == load_recipe("rtn-int3").updated(drawn)
     learning = {"block_steps": 9, "block_mix": 0.5, "clip_steps": 7, "clip_bits": 2, "batch": 3}
     refine = Recipe.from_dict(old("mine", quantizer="ternary", refine=learning)).refine
     assert refine.blocks == BlockRefinementSettings(steps=9, mix=0.5, batch=3)

@@ -59,8 +59,8 @@ class CalibrationSettings(Settings):
     table: ClassVar[str] = "calibration"
 
     corpus: str = "mix"
-    windows: int = ranged(128, low=1)
-    seq_len: int = ranged(2048, low=2)
+    windows: int = ranged(256, low=1)
+    seq_len: int = ranged(1024, low=2)
     seed: int = ranged(0, low=0, high=SEED_LIMIT)
 
 
