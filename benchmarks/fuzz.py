@@ -48,8 +48,7 @@ def gguf(data: bytes) -> None:
     from twla_jax.models.io.gguf_file import GgufFile
     from twla_jax.models.io.tokenizer import tokenizer_from_gguf
 
-    folder = _folder({"model.gguf": data})
-    file = GgufFile(folder / "model.gguf")
+    file = GgufFile(_folder({"model.gguf": data}) / "model.gguf")
     for read in (reader.read_config, reader.load_model, tokenizer_from_gguf):
         with _refused():
             read(file)

@@ -21,8 +21,7 @@ _ROTATED = 10  # of the rows while a rotation is fitted: the loss's parts and th
 def block_bytes(model: Decoder, itemsize: int = 2) -> int:
     """Return the bytes of one block's matrices as they are stored, those of all experts among them."""
     linears = (linear for site in model.sites for linear in model.blocks.linears(site))
-    weights = sum(math.prod(linear.kernel.get_value().shape[1:]) for linear in linears)
-    return itemsize * weights
+    return itemsize * sum(math.prod(linear.kernel.get_value().shape[1:]) for linear in linears)
 
 
 def stream_bytes(
