@@ -138,10 +138,9 @@ def emulate_warpgroups(monkeypatch):
     monkeypatch.setattr(gpu_many_rings, "unpack_weights", unpacked_weights)
     monkeypatch.setattr(gpu_many_floats, "unpack_floats", unpacked_floats)
     monkeypatch.setattr(gpu_many_floats, "unpacked_order", lambda x: x)
-    monkeypatch.setattr(gpu_many_floats, "CLUSTERS", {2: 2})
     monkeypatch.setattr(gpu_many_blocks, "send", send)
     monkeypatch.setattr(gpu_many_blocks, "received", received)
-    monkeypatch.setattr(gpu_many, "CLUSTERS", {1: 4, 2: 2})  # with several outputs each
+    monkeypatch.setattr(gpu_many_rings, "CLUSTERS", {1: 4, 2: 2})  # with several outputs each
 
 
 def send(own, sums):
@@ -149,7 +148,7 @@ def send(own, sums):
 
 
 def received(sums, shape):
-    return sums.array.reshape(shape)
+    return np.array(sums.array).reshape(shape)  # a copy: JAX may read it when the next ones are there
 
 
 def unpacked_floats(packed, plane, offsets):

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.hopper.limits import CLUSTERS, WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.hopper.limits import WARPGROUPS, WGMMA_ROWS
 from twla_jax.ops.ternary_matmul import (
     gpu_many_blocks,
     gpu_many_outputs,
@@ -73,12 +73,6 @@ def matmul(
     y = plgpu.kernel(
         functools.partial(_kernel, work=work, weight=weight, wide=wide),
         out_type=jax.ShapeDtypeStruct((outputs, weight.rows), out_dtype),
-        grid=(min(work.outputs, CLUSTERS[config.cluster]),),
-        grid_names=("block",),
-        cluster=(config.cluster,),
-        cluster_names=("cluster",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
         kernel_name="ternary_matmul_many",
         scratch_types={
             "of_rings": gpu_many_rings.scratch_types(work, weight),
@@ -86,7 +80,7 @@ def matmul(
             "of_lines": line_scratch_types(config),
             "of_blocks": gpu_many_blocks.scratch_types(config),
         },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **gpu_many_rings.launch(work),
     )(weight.codes, weight.gpu_scales, weight.row_sums, weight.bias, x, scale, zero_point, last, *added)
     return weight.finished(y[:t], None if added else residual)
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.hopper.limits import CLUSTERS, WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.hopper.limits import WARPGROUPS, WGMMA_ROWS
 from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul import gpu_many_rings
 from twla_jax.ops.ternary_matmul.gpu_many_rings import LAYOUT, ManyRings, ManyWork
@@ -55,12 +55,6 @@ def product(
     y = plgpu.kernel(
         functools.partial(_kernel, work=work, weight=weight),
         out_type=jax.ShapeDtypeStruct((len(x), weight.rows), out_dtype),
-        grid=(min(work.outputs, CLUSTERS[config.cluster]),),
-        grid_names=("block",),
-        cluster=(config.cluster,),
-        cluster_names=("cluster",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
         kernel_name="packed_matmul_many",
         scratch_types={
             "of_rings": gpu_many_rings.scratch_types(work, weight, x.dtype),
@@ -70,7 +64,7 @@ def product(
                 transforms=swizzle_transforms(jnp.dtype(out_dtype).itemsize),
             ),
         },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **gpu_many_rings.launch(work),
     )(weight.codes, weight.gpu_scales, x)
     return y[:t]
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.hopper.limits import WARPGROUPS, WGMMA_ROWS
+from twla_jax.ops.hopper.limits import CLUSTERS, WARPGROUPS, WGMMA_ROWS
 from twla_jax.ops.hopper.swizzle import swizzle_transforms
 from twla_jax.ops.ternary_matmul.gpu_unpack import unpack_rows, unpack_weights
 from twla_jax.ops.ternary_matmul.tile_configs import ManyTileConfig
@@ -69,6 +69,19 @@ class ManyWork:
         if not self.config.split:
             rows = rows * self.config.cluster + lax.axis_index("cluster")
         return lax.rem(output, tokens) * self.config.tokens, rows * self.rows
+
+
+def launch(work: ManyWork) -> dict[str, Any]:
+    """Return how many blocks and threads `plgpu.kernel` starts: no more clusters than fit on the GPU at once."""
+    return {
+        "grid": (min(work.outputs, CLUSTERS[work.config.cluster]),),
+        "grid_names": ("block",),
+        "cluster": (work.config.cluster,),
+        "cluster_names": ("cluster",),
+        "num_threads": WARPGROUPS + 1,
+        "thread_name": "warpgroup",
+        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    }
 
 
 def scratch_types(work: ManyWork, weight: PackedWeight, dtype=jnp.int8) -> dict[str, Any]:
