@@ -17,9 +17,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from trials import print_table
 
-from twla_jax import recipe, xla_flags
-from twla_jax.errors import TwlaError
+from twla_jax import recipe
 from twla_jax.evaluation import scoring
 from twla_jax.jobs import loading, stages
 from twla_jax.models import sites
@@ -203,11 +203,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs, and prints the table."""
-    xla_flags.disable_triton_gemm()
-    try:
-        print(table(ablate(parse(arguments))))
-    except TwlaError as error:
-        sys.exit(f"ablation: error: {error}")
+    print_table("ablation", lambda: table(ablate(parse(arguments))))
 
 
 if __name__ == "__main__":

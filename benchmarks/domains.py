@@ -10,18 +10,16 @@ ratio of perplexities in every domain. TWLA_SMOLLM2 may name the GGUF file that 
 import argparse
 import dataclasses
 import itertools
-import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from trials import keep, print_table
 
-from twla_jax import recipe, xla_flags
-from twla_jax.errors import TwlaError
+from twla_jax import recipe
 from twla_jax.evaluation.domains import evaluate_domains
 from twla_jax.jobs import loading
 from twla_jax.models.decoder import Decoder, computing_in
@@ -125,20 +123,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         settings = dataclasses.replace(base, calibration=drawn, refine=RefineSettings())
         found = measure(teacher, tokenizer, settings, texts, {"batch_size": options.batch_size})
         results.append(found)
-        print(line(found), flush=True)
-        if options.results:
-            with options.results.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+        keep(found, line(found), options.results)
     return results
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs, and prints the table."""
-    xla_flags.disable_triton_gemm()
-    try:
-        print(table(run(parse(arguments))))
-    except TwlaError as error:
-        sys.exit(f"domains: error: {error}")
+    print_table("domains", lambda: table(run(parse(arguments))))
 
 
 if __name__ == "__main__":

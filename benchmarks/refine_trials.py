@@ -25,9 +25,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from trials import keep, print_table
 
-from twla_jax import recipe, xla_flags
-from twla_jax.errors import TwlaError
+from twla_jax import recipe
 from twla_jax.evaluation import domains, scoring
 from twla_jax.jobs import loading
 from twla_jax.models.decoder import Decoder, computing_in
@@ -265,20 +265,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"refine_trials: {options.seconds:g} s are over before '{variant.name}'", file=sys.stderr)
             break
         results.append(trials.run(variant) if variant else trials.start)
-        print(line(results[-1]), flush=True)
-        if options.results:
-            with options.results.open("a") as file:
-                file.write(json.dumps(results[-1]) + "\n")
+        keep(results[-1], line(results[-1]), options.results)
     return results
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs, and prints the table."""
-    xla_flags.disable_triton_gemm()
-    try:
-        print(table(run(parse(arguments))))
-    except TwlaError as error:
-        sys.exit(f"refine_trials: error: {error}")
+    print_table("refine_trials", lambda: table(run(parse(arguments))))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,21 @@ def said(shape: str, begun: float, what: str) -> None:
     print(f"{shape}: {what} {time.perf_counter() - begun:.0f} s", flush=True)
 
 
+def engine_settings(options: argparse.Namespace, **more):
+    """Return an engine's settings with a slot for each client, and room for a prompt and its answer."""
+    from twla_jax.serving.settings import EngineSettings
+
+    counts = sorted(map(int, options.clients.split(",")))
+    return EngineSettings(
+        slots=counts[-1],
+        rows=tuple(counts),
+        chunks=(64,),
+        max_length=options.prompt + options.new,
+        steps=options.steps,
+        **more,
+    )
+
+
 def measure(shape: str, options: argparse.Namespace) -> Iterator[dict]:
     """Yields two rows for each number of clients: of the engine alone, and of the server."""
     from twla_jax import xla_flags
@@ -63,7 +78,7 @@ def measure(shape: str, options: argparse.Namespace) -> Iterator[dict]:
     from twla_jax.serving.app import Service
     from twla_jax.serving.engine import Engine
     from twla_jax.serving.server import Server, listen
-    from twla_jax.serving.settings import EngineSettings, ServiceSettings
+    from twla_jax.serving.settings import ServiceSettings
 
     counts = sorted(map(int, options.clients.split(",")))
     bits = {"activation_bits": options.activation_bits, "embedding_bits": options.embedding_bits}
@@ -75,14 +90,7 @@ def measure(shape: str, options: argparse.Namespace) -> Iterator[dict]:
     begun = time.perf_counter()
     step = {count: decode.step_seconds(model, count, bare) for count in counts}
     said(shape, begun, "decode steps as in twla bench took")
-    settings = EngineSettings(
-        slots=counts[-1],
-        rows=tuple(counts),
-        chunks=(64,),
-        max_length=options.prompt + options.new,
-        steps=options.steps,
-        cache_dtype=options.kv_cache,
-    )
+    settings = engine_settings(options, cache_dtype=options.kv_cache)
     begun = time.perf_counter()
     engine = Engine(model, settings)
     said(shape, begun, "starting the engine took")

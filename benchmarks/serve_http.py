@@ -117,21 +117,14 @@ def main() -> None:
     from twla_jax.serving import engine as engines
     from twla_jax.serving.app import Service
     from twla_jax.serving.server import Server, listen
-    from twla_jax.serving.settings import EngineSettings, ServiceSettings
+    from twla_jax.serving.settings import ServiceSettings
 
     engines.Runner = MadeUpRunner
     times = SmolLM2()
     config = types.SimpleNamespace(
         vocab_size=49152, eos_token_ids=(2,), rope_scaling=None, max_position_embeddings=8192
     )
-    settings = EngineSettings(
-        slots=counts[-1],
-        rows=tuple(counts),
-        chunks=(64,),
-        max_length=options.prompt + options.new,
-        steps=options.steps,
-    )
-    engine = engines.Engine(types.SimpleNamespace(config=config, times=times), settings)
+    engine = engines.Engine(types.SimpleNamespace(config=config, times=times), serve.engine_settings(options))
     engine.config = config
     service = Service(engine, serve.plain_tokenizer(config.vocab_size), ServiceSettings(model="m"))
     server = Server(service, grace=5)

@@ -14,18 +14,17 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from trials import keep, print_table
 
-from twla_jax import recipe, xla_flags
+from twla_jax import recipe
 from twla_jax.core.kotms import KroneckerRotation
 from twla_jax.core.settings import QuantizationSettings
-from twla_jax.errors import TwlaError
 from twla_jax.evaluation import domains, scoring
 from twla_jax.jobs import loading
 from twla_jax.models.decoder import Decoder, computing_in
@@ -201,20 +200,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 print(f"unrefined_trials: {options.seconds:g} s are over before '{name}', seed {seed}")
                 return results
             results.append(trials.run(name, changes, seed))
-            print(line(results[-1]), flush=True)
-            if options.results:
-                with options.results.open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
+            keep(results[-1], line(results[-1]), options.results)
     return results
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs, and prints the table."""
-    xla_flags.disable_triton_gemm()
-    try:
-        print(table(run(parse(arguments))))
-    except TwlaError as error:
-        sys.exit(f"unrefined_trials: error: {error}")
+    print_table("unrefined_trials", lambda: table(run(parse(arguments))))
 
 
 if __name__ == "__main__":
