@@ -1,13 +1,14 @@
 """Kills a command where it writes and at random moments, and runs it again.
 
     python benchmarks/kill.py COMMAND --model MODEL --text FILE --times 24
+    python benchmarks/kill.py COMMAND --model MODEL --text FILE --every 0/1 --results FILE.jsonl
 
 COMMAND is quantize, refine (a quantisation that refines), mesh (one on two devices), allocate, compare, report,
 generate, chat, serve, export-hf or export-gguf. Half of the attacks come just before a change of the file system, drawn
 from all that a run makes: a signal, or a disk that is full from there on. The others are signals at random moments.
-After each attack every file and folder must be the old one or the new one; then the command runs again, and must leave
-the same bytes as a run that nothing disturbed (but for seconds and memory in reports) and no other file. It ends with a
-table, and fails otherwise.
+`--every` attacks at each change instead. After each attack every file and folder must be the old one or the new one;
+then the command runs again, and must leave the same bytes as a run that nothing disturbed (but for seconds and memory
+in reports) and no other file. It ends with a table, and fails otherwise.
 """
 
 import argparse
@@ -133,7 +134,8 @@ def attacks(
     moments: int,
     seed: int = 0,
     seconds: float = float("inf"),
-    full: slice | None = None,
+    every: slice | None = None,
+    results: Path | None = None,
 ) -> tuple[dict[str, collections.Counter[str]], list[str]]:
     """Return how often what was found after each kind of attack, and what was wrong.
 
@@ -143,7 +145,8 @@ def attacks(
       moments: attacks at random moments.
       seed: of changes and moments.
       seconds: no further attack begins when so many are over.
-      full: instead of all these, a full disk at these of all changes that need room.
+      every: instead of all these, a signal at these of all changes, and a full disk at these of those that need room.
+      results: a line of JSON for each attack is added to this file; those that it has are not made again.
     """
     begun = time.monotonic()
     if not case.keeps_programs and case.command[0] != "export":
@@ -162,19 +165,28 @@ def attacks(
     )
     kinds = (*SIGNALS, FULL)
     changes = [chance.sample(range(whole.changes), whole.changes) for _ in kinds]
-    every = [{"how": kinds[i % 4], "last": changes[i % 4][i // 4 % whole.changes]} for i in range(times)]
-    every += [{"how": SIGNALS[i % 3], "after": chance.uniform(0, whole.seconds)} for i in range(moments)]
-    if full is not None:
-        every = [{"how": FULL, "last": change} for change in whole.need_room[full]]
+    chosen = [{"how": kinds[i % 4], "last": changes[i % 4][i // 4 % whole.changes]} for i in range(times)]
+    chosen += [{"how": SIGNALS[i % 3], "after": chance.uniform(0, whole.seconds)} for i in range(moments)]
+    if every is not None:
+        chosen = [{"how": SIGNALS[i % 3], "last": i} for i in range(whole.changes)[every]]
+        chosen += [{"how": FULL, "last": change} for change in whole.need_room[every]]
+    lines = results.read_text().splitlines() if results and results.exists() else []
+    made = {(each["how"], each.get("last"), each.get("after")) for each in map(json.loads, lines)}
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     wrong = []
-    for how in sorted(every, key=lambda _: chance.random()):
+    for how in sorted(chosen, key=lambda _: chance.random()):
         if time.monotonic() - begun > seconds:
             break
+        if (how["how"], how.get("last"), how.get("after")) in made:
+            continue
         found, faults = attack(case, whole, new, twice, **how)
         counts[f"{how['how']}, {'at a change' if 'last' in how else 'at a moment'}"][found] += 1
         wrong += [f"{how}: {fault}" for fault in faults]
-        print(json.dumps({**how, "found": found, "wrong": faults}), file=sys.stderr, flush=True)
+        line = json.dumps({**how, "found": found, "wrong": faults})
+        print(line, file=sys.stderr, flush=True)
+        if results:
+            with results.open("a") as file:
+                file.write(f"{line}\n")
     return counts, wrong
 
 
@@ -197,8 +209,10 @@ def main() -> None:
         "--fork", action="store_true", help="begin with the libraries imported: in half the time"
     )
     parser.add_argument(
-        "--full", help="I/N: a full disk at every N-th change that needs room, from the I-th on, and no more"
+        "--every",
+        help="I/N: a signal at every N-th change from the I-th on, a full disk where it needs room, and no more",
     )
+    parser.add_argument("--results", type=Path, help="keeps attacks, which are not made again")
     options = parser.parse_args()
     if options.fork:
         kill_fork.import_libraries()
@@ -209,14 +223,13 @@ def main() -> None:
         case = make_case(options.command, *given, work, made, options.fork)
         if options.quantized and made is None:
             shutil.copytree(work / "out", options.quantized)
-        full = (
-            slice(int(options.full.split("/")[0]), None, int(options.full.split("/")[1]))
-            if options.full
-            else None
-        )
+        every = None
+        if options.every:
+            first, _, step = options.every.partition("/")
+            every = slice(int(first), None, int(step))
         limits = {"seed": options.seed, "seconds": options.seconds}
         moments = options.times if options.moments is None else options.moments
-        counts, wrong = attacks(case, options.times, moments, full=full, **limits)
+        counts, wrong = attacks(case, options.times, moments, every=every, results=options.results, **limits)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     columns = ("old", "some of both", "new", "ended before", "mixed")

@@ -4,7 +4,8 @@
 
 Needs the extras `fuzz` and `serve`. `summary.json` and `table.md` in FOLDER are written anew every ten seconds, so that
 nothing is lost when the machine goes away. `fuzz/` holds inputs that ended in an error, with their tracebacks, `kill/`
-a line of JSON for each attack, `serve.txt` the server's table.
+a line of JSON for each attack, none of which is made again by a later run with the same FOLDER, `serve.txt` the
+server's table.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TARGETS = ("config", "tokenizer", "safetensors", "gguf", "metadata", "index", "manifest", "recipe", "text")
-FULL = {"refine": 3, "serve": 2}  # on a disk that is full at every write, by so many processes
+EVERY = "quantize:3,refine:2,allocate:3,compare:2,chat:1,serve:1"
 COMMANDS = ("refine", "compare", "allocate", "quantize", "serve", "chat", "export-hf")
 
 
@@ -89,15 +90,20 @@ def killers(options: argparse.Namespace, left: float) -> list[Work]:
     base += ["--quantized", str(options.out / "quantized"), "--seconds", f"{left:.0f}"]
     first = [str(HERE / "kill.py"), "report", *base, "--times", "0"]
     made = [Work(name="first", command=first, log=options.out / "logs" / "first.log")]
+
+    def add(name: str, kind: str, *arguments: object) -> None:
+        results = options.out / "kill" / f"{name}.{kind}.jsonl"
+        results.parent.mkdir(parents=True, exist_ok=True)
+        command = [str(HERE / "kill.py"), name, *base, "--results", str(results), *map(str, arguments)]
+        made.append(Work(name=name, command=command, log=options.out / "logs" / f"{name}.{kind}.log"))
+
     for seed in range(options.killers):
-        for name in options.commands:
-            command = [str(HERE / "kill.py"), name, *base, "--times", str(options.times), "--seed", str(seed)]
-            made.append(Work(name=name, command=command, log=options.out / "kill" / f"{name}.{seed}.log"))
-    for name in options.commands:
-        for part in range(FULL.get(name, 0) * options.full):
-            command = [str(HERE / "kill.py"), name, *base, "--full", f"{part}/{FULL[name]}"]
-            log = options.out / "kill" / f"{name} on a full disk.{part}.log"
-            made.append(Work(name=f"{name}-full", command=command, log=log))
+        for name in options.commands.split(","):
+            times = options.times if options.moments is None else options.moments
+            add(name, str(seed), "--times", options.times, "--moments", times, "--seed", seed)
+    for name, _, processes in (each.partition(":") for each in filter(None, options.every.split(","))):
+        for part in range(int(processes)):
+            add(name, f"every-{part}", "--every", f"{part}/{processes}")
     return made
 
 
@@ -114,22 +120,18 @@ def summary(options: argparse.Namespace) -> dict:
     ]
     kills: dict[str, collections.Counter[str]] = {}
     wrong = []
-    for path in sorted((options.out / "kill").glob("*.log")):
+    for path in sorted((options.out / "kill").glob("*.jsonl")):
         counts = kills.setdefault(path.name.split(".")[0], collections.Counter())
-        for line in path.read_text(errors="replace").splitlines():
-            if changes := re.match(r"(\d+) changes, (\d+) need room", line):
-                counts["changes"], counts["need room"] = int(changes[1]), int(changes[2])
-            if line.startswith('{"how"'):
-                attack = json.loads(line)
-                where = "at a change" if "last" in attack else "at a moment"
-                for name in (
-                    where,
-                    attack["how"],
-                    f"found {attack['found']}",
-                    *["wrong"] * bool(attack["wrong"]),
-                ):
-                    counts[name] += 1
-                wrong += [f"{path.name}: {attack}"] * bool(attack["wrong"])
+        log = options.out / "logs" / f"{path.stem}.log"
+        for changes in re.findall(r"(\d+) changes, (\d+) need room", log.read_text(errors="replace")):
+            counts["changes"], counts["need room"] = map(int, changes)
+        for attack in map(json.loads, path.read_text().splitlines()):
+            counts["at a change" if "last" in attack else "at a moment"] += 1
+            counts[attack["how"]] += 1
+            counts[f"found {attack['found']}"] += 1
+            if attack["wrong"]:
+                counts["wrong"] += 1
+                wrong.append(f"{path.name}: {attack}")
     return {
         "seconds": round(time.monotonic() - options.begun),
         "fuzz": dict(tried),
@@ -194,14 +196,18 @@ def main() -> None:
     parser.add_argument(
         "--times", type=int, default=14, help="attacks of each at changes, and as many at moments"
     )
-    parser.add_argument("--full", type=int, default=1, help="0 leaves out the full disks")
-    parser.add_argument("--commands", default=",".join(COMMANDS), help="that are killed")
+    parser.add_argument("--moments", type=int, help="attacks at moments, where they are more or fewer")
+    parser.add_argument(
+        "--every",
+        default=EVERY,
+        help="COMMAND:PROCESSES,…, killed at each change, on a full disk where it needs room",
+    )
+    parser.add_argument("--commands", default=",".join(COMMANDS), help="that are killed at some")
     parser.add_argument("--clients", type=int, default=256, help="of the server; 0 for none")
     parser.add_argument("--serve-seconds", type=float, default=600)
     options = parser.parse_args()
     options.begun = time.monotonic()
     options.out = options.out.absolute()
-    options.commands = [each for each in options.commands.split(",") if each]
     (options.out / "fuzz").mkdir(parents=True, exist_ok=True)
     fuzzing = fuzzers(options, options.seconds)
     killing = killers(options, options.seconds - 60)
