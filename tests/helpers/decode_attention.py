@@ -113,7 +113,8 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, config):
     for each in jax.tree.leaves(cache):  # entries past the filled ones must not enter the mix
         for row, filled in enumerate(lengths):
             each[:, row, :, filled:] = -128 if each.dtype == np.int8 else np.nan
-    splits, groups = ((), config.groups) if grouped else ((config.splits,) if config.apart else (), 1)
+    groups = config.groups if grouped else 1
+    splits = (config.splits,) if (config.splits > 1 if grouped else config.apart) else ()
     out = np.zeros((b, *splits, heads, d), qkv.dtype)
     softmax = np.full((b, *splits, heads, 2), np.nan, np.float32)
     inputs = (

@@ -34,6 +34,17 @@ def test_gpu_kernel_on_tensor_cores_thread_by_thread(case, norm, queries, warps,
     (check if dtype == jnp.bfloat16 else check_integers)(op, norm=norm, case=case)
 
 
+@pytest.mark.parametrize(
+    ("case", "splits"), [((2, 4, 2, 64, 256, 200, 70), 3), ((1, 4, 1, 128, 192, 63, ALL), 2)]
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_several_blocks_of_tensor_cores_share_the_positions_of_a_key_head(case, splits, dtype, monkeypatch):
+    emulated_threads.emulate(monkeypatch)
+    chosen = split_sizes.GroupConfig(queries=case[1] // case[2], warps=4, splits=splits)
+    op = functools.partial(emulated, config=chosen)
+    (check if dtype == jnp.bfloat16 else check_integers)(op, norm=True, case=case)
+
+
 @pytest.mark.parametrize("spread", [1, 300])
 def test_scores_far_apart_and_scales_of_any_sign_and_size_on_tensor_cores(spread, monkeypatch):
     case = (2, 4, 2, 64, 128, 100, ALL)

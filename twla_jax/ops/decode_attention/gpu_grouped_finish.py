@@ -4,8 +4,10 @@ import functools
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from twla_jax.ops.attention.splits import LEAST_SUM
 from twla_jax.ops.decode_attention.gpu_grouped_heads import place_of_head
 from twla_jax.ops.decode_attention.gpu_grouped_shape import SLOTS, GroupShape, MatrixLane
+from twla_jax.ops.decode_attention.gpu_grouped_lanes import LOWEST
 from twla_jax.ops.decode_attention.gpu_lanes import dot
 from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Real, Word
@@ -13,13 +15,14 @@ from twla_jax.ops.hopper.threads import Real, Word
 _SPLAT = plgpu.Layout.WG_SPLAT
 
 
-def attend_to_itself(heads_smem, own_smem, *, shape: GroupShape) -> None:
-    """Write the softmax over the new token's own entry, a warp a query, as `finish` reads it."""
+def attend_to_itself(heads_smem, own_smem, split, *, shape: GroupShape) -> None:
+    """Write the softmax over the new token's own entry, a warp a query, as `finish` reads it; for one split only."""
     config, d = shape.config, shape.d
 
-    @threads.on_threads(arg_types=(plgpu.RefType(),) * 2)
-    def run(_, heads, own):
-        me, at = MatrixLane(shape), threads.address(heads)
+    @threads.on_threads(arg_types=(_SPLAT, *[plgpu.RefType()] * 2))
+    def run(_, split, heads, own):
+        me, at, zero = MatrixLane(shape), threads.address(heads), threads.real(0.0)
+        mine = threads.splat_word(split).equals(0)
         of_kv = (place_of_head(at, threads.word(config.queries + i), shape) for i in range(2))
         key, value = (_own(each, me, shape) for each in of_kv)
         for first in range(0, config.queries, config.warps):
@@ -35,11 +38,13 @@ def attend_to_itself(heads_smem, own_smem, *, shape: GroupShape) -> None:
                 to = to + number * (4 * (d + 2))
                 for i, each in enumerate(value[:-1]):
                     each = each * value[-1] if shape.quantized else each
+                    each = threads.select(mine, each, zero)
                     threads.store(to + me.lane * 4, each, offset=8 + 4 * i * threads.WARP)
                 with threads.when(me.lane.equals(0)):
-                    threads.store(to, score, threads.real(1.0))
+                    score = threads.select(mine, score, threads.real(LOWEST))
+                    threads.store(to, score, threads.select(mine, threads.real(1.0), zero))
 
-    run(heads_smem, own_smem)
+    run(split, heads_smem, own_smem)
 
 
 def _own(at: Word, me: MatrixLane, shape: GroupShape) -> list[Real]:
@@ -48,15 +53,16 @@ def _own(at: Word, me: MatrixLane, shape: GroupShape) -> list[Real]:
     return [each.real() for each in [*found, *threads.load(at, offset=4 * shape.d)]]
 
 
-def finish(state, ring_smem, own_smem, out_gmem, first_head, *, shape: GroupShape) -> None:
+def finish(state, ring_smem, own_smem, outputs, first_head, *, shape: GroupShape) -> None:
     """Write the mix over all warps and the new token, each weighted by its share of the softmax's sum.
 
-    A warp leaves its own in the first of its slots, which it no longer needs, and on.
+    A warp leaves its own in the first of its slots, which it no longer needs, and on. If there is a second output, it
+    takes each query's (largest score, sum).
     """
     config, d, block = shape.config, shape.d, shape.config.warps * threads.WARP
 
-    @threads.on_threads(arg_types=(threads.per_thread(state.shape[0] // 128), _SPLAT, *[plgpu.RefType()] * 3))
-    def write(_, state, first_head, ring, own, out):
+    @threads.on_threads(arg_types=(threads.per_thread(state.shape[0] // 128), _SPLAT, *[plgpu.RefType()] * (2 + len(outputs))))
+    def write(_, state, first_head, ring, own, out, *softmax):
         me, numbers = MatrixLane(shape), threads.reals(state)
         mine = me.slot(threads.address(ring), 0)
         tops, totals, mixed = numbers[:2], numbers[2:4], numbers[4:]
@@ -86,6 +92,13 @@ def finish(state, ring_smem, own_smem, out_gmem, first_head, *, shape: GroupShap
                 top = functools.reduce(Real.most, [each[0] for each in found])
                 shares = [threads.power_of_two(each[0] - top) for each in found]
                 total, sum_of_mixes = (dot([each[j] for each in found], shares) for j in (1, 2))
-                threads.store_real(out, first + index, sum_of_mixes / total)
+                # A split may have seen no position.
+                total_or_more = total.most(LEAST_SUM) if softmax else total
+                threads.store_real(out, first + index, sum_of_mixes / total_or_more)
+                if softmax:
+                    with threads.when((index % d).equals(0)):
+                        to = (first + index) // d * 2
+                        for j, each in enumerate((top, total)):
+                            threads.store_real(softmax[0], to + j, each)
 
-    write(state, first_head, ring_smem, own_smem, out_gmem)
+    write(state, first_head, ring_smem, own_smem, *outputs)

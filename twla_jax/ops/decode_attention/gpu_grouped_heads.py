@@ -181,16 +181,17 @@ def load_queries(heads_smem, *, shape: GroupShape):
     return load(heads_smem)
 
 
-def write_entry(heads_smem, cache, first_head, length, *, shape: GroupShape) -> None:
+def write_entry(heads_smem, cache, first_head, split, length, *, shape: GroupShape) -> None:
     """Write the key and the value into the cache, a warp each, by the first of the blocks that share them."""
 
-    @threads.on_threads(arg_types=(*[_SPLAT] * 2, plgpu.RefType(), *[plgpu.RefType()] * len(cache)))
-    def run(_, first_head, length, heads, *refs):
+    @threads.on_threads(arg_types=(*[_SPLAT] * 3, plgpu.RefType(), *[plgpu.RefType()] * len(cache)))
+    def run(_, first_head, split, length, heads, *refs):
         me, length = MatrixLane(shape), threads.splat_word(length)
         of_kv_head = threads.splat_word(first_head) % (shape.heads // shape.kv_heads)
         for kind, ref in enumerate(refs[:2]):
             at = place_of_head(threads.address(heads), threads.word(shape.config.queries + kind), shape)
-            mine = threads.both(of_kv_head.equals(0), me.warp.equals(kind))
+            first = threads.both(of_kv_head.equals(0), threads.splat_word(split).equals(0))
+            mine = threads.both(first, me.warp.equals(kind))
             for first in range(0, shape.d, 4 * threads.WARP):
                 feature = me.lane * 4 + first
                 with threads.when(threads.both(mine, feature < shape.d)):
@@ -205,4 +206,4 @@ def write_entry(heads_smem, cache, first_head, length, *, shape: GroupShape) -> 
                     scale = threads.load(at, offset=4 * shape.d)[0].real()
                     threads.store_real(refs[2 + kind], length, scale)
 
-    run(first_head, length, heads_smem, *cache)
+    run(first_head, split, length, heads_smem, *cache)

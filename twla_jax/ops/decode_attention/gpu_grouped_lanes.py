@@ -21,7 +21,7 @@ from twla_jax.ops.decode_attention.gpu_grouped_shape import (
 from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Real, Word
 
-_LOWEST = -1e30  # replaces −∞, since −∞ − (−∞) is not a number
+LOWEST = -1e30  # replaces −∞, since −∞ − (−∞) is not a number
 _LEAST_SCALE = 1e-30  # replaces smaller magnitudes of a value's scale, whose logarithm is taken
 _SPLAT = plgpu.Layout.WG_SPLAT
 
@@ -31,7 +31,7 @@ def initial_state(*, shape: GroupShape) -> jax.Array:
 
     @threads.on_threads(return_type=threads.values(shape.state, jnp.float32))
     def run(_):
-        zero, lowest = threads.real(0.0), threads.real(_LOWEST)
+        zero, lowest = threads.real(0.0), threads.real(LOWEST)
         return threads.as_array([lowest] * 2 + [zero] * (shape.state - 2))
 
     return run()
@@ -98,7 +98,7 @@ def weigh(state, q, ring_smem, slot, step, start, end, *, shape: GroupShape) -> 
                 threads.select(
                     yes,
                     scores[2 * i + query].times_plus(factors[query] * of_keys[i], shifts[i]),
-                    threads.real(_LOWEST),
+                    threads.real(LOWEST),
                 )
                 for i, yes in enumerate(seen)
             ]

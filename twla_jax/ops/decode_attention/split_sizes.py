@@ -35,12 +35,13 @@ class SplitConfig:
 class GroupConfig:
     """Describes a block on tensor cores: its groups, their queries, which share a key head, and their warps.
 
-    The warps of a group share the positions.
+    The warps of a group, and of as many blocks as there are `splits`, share the positions.
     """
 
     queries: int
     warps: int
     groups: int = 1
+    splits: int = 1
 
 
 def group_config(
