@@ -12,7 +12,7 @@ import numpy as np
 from twla_jax.ops.attention import kv_cache
 from twla_jax.ops.attention.kv_cache import LayerKV, empty_layer
 from twla_jax.ops.attention.reference import Positions
-from twla_jax.ops.decode_attention import AttentionSplits, gpu, gpu_grouped, reference, split_sizes
+from twla_jax.ops.decode_attention import AttentionSplits, gpu, gpu_grouped, gpu_merge, reference, split_sizes
 
 from helpers import emulated_machine
 from helpers.token_operands import random_key
@@ -147,6 +147,18 @@ def emulated(qkv, layer, positions, window, norm_scales, *, epsilon, config):
         for row, filled in enumerate(lengths):
             each[:, row, :, filled + 1 :] = before[:, row, :, filled + 1 :]
     if splits:
-        parts = AttentionSplits(mixed=out.reshape(b, *splits, heads * d), softmax=softmax)
-        return parts.merged(), cache
+        out = out.reshape(b, *splits, heads * d)
+        if grouped:
+            return _merged(out, softmax), cache
+        return AttentionSplits(mixed=out, softmax=softmax).merged(), cache
     return out.reshape(b, heads * d), cache
+
+
+def _merged(mixed, softmax):
+    """Return what the kernel that merges splits makes of them, thread by thread."""
+    merged = np.zeros_like(mixed[:, 0])
+    refs = [emulated_machine.Global(each) for each in (mixed, softmax, merged)]
+    for block in range(-(-merged.size // (2 * gpu_merge.THREADS))):
+        emulated_machine.start(gpu_merge.THREADS, words=block)
+        gpu_merge._kernel(*refs, shape=softmax.shape[:3], width=merged.shape[1])
+    return merged

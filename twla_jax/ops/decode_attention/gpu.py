@@ -21,7 +21,14 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.attention.splits import AttentionSplits
-from twla_jax.ops.decode_attention import gpu_attend, gpu_entries, gpu_grouped, gpu_heads, split_sizes
+from twla_jax.ops.decode_attention import (
+    gpu_attend,
+    gpu_entries,
+    gpu_grouped,
+    gpu_heads,
+    gpu_merge,
+    split_sizes,
+)
 from twla_jax.ops.decode_attention.gpu_heads import HeadShape
 from twla_jax.ops.hopper import threads
 
@@ -45,7 +52,8 @@ def decode_attention(
         config = split_sizes.group_config(b * heads, heads // kv_heads, size, d, quantized=quantized)
     if isinstance(config, split_sizes.GroupConfig):
         operands = (qkv, layer, positions, window, norm_scales)
-        return gpu_grouped.decode_attention(*operands, epsilon=epsilon, config=config)
+        mixed, layer = gpu_grouped.decode_attention(*operands, epsilon=epsilon, config=config)
+        return gpu_merge.merge(mixed) if isinstance(mixed, AttentionSplits) else mixed, layer
     if config is None:
         # With several sequences, merging the splits takes the reader as long as they save here.
         apart = apart and b == 1
