@@ -61,12 +61,16 @@ def test_scores_far_apart_and_scales_of_any_sign_and_size_on_tensor_cores(spread
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_groups_on_tensor_cores_share_blocks_that_fit(shared, d, quantized):
-    for kv_heads, sequences in itertools.product((1, 3, 8), (8, 22, 64, 100)):
+    for kv_heads, sequences, size in itertools.product((1, 3, 8), (1, 8, 22, 64, 100), (640, 40000)):
         heads = sequences * kv_heads * shared
-        config = split_sizes.group_config(heads, shared, 640, d, quantized=quantized)
+        config = split_sizes.group_config(heads, shared, size, d, quantized=quantized)
         if config is None:
+            assert size == 640
             assert sequences * kv_heads * -(-shared // 8) < 128
             continue
+        if config.splits > 1:
+            assert config.groups == 1
+            assert heads // config.queries * config.splits <= 132
         assert shared % config.queries == 0
         assert heads // config.queries % config.groups == 0
         assert config.warps * config.groups <= 16

@@ -48,7 +48,7 @@ def decode_attention(
     b, all_heads, d = qkv.shape
     _, _, kv_heads, size, _ = layer.entries.shape
     heads, quantized = all_heads - 2 * kv_heads, layer.scales is not None
-    if config is None and b > 1:
+    if config is None:
         config = split_sizes.group_config(b * heads, heads // kv_heads, size, d, quantized=quantized)
     if isinstance(config, split_sizes.GroupConfig):
         operands = (qkv, layer, positions, window, norm_scales)

@@ -13,6 +13,7 @@ _MOST_READS = 20480  # of a key head's positions, by all of its queries; beyond,
 _GROUP = 8  # queries of a block on tensor cores, at most: the columns of `mma.sync`
 _FEWEST_GROUPS = 128  # on tensor cores, key heads of all sequences: the fewest that were measured
 _POSITIONS = 64  # of a warp on tensor cores, at least: 16 sequences took 7.5 µs with 8 warps, 8.3 with 16
+_MOST_SPLITS = 32  # of a key head on tensor cores, which a thread has registers to merge
 _SOME_STEPS, _MANY_STEPS = 2, 8  # of one block, beyond which clusters of four, and of other sizes, pay
 
 
@@ -54,10 +55,13 @@ def group_config(
     """
     queries = max(n for n in range(1, _GROUP + 1) if shared % n == 0)
     blocks = heads // queries
-    if queries == 1 or blocks < _FEWEST_GROUPS:
-        return None
     # Sixteen warps leave a thread 128 registers, and fill shared memory with copies under way.
     most = max(4, min(16, 16 * 128 // (head_dim * (1 if quantized else 2))))
+    if queries == 1 or (blocks < _FEWEST_GROUPS and shared * size <= _MOST_READS):
+        return None
+    if blocks < _FEWEST_GROUPS:
+        splits = min(STREAMING_MULTIPROCESSORS // blocks, size // (most * _POSITIONS), _MOST_SPLITS)
+        return GroupConfig(queries=queries, warps=most, splits=max(splits, 1))
     warps = most
     while warps > 4 and (warps * blocks > most * STREAMING_MULTIPROCESSORS or warps * _POSITIONS > size):
         warps //= 2
