@@ -1,4 +1,4 @@
-"""Checks the attention of many sequences on tensor cores, and times it beside the kernel that does without them.
+"""Checks the attention of new tokens on tensor cores, and times it beside the kernel that does without them.
 
     python benchmarks/grouped_attention.py
 
@@ -30,6 +30,9 @@ CHECKED = (
     (16, 40, 8, 128, 4096, 3000, 1000),
     (64, 9, 3, 64, 576, 333, 64),
     (24, 24, 3, 256, 300, 260, _EVERYWHERE),
+    (1, 32, 8, 128, 8256, 8192, _EVERYWHERE),
+    (3, 32, 8, 128, 6000, 5990, 3000),
+    (1, 9, 3, 64, 8192, 900, _EVERYWHERE),
 )
 # Sequences and filled positions of what is timed, and the cache.
 TIMED = (
@@ -39,6 +42,10 @@ TIMED = (
     (64, 4096, "int8"),
     (64, 512, "bfloat16"),
     (16, 512, "bfloat16"),
+    (1, 8192, "int8"),
+    (1, 32768, "int8"),
+    (4, 8192, "int8"),
+    (1, 32768, "bfloat16"),
 )
 HEADS = 32, 8, 128
 
@@ -187,7 +194,7 @@ def main() -> None:
         ]
         old, new = (seconds(op, b, length, dtype) * 1e6 for op in ops)
         least = 2 * b * kv_heads * length * (d * jnp.dtype(dtype).itemsize + 4 * (dtype == "int8"))
-        line = f"{b:4} {length:5} {dtype:9} {config.warps:2} warps x {config.groups} | {old:7.1f} µs | {new:7.1f} µs"
+        line = f"{b:4} {length:5} {dtype:9} {config.warps:2} warps x {config.groups * config.splits:2} | {old:7.1f} µs | {new:7.1f} µs"
         lines.append(f"{line} | {least / rate * 1e6:7.1f} µs")
         print(lines[-1], flush=True)
         if arguments.tune and length == 512:
