@@ -194,7 +194,8 @@ def main() -> None:
         ]
         old, new = (seconds(op, b, length, dtype) * 1e6 for op in ops)
         least = 2 * b * kv_heads * length * (d * jnp.dtype(dtype).itemsize + 4 * (dtype == "int8"))
-        line = f"{b:4} {length:5} {dtype:9} {config.warps:2} warps x {config.groups * config.splits:2} | {old:7.1f} µs | {new:7.1f} µs"
+        split = f"{config.warps:2} warps x {config.groups * config.splits:2}"
+        line = f"{b:4} {length:5} {dtype:9} {split} | {old:7.1f} µs | {new:7.1f} µs"
         lines.append(f"{line} | {least / rate * 1e6:7.1f} µs")
         print(lines[-1], flush=True)
         if arguments.tune and length == 512:

@@ -1,4 +1,4 @@
-"""Attention of many sequences on tensor cores: thread by thread against float64, and compiled for an H100."""
+"""Attention on tensor cores: thread by thread against float64, and compiled for an H100."""
 
 import functools
 import itertools
@@ -89,6 +89,9 @@ def test_groups_on_tensor_cores_share_blocks_that_fit(shared, d, quantized):
         ((16, 64, 8, 128, 640, 512, ALL), jnp.int8),
         ((64, 9, 3, 64, 576, 512, ALL), jnp.int8),
         ((64, 16, 8, 256, 640, 512, ALL), jnp.int8),
+        ((16, 32, 32, 128, 640, 512, ALL), jnp.int8),
+        ((1, 32, 8, 128, 32832, 32768, ALL), jnp.int8),
+        ((1, 4, 1, 256, 32832, 32768, ALL), jnp.bfloat16),
     ],
 )
 def test_gpu_kernel_on_tensor_cores_spills_nothing(case, dtype, compile_for_h100):
@@ -99,4 +102,5 @@ def test_gpu_kernel_on_tensor_cores_spills_nothing(case, dtype, compile_for_h100
     chosen = split_sizes.group_config(b * heads, heads // kv_heads, size, d, quantized=dtype == jnp.int8)
     op = functools.partial(gpu.decode_attention, epsilon=EPSILON, config=chosen)
     _, reports = compile_for_h100(op, *shapes)
-    assert reports == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+    assert len(reports) == (1 if chosen.splits == 1 else 2)
+    assert set(reports) == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}

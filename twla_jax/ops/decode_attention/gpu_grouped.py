@@ -1,9 +1,10 @@
-"""Attends with one new token a sequence on tensor cores, for heads that share keys (Pallas Mosaic GPU).
+"""Attends with one new token a sequence on tensor cores, to many positions in all (Pallas Mosaic GPU).
 
-With many sequences there is a block for every key head of each, so that thread by thread (`decode_attention.gpu`) the
-products take longer than reading the cache. Here some warps of a block, a group, share the positions of a key head, one
-softmax each, and read the next ones while they multiply; see `gpu_grouped_lanes`. Groups of a block have
-nothing to do with each other: they share it since the size of a block limits the registers of a thread.
+With many sequences, or positions, the products take longer thread by thread (`decode_attention.gpu`) than reading the
+cache. Here some warps of a block, a group, share the positions of a key head, one softmax each, and read the next ones
+while they multiply; see `gpu_grouped_lanes`. Groups of a block have nothing to do with each other: they share it since
+the size of a block limits the registers of a thread. Where there are fewer key heads than multiprocessors, several
+blocks share the positions, and `gpu_merge` merges what they leave.
 """
 
 import functools

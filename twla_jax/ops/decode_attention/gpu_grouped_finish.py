@@ -6,8 +6,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from twla_jax.ops.attention.splits import LEAST_SUM
 from twla_jax.ops.decode_attention.gpu_grouped_heads import place_of_head
-from twla_jax.ops.decode_attention.gpu_grouped_shape import SLOTS, GroupShape, MatrixLane
 from twla_jax.ops.decode_attention.gpu_grouped_lanes import LOWEST
+from twla_jax.ops.decode_attention.gpu_grouped_shape import SLOTS, GroupShape, MatrixLane
 from twla_jax.ops.decode_attention.gpu_lanes import dot
 from twla_jax.ops.hopper import threads
 from twla_jax.ops.hopper.threads import Real, Word
@@ -61,7 +61,9 @@ def finish(state, ring_smem, own_smem, outputs, first_head, *, shape: GroupShape
     """
     config, d, block = shape.config, shape.d, shape.config.warps * threads.WARP
 
-    @threads.on_threads(arg_types=(threads.per_thread(state.shape[0] // 128), _SPLAT, *[plgpu.RefType()] * (2 + len(outputs))))
+    @threads.on_threads(
+        arg_types=(threads.per_thread(state.shape[0] // 128), _SPLAT, *[plgpu.RefType()] * (2 + len(outputs)))
+    )
     def write(_, state, first_head, ring, own, out, *softmax):
         me, numbers = MatrixLane(shape), threads.reals(state)
         mine = me.slot(threads.address(ring), 0)

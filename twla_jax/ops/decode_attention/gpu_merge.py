@@ -62,6 +62,8 @@ def _kernel(mixed_gmem, softmax_gmem, out_gmem, *, shape: tuple[int, int, int], 
             for (pair, *_), share in zip(found, shares, strict=True):
                 numbers = threads.unpack_bfloat16(pair)
                 sums = [each.times_plus(share, so_far) for each, so_far in zip(numbers, sums, strict=True)]
-            threads.store_global_words(out, index * 4, [threads.pack_bfloat16(*(each * inverse for each in sums))])
+            threads.store_global_words(
+                out, index * 4, [threads.pack_bfloat16(*(each * inverse for each in sums))]
+            )
 
     run(lax.axis_index("words"), mixed_gmem, softmax_gmem, out_gmem)
