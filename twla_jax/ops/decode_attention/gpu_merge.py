@@ -21,9 +21,10 @@ THREADS = 128  # of a block
 
 def merge(splits: AttentionSplits) -> BFloat16[Array, "b heads_d"]:
     """Return `splits.merged()`, the mix over all positions, `[b, heads·d]`."""
-    b, _, width = splits.mixed.shape
+    b, count, heads, _ = splits.softmax.shape
+    width = splits.mixed.shape[-1]
     kernel: Any = pl.kernel(
-        functools.partial(_kernel, shape=splits.softmax.shape[:3], width=width),
+        functools.partial(_kernel, shape=(b, count, heads), width=width),
         out_type=jax.ShapeDtypeStruct((b, width), splits.mixed.dtype),
         mesh=plgpu.Mesh(
             num_threads=1,
