@@ -151,11 +151,12 @@ def test_clusters_of_a_launch_are_all_there_at_once(shared, d):
                 assert heads // chosen.queries <= {2: 66, 4: 30, 8: 15}[chosen.splits]
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize(("d", "size", "dtype"), [(80, 64, jnp.bfloat16), (64, 64, jnp.float32)])
-def test_the_reference_stands_in_for_what_the_kernel_cannot_take(d, size, dtype):
+def test_the_reference_stands_in_for_what_a_kernel_cannot_take(d, size, dtype, platform):
     qkv, _, positions, window, _ = operands(1, 2, 2, d, size, 9, ALL)
     layer = empty_layer((2, 1, 2, size, d), dtype)
-    found = decode_attention(qkv, layer, positions, window, implementation="gpu")
+    found = decode_attention(qkv, layer, positions, window, implementation=platform)
     same = reference.decode_attention(qkv, layer, positions, window)
     jax.tree.map(np.testing.assert_array_equal, found, same)
 

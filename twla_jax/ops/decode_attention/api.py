@@ -8,7 +8,7 @@ from twla_jax.devices import gpu_obstacle
 from twla_jax.ops.attention.kv_cache import LayerKV
 from twla_jax.ops.attention.reference import Positions
 from twla_jax.ops.attention.splits import AttentionSplits
-from twla_jax.ops.decode_attention import gpu, gpu_attend, reference
+from twla_jax.ops.decode_attention import gpu, gpu_attend, reference, tpu
 from twla_jax.ops.dispatch import Implementation, dispatch
 
 
@@ -27,7 +27,7 @@ def decode_attention(
 
     Queries and keys are normalised if there are `norm_scales`, and rotated to their position; the key and the value are
     written into the cache; then the query attends to it. A Hopper GPU does it all in one kernel, for bf16 queries and a
-    cache of bf16 or int8, which is updated in place if it is donated.
+    cache of bf16 or int8, which is updated in place if it is donated. On a TPU a kernel attends, once XLA has written.
 
     Args:
       qkv: heads of queries, of keys and of values, neither normalised nor rotated.
@@ -38,7 +38,7 @@ def decode_attention(
       epsilon: added to the mean square in the norm.
       apart: for programs that run on a GPU: where the kernel is faster so, it leaves the mix in splits of the
         positions, which `quantized_linear` merges.
-      implementation: None lets the platform decide; `gpu` means the kernel where it can take these operands.
+      implementation: None lets the platform decide; `gpu` and `tpu` mean the kernel where it can take these operands.
 
     Returns:
       The mix of the values, in `qkv.dtype`, and the cache with the token.
@@ -46,13 +46,12 @@ def decode_attention(
     Raises:
       TwlaError: there is no implementation of this name.
     """
-    reason = gpu_attend.obstacle(qkv, layer)
-    xla, kernel = (
-        functools.partial(op, epsilon=epsilon) for op in (reference.decode_attention, gpu.decode_attention)
-    )
+    obstacles = {"gpu": gpu_attend.obstacle(qkv, layer), "tpu": tpu.obstacle(qkv, layer)}
+    xla, *kernels = (functools.partial(op.decode_attention, epsilon=epsilon) for op in (reference, gpu, tpu))
     operands = (qkv, layer, positions, window, norm_scales)
-    if apart and implementation in (None, "gpu") and not (reason or gpu_obstacle()):
-        return kernel(*operands, apart=True)
-    if implementation in ("xla", "tpu") or (implementation == "gpu" and reason):
+    if apart and implementation in (None, "gpu") and not (obstacles["gpu"] or gpu_obstacle()):
+        return kernels[0](*operands, apart=True)
+    if implementation and obstacles.get(implementation):
         return xla(*operands)
-    return dispatch("decode_attention", implementation, xla, {"gpu": kernel}, {"gpu": reason}, *operands)
+    kernels = dict(zip(obstacles, kernels, strict=True))
+    return dispatch("decode_attention", implementation, xla, kernels, obstacles, *operands)
