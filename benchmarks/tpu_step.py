@@ -24,6 +24,7 @@ from twla_jax.inference.sampling import Sampling
 from twla_jax.models.blocks import ChainBlock
 from twla_jax.models.decoder import Decoder
 from twla_jax.ops.attention.kv_cache import KVCache, LayerKV
+from twla_jax.ops.decode_attention import tpu as attention_tpu
 
 HEADER = (
     "| chip | sequences | part | kernels | XLA's ops | bytes from memory | in bf16 | all | × bytes | in bf16 ÷ all |\n"
@@ -49,6 +50,19 @@ def block_step(
     """Return what `Decoder.decode` has of one token after a block."""
     context = model.context(1, start=length, keys=cache.entries.shape[-2])
     return block.decode(x, cache, context.layer(0))
+
+
+def attention(
+    compiler: Compiler, chip: str, model: Decoder, layer: LayerKV, batch: int
+) -> tuple[float, float]:
+    """Return the cycles of one token's attention, and those in which a layer's cache comes from memory."""
+    q = jnp.zeros((batch, model.config.num_heads, model.config.head_dim), jnp.bfloat16)
+    at = jnp.zeros(1, jnp.int32)
+    if attention_tpu.obstacle(q, layer):
+        return 0, 0
+    kernel, _ = compiler.cycles(chip, attention_tpu.attend, q, layer.stores, at, at)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer.stores))
+    return kernel, size / CHIPS[chip].bandwidth
 
 
 def main() -> None:
@@ -82,7 +96,8 @@ def main() -> None:
                 both = read_bytes(model, cache)
                 head = read_bytes(model, cache, blocks=False)
                 bandwidth = CHIPS[chip].bandwidth
-                block = _parts(alone, [(a - b) / bandwidth for a, b in zip(both, head, strict=True)])
+                attends = attention(compiler, chip, model, cache.layer(0), batch)
+                block = _parts(alone, [(a - b) / bandwidth for a, b in zip(both, head, strict=True)], attends)
                 rest = _parts(
                     [a - b for a, b in zip(step, alone, strict=True)], [size / bandwidth for size in head]
                 )
@@ -92,9 +107,12 @@ def main() -> None:
                 _print(chip, batch, f"step, {layers} blocks", *whole)
 
 
-def _parts(cycles: Sequence[float], memory: Sequence[float]) -> list[float]:
-    """Return kernels, XLA's ops, both memories, and all: kernels or what they read, whichever takes longer, and XLA."""
-    return [*cycles, *memory, max(cycles[0], memory[0]) + cycles[1]]
+def _parts(
+    cycles: Sequence[float], memory: Sequence[float], attends: tuple[float, float] = (0, 0)
+) -> list[float]:
+    """Return the cycles of kernels, XLA's ops, both memories, and all; `attends` is what `attention` returns."""
+    others = max(cycles[0] - attends[0], memory[0] - attends[1])
+    return [*cycles, *memory, others + max(attends) + cycles[1]]
 
 
 def _print(chip: str, batch: int, part: str, *numbers: float) -> None:
