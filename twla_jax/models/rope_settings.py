@@ -119,7 +119,8 @@ def read_layered_rope(
         raise TwlaError(f"{source}: the rope scaling has a 'type' {shown(full['type'])}; call it 'rope_type'")
     flat = {**config, "rope_parameters": {"rope_theta": config.get("rope_theta") or theta, **full}}
     flat["rope_scaling"] = None
-    local = sliding.get("rope_theta") or config.get(older_key) or sliding_theta
+    older = config.get(older_key) if older_key else None  # a file may have a key without a name
+    local = sliding.get("rope_theta") or older or sliding_theta
     return *read_rope(flat, pairs=pairs, source=source), float(local)
 
 

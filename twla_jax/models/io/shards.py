@@ -21,6 +21,7 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float32),  # rounded when it is read; no decoder computes in more
 }
+_LONGEST_NAME = 255  # of a file, in bytes
 _ROWS = 4096  # of two tensors that are compared
 # How the tensors of weights that are quantised already are called, and by which tools.
 _QUANTIZED = {
@@ -169,10 +170,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     if not content.get("weight_map"):
         raise TwlaError(f"{index}: 'weight_map' is missing")
-    check_values(content, {"weight_map": mapping(text(255))}, str(index))
+    check_values(content, {"weight_map": mapping(text(_LONGEST_NAME))}, str(index))
     for file in content["weight_map"].values():
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise TwlaError(f"{index}: {file!r} is not the name of a file in this folder")
+        if len(file.encode(errors="surrogatepass")) > _LONGEST_NAME:
+            raise TwlaError(f"{index}: {file[:20]!r}… is longer than the name of a file can be")
     return content["weight_map"]
 
 
