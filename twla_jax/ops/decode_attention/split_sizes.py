@@ -16,6 +16,7 @@ _FEWEST_ALONE = (
     512  # the same where no queries share one: 20.5 µs instead of 32.5 for int8, 35.5 and 39.4 for bf16
 )
 _POSITIONS = 64  # of a warp on tensor cores, at least: 16 sequences took 7.5 µs with 8 warps, 8.3 with 16
+_OF_SPLIT = 32  # the same where several blocks share them: one sequence took 8.0 µs at 8192 instead of 23.2
 _MOST_SPLITS = 32  # of a key head on tensor cores, which a thread has registers to merge
 _SOME_STEPS, _MANY_STEPS = 2, 8  # of one block, beyond which clusters of four, and of other sizes, pay
 
@@ -66,8 +67,11 @@ def group_config(
     if blocks < _FEWEST_GROUPS:
         if shared * size <= _MOST_READS:  # then one sequence may do without this kernel, see `split_config`
             return None
-        splits = min(STREAMING_MULTIPROCESSORS // blocks, size // (most * _POSITIONS), _MOST_SPLITS)
-        return GroupConfig(queries=queries, warps=most, splits=max(splits, 1))
+        splits, warps = min(STREAMING_MULTIPROCESSORS // blocks, _MOST_SPLITS), most
+        while warps > 4 and splits * warps * _OF_SPLIT > size:
+            warps //= 2
+        splits = max(min(splits, size // (warps * _OF_SPLIT)), 1)
+        return GroupConfig(queries=queries, warps=warps, splits=splits)
     warps = most
     while warps > 4 and (warps * blocks > most * STREAMING_MULTIPROCESSORS or warps * _POSITIONS > size):
         warps //= 2
