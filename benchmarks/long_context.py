@@ -6,6 +6,7 @@ cache with it, and a decode step behind it. A4 is timed, and A8 runs the same ke
 
     python benchmarks/long_context.py --tokens 8192,32768 --kv-cache int8
     python benchmarks/long_context.py --layers 4          # a quick look
+    python benchmarks/long_context.py --steps             # decoding alone
 """
 
 import argparse
@@ -87,19 +88,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def model_rows(config: DecoderConfig, lengths: list[int], dtype: Any) -> list[list[str]]:
-    """Return a row for every model, way of attention and length of the prompt."""
+def model_rows(config: DecoderConfig, lengths: list[int], dtype: Any, *, prompts: bool) -> list[list[str]]:
+    """Return a row for every model, way of attention and length of the prompt; of steps alone if not `prompts`."""
     rows, bf16 = [], {}
     for name, bits in (("bf16", None), ("W1.58A4", 4)):
         model = shapes.random_decoder(config, activation_bits=bits, embedding_bits=16 if bits is None else 4)
         jax.block_until_ready(model)
-        for fused in (True, False):
+        for fused in (True, False) if prompts else (True,):
             for tokens in lengths if fused else lengths[:1]:
                 print(f"{name}, attention by {'cuDNN' if fused else 'XLA'}", flush=True)
                 try:
-                    taken = prefill_seconds(
-                        replace(model, fused=fused and model.fused), tokens, dtype, 3 if fused else 1
-                    )
+                    way = replace(model, fused=fused and model.fused)
+                    taken = prefill_seconds(way, tokens, dtype, 3 if fused else 1) if prompts else np.nan
                     settings = decode.DecodeSettings(context=tokens, steps=STEPS, cache_dtype=dtype)
                     step = decode.step_seconds(model, 1, settings) if fused else float("nan")
                 except Exception as error:  # too little memory for one length must not end the run
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="8192,32768", help="lengths of prompts, with commas between them")
     parser.add_argument("--layers", type=int, help="blocks of the models; default: all")
     parser.add_argument("--kv-cache", default="int8", choices=("bfloat16", "int8"))
+    parser.add_argument("--steps", action="store_true", help="time decode steps alone")
     options = parser.parse_args()
     xla_flags.disable_triton_gemm()
     lengths, dtype = [int(text) for text in options.tokens.split(",")], jnp.dtype(options.kv_cache)
@@ -147,9 +148,10 @@ def main() -> None:
         max_position_embeddings=2 * max(lengths),
     )
     print(jax.devices()[0].device_kind, "JAX", jax.__version__, flush=True)
-    models = model_rows(config, lengths, dtype)
-    alone = attention_rows(config, max(lengths), dtype)
-    _table(["tokens of a chunk", "before it", "cuDNN µs", "XLA µs", "×", "largest difference"], alone)
+    models = model_rows(config, lengths, dtype, prompts=not options.steps)
+    if not options.steps:
+        alone = attention_rows(config, max(lengths), dtype)
+        _table(["tokens of a chunk", "before it", "cuDNN µs", "XLA µs", "×", "largest difference"], alone)
     heads = [
         "model",
         "attention",
