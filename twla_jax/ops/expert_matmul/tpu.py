@@ -3,6 +3,7 @@
 The experts of the blocks are known before the kernel runs, and say which codes are fetched: no other matrix is read.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -30,7 +31,8 @@ def products(
     one = shapes_of_one(weight)
     columns = one.column_tiles * one.planes * PLANE
     config = tile_configs.tpu_tile_config(size, one.rows, columns, x.dtype.itemsize, many=False)
-    block = config.rows
+    block = tile_configs.tpu_expert_rows(one.rows, one.column_tiles)
+    config = dataclasses.replace(config, rows=block)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[-1])))
     sums = jax.vmap(functools.partial(tpu.block_totals, weight=one, many=False))(_group_sums(x))
     body = tpu.kernel(one, tpu_unpack.operand(x.dtype), many=False)

@@ -133,6 +133,7 @@ TPU_FEW_TOKENS = 256  # up to which scaling sums takes fewer operations than sca
 TPU_MEMORY = 60 * 1024 * 1024  # of VMEM, of which v7x has the least: 64 MiB
 _TPU_LEAST_MEMORY = 16 * 1024 * 1024
 _TPU_LARGE_BLOCK = 1024  # rows
+_TPU_EXPERT_BYTES = 1024 * 1024  # of a block's codes
 _TPU_BLOCK_BYTES = 16 * 1024 * 1024  # of a block of tokens, which is there twice, and of unpacked weights
 
 
@@ -167,6 +168,17 @@ def tpu_tile_config(tokens: int, rows: int, columns: int, itemsize: int, *, many
     each = -(-tokens // -(-tokens // most))
     filled = -(-each // 128) * 128 if each > 256 else -(-each // 32) * 32
     return TpuTileConfig(tokens=filled, rows=(fitting or blocks[-1:])[0])
+
+
+def tpu_expert_rows(rows: int, tiles: int) -> int:
+    """Return the weight rows of a block of an expert: large, as its loading hides behind the expert before.
+
+    Args:
+      rows: of the weight, a multiple of 128.
+      tiles: of its columns.
+    """
+    sizes = [size for size in (2048, 1024, 512, 384, 256, 128) if rows % size == 0]
+    return next((size for size in sizes if size * tiles * PLANE <= _TPU_EXPERT_BYTES), sizes[-1])
 
 
 def tpu_memory(config: TpuTileConfig, columns: int, itemsize: int, bits: int, *, many: bool) -> int:

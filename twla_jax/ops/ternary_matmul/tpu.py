@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.ternary_matmul import tile_configs, tpu_few, tpu_many, tpu_unpack
+from twla_jax.ops.ternary_matmul import tile_configs, tpu_few, tpu_many, tpu_offsets, tpu_unpack
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, PackedWeight
 
 
@@ -97,11 +97,13 @@ def kernel(weight: PackedWeight, operand, *, many: bool) -> Callable[..., None]:
 def block_totals(
     sums: Float[Array, "t groups"], weight: PackedWeight, *, many: bool
 ) -> Float[Array, "tiles t planes"]:
-    """Return what a kernel's body reads of the sums of groups: by tile, or `[1, t, 1]` for rows of a single group."""
+    """Return what a kernel's body reads of the sums of groups: by tile, or in one piece for pairs or single groups."""
     if not weight.grouped:
         return sums.sum(-1)[None, :, None]
     if many:
         return jnp.zeros((1, len(sums), 1), sums.dtype)  # the weights hold μ
-    # A token's sums of a tile are neighbours, tiles come first: a loop over tiles may not cut the last axis.
     groups = weight.column_tiles * weight.planes
+    if weight.paired:
+        return tpu_offsets.totals(sums[:, :groups])
+    # A token's sums of a tile are neighbours, tiles come first: a loop over tiles may not cut the last axis.
     return sums[:, :groups].reshape(len(sums), weight.column_tiles, weight.planes).swapaxes(0, 1)

@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from twla_jax.core.packing import PLANE
-from twla_jax.ops.ternary_matmul import tpu_unpack
+from twla_jax.ops.ternary_matmul import tpu_offsets, tpu_unpack
 from twla_jax.ops.ternary_matmul.weight import PackedWeight
 
-_UNROLLED = (
-    8  # column tiles: the matrix unit takes long to answer, so it is asked for many before the first is read
-)
+# Column tiles: the matrix unit takes long to answer, so it is asked for many before the first is read; and what is cut
+# out at places that a loop computes takes longer to load.
+_UNROLLED = 24
 
 
 def kernel(
@@ -21,7 +22,8 @@ def kernel(
 
     Args:
       x_ref: `[t, columns]`.
-      totals_ref: `[tiles, t, planes]`, the sums of x over groups, or `[1, t, 1]` where rows are single groups.
+      totals_ref: `[tiles, t, planes]`, the sums of x over groups; of `tpu_offsets.totals` where scales are pairs; or
+        `[1, t, 1]` where rows are single groups.
       codes_ref: `[tiles, rows, 128]`.
       scales_ref: `[tiles, parameters, rows]`.
       *refs: scale and zero point of tokens `[t, 1]`, row sums, biases and steps `[1, rows]`, or none of these; the
@@ -33,39 +35,57 @@ def kernel(
     *affine_refs, out_ref = refs
     exact = tpu_unpack.exact(operand)
 
-    def tile(k, y, planes=weight.planes):
+    def products(k, planes) -> list[jax.Array]:
         packed = tpu_unpack.words(codes_ref[k])
-        found = [
-            tpu_unpack.plane_codes(packed, plane, weight, scaled=weight.grouped) for plane in range(planes)
-        ]
-        columns = weight.planes * PLANE * k
-        xs = [
-            x_ref[:, pl.ds(_aligned(columns + PLANE * plane), PLANE)].astype(operand)
+        codes = [
+            tpu_unpack.plane_codes(packed, plane, weight, in_place=weight.paired).astype(operand)
             for plane in range(planes)
         ]
-        sums = _products(xs, [codes.astype(operand) for codes, _ in found], together, exact)
-        if not weight.grouped:
-            return y + sum(sums)
-        alpha, mu = tpu_unpack.scales(scales_ref[k], weight)
-        for plane, (_, factor) in enumerate(found):
-            own = slice(plane, plane + 1)
-            acc, total = sums[plane].astype(jnp.float32), totals_ref[k, :, own].astype(jnp.float32)
-            if weight.relative:
-                acc = acc + (mu[own] - tpu_unpack.code_offset(weight)) * total
-                y += alpha[own] * acc
-            else:
-                y += alpha[own] * factor * acc + mu[own] * total
-        return y
+        first = weight.planes * PLANE * k
+        columns = [pl.ds(_aligned(first + PLANE * plane), PLANE) for plane in range(planes)]
+        return _products([x_ref[:, own].astype(operand) for own in columns], codes, together, exact)
 
-    y = jnp.zeros(out_ref.shape, jnp.float32 if weight.grouped else exact)
-    # Of the last tile, planes without columns are left out.
-    whole, rest = divmod(-(-weight.in_features // PLANE), weight.planes)
-    y = _over_tiles(whole, tile, y)
-    y = tile(whole, y, rest) if rest else y
-    if not weight.grouped:
-        alpha, mu = tpu_unpack.scales(scales_ref[0], weight)
-        y = single_group(y, totals_ref[0], alpha, mu, weight)
-    out_ref[...] = finished(y, *(ref[...] for ref in affine_refs)).astype(out_ref.dtype)
+    def multiply(alphas_ref=None) -> None:
+        def tile(k, y, planes=weight.planes):
+            sums = products(k, planes)
+            if alphas_ref is not None:
+                for plane, acc in enumerate(sums):
+                    y += alphas_ref[pl.ds(weight.planes * k + plane, 1), :] * acc.astype(jnp.float32)
+                return y
+            return (
+                _relative(y, sums, totals_ref[k], scales_ref[k], weight) if weight.grouped else y + sum(sums)
+            )
+
+        if alphas_ref is None:
+            y = jnp.zeros(out_ref.shape, jnp.float32 if weight.grouped else exact)
+        else:
+            alphas_ref[...] = tpu_offsets.alphas(scales_ref[...])
+            y = tpu_offsets.offsets(totals_ref[0], scales_ref[...], operand)
+        # Of the last tile, planes without columns are left out.
+        whole, rest = divmod(-(-weight.in_features // PLANE), weight.planes)
+        y = _over_tiles(whole, tile, y)
+        y = tile(whole, y, rest) if rest else y
+        if not weight.grouped:
+            alpha, mu = tpu_unpack.scales(scales_ref[0], weight)
+            y = single_group(y, totals_ref[0], alpha, mu, weight)
+        out_ref[...] = finished(y, *(ref[...] for ref in affine_refs)).astype(out_ref.dtype)
+
+    if weight.paired:
+        # A row of it fills a register's rows as it is loaded, which takes the vector unit nothing.
+        groups = weight.column_tiles * weight.planes
+        pl.run_scoped(multiply, pltpu.VMEM((groups, out_ref.shape[-1]), jnp.float32))
+    else:
+        multiply()
+
+
+def _relative(y, sums: list, totals, bits, weight: PackedWeight) -> jax.Array:
+    """Return y with the sums of a tile's planes, in which μ counts in steps of α."""
+    alpha, mu = tpu_unpack.scales(bits, weight)
+    for plane, acc in enumerate(sums):
+        own = slice(plane, plane + 1)
+        total = totals[:, own].astype(jnp.float32)
+        y += alpha[own] * (acc.astype(jnp.float32) + (mu[own] - tpu_unpack.code_offset(weight)) * total)
+    return y
 
 
 def single_group(acc, total, alpha, mu, weight: PackedWeight) -> jax.Array:

@@ -35,7 +35,7 @@ def kernel(
         table = tpu_unpack.choices(scales_ref[k]) if weight.paired else None
         for plane in range(weight.planes):
             if table is None:
-                unpacked, _ = tpu_unpack.plane_codes(packed, plane, weight)
+                unpacked = tpu_unpack.plane_codes(packed, plane, weight)
             else:
                 unpacked = tpu_unpack.weights(packed, table, plane)
             columns = pl.ds(pl.multiple_of((weight.planes * k + plane) * PLANE, PLANE), PLANE)

@@ -17,25 +17,29 @@ def words(codes: UInt8[Array, "rows 128"]) -> Int32[Array, "words 128"]:
     return pltpu.bitcast(codes, jnp.int32)
 
 
+def place(plane: int) -> int:
+    """Return at which code's place in a byte one of 2 bits may stay: in the two upper bits, it would be the sign."""
+    return min(plane, 2)
+
+
 def plane_codes(
-    packed: Int32[Array, "words 128"], plane: int, weight: PackedWeight, *, scaled: bool = False
-) -> tuple[Int8[Array, "rows 128"], float]:
-    """Return a plane's codes as int8, with their offset, and what they must be multiplied by.
+    packed: Int32[Array, "words 128"], plane: int, weight: PackedWeight, *, in_place: bool = False
+) -> Int8[Array, "rows 128"]:
+    """Return a plane's codes as int8, with their offset.
 
     Args:
       packed: from `words`.
       plane: of the codes.
       weight: whose codes these are.
-      scaled: codes of 2 bits may stay where they are in a byte, which saves shifts.
+      in_place: codes of 2 bits stay where they are, which saves shifts: they are `4^place(plane)` times as large.
     """
     if weight.bits == 8:  # int8 cannot hold the code, so its bytes hold 128 less
-        return pltpu.bitcast(packed ^ _signed(0x80 * _ONES), jnp.int8), 1.0
-    # In the two upper bits, codes would change an int8's sign.
-    place = min(plane, 2) if scaled and weight.bits == 2 else 0
-    shift = weight.bits * (plane - place)
-    mask = _signed((2**weight.bits - 1) * _ONES << weight.bits * place)
+        return pltpu.bitcast(packed ^ _signed(0x80 * _ONES), jnp.int8)
+    at = place(plane) if in_place else 0
+    shift = weight.bits * (plane - at)
+    mask = _signed((2**weight.bits - 1) * _ONES << weight.bits * at)
     moved = lax.shift_right_logical(packed, jnp.int32(shift)) if shift else packed
-    return pltpu.bitcast(moved & mask, jnp.int8), 4.0**-place
+    return pltpu.bitcast(moved & mask, jnp.int8)
 
 
 def code_offset(weight: PackedWeight) -> int:
