@@ -198,11 +198,11 @@ def rotations(config: DecoderConfig, tokens: int) -> Iterator[Call]:
 
 
 def experts(tokens: int) -> Iterator[Call]:
-    """Yield the product with the experts of a mixture: a block for each choice of few tokens, else of 128 rows."""
+    """Yield the product with the experts of a mixture: a block for each choice of few tokens, else of up to 64 rows."""
     count, n, m = EXPERTS
     one = jax.eval_shape(lambda: shapes.weight(jax.random.key(0), n, m))
     weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), one)
-    size = block_size(tokens * CHOICES, count, expert_tpu.LEAST_ROWS)
+    size = block_size(tokens * CHOICES, count, expert_tpu.LEAST_ROWS, expert_tpu.MOST_ROWS)
     blocks = tokens * CHOICES if size == expert_tpu.LEAST_ROWS else tokens * CHOICES // size + count
     yield Call(
         name=f"experts {n}×{m}, {CHOICES} of {count}",

@@ -56,7 +56,7 @@ def expert_matmul(
         _blocked(products, 1, out_dtype),
         {
             "gpu": _blocked(gpu.products, gpu.LEAST_ROWS, out_dtype, gpu.MOST_ROWS),
-            "tpu": _blocked(tpu.products, tpu.LEAST_ROWS, out_dtype),
+            "tpu": _blocked(tpu.products, tpu.LEAST_ROWS, out_dtype, tpu.MOST_ROWS),
         },
         dict.fromkeys(("gpu", "tpu"), obstacle),
         values.reshape(-1, values.shape[-1]),

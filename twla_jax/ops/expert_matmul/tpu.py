@@ -16,7 +16,7 @@ from twla_jax.core.packing import PLANE
 from twla_jax.ops.ternary_matmul import tile_configs, tpu, tpu_unpack
 from twla_jax.ops.ternary_matmul.weight import KernelWeight, shapes_of_one
 
-LEAST_ROWS = 8  # of a block
+LEAST_ROWS, MOST_ROWS = 8, 64  # of a block
 
 
 def products(
