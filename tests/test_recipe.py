@@ -26,8 +26,9 @@ def test_shipped_recipes_load_and_survive_json(name):
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
-def test_the_default_recipe_is_w158_g128():
-    assert load_recipe("w1.58-g128") == Recipe()
+def test_the_default_recipe_adds_to_the_defaults_what_wants_text_enough():
+    plain = {"weights": {"compensation": {"stream": 0.0, "passes": 0}}}
+    assert load_recipe("w1.58-g128").updated(plain) == Recipe()
 
 
 def test_the_paper_recipe_holds_the_papers_settings():
@@ -38,7 +39,7 @@ def test_the_paper_recipe_holds_the_papers_settings():
         "cayley",
     )
     assert recipe.weights.quantizer == TernarySettings(metric="group", rounds=0)
-    assert recipe.weights.propagation == 0
+    assert recipe.weights.streams == 1
 
 
 def test_an_unknown_name_lists_what_exists():

@@ -108,6 +108,27 @@ def test_propagated_weights_minimise_the_damped_distance_to_full_precision_outpu
         np.testing.assert_allclose(got, expected, atol=2e-3 * np.abs(wanted).max())
 
 
+def test_weights_make_up_for_what_their_outputs_are_added_to(layer):
+    """Against float64 least squares: `‖(X₀' + W X₀) − (X' + V X)‖² / t + λ‖V − W‖²` as one stacked system."""
+    weight, _ = layer
+    rng = np.random.default_rng(3)
+    exact = rng.normal(size=(TOKENS, M))
+    x = exact + 0.4 * rng.normal(size=(TOKENS, M))
+    lack = 0.5 * x @ rng.normal(size=(M, N)) + rng.normal(size=(TOKENS, N))  # of the stream, X₀' − X'
+    moment, error_moment, mean_lack = x.T @ x / TOKENS, (exact - x).T @ x / TOKENS, lack.T @ x / TOKENS
+    ridge = np.sqrt(0.01 * np.diag(moment).mean() * TOKENS)
+    system = np.vstack([x, ridge * np.eye(M)])
+    target = np.vstack([lack + exact @ weight.T, ridge * weight.T])
+    wanted = np.linalg.lstsq(system, target, rcond=None)[0].T
+    shares = CompensationSettings(propagation=1.0, stream=1.0)
+    settings = WeightSettings(group_size=M, compensation=shares)
+    drift = gptq.output_drift(
+        *(jnp.asarray(a, jnp.float32) for a in (weight, error_moment, mean_lack)), settings
+    )
+    damped = np.linalg.inv(moment + 0.01 * np.diag(moment).mean() * np.eye(M))
+    np.testing.assert_allclose(weight + drift @ damped, wanted, atol=2e-3 * np.abs(wanted).max())
+
+
 def test_reported_output_error_is_the_real_one(layer):
     weight, moment = layer
     tensor, stats = ternarize(weight, moment)

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from twla_jax.core import quantizers, tensors
 from twla_jax.core.settings import (
     ActivationSettings,
+    CompensationSettings,
     IntegerSettings,
     RotationSettings,
     TernarySettings,
@@ -30,7 +31,9 @@ from twla_jax.recipe import Recipe
 from twla_jax.storage import checkpoint
 
 RECIPE = Recipe(
-    weights=WeightSettings(quantizer=TernarySettings(euclidean_steps=3, rounds=1)),
+    weights=WeightSettings(
+        quantizer=TernarySettings(euclidean_steps=3, rounds=1), compensation=CompensationSettings(stream=0.5)
+    ),
     rotation=RotationSettings(steps=3),
     activations=ActivationSettings(clips=(1.0, 0.8), clip_tokens=64),
 )
@@ -126,11 +129,13 @@ def test_calibration_on_the_mesh_is_that_on_one_device(model, calibrated, mesh, 
     quantize_site, rest = block.quantize_site, iter(sites)
 
     def compared(kernels, rotation, *gathered, settings):
-        (moment, sample, tokens, error_moment), made = next(rest)
+        (moment, sample, tokens, error_moment, lack), made = next(rest)
         assert len(kernels[0].sharding.device_set) == 8
         at_most = 1e-5 * np.abs(moment).max()
         np.testing.assert_allclose(gathered[0], moment, atol=at_most)
         np.testing.assert_allclose(gathered[3], error_moment, atol=at_most)
+        if lack is not None:
+            np.testing.assert_allclose(gathered[4], lack, atol=at_most)
         # After the tokens there are those of the windows that fill up the batch.
         np.testing.assert_allclose(gathered[1][: len(sample)], sample, atol=1e-5 * np.abs(sample).max())
         assert not gathered[1][len(sample) :].any()

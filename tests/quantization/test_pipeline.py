@@ -11,10 +11,10 @@ from flax import nnx
 import twla_jax
 from twla_jax.core import kotms, tensors
 from twla_jax.errors import TwlaError
-from twla_jax.models.blocks import State, site_inputs
+from twla_jax.models.blocks import State, run, site_inputs
 from twla_jax.models.decoder import Decoder
 from twla_jax.models.io import readers
-from twla_jax.quantization import pipeline, rotation_fitting, stream
+from twla_jax.quantization import block, pipeline, rotation_fitting, stream
 from twla_jax.quantization.site import swept
 
 from helpers import tiny
@@ -43,10 +43,10 @@ def test_reported_errors_are_those_on_inputs_that_passed_the_quantised_part(mode
     reported = {(entry["layer"], entry["site"]): entry["output_error"] for entry in figures["sites"]}
     state = State(result.embed_tokens(jnp.asarray(WINDOWS)))
     for index in range(3):
-        block, original = (jax.tree.map(lambda leaf, i=index: leaf[i], m.blocks) for m in (result, model))
-        inputs, state = site_inputs(block, state, result.context(WINDOWS.shape[1]).layer(index))
+        layer, original = (jax.tree.map(lambda leaf, i=index: leaf[i], m.blocks) for m in (result, model))
+        inputs, state = site_inputs(layer, state, result.context(WINDOWS.shape[1]).layer(index))
         for site in result.sites:
-            rotation = block.transform(site).rotation.get_value()
+            rotation = layer.transform(site).rotation.get_value()
             h = np.asarray(kotms.rotate(inputs[site.name], rotation.left, rotation.right), np.float64)
             h = h.reshape(-1, h.shape[-1])
             error = energy = 0.0
@@ -58,10 +58,40 @@ def test_reported_errors_are_those_on_inputs_that_passed_the_quantised_part(mode
                         rotation.right,
                     )
                 )
-                approximation = np.asarray(tensors.dequantize(getattr(block, name).kernel.get_value()))
+                approximation = np.asarray(tensors.dequantize(getattr(layer, name).kernel.get_value()))
                 error += np.square(h @ (w - approximation).astype(np.float64).T).sum()
                 energy += np.square(h @ w.astype(np.float64).T).sum()
             np.testing.assert_allclose(reported[index, site.name], error / energy, rtol=1e-3)
+
+
+def test_what_the_stream_lacks_is_summed_beside_the_inputs_of_what_is_added_to_it(model, monkeypatch):
+    """Recomputed in float64 from the two models, layer by layer."""
+    found, real = [], block.quantize_site
+
+    def recorded(*arguments, settings):
+        found.append(None if arguments[-1] is None else np.asarray(arguments[-1]))  # which is donated
+        return real(*arguments, settings=settings)
+
+    monkeypatch.setattr(block, "quantize_site", recorded)
+    recipe = RECIPE.updated({"weights": {"compensation": {"stream": 0.5}}})
+    result, _ = pipeline.quantize_blocks(model, WINDOWS, recipe.quantization, progress=False)
+    states = {m: State(m.embed_tokens(jnp.asarray(WINDOWS))) for m in (result, model)}
+    for index in range(3):
+        context = model.context(WINDOWS.shape[1]).layer(index)
+        blocks = {m: jax.tree.map(lambda leaf, i=index: leaf[i], m.blocks) for m in states}
+        inputs, _ = site_inputs(blocks[result], states[result], context)
+        for at, site in enumerate(model.sites):
+            lack = found.pop(0)
+            assert (lack is not None) == site.writes
+            if lack is None:
+                continue
+            exact, x = (
+                np.asarray(run(blocks[m], states[m], context, 0, at).x, np.float64) for m in (model, result)
+            )
+            h = np.asarray(inputs[site.name], np.float64)
+            expected = np.einsum("btn,btm->nm", exact - x, h)
+            np.testing.assert_allclose(lack, expected, atol=1e-3 * max(np.abs(expected).max(), 1e-3))
+        states = {m: run(blocks[m], states[m], context) for m in states}
 
 
 def test_rotations_may_look_at_the_inputs(model, quantised):

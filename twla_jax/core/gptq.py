@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Num
 from twla_jax.core import group_descent, tensors
 from twla_jax.core.factors import Factors, factor_groups, group_and_padded, mean_diagonal, padded_moment
 from twla_jax.core.quantizers import PackedTensor, Quantizer, quantizer
-from twla_jax.core.settings import WeightSettings
+from twla_jax.core.settings import CompensationSettings, WeightSettings
 
 _DEFAULT = WeightSettings()
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -63,18 +63,31 @@ def quantize_matrix(
       fraction of the mean diagonal that made H factor (NaN errors mean that none did).
     """
     mean_moment = moment / tokens
-    drift = None if error_moment is None else output_drift(weight, error_moment / tokens, settings)
+    drift = None if error_moment is None else output_drift(weight, error_moment / tokens, None, settings)
     return sweep_columns(weight, mean_moment, factor_groups(mean_moment, settings), drift, settings)
 
 
 def output_drift(
-    weight: Float[Array, "n m"], mean_error_moment: Float[Array, "m m"], settings: WeightSettings
+    weight: Float[Array, "n m"],
+    mean_error_moment: Float[Array, "m m"],
+    mean_lack: Float[Array, "n m"] | None,
+    settings: WeightSettings,
 ) -> Float[Array, "n padded"]:
-    """Return `W H_δ`: what the outputs lack of the full-precision model's, against the inputs; see `propagated`."""
+    """Return `β·W H_δ + γ·L`, what outputs lack of the full-precision model's, against the inputs; see `propagated`.
+
+    Args:
+      weight: W, rows are outputs.
+      mean_error_moment: H_δ, a token.
+      mean_lack: L, what the residual stream that the outputs are added to lacks before them, against the inputs, a
+        token; None leaves it out.
+      settings: the shares β and γ of its compensation are read, and its groups.
+    """
     _, m = weight.shape
     more = (0, group_and_padded(m, settings)[1] - m)
     weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), more))
-    return jnp.matmul(weight, jnp.pad(mean_error_moment, more), precision=_HIGHEST)
+    shares = settings.compensation or CompensationSettings(propagation=0)
+    drift = jnp.matmul(weight, jnp.pad(mean_error_moment, more), precision=_HIGHEST) * shares.propagation
+    return drift if mean_lack is None else drift + shares.stream * jnp.pad(mean_lack, ((0, 0), more))
 
 
 def sweep_columns(
@@ -100,7 +113,7 @@ def sweep_columns(
     inverse, roots, damping = factors
     levels = quantizer(settings)
     by_group = padded_moment(mean_moment, padded, settings) if levels.metric == "group" else None
-    target = weight if drift is None else _made_up(weight, drift, inverse, settings.propagation)
+    target = weight if drift is None else _made_up(weight, drift, inverse)
 
     def quantize_group(w, group_at):
         start, root_group = group_at
@@ -160,18 +173,17 @@ def propagated(
       inverse: U, with `H⁻¹ = UᵀU`.
       share: β; errors are made up for where the calibration text has them, at β = 1 fully.
     """
-    return _made_up(weight, jnp.matmul(weight, error_moment, precision=_HIGHEST), inverse, share)
+    return _made_up(weight, share * jnp.matmul(weight, error_moment, precision=_HIGHEST), inverse)
 
 
 def _made_up(
     weight: Float[Array, "n m"],
     drift: Float[Array, "n m"],
     inverse: Float[Array, "m m"],
-    share: Float[Array, ""] | float,
 ) -> Float[Array, "n m"]:
-    """Return `W + β·(W H_δ) H⁻¹`, of the `drift` W H_δ."""
+    """Return `W + D H⁻¹`, of the drift D."""
     change = jnp.matmul(drift, inverse.T, precision=_HIGHEST)
-    return weight + share * jnp.matmul(change, inverse, precision=_HIGHEST)
+    return weight + jnp.matmul(change, inverse, precision=_HIGHEST)
 
 
 def sweep_codes(

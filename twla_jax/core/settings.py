@@ -103,7 +103,9 @@ class CompensationSettings(Settings):
     Attributes:
       damping: added to the diagonal of the second moments, as a share of its mean, before factoring.
       propagation: share of the error that earlier layers leave in the inputs that the weights are changed to make up
-        for before they are quantised (QEP's β); 0 leaves that out, and the pass of the full-precision model it needs.
+        for before they are quantised (QEP's β); 0 leaves that out.
+      stream: the same of the error in the residual stream that outputs are added to. Only where both shares are 0 does
+        calibration spare the pass of the full-precision model.
       passes: over all columns after the sweep, each of which chooses codes and scales anew with the others as they are.
     """
 
@@ -111,6 +113,7 @@ class CompensationSettings(Settings):
 
     damping: float = ranged(0.01, above=0)
     propagation: float = ranged(0.5, low=0, high=1)
+    stream: float = ranged(0.0, low=0, high=1)
     passes: int = ranged(0, low=0)
 
 
@@ -139,16 +142,24 @@ class WeightSettings(Settings):
             )
             wanted = "a table: the published layout compensates errors"
             require(self.compensation is not None, self.key("compensation"), False, wanted)
-            key = CompensationSettings.key("propagation")
-            require(self.propagation == 0, key, self.propagation, "0 in the published layout")
-            key = CompensationSettings.key("passes")
-            passes = self.compensation.passes if self.compensation else 0
-            require(passes == 0, key, passes, "0 in the published layout")
+            for name in ("propagation", "stream", "passes"):
+                value, key = getattr(self.compensation, name), CompensationSettings.key(name)
+                require(value == 0, key, value, "0 in the published layout")
 
     @property
-    def propagation(self) -> float:
-        """Return QEP's β; 0 where errors are not compensated."""
-        return self.compensation.propagation if self.compensation else 0.0
+    def streams(self) -> int:
+        """Return how many residual streams a calibration carries: two where the original's is one of them."""
+        return 2 if self.stream or (self.compensation and self.compensation.propagation) else 1
+
+    @property
+    def stream(self) -> float:
+        """Return the share of what the residual stream lacks that is made up for; 0 where nothing is compensated."""
+        return self.compensation.stream if self.compensation else 0.0
+
+    @property
+    def passes(self) -> int:
+        """Return how many passes follow the sweep; 0 where nothing is compensated."""
+        return self.compensation.passes if self.compensation else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,10 +48,10 @@ class TwlaRule(QuantizationRule):
         for name in ("weight_qtype", "act_qtype", "tile_size"):
             if getattr(self, name) is not None:
                 raise TwlaError(f"a TwlaRule does not read {name}: set weights, rotation and activations")
-        if self.weights.propagation:
+        if self.weights.streams > 1:
             raise TwlaError(
                 "a TwlaRule quantises every linear for the inputs of the full-precision model: "
-                "set weights.compensation.propagation to 0"
+                "set weights.compensation.propagation to 0, and stream"
             )
 
 

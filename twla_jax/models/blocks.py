@@ -146,6 +146,10 @@ class ChainBlock(nnx.Module):
         (output,) = self.outputs(site, h)
         return x + self.to_stream(site, output)
 
+    def adds(self, site: Site) -> bool:
+        """Return whether the outputs of a site's linear are added to the residual stream as they are."""
+        return site.writes and not site.experts and type(self).to_stream is ChainBlock.to_stream
+
     def to_stream(self, site: Site, output: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Return what is added to the residual stream, from the output of the one linear of `site`: that itself."""
         return output

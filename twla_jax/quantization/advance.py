@@ -12,6 +12,9 @@ from twla_jax.models.blocks import ChainBlock, Context, State, run
 from twla_jax.quantization.experts import ExpertMoments
 from twla_jax.quantization.stream import ResidualStream
 
+# All of an input, each token's experts, where the site has any, and the residual stream beside it.
+_Input = tuple[Float[Array, "b s *k m"], Int32[Array, "b s k"] | None, Float[Array, "b s d"]]
+
 
 def sample_site(
     block: ChainBlock, stream: ResidualStream, context: Context, index: int, stride: int
@@ -64,7 +67,7 @@ def advance(
     Float[Array, "b s _"] | None,
     Float[Array, "m m"] | ExpertMoments | None,
     Float[Array, "c m"],
-    tuple[Float[Array, "b s *k m"], Int32[Array, "b s k"] | None] | None,
+    _Input | None,
 ]:
     """Move one batch from site `first` to the input of site `last`.
 
@@ -81,8 +84,8 @@ def advance(
       keep: whether all of the input is returned.
 
     Returns:
-      The stream and inner state to go on from, the moments, a sample of the input, float32, and with `keep` all of it
-      and each token's experts, where the site has any.
+      The stream and inner state to go on from, the moments, a sample of the input, float32, and with `keep` all of it,
+      each token's experts, where the site has any, and the stream beside it.
     """
     site, before = block.sites[last], State(x, inner)
     state = run(block, before, context, first, last)
@@ -98,22 +101,28 @@ def advance(
     elif moment is not None:
         moment = gptq.accumulate_moment(moment, h)
     kept = before if site.recomputed else state
-    return kept.x, kept.inner, moment, sample, (h, experts) if keep else None
+    return kept.x, kept.inner, moment, sample, (h, experts, state.x) if keep else None
 
 
-@functools.partial(jax.jit, static_argnames=("first", "last"), donate_argnames=("x", "error_moment"))
+@functools.partial(jax.jit, static_argnames=("first", "last"), donate_argnames=("x", "error_moment", "lack"))
 def advance_reference(
     original: ChainBlock,
     x: Float[Array, "b s d"],
     inner: Float[Array, "b s _"] | None,
-    quantized: tuple[Float[Array, "b s *k m"], Int32[Array, "b s k"] | None],
+    quantized: _Input,
     real: Float[Array, " b"],
     error_moment: Float[Array, "m m"] | ExpertMoments,
+    lack: Float[Array, "d m"] | None,
     context: Context,
     *,
     first: int,
     last: int,
-) -> tuple[Float[Array, "b s d"], Float[Array, "b s _"] | None, Float[Array, "m m"] | ExpertMoments]:
+) -> tuple[
+    Float[Array, "b s d"],
+    Float[Array, "b s _"] | None,
+    Float[Array, "m m"] | ExpertMoments,
+    Float[Array, "d m"] | None,
+]:
     """Move the full-precision stream to the input of site `last`; add what h, its quantised twin, lacks to the moment.
 
     Where h is zero, as in windows that only fill up a batch, nothing is added. Of experts, inputs are compared of those
@@ -123,18 +132,19 @@ def advance_reference(
       original: the block in full precision.
       x: its residual stream.
       inner: what site `first` reads instead of it, if it does.
-      quantized: h, the same input in the quantised model, and each token's experts, where the site has any.
+      quantized: h, the same input in the quantised model, each token's experts, where the site has any, and the stream.
       real: 0 for windows that only fill up a batch.
       error_moment: `Σ (h₀ − h)ᵀ h` so far, of the full-precision input h₀.
+      lack: `Σ (x₀ − x)ᵀ h` so far, of the full-precision stream x₀, where outputs are added to it; else None.
       context: of the block's layer.
       first: the site that the state has come to.
       last: the site whose input is looked at.
 
     Returns:
-      The stream and inner state to go on from, and the error_moment.
+      The stream and inner state to go on from, and both sums.
     """
     site, before = original.sites[last], State(x, inner)
-    h, experts = quantized
+    h, experts, stream = quantized
     context = dataclasses.replace(context, experts=experts)
     state = run(original, before, context, first, last)
     exact = original.before(site, state, context)
@@ -142,10 +152,14 @@ def advance_reference(
     kept = before if site.recomputed else state
     if isinstance(error_moment, ExpertMoments):
         assert experts is not None
-        return kept.x, kept.inner, error_moment.add(difference, h, experts, real)
+        return kept.x, kept.inner, error_moment.add(difference, h, experts, real), lack
     h, difference = (each.reshape(-1, h.shape[-1]).astype(jnp.float32) for each in (h, difference))
     error_moment = error_moment + jnp.matmul(difference.T, h, precision=jax.lax.Precision.HIGHEST)
-    return kept.x, kept.inner, error_moment
+    if lack is not None:
+        missing = state.x.astype(jnp.float32) - stream.astype(jnp.float32)
+        missing = missing.reshape(-1, missing.shape[-1])
+        lack = lack + jnp.matmul(missing.T, h, precision=jax.lax.Precision.HIGHEST)
+    return kept.x, kept.inner, error_moment, lack
 
 
 @functools.partial(jax.jit, static_argnames="first", donate_argnames="x")

@@ -50,6 +50,7 @@ def quantize_block(
         linears = block.linears(site)
         moment, samples = stream.everywhere(_no_moment(site, linears)), []
         error_moment = stream.everywhere(_no_moment(site, linears)) if reference else None
+        lack = stream.everywhere(_no_lack(linears)) if settings.weights.stream and block.adds(site) else None
         spans = {"first": kept_before(block, index), "last": index}
         pairs = zip(stream.batches(), reference.batches(), strict=True) if reference else None
         for batch, exact in pairs or ((batch, None) for batch in stream.batches()):
@@ -66,8 +67,8 @@ def quantize_block(
             batch.state = State(x, inner)
             samples.append(sample)
             if exact is not None:
-                x, inner, error_moment = advance_reference(
-                    original, *leaves(exact.state), h, batch.real, error_moment, context, **spans
+                x, inner, error_moment, lack = advance_reference(
+                    original, *leaves(exact.state), h, batch.real, error_moment, lack, context, **spans
                 )
                 exact.state = State(x, inner)
             del h  # all of an input, in the way of the next one
@@ -80,7 +81,7 @@ def quantize_block(
             )
         else:
             tensors, clips, figures = quantize_site(
-                kernels, rotation, moment, sample, stream.tokens, error_moment, settings=settings
+                kernels, rotation, moment, sample, stream.tokens, error_moment, lack, settings=settings
             )
         for name, tensor in zip(site.linears, tensors, strict=True):
             result |= {f"{name}.kernel.{part}": array for part, array in quantizers.arrays(tensor).items()}
@@ -118,3 +119,9 @@ def _no_moment(site: Site, linears: tuple[Linear, ...]) -> Float[Array, "m m"] |
     if site.experts:
         return ExpertMoments.zeros(linears[0].kernel.get_value().shape[0], m)
     return jnp.zeros((m, m), jnp.float32)
+
+
+def _no_lack(linears: tuple[Linear, ...]) -> Float[Array, "n m"]:
+    """Return what the stream lacks over no token, beside the input of the one linear that is added to it."""
+    m, n = linears[0].features
+    return jnp.zeros((n, m), jnp.float32)

@@ -32,13 +32,12 @@ def stream_bytes(
     They are those while the streams stand at site `index`; at most, where it is None.
     """
     width = model.config.hidden_size + (widest_kept(model) if index is None else kept_beside(model, index))
-    return tokens * model.dtype.itemsize * width * (2 if settings.weights.propagation else 1)
+    return tokens * model.dtype.itemsize * width * settings.weights.streams
 
 
 def snapshot_bytes(model: Decoder, tokens: int, settings: QuantizationSettings) -> int:
     """Return the bytes of the residual streams between two blocks."""
-    streams = 2 if settings.weights.propagation else 1
-    return tokens * model.dtype.itemsize * model.config.hidden_size * streams
+    return tokens * model.dtype.itemsize * model.config.hidden_size * settings.weights.streams
 
 
 def site_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
@@ -46,14 +45,16 @@ def site_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> in
     features = _features(model, site)
     m, n = features[0][0], sum(outputs for _, outputs in features)
     square, rows, sample = m * m, n * m, settings.activations.clip_tokens * m
-    streams = 2 if settings.weights.propagation else 1
+    streams, passes = settings.weights.streams, settings.weights.passes
     if site.experts:  # some are swept at a time; the moments that each is quantised by are there for all
         count = model.config.num_experts
         swept = chunk_size(count, m, n) * (_ROWS * rows + _MOMENTS * square)
         return int(_FLOAT32 * (swept + _SAMPLES * sample + 2 * streams * count * square))
-    passes = settings.weights.compensation.passes if settings.weights.compensation else 0
+    lack = (
+        rows if settings.weights.stream and model.blocks.adds(site) else 0
+    )  # of the stream, before it drifts
     steps = {  # of `quantization.site`
-        "rotated": (streams + 2) * square + rows + sample,
+        "rotated": (streams + 2) * square + rows + 2 * lack + sample,
         "factored": 5 * square + 2 * rows + sample,
         "swept": 2 * square + 5.5 * rows + sample,
         "passed over": 3 * square + 8.5 * rows + sample if passes else 0,
@@ -63,12 +64,11 @@ def site_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> in
 
 
 def moment_bytes(model: Decoder, site: Site, settings: QuantizationSettings) -> int:
-    """Return the bytes of the second moments of one site's input, with those of errors that are made up for.
-
-    Each expert has its own.
-    """
-    m, count = _features(model, site)[0][0], model.config.num_experts if site.experts else 1
-    return _FLOAT32 * count * m * m * (2 if settings.weights.propagation else 1)
+    """Return the bytes of the moments of one site's input, of each expert, with those of what is made up for."""
+    m, n = _features(model, site)[0]
+    count = model.config.num_experts if site.experts else 1
+    lack = n if settings.weights.stream and model.blocks.adds(site) else 0
+    return _FLOAT32 * count * m * (settings.weights.streams * m + lack)
 
 
 def batch_bytes(model: Decoder, seq_len: int, windows: int) -> int:

@@ -38,7 +38,7 @@ from twla_jax.quantization.stream import ResidualStream
 from twla_jax.storage import resume
 
 _log = logging.getLogger(__name__)
-_FORM = 2  # of what an interrupted quantisation leaves; work in another form is refused
+_FORM = 3  # of what an interrupted quantisation leaves; work in another form is refused
 
 _RANGE_WINDOWS = 8  # of the calibration text, whose tokens the range of a rotated input is measured on
 _RANGE_TOKENS = 256  # of these
@@ -195,12 +195,12 @@ def _quantize_blocks(
     count = model.config.num_layers
     folder = store.folder if store else None
     described = functools.partial(
-        ResidualStream, model, windows, mesh, folder, streams=2 if settings.weights.propagation else 1
+        ResidualStream, model, windows, mesh, folder, streams=settings.weights.streams
     )
     stream = described()
     # Rotations are fitted: without their settings, those that differ in them share one compilation.
     settings = dataclasses.replace(settings, rotation=None)
-    reference = described() if settings.weights.propagation else None
+    reference = described() if settings.weights.streams == 2 else None
     streams = {"x": stream, "reference": reference}
     leaves_packed = _leaves_packed(model, settings, store)
 

@@ -31,6 +31,7 @@ def quantize_site(
     sample: Float[Array, "c m"],
     tokens: int,
     error_moment: Float[Array, "m m"] | None = None,
+    lack: Float[Array, "n m"] | None = None,
     *,
     settings: QuantizationSettings,
 ) -> tuple[tuple[Any, ...], Float[Array, " 4"], dict[str, Float[Array, ""]]]:
@@ -43,6 +44,7 @@ def quantize_site(
       sample: some of its tokens, before rotation; is donated.
       tokens: how many the moments are of.
       error_moment: `Σ (h₀ − h)ᵀ h` of the full-precision input h₀, where propagated errors are made up for; is donated.
+      lack: `Σ (x₀ − x)ᵀ h` of the residual streams that the linears are added to, where they are; is donated.
       settings: its `weights` and `activations` are read.
 
     Returns:
@@ -54,8 +56,10 @@ def quantize_site(
     drift = None
     if error_moment is not None:
         error_moment = rotated_mean(error_moment, rotation, tokens)
-        drift = output_drift(rows, error_moment, settings=settings.weights)
-        del error_moment
+        if lack is not None:
+            lack = rotated_lack(lack, rotation, tokens)
+        drift = output_drift(rows, error_moment, lack, settings=settings.weights)
+        del error_moment, lack
     mean_moment = rotated_mean(moment, rotation, tokens)
     if published:
         tensors, dense, figures = in_published_groups(
@@ -105,6 +109,17 @@ def rotated_mean(
 ) -> Float[Array, "m m"]:
     """Return the moments of the rotated input, a token."""
     return (moment if rotation is None else kotms.rotate_moment(moment, rotation)) / tokens
+
+
+@functools.partial(jax.jit, donate_argnames="lack")
+def rotated_lack(
+    lack: Float[Array, "n m"], rotation: KroneckerRotation | None, tokens: int
+) -> Float[Array, "n m"]:
+    """Return what the stream lacks against the rotated input, a token."""
+    if rotation is not None:
+        left, right = rotation.left.astype(jnp.float32), rotation.right.astype(jnp.float32)
+        lack = kotms.rotate(lack, left, right)
+    return lack / tokens
 
 
 output_drift = jax.jit(gptq.output_drift, static_argnames="settings")

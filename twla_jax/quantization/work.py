@@ -64,10 +64,10 @@ def block_work(model: Decoder, windows: int, seq_len: int, settings: Quantizatio
       settings: of weights and rotations.
     """
     config, tokens = model.config, windows * seq_len
-    streams = 2 if settings.weights.propagation else 1
+    streams = settings.weights.streams
     grouped = isinstance(settings.weights.quantizer, GroupedSettings)
     rounds = 1 if grouped else quantizers.quantizer(settings.weights).rounds
-    passes = settings.weights.compensation.passes if settings.weights.compensation else 0
+    passes = settings.weights.passes
     runs = _runs(model.sites)
     found: dict[str, float] = collections.defaultdict(float)
     for index, site in enumerate(model.sites):
@@ -76,7 +76,8 @@ def block_work(model: Decoder, windows: int, seq_len: int, settings: Quantizatio
         experts, taken = (config.num_experts, config.experts_per_token) if site.experts else (1, 1)
         chunks = experts // chunk_size(experts, m, n) if site.experts else 1
         found["passes"] += 2.0 * streams * tokens * taken * runs[index] * m * n
-        found["moments"] += 2.0 * streams * tokens * taken * m * m
+        lack = n if settings.weights.stream and model.blocks.adds(site) else 0
+        found["moments"] += 2.0 * tokens * taken * m * (streams * m + lack)
         # The moments' factor, its inverse, and products of as many; and seven with every row, and one of each pass.
         found["factors"] += experts * 4.0 * m**3
         found["factors" if site.experts else "matrices"] += experts * (14.0 + 2.0 * passes) * n * m * m
