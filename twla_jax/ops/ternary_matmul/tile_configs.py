@@ -135,6 +135,8 @@ _TPU_LEAST_MEMORY = 16 * 1024 * 1024
 _TPU_LARGE_BLOCK = 1024  # rows
 _TPU_EXPERT_BYTES = 1024 * 1024  # of a block's codes
 _TPU_BLOCK_BYTES = 16 * 1024 * 1024  # of a block of tokens, which is there twice, and of unpacked weights
+_TPU_SINGLE_BYTES = 24 * 1024 * 1024  # of the only block of tokens, which is there once
+_TPU_MOST_TOKENS = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,11 @@ def tpu_tile_config(tokens: int, rows: int, columns: int, itemsize: int, *, many
         return TpuTileConfig(tokens=filled, rows=_TPU_LARGE_BLOCK if large else blocks[0])
     # Weights are unpacked to int8, or to bf16 where a chip has no products of int8.
     fitting = [size for size in blocks if 2 * size * columns <= _TPU_BLOCK_BYTES]
-    most = max(256, min(2048, _TPU_BLOCK_BYTES // (columns * itemsize) // 256 * 256))
+    of_all = -(-tokens // 128) * 128
+    if of_all <= _TPU_MOST_TOKENS and of_all * columns * itemsize <= _TPU_SINGLE_BYTES:
+        most = of_all
+    else:
+        most = max(256, min(_TPU_MOST_TOKENS, _TPU_BLOCK_BYTES // (columns * itemsize) // 256 * 256))
     each = -(-tokens // -(-tokens // most))
     filled = -(-each // 128) * 128 if each > 256 else -(-each // 32) * 32
     return TpuTileConfig(tokens=filled, rows=(fitting or blocks[-1:])[0])

@@ -53,11 +53,14 @@ def product(
     x = jnp.pad(x, ((0, padding), (0, columns - x.shape[1])))
     totals = block_totals(jnp.pad(sums, ((0, padding), (0, 0))), weight, many=many)
     operand = tpu_unpack.operand(x.dtype)
+    once = (
+        pl.Buffered(1) if many and len(x) == config.tokens else None
+    )  # what is loaded once needs no second place
     y = pl.pallas_call(
         kernel(weight, operand, many=many),
         grid=(len(x) // config.tokens, weight.rows // config.rows),
         in_specs=[
-            pl.BlockSpec((config.tokens, columns), lambda i, j: (i, 0)),
+            pl.BlockSpec((config.tokens, columns), lambda i, j: (i, 0), pipeline_mode=once),
             pl.BlockSpec((len(totals), config.tokens, totals.shape[2]), lambda i, j: (0, i, 0)),
             pl.BlockSpec((weight.column_tiles, config.rows, PLANE), lambda i, j: (0, j, 0)),
             pl.BlockSpec((*weight.scales.shape[:2], config.rows), lambda i, j: (0, 0, j)),
