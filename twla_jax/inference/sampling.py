@@ -2,7 +2,8 @@
 
 The rules and their order are those of transformers' `generate`: the penalty first, then the temperature, then the
 filters. Settings that change nothing are not compiled in; the values of the others are data, so that another
-temperature or top-p compiles nothing.
+temperature or top-p compiles nothing, but for a temperature of 0: a random number for every token of the vocabulary
+takes 60 µs of a step where 64 sequences choose from 151936, on an H200.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ NOT_FINITE = "the model's predictions are not finite numbers (NaN or infinity)"
 class Sampler(NamedTuple):
     """Holds the settings as scalar arrays, a pytree; None leaves a step out of the program."""
 
-    temperature: Float[Array, ""]
+    temperature: Float[Array, ""] | None = None
     top_k: Int32[Array, ""] | None = None
     top_p: Float[Array, ""] | None = None
     min_p: Float[Array, ""] | None = None
@@ -63,7 +64,7 @@ class Sampling:
         draws = self.temperature > 0
         penalty = self.repetition_penalty
         return Sampler(
-            temperature=jnp.float32(self.temperature),
+            temperature=jnp.float32(self.temperature) if draws else None,
             top_k=jnp.int32(self.top_k) if draws and self.top_k else None,
             top_p=jnp.float32(self.top_p) if draws and self.top_p < 1 else None,
             min_p=jnp.float32(self.min_p) if draws and self.min_p > 0 else None,
@@ -90,15 +91,11 @@ def choose(
         logits = penalize(logits, seen, sampler.repetition_penalty)
     best = likeliest(logits)
 
-    def draw() -> Int32[Array, " b"]:
-        scaled = logits / jnp.maximum(sampler.temperature, 1e-6)
-        drawn = jax.random.categorical(key, keep_likely(scaled, sampler.top_k, sampler.top_p, sampler.min_p))
-        return jnp.where(best >= 0, drawn, best).astype(jnp.int32)
-
-    # A random number for every token of the vocabulary takes a CPU longer than a branch.
-    if jax.default_backend() == "cpu" and sampler.temperature.ndim == 0:
-        return jax.lax.cond(sampler.temperature > 0, draw, lambda: best)
-    return jnp.where(sampler.temperature > 0, draw(), best)
+    if sampler.temperature is None:
+        return best
+    scaled = logits / jnp.maximum(sampler.temperature, 1e-6)
+    drawn = jax.random.categorical(key, keep_likely(scaled, sampler.top_k, sampler.top_p, sampler.min_p))
+    return jnp.where((sampler.temperature > 0) & (best >= 0), drawn, best).astype(jnp.int32)
 
 
 def likeliest(logits: Float[Array, "b vocab"]) -> Int32[Array, " b"]:
