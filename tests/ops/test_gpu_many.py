@@ -64,13 +64,14 @@ def test_equals_the_reference_warpgroup_by_warpgroup(
 
 
 @pytest.mark.parametrize(
-    ("t", "n", "m", "x_slots"), [(40, 700, 3000, 1), (64, 640, 2600, 2), (64, 200, 512, 2)]
+    ("t", "n", "m", "block", "x_slots"),
+    [(40, 700, 3000, 64, 1), (64, 640, 2600, 64, 2), (16, 640, 2600, 16, 4), (64, 200, 512, 64, 2)],
 )
-def test_blocks_of_a_cluster_share_columns(t, n, m, x_slots, monkeypatch):
+def test_blocks_of_a_cluster_share_columns(t, n, m, block, x_slots, monkeypatch):
     weight, arguments = packed([matrix(n, m, 128)]), operands(tokens(t, m))
     residual = jax.random.normal(jax.random.key(0), (t, n), jnp.bfloat16)
     emulate_warpgroups(monkeypatch)
-    sizes = {"tokens": 64, "stages": 2, "x_slots": x_slots, "x_planes": 4}
+    sizes = {"tokens": block, "stages": 2, "x_slots": x_slots, "x_planes": 4}
     plain = tile_configs.ManyTileConfig(lines=1, cluster=1, **sizes)
     chosen = tile_configs.ManyTileConfig(lines=2, cluster=2, split=True, **sizes)
     expected, found = (
