@@ -3,8 +3,9 @@
     python benchmarks/many_tokens.py
 
 4-bit heads, and matrices of Qwen3-8B at 64 tokens, whose columns two blocks share or not; matrices of LLaMA-2-7B at 16
-tokens of 16 bits, whose two parts the kernel adds up or XLA. Integer products must be the same; the rest is compared
-to 1e-4 of the largest output, or a step of bf16. What is timed is printed at once.
+tokens, by the kernel of few tokens and in use, and at 8 and 16 tokens of 16 bits, whose two parts the kernel adds up or
+XLA. Integer products must be the same; the rest is compared to 1e-4 of the largest output, or a step of bf16. What is
+timed is printed at once.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from twla_jax import xla_flags
 from twla_jax.bench import shapes, timing
 from twla_jax.ops.integer_matmul import integer_matmul
-from twla_jax.ops.ternary_matmul import gpu, gpu_many
+from twla_jax.ops.ternary_matmul import gpu, gpu_many, gpu_mma
 from twla_jax.ops.ternary_matmul.reference import in_two_parts
 from twla_jax.ops.ternary_matmul.tile_configs import many_tile_config
 from twla_jax.ops.tokens import QuantizedTokens, group_sums, wide_tokens
@@ -78,8 +79,26 @@ def integers(name: str, tokens: int, n: int, m: int) -> None:
     compare(name, kernels, make, CLOSE["integers"])
 
 
+def few(name: str, tokens: int, n: int, m: int) -> None:
+    """Compare `gpu_mma`, for sixteen tokens at most, and the kernel in use, with a residual."""
+
+    def make(key):
+        residual = jax.random.normal(key, (tokens, n), jnp.bfloat16)
+        return shapes.weight(key, n, m), shapes.tokens(key, tokens, m), residual
+
+    def alone(weight, x, residual):
+        y = gpu_mma.matmul(x.codes, x.scale, x.zero_point, weight, out_dtype=jnp.bfloat16)
+        return weight.finished(y, residual)
+
+    def in_use(weight, x, residual):
+        operands = x.codes, x.sums, x.scale, x.zero_point, weight, residual
+        return gpu.matmul(*operands, out_dtype=jnp.bfloat16)
+
+    compare(name, {"gpu_mma": alone, "in use": in_use}, make, CLOSE["integers"])
+
+
 def wide(name: str, tokens: int, n: int, m: int) -> None:
-    """Compare products of tokens of 16 bits: added up by XLA, and by the kernel."""
+    """Compare products of tokens of 16 bits: added up by XLA, and by the kernel, in use from nine tokens on."""
 
     def make(key):
         x = wide_tokens(shapes.activations(key, tokens, m).astype(jnp.float32))
@@ -90,7 +109,12 @@ def wide(name: str, tokens: int, n: int, m: int) -> None:
         operands = (each.reshape(2 * tokens, *each.shape[2:]) for each in parts)
         return matmul(*operands, weight, out_dtype=jnp.bfloat16)
 
-    matmuls = {"added up by XLA": in_two_parts(gpu.matmul), "at once": gpu.wide_matmul}
+    at_once = functools.partial(gpu_many.matmul, wide=True)
+    matmuls = {"added up by XLA": in_two_parts(gpu.matmul), "at once": at_once}
+    rule = many_tile_config(2 * (-(-tokens // 16) * 16), n)
+    if rule.split:
+        whole = dataclasses.replace(rule, cluster=1, split=False)
+        matmuls["at once, columns whole"] = functools.partial(at_once, config=whole)
     kernels = {what: functools.partial(product, matmul=matmul) for what, matmul in matmuls.items()}
     compare(name, kernels, make, CLOSE["bf16"])
 
@@ -120,7 +144,9 @@ def main() -> None:
     for name, (n, m) in shapes.matrices(qwen).items():
         integers(f"qwen3-8b, {name} {n}x{m}, 64 tokens", 64, n, m)
     for name, (n, m) in shapes.matrices(llama).items():
-        wide(f"llama-2-7b, {name} {n}x{m}, 16 tokens of 16 bits", 16, n, m)
+        few(f"llama-2-7b, {name} {n}x{m}, 16 tokens", 16, n, m)
+        for tokens in (8, 16):
+            wide(f"llama-2-7b, {name} {n}x{m}, {tokens} tokens of 16 bits", tokens, n, m)
 
 
 if __name__ == "__main__":

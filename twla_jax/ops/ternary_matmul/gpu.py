@@ -46,7 +46,7 @@ def matmul(
     """Return what `reference.matmul` computes, for int8 or bf16 x."""
     if x.dtype == jnp.int8 and gpu_few.obstacle(len(x), weight) is None:
         return gpu_few.matmul(x, scale, zero_point, weight, residual, out_dtype=out_dtype)
-    if x.dtype == jnp.int8 and len(x) > tile_configs.FEW_TOKENS:
+    if x.dtype == jnp.int8 and gpu_many.is_faster(len(x), weight, out_dtype):
         return gpu_many.matmul(x, sums, scale, zero_point, weight, residual, out_dtype=out_dtype)
     if x.dtype == jnp.int8:
         y = gpu_mma.matmul(x, scale, zero_point, weight, out_dtype=out_dtype)

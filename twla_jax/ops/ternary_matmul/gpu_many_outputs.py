@@ -20,7 +20,9 @@ def scratch_types(work: ManyWork, dtype, *, grouped: bool, wide: bool = False) -
     """Return the shared memory of `ManyOutputs`, by its fields, for each half of a block's rows."""
     halves, tokens, itemsize = work.halves, work.config.tokens, jnp.dtype(dtype).itemsize
     return {
-        "of_tokens": plgpu.SMEM((halves, 3, max(tokens, 32)), jnp.float32),  # the copy engine writes 128 bytes
+        "of_tokens": plgpu.SMEM(
+            (halves, 3, max(tokens, 32)), jnp.float32
+        ),  # the copy engine writes 128 bytes
         "of_rows": plgpu.SMEM((halves, 3, WGMMA_ROWS), jnp.float32),
         "scales": plgpu.SMEM((halves, 2, WGMMA_ROWS), jnp.float16),
         "out": plgpu.SMEM(
