@@ -1,4 +1,4 @@
-"""Multiplies more than sixteen int8 tokens by two-bit weights on Hopper GPUs (Pallas Mosaic GPU), on tensor cores.
+"""Multiplies more than eight int8 tokens by two-bit weights on Hopper GPUs (Pallas Mosaic GPU), on tensor cores.
 
 Two warpgroups multiply, 64 weight rows each, which they unpack in registers as the left operand of `wgmma`. Each has
 rows of its own; or both have the same, where that keeps more multiprocessors busy, and every other tile of columns. A
