@@ -2,8 +2,8 @@
 
 The rules and their order are those of transformers' `generate`: the penalty first, then the temperature, then the
 filters. Settings that change nothing are not compiled in; the values of the others are data, so that another
-temperature or top-p compiles nothing, but for a temperature of 0: a random number for every token of the vocabulary
-takes 60 µs of a step where 64 sequences choose from 151936, on an H200.
+temperature or top-p compiles nothing, but for a temperature of 0: with a random number for every token of the
+vocabulary, the choice for 64 sequences among 151936 took 65 µs of a step, on an H200.
 """
 
 import dataclasses
