@@ -5,7 +5,8 @@ block is timed, and each rotation once it is compiled; the whole model takes as 
 of several runs add up in FILE. From these `--fit` predicts models and machines that were not run, and `--plot` draws
 both, for `docs/scaling.md`:
 
-    python benchmarks/scaling.py --json benchmarks/scaling_h200.json --fit --plot docs/images/scaling.png
+    python benchmarks/scaling.py --json benchmarks/scaling_h200.json --recipe w1.58-g128-refined \\
+        --fit --plot docs/images/scaling.png
 """
 
 import argparse
