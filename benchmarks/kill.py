@@ -146,7 +146,7 @@ def attacks(
       seed: of changes and moments.
       seconds: no further attack begins when so many are over.
       every: instead of all these, a signal at these of all changes, and a full disk at these of those that need room.
-      results: a line of JSON for each attack is added to this file; those that it has are not made again.
+      results: a line of JSON for each attack is added to this file; those at changes that it has, and that were right, are not made again.
     """
     begun = time.monotonic()
     if not case.keeps_programs and case.command[0] != "export":
@@ -171,7 +171,8 @@ def attacks(
         chosen = [{"how": SIGNALS[i % 3], "last": i} for i in range(whole.changes)[every]]
         chosen += [{"how": FULL, "last": change} for change in whole.need_room[every]]
     lines = results.read_text().splitlines() if results and results.exists() else []
-    made = {(each["how"], each.get("last"), each.get("after")) for each in map(json.loads, lines)}
+    right = [each for each in map(json.loads, lines) if not each["wrong"]]  # a fault is tried again
+    made = {(each["how"], each.get("last"), each.get("after")) for each in right}
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     wrong = []
     for how in sorted(chosen, key=lambda _: chance.random()):
