@@ -146,7 +146,8 @@ def attacks(
       seed: of changes and moments.
       seconds: no further attack begins when so many are over.
       every: instead of all these, a signal at these of all changes, and a full disk at these of those that need room.
-      results: a line of JSON for each attack is added to this file; those at changes that it has, and that were right, are not made again.
+      results: a line of JSON for each attack is added to this file; those at changes that it has, and that were
+        right, are not made again.
     """
     begun = time.monotonic()
     if not case.keeps_programs and case.command[0] != "export":
